@@ -1,0 +1,23 @@
+"""The one exception for what a user can mend, and how a program shows it."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """A mistake of the person at the keyboard, or a fault in their files.
+
+    The message is all they will see: it names the file, field and value at fault and says what
+    would be right.
+    """
+
+
+@contextlib.contextmanager
+def shown_to_user() -> Iterator[None]:
+    """Turns a `UserError` into one clear message on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
