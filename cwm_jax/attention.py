@@ -1,0 +1,38 @@
+"""The three ways in which tokens look at each other; softmax in float32 throughout."""
+
+import jax
+import jax.numpy as jnp
+
+
+def over_space(q_BTSNK, k_BTSNK, v_BTSNK) -> jax.Array:
+    """Full attention among the tokens of each frame → [B, T, S, N, K]."""
+    fold = lambda x: x.reshape(-1, *x.shape[2:])
+    out = jax.nn.dot_product_attention(fold(q_BTSNK), fold(k_BTSNK), fold(v_BTSNK))
+    return out.reshape(q_BTSNK.shape)
+
+
+def over_time(q_BTSNK, k_BTSNK, v_BTSNK) -> jax.Array:
+    """Causal attention over the frames, each token place on its own → [B, T, S, N, K].
+
+    Token places are folded into the heads, so nothing is transposed.
+    """
+    fold = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
+    out = jax.nn.dot_product_attention(fold(q_BTSNK), fold(k_BTSNK), fold(v_BTSNK), is_causal=True)
+    return out.reshape(q_BTSNK.shape)
+
+
+def over_past(q_BSNK, k_BSNK, v_BSNK, past_k_BSNMK, past_v_BSNMK, visible_BM) -> jax.Array:
+    """One new frame attends to itself and to the visible past → [B, S, N, K].
+
+    The same sum as `over_time` for the last frame, in two parts, so that the past is read where
+    it lies instead of being copied next to the new frame.
+    """
+    scale = q_BSNK.shape[-1] ** -0.5
+    exact = dict(preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+    past_BSNM = jnp.einsum("bsnk,bsnmk->bsnm", q_BSNK, past_k_BSNMK, **exact) * scale
+    past_BSNM = jnp.where(visible_BM[:, None, None], past_BSNM, -jnp.inf)
+    own_BSN1 = jnp.einsum("bsnk,bsnk->bsn", q_BSNK, k_BSNK, **exact)[..., None] * scale
+    weights = jax.nn.softmax(jnp.concatenate([past_BSNM, own_BSN1], axis=-1), axis=-1)
+    weights = weights.astype(v_BSNK.dtype)
+    from_past = jnp.einsum("bsnm,bsnmk->bsnk", weights[..., :-1], past_v_BSNMK, **exact)
+    return (from_past + weights[..., -1:] * v_BSNK).astype(v_BSNK.dtype)

@@ -1,0 +1,311 @@
+"""The network: a diffusion transformer whose blocks attend over space, then over time.
+
+Architecture: DiT with adaLN-zero (Peebles & Xie 2022, https://arxiv.org/abs/2212.09748), made
+spatio-temporal as in Latte (https://arxiv.org/abs/2401.03048), with a noise label for every frame
+as in Diffusion Forcing (Chen et al. 2024, https://arxiv.org/abs/2407.01392).
+
+The pieces are cut where sampling needs them. What a frame's noise label and action say reaches
+the tokens only through `Modulations`, which can be tabulated; and time is the only way in which
+frames touch each other, so a frame's temporal keys and values (`FrameKV`) are all that later
+frames need to know of it.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from cwm_jax import attention, rope
+from cwm_jax.errors import UserError
+
+Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spatial.qkv.kernel"
+
+_SINUSOID = 256  # width of the timestep features
+_MLP_RATIO = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Sizes of the network; `config.model` of a config file."""
+
+    hidden_size: int  # D
+    depth: int  # blocks, each a spatial and a temporal half
+    num_heads: int  # N
+    patch_size: int  # pixels on a side
+    image_size: int  # pixels on a side
+    num_actions: int  # actions are 0 … num_actions − 1, and NO_ACTION
+    max_frames: int  # window of the temporal attention
+    dtype: str  # of the matmuls: float32, bfloat16, or auto (bfloat16 on a GPU or TPU)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (not isinstance(value, int) or value < 1):
+                raise UserError(
+                    f"config.model.{field.name} must be a whole number ≥ 1, not {value!r}"
+                )
+        if self.hidden_size % (4 * self.num_heads):
+            raise UserError(
+                f"config.model.hidden_size={self.hidden_size} must be a multiple of 4 · num_heads "
+                f"= {4 * self.num_heads}: a head turns half of its planes by row, half by column"
+            )
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"config.model.image_size={self.image_size} must be a multiple of "
+                f"patch_size={self.patch_size}"
+            )
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise UserError(
+                f"config.model.dtype must be auto, float32 or bfloat16, not {self.dtype!r}"
+            )
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        return self.grid**2
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        if self.dtype == "auto":
+            return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype(self.dtype)
+
+
+class Modulations(NamedTuple):
+    """Everything a frame's noise label and action say to its tokens."""
+
+    layers: jax.Array  # [..., 2 · depth, 6, D]: shift, scale, gate of attention, then of MLP
+    final: jax.Array  # [..., 2, D]: shift, scale before the last linear
+
+
+class FrameKV(NamedTuple):
+    """Temporal keys (not yet rotated) and values of frames, one array for each block."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+
+class Past(NamedTuple):
+    """Frames that a new frame looks back on: M slots of rotated keys and values for each block."""
+
+    kv: FrameKV  # each [B, S, N, M, K]
+    visible_BM: jax.Array  # bool: slots that hold a frame of the window
+    position_B: jax.Array  # the new frame's own place in time, int32
+
+
+def _linear(config: DiTConfig, inputs: int, outputs: int, *, rngs, **kwargs) -> nnx.Linear:
+    # float32 has to mean float32: without `precision` a GPU would multiply in TF32.
+    precision = jax.lax.Precision.HIGHEST if config.compute_dtype == jnp.float32 else None
+    kwargs.setdefault("kernel_init", nnx.initializers.xavier_uniform())
+    dtype = config.compute_dtype
+    return nnx.Linear(inputs, outputs, dtype=dtype, precision=precision, rngs=rngs, **kwargs)
+
+
+_zeros_linear = functools.partial(_linear, kernel_init=nnx.initializers.zeros)
+
+
+def _layer_norm(x: jax.Array) -> jax.Array:
+    """LayerNorm without parameters over the last axis, ε = 1e-6, in float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+
+
+def _modulate(x_BTSD, shift_BTD, scale_BTD) -> jax.Array:
+    normed = _layer_norm(x_BTSD) * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
+    return normed.astype(x_BTSD.dtype)
+
+
+def sinusoid(t: jax.Array) -> jax.Array:
+    """Features of noise labels [...], float32 [..., 256]: cos, then sin, of t · 10⁴^(−i/128)."""
+    half = _SINUSOID // 2
+    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class AxialLayer(nnx.Module):
+    """Half a block: attention along one axis, then an MLP, each under its adaLN."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        size = config.hidden_size
+        self.num_heads = config.num_heads
+        self.modulation = _zeros_linear(config, size, 6 * size, rngs=rngs)
+        self.qkv = _linear(config, size, 3 * size, use_bias=False, rngs=rngs)
+        self.out = _linear(config, size, size, rngs=rngs)
+        self.mlp_in = _linear(config, size, _MLP_RATIO * size, rngs=rngs)
+        self.mlp_out = _linear(config, _MLP_RATIO * size, size, rngs=rngs)
+
+    def project(self, x_BTSD, modulation_BT6D):
+        """Queries, keys and values of the normed, modulated tokens, each [B, T, S, N, K]."""
+        shift, scale = modulation_BT6D[:, :, 0], modulation_BT6D[:, :, 1]
+        qkv = self.qkv(_modulate(x_BTSD, shift, scale))
+        return jnp.moveaxis(
+            rearrange(qkv, "b t s (i n k) -> b t s i n k", i=3, n=self.num_heads), 3, 0
+        )
+
+    def finish(self, x_BTSD, attended_BTSNK, modulation_BT6D) -> jax.Array:
+        """Adds what attention found, then what the MLP makes of it, each through its gate."""
+        gate, shift, scale, mlp_gate = (modulation_BT6D[:, :, i, None] for i in (2, 3, 4, 5))
+        x = x_BTSD + gate * self.out(rearrange(attended_BTSNK, "b t s n k -> b t s (n k)"))
+        hidden = self.mlp_in(_modulate(x, shift[:, :, 0], scale[:, :, 0]))
+        return x + mlp_gate * self.mlp_out(jax.nn.gelu(hidden, approximate=True))
+
+
+class Block(nnx.Module):
+    """Attention over the tokens of a frame, then over the frames at each token's place."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.spatial = AxialLayer(config, rngs=rngs)
+        self.temporal = AxialLayer(config, rngs=rngs)
+
+
+class DiT(nnx.Module):
+    """Predicts the velocity v = √ᾱ ε − √(1−ᾱ) x0 of every frame of a clip."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        size = config.hidden_size
+        pixels = config.patch_size**2 * 3
+        small = nnx.initializers.normal(0.02)
+        self.patch_in = _linear(config, pixels, size, rngs=rngs)
+        self.time_in = _linear(config, _SINUSOID, size, kernel_init=small, rngs=rngs)
+        self.time_out = _linear(config, size, size, kernel_init=small, rngs=rngs)
+        self.action = _linear(config, config.num_actions, size, rngs=rngs)
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        self.final_modulation = _zeros_linear(config, size, 2 * size, rngs=rngs)
+        self.patch_out = _zeros_linear(config, size, pixels, rngs=rngs)
+
+    def modulations(self, t_BT: jax.Array, action_BT: jax.Array) -> Modulations:
+        """What noise labels 0…999 and actions (−1: none) say to each frame."""
+        c = self.time_out(jax.nn.silu(self.time_in(sinusoid(t_BT))))
+        c = jax.nn.silu(c + self.action(jax.nn.one_hot(action_BT, self.config.num_actions)))
+        layers = [half.modulation(c) for b in self.blocks for half in (b.spatial, b.temporal)]
+        split = lambda x, parts: x.reshape(*x.shape[:-1], parts, -1)
+        return Modulations(
+            jnp.stack([split(layer, 6) for layer in layers], axis=-3),
+            split(self.final_modulation(c), 2),
+        )
+
+    def tokens(self, frames_BTHWC: jax.Array) -> jax.Array:
+        """Pixels in [-1, 1] to token vectors [B, T, S, D]."""
+        p = self.config.patch_size
+        patches = rearrange(frames_BTHWC, "b t (h p) (w q) c -> b t (h w) (p q c)", p=p, q=p)
+        return self.patch_in(patches)
+
+    def pixels(self, x_BTSD: jax.Array, modulations: Modulations) -> jax.Array:
+        """Token vectors to a velocity for each pixel, float32 [B, T, H, W, C]."""
+        shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
+        patches = self.patch_out(_modulate(x_BTSD, shift, scale)).astype(jnp.float32)
+        sizes = dict(h=self.config.grid, p=self.config.patch_size, q=self.config.patch_size)
+        return rearrange(patches, "b t (h w) (p q c) -> b t (h p) (w q) c", **sizes)
+
+    def _spatial(self, block: Block, x_BTSD, modulation_BT6D) -> jax.Array:
+        angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)[:, None]
+        q, k, v = block.spatial.project(x_BTSD, modulation_BT6D)
+        attended = attention.over_space(rope.rotate(q, angles_SK), rope.rotate(k, angles_SK), v)
+        return block.spatial.finish(x_BTSD, attended, modulation_BT6D)
+
+    def clip(self, x_BTSD: jax.Array, modulations: Modulations) -> tuple[jax.Array, FrameKV]:
+        """All frames of a clip at once, at places 0 … T−1; also their keys [B, T, S, N, K]."""
+        angles_T11K = rope.temporal_angles(jnp.arange(x_BTSD.shape[1]), self.config.head_size)
+        angles_T11K = angles_T11K[:, None, None]
+        keys, values = [], []
+        for i, block in enumerate(self.blocks):
+            x_BTSD = self._spatial(block, x_BTSD, modulations.layers[:, :, 2 * i])
+            temporal = modulations.layers[:, :, 2 * i + 1]
+            q, k, v = block.temporal.project(x_BTSD, temporal)
+            attended = attention.over_time(
+                rope.rotate(q, angles_T11K), rope.rotate(k, angles_T11K), v
+            )
+            x_BTSD = block.temporal.finish(x_BTSD, attended, temporal)
+            keys.append(k)
+            values.append(v)
+        return x_BTSD, FrameKV(tuple(keys), tuple(values))
+
+    def frame(self, x_B1SD: jax.Array, modulations: Modulations, past: Past):
+        """One frame after a known past; also its own keys and values, each [B, S, N, K]."""
+        angles_B11K = rope.temporal_angles(past.position_B, self.config.head_size)[:, None, None]
+        keys, values = [], []
+        for i, block in enumerate(self.blocks):
+            x_B1SD = self._spatial(block, x_B1SD, modulations.layers[:, :, 2 * i])
+            temporal = modulations.layers[:, :, 2 * i + 1]
+            q, k, v = block.temporal.project(x_B1SD, temporal)[:, :, 0]
+            turned = rope.rotate(q, angles_B11K), rope.rotate(k, angles_B11K)
+            attended = attention.over_past(
+                *turned, v, past.kv.keys[i], past.kv.values[i], past.visible_BM
+            )
+            x_B1SD = block.temporal.finish(x_B1SD, attended[:, None], temporal)
+            keys.append(k)
+            values.append(v)
+        return x_B1SD, FrameKV(tuple(keys), tuple(values))
+
+    def __call__(self, frames_BTHWC, t_BT, action_BT) -> jax.Array:
+        """Velocity of every frame, float32 [B, T, H, W, C].
+
+        Args:
+            frames_BTHWC: noised frames, float, about [-1, 1]; T ≤ `max_frames`.
+            t_BT: noise labels, whole numbers 0…999.
+            action_BT: the action that led into each frame, −1 for none.
+        """
+        modulations = self.modulations(t_BT, action_BT)
+        x_BTSD, _ = self.clip(self.tokens(frames_BTHWC), modulations)
+        return self.pixels(x_BTSD, modulations)
+
+
+@functools.lru_cache
+def _skeleton(config: DiTConfig) -> tuple[nnx.GraphDef, dict[str, tuple], dict[str, nnx.Param]]:
+    """The network without its numbers: its graph, and each parameter's path and shape by name."""
+    abstract = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract, nnx.Param)
+    flat = nnx.to_flat_state(state)
+    paths = {_name(path): path for path, _ in flat}
+    return graph, paths, {_name(path): leaf for path, leaf in flat}
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def init(config: DiTConfig, seed: int) -> Params:
+    """Fresh float32 parameters: Xavier uniform, zero biases, adaLN and last linear all zero."""
+    state = nnx.state(DiT(config, rngs=nnx.Rngs(seed)), nnx.Param)
+    return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def shapes(config: DiTConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name, shape and dtype of every parameter, without making any."""
+    return jax.eval_shape(lambda: init(config, 0))
+
+
+def bind(config: DiTConfig, params: Params) -> DiT:
+    """The network with these parameters; cheap, made anew inside each jitted function."""
+    graph, paths, leaves = _skeleton(config)
+    return nnx.merge(
+        graph, nnx.from_flat_state([(paths[n], leaves[n].replace(params[n])) for n in paths])
+    )
+
+
+def check_params(config: DiTConfig, params) -> None:
+    """Raises a UserError where names or shapes are not those of the network."""
+    wanted = shapes(config)
+    if odd := sorted(set(wanted) ^ set(params)):
+        raise UserError(f"parameters do not fit the network: missing or unknown {odd[:3]}")
+    for name, leaf in wanted.items():
+        if leaf.shape != params[name].shape:
+            raise UserError(f"parameter {name} has shape {params[name].shape}, not {leaf.shape}")
+
+
+def parameter_count(params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,39 @@
+"""Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+
+A head's K numbers are K/2 planes; position p turns plane i by an angle p · ω_i. The planes pair
+dimension i with dimension i + K/2 ("half-split"). The PyTorch original pairs 2i with 2i + 1;
+`cwm_jax.tools.import_torch` reorders the columns of its query and key weights to match, which
+leaves every score, and so the model, unchanged.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def temporal_angles(positions, head_size: int) -> jax.Array:
+    """Angles for frames: p · 10⁴^(−2i/K), float32 [..., K/2], for positions [...] (whole, ≥ 0)."""
+    exponents = np.arange(0, head_size, 2, dtype=np.float32) / head_size
+    frequencies = (1.0 / 10_000.0**exponents).astype(np.float32)
+    return jnp.asarray(positions, jnp.float32)[..., None] * frequencies
+
+
+def spatial_angles(grid: int, head_size: int) -> np.ndarray:
+    """Angles for the tokens of a frame, float32 [grid · grid, K/2], row by row.
+
+    The first K/4 planes turn by the row, the others by the column ("pixel" frequencies: π · 1 …
+    π · 128 over positions −1 … 1, so neighbours differ even in the slowest plane).
+    """
+    frequencies = (np.linspace(1, 128, head_size // 4) * np.pi).astype(np.float32)
+    line = np.linspace(-1, 1, grid, dtype=np.float32)[:, None] * frequencies
+    rows = np.repeat(line, grid, axis=0)
+    columns = np.tile(line, (grid, 1))
+    return np.concatenate([rows, columns], axis=-1)
+
+
+def rotate(x: jax.Array, angles) -> jax.Array:
+    """Turns the planes of x [..., K] by angles [..., K/2] (broadcast); keeps the dtype of x."""
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

@@ -1,0 +1,262 @@
+"""Drawing frames: DDIM on one frame, a step of a world, a rollout by `lax.scan`.
+
+DDIM: Song et al. 2021, https://arxiv.org/abs/2010.02502, equations 12 and 16. Context frames stay
+clean and carry a small noise label ("stabilisation", Chen et al. 2024,
+https://arxiv.org/abs/2407.01392). A frame starts as N(0, 1) clipped to ±20 and stays unclamped as
+context; what leaves the device is clamped to [-1, 1].
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cwm_jax import diffusion, model, world
+from cwm_jax.coinrun import NO_ACTION, to_model, to_pixels
+from cwm_jax.errors import UserError
+from cwm_jax.model import DiT, DiTConfig, Modulations, Params
+from cwm_jax.world import Window, World
+
+_NOISE_CLIP = 20.0
+_WINDOWS = ("exact", "cached", "hop")
+
+
+def ddim_levels(steps: int) -> tuple[int, ...]:
+    """Noise labels of S steps, from the top: linspace(−1, 999, S + 1) without its −1, cut to int.
+
+    Raises:
+        UserError: where `steps` is not 1…1000.
+    """
+    if not 1 <= steps <= diffusion.NUM_LEVELS:
+        raise UserError(f"ddim_steps must be 1…{diffusion.NUM_LEVELS}, not {steps}")
+    return tuple(diffusion.NUM_LEVELS * i // steps - 1 for i in range(steps, 0, -1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How frames are drawn."""
+
+    levels: tuple[int, ...] = ddim_levels(10)  # falling noise labels, 0…999; one pass for each
+    window: Window = "exact"  # what happens past the window, see `cwm_jax.world`
+    eta: float = 0.0  # 0: deterministic DDIM, 1: as random as DDPM
+    context_level: int = 14  # noise label of the clean context frames
+    unroll: bool = False  # passes as straight code: quicker on a GPU, slower to compile
+
+    def __post_init__(self):
+        levels = tuple(self.levels)
+        if not levels or any(a <= b for a, b in itertools.pairwise(levels)):
+            raise UserError(f"noise levels must fall from step to step, not {levels}")
+        for level in (*levels, self.context_level):
+            if not 0 <= level < diffusion.NUM_LEVELS:
+                raise UserError(f"a noise level must be 0…{diffusion.NUM_LEVELS - 1}, not {level}")
+        if self.window not in _WINDOWS:
+            raise UserError(f"window must be one of {', '.join(_WINDOWS)}, not {self.window!r}")
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta must be 0…1, not {self.eta}")
+
+
+class Tables(NamedTuple):
+    """All that conditioning can say: modulations by (noise label, action), see `tabulate`."""
+
+    steps: Modulations  # [steps, A + 1, ...]
+    context: Modulations  # [A + 1, ...]
+
+
+def tabulate(net: DiT, config: SamplerConfig) -> Tables:
+    """The modulations for each label of `config` and each action; the last action is NO_ACTION.
+
+    A frame's conditioning depends on nothing else, so this is exact, and takes a third of the
+    weights out of every pass.
+    """
+    actions_A = jnp.array([*range(net.config.num_actions), NO_ACTION])
+    labels_S = jnp.array([*config.levels, config.context_level])
+    shape = len(labels_S), len(actions_A)
+    table = net.modulations(
+        jnp.broadcast_to(labels_S[:, None], shape), jnp.broadcast_to(actions_A, shape)
+    )
+    return Tables(jax.tree.map(lambda x: x[:-1], table), jax.tree.map(lambda x: x[-1], table))
+
+
+class _Step(NamedTuple):
+    """One DDIM step: x ← √ᾱ′ x0 + √(1 − ᾱ′ − σ²) ε + σ z."""
+
+    modulations: Modulations  # [A + 1, ...]
+    alpha_bar: jax.Array
+    alpha_bar_next: jax.Array  # 1 after the last step, which so returns x0
+    sigma: jax.Array
+
+
+def _steps(tables: Tables, config: SamplerConfig) -> _Step:
+    now = diffusion.alpha_bars()[np.array(config.levels)]
+    after = np.append(now[1:], np.float32(1))
+    sigma = config.eta * np.sqrt((1 - after) / (1 - now) * (1 - now / after))
+    return _Step(tables.steps, *map(jnp.asarray, (now, after, sigma.astype(np.float32))))
+
+
+def draw_frame(net: DiT, tables: Tables, state: World, action_B, noise_BHWC, key, config):
+    """The next frame, float32 [B, H, W, C], unclamped.
+
+    Args:
+        action_B: the action that leads into the frame, int32.
+        noise_BHWC: what the frame starts from, N(0, 1).
+        key: PRNG key for the noise of stochastic steps; unused where `config.eta` is 0.
+    """
+    past = world.past(net, state)
+
+    def denoise(x_BHWC, step_and_index):
+        step, index = step_and_index
+        modulations = jax.tree.map(lambda table: table[action_B][:, None], step.modulations)
+        tokens, _ = net.frame(net.tokens(x_BHWC[:, None]), modulations, past)
+        velocity = net.pixels(tokens, modulations)[:, 0]
+        x0 = diffusion.clean(x_BHWC, velocity, step.alpha_bar)
+        noise = diffusion.epsilon(x_BHWC, x0, step.alpha_bar)
+        spread = jnp.sqrt(1 - step.alpha_bar_next - jnp.square(step.sigma))
+        x = jnp.sqrt(step.alpha_bar_next) * x0 + spread * noise
+        if config.eta:
+            x += step.sigma * jax.random.normal(jax.random.fold_in(key, index), x.shape)
+        return x, None
+
+    x_BHWC = noise_BHWC.clip(-_NOISE_CLIP, _NOISE_CLIP)
+    steps = _steps(tables, config), jnp.arange(len(config.levels))
+    return jax.lax.scan(denoise, x_BHWC, steps, unroll=config.unroll)[0]
+
+
+def step(net: DiT, tables: Tables, state: World, action_B, noise_BHWC, key, config):
+    """One frame on: (the older world, the frame it ends with, float32 [B, H, W, C], unclamped)."""
+    frame = draw_frame(net, tables, state, action_B, noise_BHWC, key, config)
+    older = world.advance(net, tables.context, state, frame, action_B, config.window)
+    return older, frame
+
+
+def frame_noise(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """What a frame starts from, and a key for its stochastic steps."""
+    start_key, step_key = jax.random.split(key)
+    return jax.random.normal(start_key, shape), step_key
+
+
+def rollout(net: DiT, tables: Tables, state: World, actions_BF, key, config: SamplerConfig):
+    """F frames on: (the older world, uint8 frames [B, F, H, W, C]).
+
+    Each frame's noise comes from `key` and the frame's number alone, so cutting a rollout in two
+    does not change it.
+    """
+    shape = state.frames_BMHWC[:, 0].shape
+
+    def one_frame(state, action_B):
+        noise, step_key = frame_noise(jax.random.fold_in(key, state.count), shape)
+        state, frame = step(net, tables, state, action_B, noise, step_key, config)
+        return state, to_pixels(frame)
+
+    state, frames_FBHWC = jax.lax.scan(one_frame, state, actions_BF.T)
+    return state, jnp.moveaxis(frames_FBHWC, 0, 1)
+
+
+_STATIC = ("network", "config")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _tabulate(params, *, network, config):
+    return tabulate(model.bind(network, params), config)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _start(params, tables, frames_u8_BMHWC, actions_BM, count, *, network, config):
+    net = model.bind(network, params)
+    return world.start(net, tables.context, to_model(frames_u8_BMHWC), actions_BM, count)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def _rollout(params, tables, state, actions_BF, key, *, network, config):
+    return rollout(model.bind(network, params), tables, state, actions_BF, key, config)
+
+
+class Sampler:
+    """A trained network, ready to draw: tables made, parameters cast, programs compiled once.
+
+    A prompt of any length runs in the same compiled program, and so does every step of a world
+    whatever its age; only another number of players or of frames per call compiles anew.
+    """
+
+    def __init__(self, network: DiTConfig, params: Params, config: SamplerConfig):
+        if network.max_frames < 2:
+            raise UserError(f"max_frames={network.max_frames}: a world needs a window of 2 or more")
+        self.network, self.config = network, config
+        self._static = dict(network=network, config=config)
+        self._tables = _tabulate(params, **self._static)
+        self._params = jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
+
+    def start(self, frames_BPHWC, actions_BP) -> World:
+        """B worlds that begin with these P prompt frames, 1 ≤ P ≤ `max_frames`.
+
+        Args:
+            frames_BPHWC: uint8.
+            actions_BP: the action that led into each frame; the first may be −1 (none).
+
+        Raises:
+            UserError: for a prompt that does not fit the network, naming the value.
+        """
+        frames_BPHWC, actions_BP = np.asarray(frames_BPHWC), np.asarray(actions_BP)
+        self._check_prompt(frames_BPHWC, actions_BP)
+        slots = self.network.max_frames - 1
+        frames_BPHWC, actions_BP = frames_BPHWC[:, -slots:], actions_BP[:, -slots:]
+        count = frames_BPHWC.shape[1]
+        pad = ((0, 0), (0, slots - count))
+        frames_BMHWC = np.pad(frames_BPHWC, (*pad, (0, 0), (0, 0), (0, 0)))
+        actions_BM = np.pad(actions_BP, pad, constant_values=NO_ACTION).astype(np.int32)
+        args = self._params, self._tables, frames_BMHWC, actions_BM, np.int32(count)
+        return _start(*args, **self._static)
+
+    def rollout(self, state: World, actions_BF, key: jax.Array) -> tuple[World, jax.Array]:
+        """Draws one frame for each action: (the older world, uint8 frames [B, F, H, W, C]).
+
+        `state` is used up (its memory becomes the new world's).
+
+        Raises:
+            UserError: for an action outside 0…A − 1, or a wrong number of worlds.
+        """
+        actions_BF = np.asarray(actions_BF)
+        if actions_BF.ndim != 2 or len(actions_BF) != len(state.actions_BM):
+            raise UserError(
+                f"actions of shape {actions_BF.shape} for {len(state.actions_BM)} worlds: "
+                "wanted [worlds, frames]"
+            )
+        self._check_actions(actions_BF, lowest=0)
+        args = self._params, self._tables, state, actions_BF.astype(np.int32), key
+        return _rollout(*args, **self._static)
+
+    def step(self, state: World, action_B, key: jax.Array) -> tuple[World, jax.Array]:
+        """Draws one frame: (the older world, uint8 [B, H, W, C]). `state` is used up."""
+        state, frames = self.rollout(state, np.asarray(action_B)[:, None], key)
+        return state, frames[:, 0]
+
+    def _check_prompt(self, frames_BPHWC: np.ndarray, actions_BP: np.ndarray) -> None:
+        size, window = self.network.image_size, self.network.max_frames
+        shape = frames_BPHWC.shape
+        if frames_BPHWC.dtype != np.uint8 or len(shape) != 5 or shape[2:] != (size, size, 3):
+            raise UserError(
+                f"prompt frames are {frames_BPHWC.dtype} {shape}: wanted uint8 "
+                f"[worlds, frames, {size}, {size}, 3]"
+            )
+        if not 1 <= shape[1] <= window:
+            raise UserError(f"{shape[1]} prompt frames: this network takes 1…{window} (its window)")
+        if actions_BP.shape != shape[:2]:
+            raise UserError(
+                f"{shape[1]} prompt frames but actions of shape {actions_BP.shape}: each frame "
+                "needs the action that led into it (−1 for the first)"
+            )
+        self._check_actions(actions_BP[:, :1], lowest=NO_ACTION)
+        self._check_actions(actions_BP[:, 1:], lowest=0)
+
+    def _check_actions(self, actions: np.ndarray, *, lowest: int) -> None:
+        if not np.issubdtype(actions.dtype, np.integer):
+            raise UserError(f"actions must be whole numbers, not {actions.dtype}")
+        wrong = actions[(actions < lowest) | (actions >= self.network.num_actions)]
+        if wrong.size:
+            raise UserError(
+                f"action {wrong[0]}: actions are 0…{self.network.num_actions - 1}"
+                + ("" if lowest else "; −1 (none) may stand only before the first frame")
+            )
