@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
@@ -130,7 +131,9 @@ def _modulate(x_BTSD, shift_BTD, scale_BTD) -> jax.Array:
 def sinusoid(t: jax.Array) -> jax.Array:
     """Features of noise labels [...], float32 [..., 256]: cos, then sin, of t · 10⁴^(−i/128)."""
     half = _SINUSOID // 2
-    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    # Rounded as in the original: labels reach 999, so one rounding moves an angle by 6e-5 rad.
+    exponents = np.float32(-np.log(10_000)) * np.arange(half, dtype=np.float32) / half
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = t.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

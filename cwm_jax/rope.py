@@ -24,11 +24,22 @@ def spatial_angles(grid: int, head_size: int) -> np.ndarray:
     The first K/4 planes turn by the row, the others by the column ("pixel" frequencies: π · 1 …
     π · 128 over positions −1 … 1, so neighbours differ even in the slowest plane).
     """
-    frequencies = (np.linspace(1, 128, head_size // 4) * np.pi).astype(np.float32)
-    line = np.linspace(-1, 1, grid, dtype=np.float32)[:, None] * frequencies
+    frequencies = _linspace(1, 128, head_size // 4) * np.float32(np.pi)
+    line = _linspace(-1, 1, grid)[:, None] * frequencies
     rows = np.repeat(line, grid, axis=0)
     columns = np.tile(line, (grid, 1))
     return np.concatenate([rows, columns], axis=-1)
+
+
+def _linspace(first: float, last: float, count: int) -> np.ndarray:
+    """float32 linspace as the original rounds it: a float32 step, taken from the nearer end.
+
+    Angles reach 400 rad, where one rounding more or less moves a plane by 3e-5 rad.
+    """
+    step = np.float64(np.float32((last - first) / max(count - 1, 1)))
+    index = np.arange(count)
+    line = np.where(index < count // 2, first + step * index, last - step * (count - 1 - index))
+    return line.astype(np.float32)
 
 
 def rotate(x: jax.Array, angles) -> jax.Array:

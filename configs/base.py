@@ -1,0 +1,64 @@
+"""Every setting, with the defaults of the PyTorch original where it has them.
+
+The other configs state only what they change. Any key can be set on the command line:
+`python train.py --config configs/small.py --config.lr=3e-4 --config.data.dir=data/coinrun`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of the parameters, the order of the data, and all noise
+
+    # The network (57.8M parameters as it stands; see docs for the other sizes).
+    config.model = ConfigDict()
+    config.model.hidden_size = 512
+    config.model.depth = 6  # blocks, each a spatial and a temporal half
+    config.model.num_heads = 8
+    config.model.patch_size = 8  # pixels on a side; 64 tokens a frame
+    config.model.image_size = 64  # pixels on a side
+    config.model.num_actions = 15
+    config.model.max_frames = 32  # window of the temporal attention
+    config.model.dtype = "auto"  # of the matmuls: float32, bfloat16, or auto (bfloat16 on a GPU)
+
+    # Data: `dir` holds train/, val/ and test/ with *.array_record files.
+    config.data = ConfigDict()
+    config.data.dir = "data/coinrun"
+    config.data.clip_len = 32  # frames
+    config.data.stride = 8  # a clip starts at every 8th frame of a record
+    config.data.num_workers = 8  # reading processes; 0 reads in threads of this one
+    config.data.num_threads = 4  # in each reading process
+
+    # Optimisation.
+    config.batch_size = 128  # clips per device
+    config.global_batch_size = 0  # clips per step over all devices; 0: batch_size on each
+    config.epochs = 10
+    config.max_steps = 0  # stop after so many updates; 0: after `epochs`
+    config.lr = 1e-4
+    config.weight_decay = 0.01  # on every parameter
+    config.warmup_steps = 2000
+    config.grad_clip = 1.0  # by global norm
+    config.ema_decay = 0.0  # moving average of the parameters, sampled from; 0: none
+
+    # What happens every so many steps.
+    config.log_every_steps = 50
+    config.val_every_steps = 5000  # validation loss on `val_batches` batches
+    config.val_batches = 50
+    config.rollout_every_steps = 1000
+    config.ckpt_every_steps = 10_000
+    config.keep_checkpoints = 3
+
+    # Rollouts drawn during training.
+    config.ddim_steps = 10
+    config.n_prompt = 1  # real frames that a rollout starts from
+    config.rollout_frames = 16  # in all, prompt included
+    config.n_rollout_samples = 4
+
+    # Weights & Biases. mode: auto (online where a key is configured, else off), online, offline
+    # or disabled.
+    config.wandb = ConfigDict()
+    config.wandb.project = "coinrun-world-model"
+    config.wandb.entity = ""
+    config.wandb.mode = "auto"
+    return config

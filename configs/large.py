@@ -1,0 +1,16 @@
+"""The original's larger network: 119,739,712 parameters.
+
+    python train.py --config configs/large.py --workdir runs/large
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.model.hidden_size = 640
+    config.model.depth = 8
+    config.model.num_heads = 8
+    return config

@@ -1,0 +1,62 @@
+"""Evaluators: each goes through batches and yields (name, value) pairs."""
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from cwm_jax import diffusion, metrics, model
+from cwm_jax.coinrun import to_model, to_pixels
+from cwm_jax.model import DiTConfig, Params
+from cwm_jax.parallel import to_devices
+
+Batches = Iterable[dict[str, np.ndarray]]
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _sums(params, batch, key, *, network: DiTConfig) -> dict[str, jax.Array]:
+    """Sums over a batch's clips (those with mask) and frames, at random noise labels."""
+    x0 = to_model(batch["frames"])
+    t_BT, noise = diffusion.draw(key, x0.shape)
+    sample = diffusion.noised(x0, t_BT, noise)
+    velocity = model.bind(network, params)(sample.x, t_BT, batch["actions"])
+    predicted = to_pixels(diffusion.predict_clean(sample.x, velocity, t_BT)) / 255
+    real = batch["frames"] / 255
+    per_clip = {
+        "loss": jnp.square(velocity - sample.velocity).mean((1, 2, 3, 4)),
+        "mse": metrics.mse(predicted, real).mean(1),
+        "ssim": metrics.ssim(predicted, real).mean(1),
+        "clips": jnp.ones(len(x0)),
+    }
+    return {name: (value * batch["mask"]).sum() for name, value in per_clip.items()}
+
+
+def _means(network: DiTConfig, params: Params, batches: Batches, mesh: Mesh) -> dict[str, float]:
+    """Means over all clips. Each batch's noise is the same at every call, so runs compare."""
+    totals: dict[str, float] = {}
+    for index, batch in enumerate(batches):
+        key = jax.random.fold_in(jax.random.key(0), index)
+        for name, value in _sums(params, to_devices(batch, mesh), key, network=network).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    return {name: value / totals["clips"] for name, value in totals.items()}
+
+
+def validation(network, params, batches: Batches, mesh: Mesh) -> Iterator[tuple[str, float]]:
+    """`val/loss`: the diffusion loss, each frame at a random noise label."""
+    yield "val/loss", _means(network, params, batches, mesh)["loss"]
+
+
+def epoch_end(network, params, batches: Batches, mesh: Mesh) -> Iterator[tuple[str, float]]:
+    """`epoch/val_loss`, `epoch/psnr` (dB), `epoch/ssim`, as the original defines them.
+
+    Quality of the single-step x0 prediction at random noise labels; PSNR from the mean squared
+    error over the whole split. These say how well the network denoises, not how well it plays:
+    most of a frame shows through the noise at most labels.
+    """
+    means = _means(network, params, batches, mesh)
+    yield "epoch/val_loss", means["loss"]
+    yield "epoch/psnr", float(metrics.psnr_of_mse(np.float32(means["mse"])))
+    yield "epoch/ssim", means["ssim"]

@@ -1,0 +1,106 @@
+"""A config file's settings, checked once at the start and frozen."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from cwm_jax.data import DataConfig
+from cwm_jax.errors import UserError
+from cwm_jax.model import DiTConfig
+from cwm_jax.sampler import SamplerConfig, ddim_levels
+from cwm_jax.training import OptimizerConfig
+from cwm_jax.wandb_run import WandbConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of a run; `configs/base.py` says what each means."""
+
+    seed: int
+    model: DiTConfig
+    data: DataConfig
+    wandb: WandbConfig
+
+    batch_size: int
+    global_batch_size: int
+    epochs: int
+    max_steps: int
+    lr: float
+    weight_decay: float
+    warmup_steps: int
+    grad_clip: float
+    ema_decay: float
+
+    log_every_steps: int
+    val_every_steps: int
+    val_batches: int
+    rollout_every_steps: int
+    ckpt_every_steps: int
+    keep_checkpoints: int
+
+    ddim_steps: int
+    n_prompt: int
+    rollout_frames: int
+    n_rollout_samples: int
+
+    def __post_init__(self):
+        zero_allowed = ("seed", "global_batch_size", "max_steps", "warmup_steps")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in zero_allowed else 1
+            if field.type is int and value < least:
+                raise UserError(f"config.{field.name}={value}: must be {least} or more")
+        if not self.n_prompt < self.rollout_frames:
+            raise UserError(
+                f"config.rollout_frames={self.rollout_frames} counts the prompt too, so it must be "
+                f"more than config.n_prompt={self.n_prompt}"
+            )
+        for name, frames in (("data.clip_len", self.data.clip_len), ("n_prompt", self.n_prompt)):
+            if frames > self.model.max_frames:
+                raise UserError(
+                    f"config.{name}={frames} is more than the network's window, "
+                    f"config.model.max_frames={self.model.max_frames}"
+                )
+        _ = self.optimizer, self.sampler  # these check their own fields
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Settings":
+        """Settings from a config's plain nested dict.
+
+        Raises:
+            UserError: for a key that is missing or does not exist, or a value out of range.
+        """
+        sections = {"model": DiTConfig, "data": DataConfig, "wandb": WandbConfig}
+        values = dict(config)
+        for name, section in sections.items():
+            values[name] = _build(section, values.get(name, {}), f"config.{name}.")
+        return _build(cls, values, "config.")
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        names = (field.name for field in dataclasses.fields(OptimizerConfig))
+        return OptimizerConfig(**{name: getattr(self, name) for name in names})
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """How rollouts during training are drawn: exactly as the reference does."""
+        return SamplerConfig(levels=ddim_levels(self.ddim_steps), window="exact")
+
+
+def _build(cls, values: Mapping[str, Any], prefix: str):
+    """`cls(**values)`, with an error that names the key where one is unknown, missing or mistyped."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise UserError(f"there is no setting {prefix}{unknown[0]}; see configs/base.py for all")
+    if missing := sorted(set(fields) - set(values)):
+        raise UserError(f"the config lacks {prefix}{missing[0]}; see configs/base.py")
+    checked = {name: _typed(values[name], field.type, prefix + name) for name, field in fields.items()}
+    return cls(**checked)
+
+
+def _typed(value, wanted, name: str):
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if wanted in (int, float, str) and (not isinstance(value, wanted) or isinstance(value, bool)):
+        raise UserError(f"{name} must be {wanted.__name__}, not {value!r}")
+    return value

@@ -1,0 +1,134 @@
+"""One training step: noise a batch, predict the velocity, update parameters and their average.
+
+AdamW: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. Everything that a step needs is
+in its arguments: labels and noise are drawn from a key and the step's number, so a resumed run
+draws what an undisturbed one would have drawn, on any number of devices.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cwm_jax import diffusion, model
+from cwm_jax.coinrun import to_model
+from cwm_jax.errors import UserError
+from cwm_jax.model import DiTConfig, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How parameters are updated."""
+
+    lr: float
+    weight_decay: float  # on every parameter
+    warmup_steps: int
+    grad_clip: float  # by global norm
+    ema_decay: float  # 0: no moving average is kept
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("lr", 0, 1),
+            ("weight_decay", 0, 1),
+            ("warmup_steps", 0, 10**9),
+            ("grad_clip", 1e-12, 1e12),
+            ("ema_decay", 0, 0.999999),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"config.{name}={getattr(self, name)}: must be {low}…{high}")
+
+
+class TrainState(NamedTuple):
+    """What a run is, but for its place in the data."""
+
+    step: jax.Array  # int32 [], updates so far
+    params: Params
+    opt_state: optax.OptState
+    ema: Params | None  # moving average of params
+    epoch_loss: jax.Array  # float32 [2], sum and number of this epoch's losses
+
+
+def learning_rate(config: OptimizerConfig):
+    """lr · (1/W + (1 − 1/W) · min(k/W, 1)) for update k = 0, 1, …; constant where W is 0."""
+    if not config.warmup_steps:
+        return optax.constant_schedule(config.lr)
+    return optax.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps)
+
+
+def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW (0.9, 0.999, 1e-8) with warm-up."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.adamw(learning_rate(config), weight_decay=config.weight_decay),
+    )
+
+
+def init_state(network: DiTConfig, optim: OptimizerConfig, seed: int) -> TrainState:
+    params = model.init(network, seed)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer(optim).init(params),
+        ema=jax.tree.map(jnp.copy, params) if optim.ema_decay else None,
+        epoch_loss=jnp.zeros(2),
+    )
+
+
+def clip_loss(params, frames_BTHWC, actions_BT, t_BT, noise_BTHWC, *, network: DiTConfig):
+    """Diffusion loss of clips, float32 []; frames are uint8, t and noise as `diffusion.draw`."""
+    sample = diffusion.noised(to_model(frames_BTHWC), t_BT, noise_BTHWC)
+    predicted = model.bind(network, params)(sample.x, t_BT, actions_BT)
+    return diffusion.loss(predicted, sample.velocity)
+
+
+def update(state: TrainState, batch, t_BT, noise_BTHWC, *, network, optim):
+    """One AdamW update with given labels and noise: (next state, metrics)."""
+    loss, grads = jax.value_and_grad(clip_loss)(
+        state.params, batch["frames"], batch["actions"], t_BT, noise_BTHWC, network=network
+    )
+    updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "train/loss": loss,
+        "train/grad_norm": optax.global_norm(grads),  # before clipping
+        "train/lr": learning_rate(optim)(state.step),
+    }
+    following = TrainState(
+        state.step + 1,
+        params,
+        opt_state,
+        _average(state, params, optim.ema_decay),
+        state.epoch_loss + jnp.array([1.0, 0.0]) * loss + jnp.array([0.0, 1.0]),
+    )
+    return following, metrics
+
+
+def _average(state: TrainState, params: Params, decay: float) -> Params | None:
+    """Moving average whose first steps forget faster, so that it soon leaves the random start."""
+    if state.ema is None:
+        return None
+    step = state.step.astype(jnp.float32)
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "optim"), donate_argnames="state")
+def train_step(state: TrainState, batch, key, *, network: DiTConfig, optim: OptimizerConfig):
+    """One update on a batch of uint8 clips: (next state, metrics as device scalars).
+
+    Args:
+        state: used up; its memory becomes the next state's.
+        batch: `{"frames": uint8 [B, T, H, W, 3], "actions": int32 [B, T]}`.
+        key: the run's PRNG key; the step's number is folded in here.
+    """
+    step_key = jax.random.fold_in(key, state.step)
+    t_BT, noise_BTHWC = diffusion.draw(step_key, batch["frames"].shape)
+    return update(state, batch, t_BT, noise_BTHWC, network=network, optim=optim)
+
+
+def weights_to_sample(state: TrainState) -> Params:
+    """The moving average where there is one, else the parameters."""
+    return state.params if state.ema is None else state.ema
