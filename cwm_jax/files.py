@@ -1,6 +1,7 @@
 """Writing a file whole or not at all."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,13 +24,13 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
         if path.is_dir():
-            raise IsADirectoryError("it is a folder")
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        temporary.touch()
     except OSError as error:
-        temporary.unlink(missing_ok=True) if temporary.is_file() else None
-        reason = error.strerror or error
-        raise UserError(f"cannot write {path}: {reason}; name a file you may write") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; name a file in a folder you may write to"
+        ) from error
     try:
         yield temporary
         os.replace(temporary, path)

@@ -50,7 +50,7 @@ def keyboard_panel(action: int, *, width: int = 128) -> np.ndarray:
     keys = _arrow_keys(coinrun.action_keys(action), key, gap)
     panel.paste(keys, ((width - keys.width) // 2, gap))
 
-    name = coinrun.action_name(action).replace("–", "-")  # the font has no dash
+    name = shown_name(action)
     while text_size > 7 and font(text_size).getlength(name) > width - 4:
         text_size -= 1
     quiet = action == coinrun.NOOP or not 0 <= action < coinrun.NUM_ACTIONS
@@ -61,6 +61,11 @@ def keyboard_panel(action: int, *, width: int = 128) -> np.ndarray:
     pixels = np.array(panel)
     pixels.setflags(write=False)  # the cache hands the same array to every caller
     return pixels
+
+
+def shown_name(action: int) -> str:
+    """The action's name in letters that the font has: it has no dash."""
+    return coinrun.action_name(action).replace("–", "-")
 
 
 def panel_height(width: int) -> int:
