@@ -1,0 +1,65 @@
+# Everything happens in .venv and runs/demo; `make clean` takes both away again.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := runs/demo
+TORCH_VERSION := 2.13.0
+UV := $(shell command -v uv 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-torch demo test test-torch-extra lint format lock clean
+
+help:  ## List what make can do here
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP)  ## Create .venv with everything pinned (PYTHON=python3.12 to choose; uses uv if there)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: cwm_jax needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "       Name a newer one: make install PYTHON=python3.12" >&2; exit 1; }
+ifdef UV
+	test -x $(BIN)/python || uv venv --quiet --seed --python "$$(command -v $(PYTHON))" $(VENV)
+	uv pip install --quiet --python $(BIN)/python -e '.[dev]' -c constraints.txt
+else
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+endif
+	@touch $@
+
+install-torch: $(STAMP)  ## Add the pinned PyTorch, which only .pt files need
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+
+demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagines
+	rm -rf $(DEMO)
+	$(BIN)/python train.py --config configs/debug.py --workdir $(DEMO)
+	$(BIN)/python sample.py --checkpoint $(DEMO) --output $(DEMO)/sample.mp4
+	@echo; echo "The demo is done. Look at:"
+	@for file in sample.mp4 grid.png curves.png metrics.jsonl; do \
+	  test -s $(DEMO)/$$file || { echo "error: $(DEMO)/$$file is missing or empty" >&2; exit 1; }; \
+	  echo "  $(DEMO)/$$file"; done
+
+test: $(STAMP)  ## Run the whole test suite
+	$(BIN)/python -m pytest -n 2
+
+test-torch-extra: install-torch  ## Run the whole suite with PyTorch present: the .pt tests run too
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)  ## Check format and lint, change nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(STAMP)  ## Format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock:  ## Choose the pinned versions anew (needs uv)
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
+	  --custom-compile-command 'make lock' --extra dev pyproject.toml --output-file constraints.txt
+	echo 'torch==$(TORCH_VERSION)  # held for the extra "torch"; nothing else asks for it' >> constraints.txt
+
+clean:  ## Remove .venv, the demo, caches and build leftovers
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,101 @@
+"""`metrics.jsonl`: a run's numbers, one JSON object a line, `{"step": 100, "train/loss": 0.12}`.
+
+Steps never go down, and no step has the same name twice; what is reported at different moments of
+one step (training, then validation) stands on lines of its own. JSON has no NaN and no infinity:
+such a value is written as null. Pictures and films are there by path.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from cwm_jax.errors import UserError
+from cwm_jax.files import written_whole
+
+
+class MetricsFile:
+    """Appends to a metrics file; each line is with the operating system once written.
+
+    Args:
+        path: the file; made if it is not there.
+        resume_step: the last step that still counts. Lines of later steps are what a run did
+            between its last checkpoint and its end; it will do those steps again, so they are
+            taken out, all at once, as is a last line that was cut short. None: the run starts
+            afresh, and no earlier line counts.
+
+    Raises:
+        UserError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, resume_step: int | None = None):
+        path = Path(path)
+        try:
+            before = path.read_bytes() if path.exists() else b""
+            after = b"".join(_lines_up_to(-1 if resume_step is None else resume_step, before, path))
+            if before != after:
+                with written_whole(path) as temporary:
+                    temporary.write_bytes(after)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot keep metrics in {path}: {error.strerror or error}") from error
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        numbers = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self._write({"step": step, **numbers})
+
+    def media(self, step: int, name: str, path: Path, kind: str) -> None:
+        self._write({"step": step, name: os.fspath(path)})
+
+    def close(self, *, failed: bool = False) -> None:
+        self._file.close()
+
+    def _write(self, record: dict) -> None:
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def read_series(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The numbers of a metrics file by name: float64 steps [n] and values [n] (NaN for null).
+
+    A last line cut short is passed over, so a file can be read while a run writes it.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read metrics from {path}: {error.strerror}") from error
+    points: dict[str, list[tuple[float, float]]] = {}
+    for _, record in _records(text, path):
+        for name, value in record.items():
+            if name != "step" and (value is None or isinstance(value, (int, float))):
+                value = math.nan if value is None else value
+                points.setdefault(name, []).append((record["step"], value))
+    return {name: tuple(np.array(xy, float).T) for name, xy in points.items()}
+
+
+def _lines_up_to(step: int, text: bytes, path: Path) -> Iterator[bytes]:
+    return (line + b"\n" for line, record in _records(text, path) if record["step"] <= step)
+
+
+def _records(text: bytes, path: Path) -> Iterator[tuple[bytes, dict]]:
+    """Each whole line with what it says; names every other line that is no record."""
+    lines = text.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            if line.strip() and number < len(lines):  # the last has no newline: it was cut short
+                print(f"warning: {path}, line {number} is no record; left out", file=sys.stderr)
+            continue
+        yield line, record

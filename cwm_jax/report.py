@@ -1,0 +1,169 @@
+"""Reports what a run does: to the terminal, to `metrics.jsonl`, and to W&B."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from cwm_jax.metrics_file import MetricsFile
+from cwm_jax.video import write_png
+from cwm_jax.wandb_run import WandbConfig, open_wandb
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """Somewhere a report goes."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def media(self, step: int, name: str, path: Path, kind: str) -> None:
+        """`kind` is "video" (an mp4) or "image" (a PNG)."""
+
+    def close(self, *, failed: bool = False) -> None: ...
+
+
+class Reporter:
+    """Hands every number and picture to each of its sinks; a context manager.
+
+    Steps may not go back. What has been reported under a name at a step is not reported again
+    at that step: the first word stands.
+
+    Args:
+        workdir: where pictures given as arrays are written, under `media/`.
+        sinks: where reports go; with none, reporting does nothing.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, sinks: Sequence[Sink]):
+        self._workdir = Path(workdir)
+        self._sinks = tuple(sinks)
+        self._step = 0
+        self._names: set[str] = set()
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Reports numbers (anything `float` takes, such as a JAX scalar, which it waits for)."""
+        if not self._sinks:
+            return
+        fresh = self._fresh(step, values)
+        numbers = {name: float(values[name]) for name in fresh}
+        for sink in self._sinks if numbers else ():
+            sink.scalars(step, numbers)
+
+    def video(self, step: int, name: str, path: str | os.PathLike) -> None:
+        """Reports an mp4 that has been written to `path`."""
+        self._media(step, name, Path(path), "video")
+
+    def image(self, step: int, name: str, image: np.ndarray | str | os.PathLike) -> None:
+        """Reports a picture: a PNG's path, or uint8 [H, W, 3] to be written under `media/`."""
+        if not self._sinks:
+            return
+        if isinstance(image, np.ndarray):
+            path = self._workdir / "media" / f"{name.replace('/', '_')}_{step:08d}.png"
+            write_png(path, image)
+        else:
+            path = Path(image)
+        self._media(step, name, path, "image")
+
+    def close(self, *, failed: bool = False) -> None:
+        """Closes every sink, whatever becomes of the others; `failed` marks a run that broke."""
+        with contextlib.ExitStack() as stack:
+            for sink in self._sinks:
+                stack.callback(sink.close, failed=failed)
+        self._sinks = ()
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.close(failed=error is not None)
+
+    def _media(self, step: int, name: str, path: Path, kind: str) -> None:
+        for sink in self._sinks if self._sinks and self._fresh(step, [name]) else ():
+            sink.media(step, name, path, kind)
+
+    def _fresh(self, step: int, names: Sequence[str] | Mapping) -> list[str]:
+        if step < self._step:
+            raise ValueError(f"step {step} was reported after step {self._step}")
+        if step > self._step:
+            self._step, self._names = step, set()
+        fresh = [name for name in names if name not in self._names]
+        self._names.update(fresh)
+        return fresh
+
+
+def open_reporter(
+    workdir: str | os.PathLike,
+    *,
+    total_steps: int,
+    wandb: WandbConfig,
+    run_config: Mapping[str, Any],
+    resume_step: int | None = None,
+    enabled: bool = True,
+) -> Reporter:
+    """The reporter of a training run.
+
+    Args:
+        workdir: the run's folder; gets `metrics.jsonl`, `wandb_run_id.txt`, `media/`, `wandb/`.
+        total_steps: where the progress bar ends.
+        wandb: whether and where to show the run on the web.
+        run_config: the run's settings, a plain nested dict, shown there with it.
+        resume_step: the step of the checkpoint that training goes on from; None for a new run.
+        enabled: False in every process but the first, which then report nothing.
+
+    Raises:
+        UserError: the workdir cannot be written.
+    """
+    if not enabled:
+        return Reporter(workdir, ())
+    workdir = Path(workdir)
+    sinks: list[Sink] = [MetricsFile(workdir / METRICS_FILE, resume_step=resume_step)]
+    run = open_wandb(wandb, workdir, run_config=run_config, resuming=resume_step is not None)
+    sinks += [run] if run else []
+    sinks.append(Terminal(total_steps, first_step=resume_step or 0))
+    return Reporter(workdir, sinks)
+
+
+class Terminal:
+    """A progress bar with the training loss, and a line for every other result.
+
+    Where the stream is no terminal but a log file, there is no bar, and a line for every report.
+    """
+
+    def __init__(self, total_steps: int, *, first_step: int = 0, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._total = total_steps
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit=" steps",
+            file=self._stream,
+            dynamic_ncols=True,
+            disable=None,  # off unless the stream is a terminal
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        in_training = "train/loss" in values
+        if in_training and not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {values['train/loss']:.4f}", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        words = [f"{name} {value:.4g}" for name, value in values.items()]
+        pace = values.get("perf/steps_per_sec", 0)
+        if in_training and pace > 0 and step < self._total:
+            words.append(f"{tqdm.format_interval((self._total - step) / pace)} left")
+        self._say(step, "  ".join(words))
+
+    def media(self, step: int, name: str, path: Path, kind: str) -> None:
+        self._say(step, f"{name} → {path}")
+
+    def close(self, *, failed: bool = False) -> None:
+        self._bar.close()
+
+    def _say(self, step: int, words: str) -> None:
+        width = len(str(self._total))
+        tqdm.write(f"step {step:>{width}}/{self._total}  {words}", file=self._stream)

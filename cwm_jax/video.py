@@ -1,0 +1,89 @@
+"""Pictures to files and back: films (mp4) and stills (PNG)."""
+
+import os
+from collections.abc import Iterable
+
+import av
+import numpy as np
+from PIL import Image
+
+from cwm_jax.errors import UserError
+from cwm_jax.files import written_whole
+
+_BT709 = {"dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
+
+
+def write_mp4(path: str | os.PathLike, frames: Iterable[np.ndarray], *, fps: int) -> None:
+    """Writes H.264 that plays in browsers and on telephones, whole or not at all.
+
+    Frames are encoded as they come, so that whoever makes them need not keep them; near-lossless
+    (CRF 17), yuv420p, BT.709, with the index at the front of the file.
+
+    Args:
+        path: where to write; folders are made.
+        frames: uint8 images [H, W, 3], all of one size, both sides even; at least one.
+        fps: frames a second.
+
+    Raises:
+        UserError: `path` cannot be written, the frames are not as above, or this build of PyAV
+            has no H.264 encoder.
+    """
+    with (
+        written_whole(path) as temporary,
+        av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
+        stream = None
+        for frame in frames:
+            if stream is None:
+                stream = _h264_stream(container, frame, fps)
+            if frame.shape != (stream.height, stream.width, 3) or frame.dtype != np.uint8:
+                raise UserError(
+                    f"{path}: a frame is {frame.dtype} {frame.shape} in a film of "
+                    f"uint8 {(stream.height, stream.width, 3)}"
+                )
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture.reformat(format="yuv420p", **_BT709)))
+        if stream is None:
+            raise UserError(f"{path}: there are no frames to write; a film has at least one")
+        container.mux(stream.encode(None))
+
+
+def read_mp4(path: str | os.PathLike) -> np.ndarray:
+    """All frames of a film, uint8 [T, H, W, 3].
+
+    Raises:
+        UserError: there is no film to read at `path`.
+    """
+    try:
+        with av.open(os.fspath(path)) as container:
+            return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    except (av.FFmpegError, OSError, IndexError, ValueError) as error:
+        raise UserError(f"cannot read a film from {path}: {error}") from error
+
+
+def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Writes a uint8 image [H, W, 3], whole or not at all.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    with written_whole(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG")
+
+
+def _h264_stream(container: av.container.OutputContainer, frame: np.ndarray, fps: int):
+    height, width = frame.shape[:2]
+    if height % 2 or width % 2:
+        raise UserError(f"film frames of {height}×{width} pixels; both sides must be even")
+    try:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
+    except (av.codec.codec.UnknownCodecError, av.FFmpegError) as error:
+        raise UserError(
+            "this build of PyAV has no libx264 encoder; install one that has: pip install av"
+        ) from error
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    # Untagged films are guessed at by players, and the colours then depend on the size.
+    codec = stream.codec_context
+    codec.colorspace, codec.color_range = 1, 1  # BT.709, limited range
+    codec.color_primaries, codec.color_trc = 1, 1
+    return stream

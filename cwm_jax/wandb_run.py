@@ -1,0 +1,162 @@
+"""Weights & Biases: the same numbers and pictures, on the web."""
+
+import dataclasses
+import netrc
+import os
+import secrets
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cwm_jax.errors import UserError
+from cwm_jax.files import written_whole
+
+MODES = ("auto", "online", "offline", "disabled")
+RUN_ID_FILE = "wandb_run_id.txt"
+_INIT_SECONDS = 30  # how long an unreachable server may hold up the start of training …
+_FINISH_SECONDS = 120  # … and its end; what is not sent by then stays on disk for `wandb sync`
+
+
+@dataclasses.dataclass(frozen=True)
+class WandbConfig:
+    """Where a run is shown.
+
+    Fields:
+        project: the W&B project.
+        entity: the user or team; None for the default of the account.
+        mode: "online", "offline" (kept in the workdir, to `wandb sync` later), "disabled", or
+            "auto": what the variable WANDB_MODE says, else online where an API key is
+            configured (WANDB_API_KEY or netrc, as `wandb login` leaves it), else disabled.
+    """
+
+    project: str = "coinrun-world-model"
+    entity: str | None = None
+    mode: str = "auto"
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise UserError(f"wandb.mode is {self.mode!r}; use one of {', '.join(MODES)}")
+
+
+class WandbRun:
+    """One W&B run. Its failures are told once, loudly, and never reach the training.
+
+    When a run is resumed, W&B still has the steps between the last checkpoint and the crash, and
+    takes none twice: they are passed over until the run is past them.
+    """
+
+    def __init__(self, run: Any):
+        self._run = run
+        self._first_step = run.step
+        self._well = True
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._send(step, lambda: dict(values))
+
+    def media(self, step: int, name: str, path: Path, kind: str) -> None:
+        def content():
+            import wandb
+
+            is_video = kind == "video"
+            return {
+                name: wandb.Video(str(path), format="mp4") if is_video else wandb.Image(str(path))
+            }
+
+        self._send(step, content)
+
+    def close(self, *, failed: bool = False) -> None:
+        self._try(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _send(self, step: int, content: Callable[[], dict]) -> None:
+        if step >= self._first_step:
+            self._try(lambda: self._run.log(content(), step=step))
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        if self._well:
+            try:
+                action()
+            except Exception as error:
+                self._well = False
+                _warn(error)
+
+
+def open_wandb(
+    config: WandbConfig, workdir: Path, *, run_config: Mapping[str, Any], resuming: bool
+) -> WandbRun | None:
+    """Starts a run, or continues the workdir's own when `resuming`.
+
+    Args:
+        config: where.
+        workdir: holds the run's id in `wandb_run_id.txt`, and W&B's local files.
+        run_config: the settings to show with the run; a plain nested dict.
+        resuming: whether training goes on from a checkpoint of this workdir.
+
+    Returns:
+        The run; None where W&B is disabled or could not be started (which is then said).
+    """
+    mode = resolved_mode(config.mode)
+    if mode == "disabled":
+        return None
+    run_id = _run_id(workdir / RUN_ID_FILE, resuming)
+    try:
+        import wandb  # slow to import, and not everyone uses it
+
+        return WandbRun(
+            wandb.init(
+                project=config.project,
+                entity=config.entity,
+                mode=mode,
+                dir=workdir,
+                config=dict(run_config),
+                id=run_id,
+                resume="allow",
+                settings=wandb.Settings(init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS),
+            )
+        )
+    except Exception as error:
+        _warn(error)
+        return None
+
+
+def resolved_mode(mode: str) -> str:
+    """What "auto" comes to here: "online", "offline" or "disabled"; other modes stay."""
+    if mode != "auto":
+        return mode
+    asked = os.environ.get("WANDB_MODE", "")
+    if asked in ("online", "offline", "disabled"):
+        return asked
+    return "online" if _has_api_key() else "disabled"
+
+
+def _has_api_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    homes = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
+    file = next((home for home in homes if home and os.path.exists(home)), None)
+    try:
+        return file is not None and netrc.netrc(os.fspath(file)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _run_id(file: Path, resuming: bool) -> str:
+    """The id kept in the workdir where there is one to continue, else a new one, then kept."""
+    if resuming and file.exists() and (kept := file.read_text().strip()):
+        return kept
+    run_id = secrets.token_hex(4)
+    with written_whole(file) as temporary:
+        temporary.write_text(run_id + "\n")
+    return run_id
+
+
+def _warn(error: Exception) -> None:
+    rule = "=" * 78
+    print(
+        f"{rule}\nWARNING: W&B failed and is off for the rest of this run.\n"
+        f"  {type(error).__name__}: {error}\n"
+        f"Training goes on, and metrics.jsonl keeps every number.\n{rule}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,172 @@
+"""W&B gets every number and picture under its name, goes on after a resume, and can only warn."""
+
+import struct
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from cwm_jax import video, wandb_run
+from cwm_jax.errors import UserError
+from cwm_jax.report import open_reporter
+from cwm_jax.wandb_run import WandbConfig, open_wandb, resolved_mode
+
+NUMBERS = [
+    *("train/loss", "train/lr", "train/grad_norm", "val/loss"),
+    *("perf/steps_per_sec", "perf/frames_per_sec"),
+    *("epoch/train_loss", "epoch/val_loss", "epoch/psnr", "epoch/ssim"),
+]
+FAMILY = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC")
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch, tmp_path):
+    for name in FAMILY:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def offline_records(path):
+    """The records of an offline run's file: LevelDB's log format after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, parts, records = path.read_bytes(), 7, [], []
+    assert data[:4] == b":W&B"
+    whole, first, middle, last = 1, 2, 3, 4
+    while at + 7 <= len(data):
+        room = 32768 - at % 32768
+        if room < 7:  # too little left in the block for a header
+            at += room
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        parts = (parts if kind in (middle, last) else []) + [data[at + 7 : at + 7 + length]]
+        at += 7 + length
+        assert kind in (whole, first, middle, last)
+        if kind in (whole, last):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(b"".join(parts))
+            records.append(record)
+    return records
+
+
+def logged(workdir):
+    """All history rows of a workdir's offline runs, in order: list of {name: JSON}."""
+    rows = []
+    for path in sorted(workdir.glob("wandb/offline-run-*/run-*.wandb")):
+        for record in offline_records(path):
+            if record.HasField("history"):
+                rows.append(
+                    {
+                        item.key or "/".join(item.nested_key): item.value_json
+                        for item in record.history.item
+                    }
+                )
+    return rows
+
+
+def offline(workdir, resume_step=None):
+    return open_reporter(
+        workdir,
+        total_steps=30,
+        wandb=WandbConfig(mode="offline", project="test"),
+        run_config={"model": {"dim": 32}},
+        resume_step=resume_step,
+    )
+
+
+def test_an_offline_run_holds_everything_and_a_resumed_one_goes_on(tmp_path):
+    film = tmp_path / "film.mp4"
+    video.write_mp4(film, [np.zeros((16, 16, 3), np.uint8)] * 3, fps=5)
+    with offline(tmp_path) as report:
+        for step in (10, 20):
+            report.scalars(step, dict.fromkeys(NUMBERS, step / 7))
+        report.video(20, "rollout/video", film)
+        report.image(20, "rollout/grid", np.zeros((5, 7, 3), np.uint8))
+    run_id = (tmp_path / "wandb_run_id.txt").read_text()
+
+    rows = logged(tmp_path)
+    assert [row["_step"] for row in rows] == ["10", "20"]
+    assert set(NUMBERS) <= set(rows[0])
+    assert float(rows[1]["val/loss"]) == 20 / 7
+    names = {name.split("/_type")[0] for name in rows[1]}
+    assert {"rollout/video", "rollout/grid"} <= names
+    kept = {path.suffix for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*.*")}
+    assert kept == {".mp4", ".png"}
+
+    with offline(tmp_path, resume_step=20) as report:
+        report.scalars(30, {"train/loss": 0.1})
+    assert (tmp_path / "wandb_run_id.txt").read_text() == run_id
+    folders = list(tmp_path.glob("wandb/offline-run-*"))
+    assert len(folders) in (1, 2)  # one if both began in the same second
+    assert all(folder.name.endswith(run_id.strip()) for folder in folders)
+
+    with offline(tmp_path):
+        pass
+    assert (tmp_path / "wandb_run_id.txt").read_text() != run_id
+
+
+def test_auto_is_online_only_with_a_key(tmp_path, monkeypatch):
+    assert resolved_mode("auto") == "disabled"
+    netrc = tmp_path / "home" / ".netrc"
+    netrc.parent.mkdir()
+    netrc.write_text("machine example.org login user password secret\n")
+    assert resolved_mode("auto") == "disabled"
+    netrc.write_text("machine api.wandb.ai login user password secret\n")
+    assert resolved_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example.org:8080")
+    assert resolved_mode("auto") == "disabled"
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert resolved_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert resolved_mode("auto") == "offline"
+    assert [resolved_mode(mode) for mode in ("online", "disabled")] == ["online", "disabled"]
+
+
+def test_disabled_does_not_even_import_wandb(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would fail
+    assert open_wandb(WandbConfig(), tmp_path, run_config={}, resuming=False) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_mode_is_named():
+    with pytest.raises(UserError, match=r"wandb.mode is 'on'.*offline"):
+        WandbConfig(mode="on")
+
+
+def test_a_server_that_is_not_there_is_told_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr(wandb_run, "_INIT_SECONDS", 1)
+    config = WandbConfig(mode="online")
+    with open_reporter(tmp_path, total_steps=3, wandb=config, run_config={}) as report:
+        report.scalars(1, {"train/loss": 1.0})
+    assert "WARNING: W&B failed" in capsys.readouterr().err
+    assert "train/loss" in (tmp_path / "metrics.jsonl").read_text()
+
+
+class Breaking(types.SimpleNamespace):
+    """A run that goes on from step 5 and whose connection breaks at step 7."""
+
+    step = 5
+
+    def log(self, values, step):
+        if step == 7:
+            raise ConnectionError("gone")
+        self.sent.append(step)
+
+    def finish(self, exit_code):
+        self.sent.append("finish")
+
+
+def test_a_failure_on_the_way_is_told_once_and_known_steps_are_passed_over(capsys):
+    run = Breaking(sent=[])
+    sink = wandb_run.WandbRun(run)
+    for step in range(3, 10):
+        sink.scalars(step, {"train/loss": 1.0})
+    sink.close()
+    assert run.sent == [5, 6]
+    errors = capsys.readouterr().err
+    assert errors.count("WARNING") == 1
+    assert "ConnectionError: gone" in errors
