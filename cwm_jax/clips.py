@@ -1,0 +1,147 @@
+"""Every episode of a split by number, every clip of it by number, and clips put into batches.
+
+Start-up reads no video: a record's length in bytes stands in its shard's chunk headers, and
+records of the same length in bytes are taken to have the same number of frames. One of each
+length is decoded to learn that number; all others are held to it when they are read.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cwm_jax.coinrun import FRAME_SHAPE, NO_ACTION, NUM_ACTIONS
+from cwm_jax.episodes import BadRecord, Episode, decode
+from cwm_jax.errors import UserError
+from cwm_jax.shards import Readers, check_sizes, open_shard, read_record, record_sizes
+
+Batch = dict[str, np.ndarray]
+
+_INDEX_THREADS = 16  # mostly waiting for the disk
+_SILENT_SECONDS = 2.0  # an index that takes longer shows its progress
+
+
+class Episodes:
+    """The episodes of some shards, numbered from 0 in order of shard and record.
+
+    `lengths` (int32 [R]) holds the number of frames of each.
+    """
+
+    def __init__(self, shards: Sequence[Path], *, num_actions: int = NUM_ACTIONS):
+        per_shard = _lengths(shards, num_actions)
+        self.lengths = np.concatenate(per_shard)
+        self._shard_ends = np.cumsum([len(lengths) for lengths in per_shard])
+        self._readers = Readers(shards)
+        self._num_actions = num_actions
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(number of the shard, number of the record in it) of an episode."""
+        shard = int(np.searchsorted(self._shard_ends, number, side="right"))
+        before = int(self._shard_ends[shard - 1]) if shard else 0
+        return shard, int(number) - before
+
+    def __getitem__(self, number: int) -> Episode:
+        """Raises `BadRecord` with its place if the record is no episode."""
+        shard, index = self.place(number)
+        record = self._readers.read(shard, index)
+        path, expected = self._readers.shards[shard], self.lengths[number]
+        episode = _decoded(record, path, index, self._num_actions)
+        if len(episode) != expected:
+            raise BadRecord(
+                f"it has {len(episode)} frames; other records of {len(record)} bytes have "
+                f"{expected}, and the index of clips relies on that",
+                path,
+                index,
+            )
+        return episode
+
+
+class Clips:
+    """All clips of `clip_len` frames that start every `stride` frames of each episode."""
+
+    def __init__(self, episodes: Episodes, *, clip_len: int, stride: int):
+        self.clip_len, self.stride = clip_len, stride
+        self._episodes = episodes
+        self._ends = np.cumsum(clip_counts(episodes.lengths, clip_len, stride))
+        if not len(self):
+            longest = episodes.lengths.max(initial=0)
+            raise UserError(
+                f"clip_len is {clip_len} frames, but the longest of {len(episodes)} episodes has "
+                f"{longest}; set data.clip_len to at most {longest}."
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def locate(self, clip: int) -> tuple[int, int]:
+        """(number of the episode, its frame with which the clip starts)."""
+        episode = int(np.searchsorted(self._ends, clip, side="right"))
+        before = int(self._ends[episode - 1]) if episode else 0
+        return episode, (int(clip) - before) * self.stride
+
+    def batch(self, clips: Sequence[int]) -> Batch:
+        """The clips with these numbers, as `cut` returns them."""
+        return cut(self._episodes, [self.locate(clip) for clip in clips], self.clip_len)
+
+
+def clip_counts(lengths: np.ndarray, clip_len: int, stride: int) -> np.ndarray:
+    """How many clips episodes of `lengths` frames give: (T − clip_len) // stride + 1, or none."""
+    return np.maximum(0, (lengths.astype(np.int64) - clip_len) // stride + 1)
+
+
+def cut(episodes: Episodes, places: Sequence[tuple[int, int]], length: int) -> Batch:
+    """Clips of `length` frames from `places`, pairs of (number of the episode, first frame).
+
+    Returns `frames` uint8 [B, length, 64, 64, 3] and `actions` int32 [B, length], where
+    `actions[:, i]` led to frame i and slot 0 is `NO_ACTION`. Each episode is decoded once for
+    all its clips that stand next to each other in `places`.
+    """
+    frames = np.empty((len(places), length, *FRAME_SHAPE), np.uint8)
+    actions = np.full((len(places), length), NO_ACTION, np.int32)
+    current = None
+    for row, (number, start) in enumerate(places):
+        if number != current:
+            episode, current = episodes[number], number
+        frames[row] = episode.frames[start : start + length]
+        actions[row, 1:] = episode.actions[start : start + length - 1]
+    return {"frames": frames, "actions": actions}
+
+
+def _lengths(shards: Sequence[Path], num_actions: int) -> list[np.ndarray]:
+    """The number of frames of each record of each shard."""
+    frames_of_size: dict[int, int] = {}  # shared by the threads; two may find the same twice
+
+    def of_shard(shard: Path) -> np.ndarray:
+        return _shard_lengths(shard, num_actions, frames_of_size)
+
+    with ThreadPoolExecutor(_INDEX_THREADS) as pool:
+        found = pool.map(of_shard, shards)
+        progress = tqdm(found, "Indexing", len(shards), unit=" shards", delay=_SILENT_SECONDS)
+        return list(progress)
+
+
+def _shard_lengths(shard: Path, num_actions: int, frames_of_size: dict[int, int]) -> np.ndarray:
+    reader = open_shard(shard)
+    sizes = record_sizes(shard)
+    if sizes is None or len(sizes) != reader.num_records():  # a layout we cannot step through
+        records = (read_record(reader, shard, index) for index in range(reader.num_records()))
+        episodes = (_decoded(record, shard, i, num_actions) for i, record in enumerate(records))
+        return np.array([len(episode) for episode in episodes], np.int32)
+    check_sizes(shard, sizes)
+    for index, size in enumerate(sizes):
+        if size not in frames_of_size:
+            record = read_record(reader, shard, index)
+            frames_of_size[size] = len(_decoded(record, shard, index, num_actions))
+    return np.array([frames_of_size[size] for size in sizes], np.int32)
+
+
+def _decoded(record: bytes, shard: Path, index: int, num_actions: int) -> Episode:
+    try:
+        return decode(record, num_actions=num_actions)
+    except BadRecord as bad:
+        raise bad.at(shard, index) from None

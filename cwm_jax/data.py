@@ -1,0 +1,240 @@
+"""Batches of clips: shuffled over the whole dataset, shared among processes, and resumable.
+
+An epoch is one permutation of all clip numbers of the split, drawn from the seed and the epoch's
+number. Global batch k is a run of `batch_size` clips of it, and process p of n takes the p-th of
+n equal runs of those, so the global batch is the same for every number of processes and workers.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+from absl import flags
+
+from cwm_jax.clips import Batch, Clips, Episodes, cut
+from cwm_jax.coinrun import NUM_ACTIONS
+from cwm_jax.errors import UserError
+from cwm_jax.shards import find_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where clips come from and how they are read (`config.data`)."""
+
+    dir: str = "assets/coinrun"  # holds train/, val/ and test/ with *.array_record files
+    clip_len: int = 32  # frames
+    stride: int = 8  # frames between the starts of neighbouring clips
+    num_threads: int = 4  # in each reading process; each prepares one batch ahead
+    num_workers: int = 0  # processes that read for training; 0: threads of the calling process do
+
+    def __post_init__(self):
+        least = {"clip_len": 1, "stride": 1, "num_threads": 1, "num_workers": 0}
+        for field, minimum in least.items():
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < minimum:
+                raise UserError(f"data.{field} is {value!r}; it must be a whole number ≥ {minimum}")
+
+
+class _Loader:
+    """Turns the clip numbers of a global batch into this process's share of the batch."""
+
+    def __init__(self, clips: Clips, batch_size: int, process_index: int, process_count: int):
+        if batch_size < 1 or batch_size % process_count:
+            raise UserError(
+                f"batch_size is {batch_size}; it must be positive and divide evenly among "
+                f"{process_count} processes"
+            )
+        share = batch_size // process_count
+        self.clips = clips
+        self.mine = slice(process_index * share, (process_index + 1) * share)
+
+    def __call__(self, numbers: Sequence[int]) -> Batch:
+        return self.clips.batch(numbers[self.mine])
+
+
+class TrainBatches(Iterator[Batch]):
+    """An iterator over training batches whose position is one number.
+
+    `get_state` tells how many batches were taken, however many are being prepared, and
+    `set_state` goes to that place, also with other numbers of processes, workers and threads.
+    """
+
+    def __init__(self, batches: grain.MapDataset, config: DataConfig, identity: dict[str, int]):
+        self._batches, self._config, self._identity = batches, config, identity
+        self._taken = 0
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            remaining = self._batches.slice(slice(self._taken, None))
+            self._iterator = iter(_in_background(remaining, self._config))
+        batch = next(self._iterator)
+        self._taken += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The position and what it depends on, as plain numbers that JSON can hold."""
+        return {"batches_taken": self._taken, **self._identity}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to a position from `get_state`.
+
+        Raises `UserError` if it belongs to other data, another batch size or another seed, where
+        the same number would mean other clips.
+        """
+        for field, now in self._identity.items():
+            if state.get(field) != now:
+                raise UserError(
+                    f"The saved data position has {field}={state.get(field)}, this run has "
+                    f"{field}={now}: they order clips differently. Resume with the same "
+                    f"{field}, or start a new run."
+                )
+        self.close()
+        self._taken = state["batches_taken"]
+
+    def close(self) -> None:
+        """Stops threads and worker processes; the next batch starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def train_batches(
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_actions: int = NUM_ACTIONS,
+    epochs: int | None = None,
+) -> TrainBatches:
+    """Shuffled batches of the split `train`, for `epochs` epochs or, by default, for ever.
+
+    Each batch holds this process's `batch_size / process_count` clips: `frames` uint8
+    [B, clip_len, 64, 64, 3] and `actions` int32 [B, clip_len], where `actions[:, i]` led to frame
+    i and slot 0 is `NO_ACTION`. An epoch visits every clip once, but for the clips at its end
+    that fill no batch (fewer than `batch_size`, others in each epoch). `seed` is 0…2³²-1.
+
+    Raises `UserError` for a mistake in `config`, missing or damaged files, or a batch that is
+    larger than the dataset; `BadRecord` at the batch that holds a bad record.
+    """
+    clips = open_clips(config, "train", num_actions=num_actions)
+    if batch_size > len(clips):
+        raise UserError(
+            f"batch_size is {batch_size}, but {config.dir}/train has only {len(clips)} clips of "
+            f"{config.clip_len} frames; set a smaller batch_size or data.stride"
+        )
+    loader = _Loader(clips, batch_size, process_index, process_count)
+    order = grain.MapDataset.range(len(clips)).shuffle(seed)
+    batches = order.batch(batch_size, drop_remainder=True, batch_fn=list).repeat(epochs).map(loader)
+    identity = {
+        "seed": seed,
+        "batch_size": batch_size,
+        "clips": len(clips),
+        "clip_len": config.clip_len,
+        "stride": config.stride,
+    }
+    return TrainBatches(batches, config, identity)
+
+
+class EvalBatches:
+    """A fixed series of batches, to be gone through as often as wanted; see `eval_batches`."""
+
+    def __init__(self, numbers: np.ndarray, batch_size: int, loader: _Loader, config: DataConfig):
+        self.num_clips = len(numbers)  # in all batches of all processes, without the padding
+        self._batch_size, self._loader, self._config = batch_size, loader, config
+        padding = -len(numbers) % batch_size
+        self._numbers = np.pad(numbers, (0, padding), mode="edge")
+
+    def __len__(self) -> int:
+        return len(self._numbers) // self._batch_size
+
+    def __getitem__(self, index: int) -> Batch:
+        places = range(len(self._numbers))[index * self._batch_size :][: self._batch_size]
+        if not places:
+            raise IndexError(index)
+        mask = np.array([place < self.num_clips for place in places])
+        return {**self._loader(self._numbers[places]), "mask": mask[self._loader.mine]}
+
+    def __iter__(self) -> Iterator[Batch]:
+        # Neighbouring clips share a decoded episode, so threads do; processes would only start slowly.
+        iterator = iter(_in_threads(grain.MapDataset.source(self), self._config))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+
+def eval_batches(
+    config: DataConfig,
+    split: str,
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_actions: int = NUM_ACTIONS,
+) -> EvalBatches:
+    """Every clip of `split` once, in order; or `limit` clips at even distances over the split.
+
+    The last batch is filled up by repeating the last clip, so that all have one shape; `mask`
+    (bool [B]) is False for these. Otherwise batches and errors are as in `train_batches`.
+    """
+    clips = open_clips(config, split, num_actions=num_actions)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}; it must be at least 1 clip")
+    count = min(limit or len(clips), len(clips))
+    loader = _Loader(clips, batch_size, process_index, process_count)
+    return EvalBatches(np.arange(count) * len(clips) // count, batch_size, loader, config)
+
+
+def open_episodes(config: DataConfig, split: str, *, num_actions: int = NUM_ACTIONS) -> Episodes:
+    """The episodes of `split`, by number. Raises `UserError` if there are none to be found."""
+    return Episodes(find_shards(config.dir, split), num_actions=num_actions)
+
+
+def open_clips(config: DataConfig, split: str, *, num_actions: int = NUM_ACTIONS) -> Clips:
+    """The clips of `split`, by number. Raises `UserError` if no episode is long enough."""
+    episodes = open_episodes(config, split, num_actions=num_actions)
+    return Clips(episodes, clip_len=config.clip_len, stride=config.stride)
+
+
+def pick_episodes(episodes: Episodes, *, count: int, length: int, seed: int = 0) -> list[int]:
+    """Numbers of `count` different episodes of at least `length` frames, the same for one seed."""
+    (eligible,) = np.nonzero(episodes.lengths >= length)
+    if not 1 <= count <= len(eligible):
+        raise UserError(
+            f"{count} episodes of at least {length} frames were asked for; {len(eligible)} of "
+            f"{len(episodes)} are that long (the longest has {episodes.lengths.max(initial=0)})"
+        )
+    return np.random.default_rng(seed).permutation(eligible)[:count].tolist()
+
+
+def load_clips(episodes: Episodes, numbers: Sequence[int], *, length: int) -> Batch:
+    """The first `length` frames of the episodes with these numbers, as a batch.
+
+    Raises `UserError` for a number that does not exist or an episode that is too short.
+    """
+    for number in numbers:
+        if not 0 <= number < len(episodes):
+            raise UserError(f"there is no episode {number}; they count 0…{len(episodes) - 1}")
+        if not 1 <= length <= episodes.lengths[number]:
+            raise UserError(
+                f"{length} frames of episode {number} were asked for; it has "
+                f"{episodes.lengths[number]}"
+            )
+    return cut(episodes, [(number, 0) for number in numbers], length)
+
+
+def _in_threads(batches: grain.MapDataset, config: DataConfig) -> grain.IterDataset:
+    options = grain.ReadOptions(config.num_threads, prefetch_buffer_size=config.num_threads)
+    return batches.to_iter_dataset(options)
+
+
+def _in_background(batches: grain.MapDataset, config: DataConfig) -> grain.IterDataset:
+    if config.num_workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, also outside of absl.app.run
+    options = grain.MultiprocessingOptions(num_workers=config.num_workers)
+    return _in_threads(batches, config).mp_prefetch(options)

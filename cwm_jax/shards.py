@@ -1,0 +1,203 @@
+"""ArrayRecord files: finding, reading and writing them, and how long each record is.
+
+An ArrayRecord file is a Riegeli file of chunks, one record to a chunk when it is written with
+`group_size:1`, and a footer that lists the chunks
+(https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md).
+"""
+
+import collections
+import math
+import os
+import resource
+import struct
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from cwm_jax.episodes import BadRecord
+from cwm_jax.errors import UserError
+
+SPLITS = ("train", "val", "test")
+PATTERN = "*.array_record"
+MAX_RECORD_BYTES = 1 << 30  # 87,000 frames; a longer claim is a fault, or an attack on memory
+
+_HOW_TO_GET_DATA = """\
+Use the small dataset that comes with the project (assets/coinrun), or download the public one:
+    hf download --repo-type dataset p-doom/coinrun-dataset --local-dir data/coinrun"""
+
+
+def find_shards(dir: str | os.PathLike, split: str) -> list[Path]:
+    """The `*.array_record` files of `dir/split` in order of name; `split` is one of `SPLITS`."""
+    if split not in SPLITS:
+        raise UserError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    root = Path(dir)
+    if not root.is_dir():
+        raise UserError(f"The data folder {root} does not exist.\n{_HOW_TO_GET_DATA}")
+    if shards := sorted(root.joinpath(split).glob(PATTERN)):
+        return shards
+    present = [name for name in SPLITS if any(root.joinpath(name).glob(PATTERN))]
+    if not present:
+        raise UserError(
+            f"The data folder {root} has no {PATTERN} files in {', '.join(SPLITS)}.\n"
+            f"{_HOW_TO_GET_DATA}"
+        )
+    raise UserError(
+        f"The data folder {root} has no {PATTERN} files for the split {split!r}: "
+        f"{root / split} is missing or empty (there is {' and '.join(present)})."
+    )
+
+
+def write_shard(path: Path, records: Iterable[bytes]) -> None:
+    """Writes `records` to a new ArrayRecord file whose records can be read one by one."""
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def open_shard(shard: Path) -> ArrayRecordReader:
+    """A reader for single records. Raises `UserError` if the file is cut short or no shard."""
+    options = "readahead_buffer_size:0,max_parallelism:0"  # what array_record advises for this
+    reader = ArrayRecordReader(str(shard), options=options, file_reader_buffer_size=1 << 15)
+    if reader.ok():
+        return reader
+    try:
+        reader.close()  # the only call that tells what is wrong
+        cause = "unknown cause"
+    except RuntimeError as error:
+        cause = str(error) or "its end is missing"
+    raise UserError(
+        f"{shard} ({_size(shard)}) is not a whole ArrayRecord file: {cause}. "
+        "Download or write it again, or remove it."
+    )
+
+
+def read_record(reader: ArrayRecordReader, shard: Path, index: int) -> bytes:
+    """Record `index` of an open shard. Raises `BadRecord` if its bytes are damaged."""
+    try:
+        return reader.read([index])[0]
+    except RuntimeError as error:
+        raise BadRecord(f"its bytes in the file are damaged: {error}", shard, index) from None
+
+
+class Readers:
+    """Open readers of many shards, as many at a time as the process may hold file descriptors.
+
+    Safe to use from several threads. A copy sent to another process opens its own.
+    """
+
+    def __init__(self, shards: Sequence[Path]):
+        self.shards = tuple(shards)
+        self._start()
+
+    def _start(self) -> None:
+        self._open: collections.OrderedDict[int, ArrayRecordReader] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._capacity = _allow_open_files(len(self.shards))
+
+    def __getstate__(self) -> dict:
+        return {"shards": self.shards}
+
+    def __setstate__(self, state: dict) -> None:
+        self.shards = state["shards"]
+        self._start()
+
+    def read(self, shard: int, index: int) -> bytes:
+        """Record `index` of shard number `shard`; errors as in `read_record`."""
+        return read_record(self._reader(shard), self.shards[shard], index)
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        with self._lock:
+            reader = self._open.pop(shard, None)
+        if reader is None:
+            reader = open_shard(self.shards[shard])
+        with self._lock:
+            self._open[shard] = reader  # last in line to be dropped
+            # A dropped reader closes its file when the last thread is done with it.
+            while len(self._open) > self._capacity:
+                self._open.popitem(last=False)
+        return reader
+
+
+def _allow_open_files(wanted: int) -> int:
+    """How many of `wanted` files to hold open: at most half of what the system allows.
+
+    Raises this process's soft limit first, if the hard limit lets it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * wanted + 64
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        target = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+            soft = target
+        except (ValueError, OSError):
+            pass  # some systems allow less than they say; the old limit serves, more slowly
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft // 2))
+
+
+_BLOCK, _BLOCK_HEADER = 1 << 16, 24  # every 64 KiB a block header interrupts the chunks
+_USABLE = _BLOCK - _BLOCK_HEADER
+_CHUNK_HEADER = struct.Struct("<8xQ8xQQ")  # sizes: data; type (1 byte), records (7); unpacked
+_SIGNATURE_END = 64  # a file begins with one block header and one empty chunk
+
+
+def record_sizes(shard: Path) -> list[int] | None:
+    """The length in bytes of each record, unpacked, without reading the records.
+
+    Steps from chunk header to chunk header: some 40 bytes of each 100 KB. None where the layout
+    is not one plain record to a chunk, so that lengths must be found by reading.
+    """
+    chunks = []
+    with shard.open("rb", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size - _BLOCK  # the last block only points to the footer
+        at = _SIGNATURE_END
+        while at < end:
+            data_size, kind_and_count, unpacked = _chunk_header(file.fileno(), at)
+            kind, count = kind_and_count & 0xFF, kind_and_count >> 8
+            at = _chunk_end(at, data_size, count)
+            if kind == ord("r"):
+                chunks.append((count, unpacked))
+            elif kind != ord("p"):  # padding
+                return None
+    if at != end or not chunks:
+        return None
+    *records, (footer_entries, _) = chunks  # the footer: one entry for the file, one a chunk
+    if footer_entries != len(records) + 1 or any(count != 1 for count, _ in records):
+        return None
+    return [unpacked for _, unpacked in records]
+
+
+def check_sizes(shard: Path, sizes: Sequence[int]) -> None:
+    """Raises `BadRecord` for a record that claims more bytes than one may have."""
+    for index, size in enumerate(sizes):
+        if size > MAX_RECORD_BYTES:
+            raise BadRecord(
+                f"it unpacks to {size} bytes; at most {MAX_RECORD_BYTES} are read", shard, index
+            )
+
+
+def _chunk_header(file: int, at: int) -> tuple[int, int, int]:
+    raw = os.pread(file, _CHUNK_HEADER.size + 2 * _BLOCK_HEADER, at)
+    into_block = at % _BLOCK
+    if into_block == 0:  # the block header comes first
+        raw = raw[_BLOCK_HEADER:]
+    elif into_block + _CHUNK_HEADER.size > _BLOCK:  # the block header lies in the middle
+        before = _BLOCK - into_block
+        raw = raw[:before] + raw[before + _BLOCK_HEADER :]
+    return _CHUNK_HEADER.unpack(raw[: _CHUNK_HEADER.size].ljust(_CHUNK_HEADER.size, b"\0"))
+
+
+def _chunk_end(begin: int, data_size: int, count: int) -> int:
+    size = _CHUNK_HEADER.size + data_size
+    headers = (size + (begin + _USABLE - 1) % _BLOCK) // _USABLE
+    end = begin + size + headers * _BLOCK_HEADER
+    past_header = begin + count  # a chunk is at least as long as it has records
+    left_in_block = -past_header % _BLOCK
+    return max(end, past_header + max(0, left_in_block - (_USABLE - 1)))
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size:,} bytes" if path.is_file() else "no file"
