@@ -7,7 +7,7 @@ Started again with the same workdir, it continues from the last checkpoint.
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cwm_jax import loop
@@ -19,6 +19,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, films and me
 
 
 def main(_) -> None:
+    logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
     with shown_to_user():
         config = _CONFIG.value.to_dict()
         loop.train(Settings.from_config(config), Path(_WORKDIR.value), config=config)

@@ -76,15 +76,11 @@ class _Run:
                 for step in range(first + 1, self.total_steps + 1):
                     batch = parallel.to_devices(next(self.batches), self.mesh)
                     state, metrics = training.train_step(state, batch, key, **step_args)
-                    if waiting:
-                        reporter.scalars(*waiting)
-                    waiting = None
+                    waiting = _report(waiting, reporter, pace)
                     if step % settings.log_every_steps == 0 or step == self.total_steps:
-                        waiting = step, metrics | pace.since_last(step)
+                        waiting = step, metrics
                     if self._is_pause(step):
-                        if waiting:
-                            reporter.scalars(*waiting)
-                        waiting = None
+                        waiting = _report(waiting, reporter, pace)
                         state = self._pause(step, state, reporter, checkpoints)
                         pace.restart(step)
         return state
@@ -171,6 +167,13 @@ class _Run:
         )
         reporter.video(step, "rollout/video", mp4)
         reporter.image(step, "rollout/grid", png)
+
+
+def _report(waiting, reporter: report.Reporter, pace: "_Pace") -> None:
+    """Reports a step's metrics, if any wait for it; blocks until the device has done that step."""
+    if waiting:
+        step, metrics = waiting
+        reporter.scalars(step, jax.device_get(metrics) | pace.since_last(step))
 
 
 class _Pace:

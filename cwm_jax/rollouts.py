@@ -1,36 +1,151 @@
-"""Real clips beside what the model makes of their first frames and actions."""
+"""Rollouts on paper: which clips they start from, which keys are pressed, and films of them."""
 
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
-from cwm_jax import sheet, video
-from cwm_jax.coinrun import FPS
+from cwm_jax import data, sheet, video
+from cwm_jax.coinrun import FPS, NO_ACTION
+from cwm_jax.data import DataConfig
+from cwm_jax.errors import UserError
 from cwm_jax.sampler import Sampler
 
+ACTION_SOURCES = ("gt", "random", "pattern")
+_CHUNK = 16  # frames drawn in one call of the device; progress is shown after each
 
-def complete(sampler: Sampler, frames_BTHWC, actions_BT, *, n_prompt: int, key) -> np.ndarray:
-    """The first `n_prompt` frames, then T − n_prompt drawn ones, uint8 [B, T, H, W, C].
+
+class Script(NamedTuple):
+    """What rollouts are to show: B clips of T frames, the first `n_prompt` of them given."""
+
+    real: np.ndarray | None  # uint8 [B, T, H, W, C]; None where the records are shorter than T
+    prompt: np.ndarray  # uint8 [B, n_prompt, H, W, C]
+    actions: np.ndarray  # int32 [B, T], the action that leads into each frame
+
+    @property
+    def n_prompt(self) -> int:
+        return self.prompt.shape[1]
+
+
+def write_script(
+    config: DataConfig,
+    split: str,
+    *,
+    count: int,
+    frames: int,
+    n_prompt: int,
+    num_actions: int,
+    source: str = "gt",
+    pattern: Sequence[int] = (),
+    seed: int = 0,
+) -> Script:
+    """Picks `count` different episodes of a split, and the actions to take after their prompt.
 
     Args:
-        frames_BTHWC: uint8; only the prompt is looked at.
-        actions_BT: the action that led into each frame.
+        source: "gt", those really taken; "random", uniform; "pattern", `pattern` over and over.
+
+    Raises:
+        UserError: where there are too few episodes that long, or an action does not exist.
+    """
+    if not 1 <= n_prompt < frames:
+        raise UserError(f"{frames} frames with {n_prompt} given leave none to draw: need 1 ≤ given < frames")
+    episodes = data.open_episodes(config, split, num_actions=num_actions)
+    whole = episodes.lengths >= frames
+    if source == "gt" and not whole.any():
+        raise UserError(
+            f"{frames} frames with the real actions: the longest episode of {config.dir}/{split} "
+            f"has {episodes.lengths.max()}; ask for fewer, or for another source of actions"
+        )
+    length = frames if whole.sum() >= count or source == "gt" else n_prompt
+    numbers = data.pick_episodes(episodes, count=count, length=length, seed=seed)
+    clips = data.load_clips(episodes, numbers, length=length)
+    actions = clips["actions"]
+    if source != "gt":
+        led_in = clips["actions"][:, :n_prompt]
+        chosen = _chosen(source, (count, frames - n_prompt), pattern, num_actions, seed)
+        actions = np.concatenate([led_in, chosen], axis=1)
+    real = clips["frames"] if length == frames else None
+    return Script(real, clips["frames"][:, :n_prompt], actions)
+
+
+def _chosen(source: str, shape, pattern, num_actions: int, seed: int) -> np.ndarray:
+    if source == "random":
+        return np.random.default_rng(seed).integers(num_actions, size=shape, dtype=np.int32)
+    if source != "pattern":
+        raise UserError(f"actions from {source!r}: use one of {', '.join(ACTION_SOURCES)}")
+    if not pattern:
+        raise UserError("actions from a pattern: name the pattern, such as --pattern 7,7,7,8,8")
+    for action in pattern:
+        if not 0 <= action < num_actions:
+            raise UserError(f"action {action} in the pattern: actions are 0…{num_actions - 1}")
+    return np.broadcast_to(np.resize(np.int32(pattern), shape[1]), shape)
+
+
+def draw(sampler: Sampler, script: Script, *, key) -> Iterator[np.ndarray]:
+    """Yields uint8 [B, H, W, C] for each of the T frames, those of the prompt first.
+
+    The device draws the next frames while the caller is busy with the last ones. All its calls
+    have one size, so they share one compiled program; what the last draws too much is dropped.
+
+    Args:
         key: PRNG key of all noise.
 
     Raises:
         UserError: where prompt or actions do not fit the network.
     """
-    prompt = np.asarray(frames_BTHWC)[:, :n_prompt]
-    state = sampler.start(prompt, actions_BT[:, :n_prompt])
-    _, drawn = sampler.rollout(state, actions_BT[:, n_prompt:], key)
-    return np.concatenate([prompt, jax.device_get(drawn)], axis=1)
+    wanted = script.actions.shape[1] - script.n_prompt
+    calls = math.ceil(wanted / _CHUNK)
+    size = math.ceil(wanted / calls)
+    actions = np.pad(
+        script.actions[:, script.n_prompt :], ((0, 0), (0, calls * size - wanted)), mode="edge"
+    )
+    state = sampler.start(script.prompt, script.actions[:, : script.n_prompt])
+    yield from np.moveaxis(script.prompt, 1, 0)
+    ready = None
+    for call in range(calls):
+        state, frames = sampler.rollout(state, actions[:, call * size :][:, :size], key)
+        if ready is not None:
+            yield from np.moveaxis(jax.device_get(ready), 1, 0)
+        ready = frames
+    yield from np.moveaxis(jax.device_get(ready), 1, 0)[: size - (calls * size - wanted)]
 
 
-def write_pair(folder: Path, name: str, real, generated, actions, *, n_prompt: int):
-    """Writes `name.mp4` and `name.png`, real frames over generated ones; returns both paths."""
-    mp4, png = folder / f"{name}.mp4", folder / f"{name}.png"
-    film = sheet.side_by_side(real, generated, actions, n_prompt=n_prompt)
-    video.write_mp4(mp4, film, fps=FPS)
-    video.write_png(png, sheet.grid(real, generated, n_prompt=n_prompt))
-    return mp4, png
+def film(script: Script, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Film images for `video.write_mp4`: real on top, drawn below, the pressed keys under each."""
+    samples, length = script.actions.shape
+    shape = script.prompt.shape[2:4]
+    page = sheet.Sheet.fitting(samples, shape, with_real=script.real is not None)
+    for t, frame_BHWC in enumerate(frames):
+        yield page.draw(
+            frame_BHWC,
+            script.actions[:, t],
+            real_BHWC=None if script.real is None else script.real[:, t],
+            given=t < script.n_prompt,
+            caption=f"{t + 1} / {length}",
+        )
+
+
+def write(sampler: Sampler, script: Script, mp4: Path, *, key, fps: int = FPS) -> np.ndarray:
+    """Draws a script and films it while it is drawn; returns all frames, uint8 [B, T, H, W, C]."""
+    kept = []
+
+    def keeping():
+        for frame in draw(sampler, script, key=key):
+            kept.append(frame)
+            yield frame
+
+    video.write_mp4(mp4, film(script, keeping()), fps=fps)
+    return np.stack(kept, axis=1)
+
+
+def timed(frames: Iterable, total: int, *, samples: int) -> Iterator:
+    """Passes film images on, with a progress bar and, at the end, how fast frames were drawn."""
+    began = time.perf_counter()
+    yield from tqdm(frames, total=total, unit=" frames", desc="drawing")
+    seconds = time.perf_counter() - began
+    print(f"{samples * total} frames in {seconds:.1f} s: {samples * total / seconds:.1f} frames/s")
