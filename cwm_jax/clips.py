@@ -32,6 +32,8 @@ class Episodes:
     def __init__(self, shards: Sequence[Path], *, num_actions: int = NUM_ACTIONS):
         per_shard = _lengths(shards, num_actions)
         self.lengths = np.concatenate(per_shard)
+        if not len(self.lengths):
+            raise UserError(f"{shards[0].parent} holds no records: its shards are all empty.")
         self._shard_ends = np.cumsum([len(lengths) for lengths in per_shard])
         self._readers = Readers(shards)
         self._num_actions = num_actions
@@ -69,14 +71,14 @@ class Clips:
         self._episodes = episodes
         self._ends = np.cumsum(clip_counts(episodes.lengths, clip_len, stride))
         if not len(self):
-            longest = episodes.lengths.max(initial=0)
+            longest = episodes.lengths.max()
             raise UserError(
                 f"clip_len is {clip_len} frames, but the longest of {len(episodes)} episodes has "
                 f"{longest}; set data.clip_len to at most {longest}."
             )
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._ends[-1])
 
     def locate(self, clip: int) -> tuple[int, int]:
         """(number of the episode, its frame with which the clip starts)."""

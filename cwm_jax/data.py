@@ -126,15 +126,17 @@ def train_batches(
             f"batch_size is {batch_size}, but {config.dir}/train has only {len(clips)} clips of "
             f"{config.clip_len} frames; set a smaller batch_size or data.stride"
         )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must be 0…{2**32 - 1}")
     loader = _Loader(clips, batch_size, process_index, process_count)
     order = grain.MapDataset.range(len(clips)).shuffle(seed)
     batches = order.batch(batch_size, drop_remainder=True, batch_fn=list).repeat(epochs).map(loader)
     identity = {
         "seed": seed,
         "batch_size": batch_size,
-        "clips": len(clips),
         "clip_len": config.clip_len,
         "stride": config.stride,
+        "clips": len(clips),
     }
     return TrainBatches(batches, config, identity)
 
@@ -159,7 +161,7 @@ class EvalBatches:
         return {**self._loader(self._numbers[places]), "mask": mask[self._loader.mine]}
 
     def __iter__(self) -> Iterator[Batch]:
-        # Neighbouring clips share a decoded episode, so threads do; processes would only start slowly.
+        # Neighbouring clips share a decoded episode: threads keep up, processes start slowly.
         iterator = iter(_in_threads(grain.MapDataset.source(self), self._config))
         try:
             yield from iterator
@@ -207,7 +209,7 @@ def pick_episodes(episodes: Episodes, *, count: int, length: int, seed: int = 0)
     if not 1 <= count <= len(eligible):
         raise UserError(
             f"{count} episodes of at least {length} frames were asked for; {len(eligible)} of "
-            f"{len(episodes)} are that long (the longest has {episodes.lengths.max(initial=0)})"
+            f"{len(episodes)} are that long (the longest has {episodes.lengths.max()})"
         )
     return np.random.default_rng(seed).permutation(eligible)[:count].tolist()
 

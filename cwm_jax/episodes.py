@@ -20,7 +20,7 @@ KEYS = ("raw_video", "sequence_length", "actions")
 FRAME_BYTES = math.prod(FRAME_SHAPE)
 
 
-class BadRecord(UserError):
+class BadRecord(UserError):  # noqa: N818 (it is a record, before it is an error)
     """A record that is no episode: `reason`, and where it lies once that is known."""
 
     def __init__(self, reason: str, shard: Path | None = None, index: int | None = None):
@@ -62,7 +62,7 @@ def decode(record: bytes, *, num_actions: int = NUM_ACTIONS) -> Episode:
     """
     try:
         fields = safe_pickle.loads(record)
-    except safe_pickle.Refused as refused:
+    except safe_pickle.RefusedError as refused:
         raise BadRecord(str(refused)) from None
     if not isinstance(fields, dict):
         raise BadRecord(f"it holds a {type(fields).__name__}, not a dict with {', '.join(KEYS)}")

@@ -20,7 +20,7 @@ MAX_STEPS = 10_000  # a record takes about 70 instructions; one with many extra 
 MAX_DIMENSIONS = 32
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The bytes are no pickle, or one that needs more than a record may; the text says what."""
 
 
@@ -41,7 +41,8 @@ for _core in ("numpy.core", "numpy._core"):
     _GLOBALS[f"{_core}.multiarray", "scalar"] = _Known.SCALAR
     _GLOBALS[f"{_core}.numeric", "_frombuffer"] = _Known.FROMBUFFER
 
-_ITEM_CODES = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split())  # no objects, no structs
+# Plain numbers: no objects, no structs, no dates.
+_ITEM_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _NO_FIELDS = (None, None, None)  # subdtype, names, fields of a dtype's state
 
 
@@ -51,14 +52,14 @@ class _DType:
     def __init__(self, code: object):
         if not (isinstance(code, str) and code in _ITEM_CODES):
             kind = code[:20] if isinstance(code, str) else "?"
-            raise Refused(f"it holds an array of dtype {kind!r}, not of plain numbers")
+            raise RefusedError(f"it holds an array of dtype {kind!r}, not of plain numbers")
         self.code, self.order = code, "="
 
     def set_state(self, state: object) -> None:
         if not (isinstance(state, tuple) and len(state) >= 5 and state[2:5] == _NO_FIELDS):
-            raise Refused("it holds an array whose dtype is no plain number")
+            raise RefusedError("it holds an array whose dtype is no plain number")
         if state[1] not in ("<", ">", "|"):
-            raise Refused("it holds an array of unknown byte order")
+            raise RefusedError("it holds an array of unknown byte order")
         self.order = state[1]
 
 
@@ -69,21 +70,21 @@ class _Array:
 
     def set_state(self, state: object) -> None:
         if not (isinstance(state, tuple) and len(state) == 5):
-            raise Refused("it holds an array with an unknown kind of state")
+            raise RefusedError("it holds an array with an unknown kind of state")
         _, shape, dtype, fortran, buffer = state
         self.value = _array(buffer, dtype, shape, "F" if fortran else "C")
 
 
 def _array(buffer: object, dtype: object, shape: object, order: object) -> np.ndarray:
     if not (isinstance(dtype, _DType) and isinstance(buffer, memoryview) and order in ("C", "F")):
-        raise Refused("it holds an array that is not made of bytes and a dtype")
+        raise RefusedError("it holds an array that is not made of bytes and a dtype")
     if not (isinstance(shape, tuple) and len(shape) <= MAX_DIMENSIONS):
-        raise Refused("it holds an array without a proper shape")
+        raise RefusedError("it holds an array without a proper shape")
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise Refused("it holds an array whose shape is not of whole numbers")
+        raise RefusedError("it holds an array whose shape is not of whole numbers")
     numpy_dtype = np.dtype(dtype.order + dtype.code)
     if math.prod(shape) * numpy_dtype.itemsize != len(buffer):
-        raise Refused(f"it holds {len(buffer)} bytes for an array of shape {shape}"[:200])
+        raise RefusedError(f"it holds {len(buffer)} bytes for an array of shape {shape}"[:200])
     return np.frombuffer(buffer, numpy_dtype).reshape(shape, order=order)
 
 
@@ -100,7 +101,7 @@ def _call(function: object, args: object) -> object:
             return made
         case _Known.SCALAR, (dtype, buffer):
             return _array(buffer, dtype, (), "C")[()]
-    raise Refused(f"it calls {getattr(function, 'name', 'something')} in a way no array needs")
+    raise RefusedError(f"it calls {getattr(function, 'name', 'something')} in a way no array needs")
 
 
 class _Machine:
@@ -118,21 +119,21 @@ class _Machine:
             if code == pickle.STOP[0]:
                 return self.end()
             if code not in _INSTRUCTIONS:
-                raise Refused(f"it uses the instruction {_name(code)}, which no record needs")
+                raise RefusedError(f"it uses the instruction {_name(code)}, which no record needs")
             _INSTRUCTIONS[code](self)
-        raise Refused(f"it takes more than {MAX_STEPS} instructions")
+        raise RefusedError(f"it takes more than {MAX_STEPS} instructions")
 
     def end(self) -> object:
         result = self.value()
         if self.stack or self.marked:
-            raise Refused("it is no pickle: values are left over at its end")
+            raise RefusedError("it is no pickle: values are left over at its end")
         if self.at != len(self.data):
-            raise Refused(f"{len(self.data) - self.at} bytes follow the end of its pickle")
+            raise RefusedError(f"{len(self.data) - self.at} bytes follow the end of its pickle")
         return result
 
     def take(self, size: int) -> memoryview:
         if size > len(self.data) - self.at:
-            raise Refused("it is no pickle, or one cut short")
+            raise RefusedError("it is no pickle, or one cut short")
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -145,12 +146,12 @@ class _Machine:
     def line(self) -> str:
         end = bytes(self.data[self.at : self.at + 256]).find(b"\n")
         if end < 0:
-            raise Refused("it is no pickle, or one cut short")
+            raise RefusedError("it is no pickle, or one cut short")
         return _decoded(self.take(end + 1)[:-1])
 
     def pop(self) -> object:
         if not self.stack:
-            raise Refused("it is no pickle: it uses a value it never made")
+            raise RefusedError("it is no pickle: it uses a value it never made")
         return self.stack.pop()
 
     def value(self) -> object:
@@ -159,9 +160,9 @@ class _Machine:
         if isinstance(value, _Array):
             value = value.value
             if value is None:
-                raise Refused("it holds an array without contents")
+                raise RefusedError("it holds an array without contents")
         if isinstance(value, (_DType, _Known)):
-            raise Refused("it holds something that is no value")
+            raise RefusedError("it holds something that is no value")
         return value
 
     def mark(self) -> None:
@@ -170,7 +171,7 @@ class _Machine:
 
     def since_mark(self) -> list:
         if not self.marked:
-            raise Refused("it is no pickle: it returns to a mark it never set")
+            raise RefusedError("it is no pickle: it returns to a mark it never set")
         items, self.stack = self.stack, self.marked.pop()
         return items
 
@@ -184,14 +185,14 @@ class _Machine:
 
     def get(self, place: int | float) -> None:
         if place not in self.memo:
-            raise Refused("it is no pickle: it recalls a value it never stored")
+            raise RefusedError("it is no pickle: it recalls a value it never stored")
         self.stack.append(self.memo[place])
 
     def into(self, kind: type) -> object:
         """The container on top of the stack, which stays there."""
         self.stack.append(top := self.pop())
         if type(top) is not kind:
-            raise Refused(
+            raise RefusedError(
                 f"it is no pickle: it fills a {type(top).__name__} like a {kind.__name__}"
             )
         return top
@@ -199,13 +200,13 @@ class _Machine:
     def set_item(self) -> None:
         value, key = self.value(), self.pop()
         if type(key) not in (str, int):
-            raise Refused("it holds a dict whose keys are not names")
+            raise RefusedError("it holds a dict whose keys are not names")
         self.into(dict)[key] = value
 
     def set_items(self) -> None:
         items = self.since_mark()
         if len(items) % 2:
-            raise Refused("it is no pickle: it holds a key without a value")
+            raise RefusedError("it is no pickle: it holds a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.stack += (key, value)
             self.set_item()
@@ -221,10 +222,10 @@ class _Machine:
 
     def push_global(self, module: object, name: object) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise Refused("it is no pickle: it names a global by something that is no text")
+            raise RefusedError("it is no pickle: it names a global by something that is no text")
         if (module, name) not in _GLOBALS:
             named = f"{module}.{name}"[:100]
-            raise Refused(f"it asks for {named!r}, which no record needs")
+            raise RefusedError(f"it asks for {named!r}, which no record needs")
         self.stack.append(_GLOBALS[module, name])
 
     def stack_global(self) -> None:
@@ -239,7 +240,7 @@ class _Machine:
         state = self.pop()
         self.stack.append(target := self.pop())
         if not isinstance(target, (_Array, _DType)):
-            raise Refused("it sets the state of something that is no array")
+            raise RefusedError("it sets the state of something that is no array")
         target.set_state(state)
 
 
@@ -247,7 +248,7 @@ def _decoded(raw: memoryview) -> str:
     try:
         return str(raw, "utf-8")
     except UnicodeDecodeError:
-        raise Refused("it is no pickle: a text in it is not UTF-8") from None
+        raise RefusedError("it is no pickle: a text in it is not UTF-8") from None
 
 
 def _name(code: int) -> str:
@@ -304,6 +305,6 @@ def loads(data: bytes) -> object:
 
     Understood are dicts with text or whole-number keys, lists, tuples, None, booleans, numbers,
     text, bytes, and NumPy arrays and scalars of plain numbers (read-only views), as pickle
-    protocols 2 to 5 of NumPy 1 and 2 write them. Raises `Refused` for anything else.
+    protocols 3 to 5 of NumPy 1 and 2 write them. Raises `RefusedError` for anything else.
     """
     return _Machine(data).run()

@@ -6,7 +6,6 @@ An ArrayRecord file is a Riegeli file of chunks, one record to a chunk when it i
 """
 
 import collections
-import math
 import os
 import resource
 import struct

@@ -1,0 +1,50 @@
+"""Fixtures shared by the tests."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
+from cwm_jax.episodes import Episode, encode
+from cwm_jax.shards import write_shard
+
+
+@pytest.fixture
+def marked_episode() -> Callable[[int, int], Episode]:
+    return _marked_episode
+
+
+def _marked_episode(number: int, length: int) -> Episode:
+    """An episode whose every frame and action tells where it is from.
+
+    Pixel (0, 0) of frame t is (number, t, 0) and action t is (7·number + t) mod 15.
+    """
+    frames = np.zeros((length, *FRAME_SHAPE), np.uint8)
+    frames[:, 0, 0, 0] = number
+    frames[:, 0, 0, 1] = np.arange(length)
+    actions = (7 * number + np.arange(length)) % NUM_ACTIONS
+    return Episode(frames, actions.astype(np.int32))
+
+
+@pytest.fixture
+def make_data(tmp_path) -> Callable[..., Path]:
+    """make_data(train=[[40, 33], [160]], …): a data folder of marked episodes.
+
+    Each inner list is a shard and names the lengths of its episodes, which are numbered from 0
+    through the split.
+    """
+
+    def make(**splits: Sequence[Sequence[int]]) -> Path:
+        for split, shards in splits.items():
+            (tmp_path / split).mkdir()
+            number = 0
+            for i, lengths in enumerate(shards):
+                episodes = [_marked_episode(number + k, n) for k, n in enumerate(lengths)]
+                path = tmp_path / split / f"data_{i:04d}.array_record"
+                write_shard(path, map(encode, episodes))
+                number += len(lengths)
+        return tmp_path
+
+    return make
