@@ -140,7 +140,7 @@ class Terminal:
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
-            unit=" steps",
+            unit="step",
             file=self._stream,
             dynamic_ncols=True,
             disable=None,  # off unless the stream is a terminal

@@ -1,5 +1,7 @@
 """Films come back as they were written, play everywhere, and never lie half-written."""
 
+import weakref
+
 import av
 import numpy as np
 import pytest
@@ -49,21 +51,23 @@ def test_it_is_h264_yuv420p_bt709_with_the_index_in_front(tmp_path):
     assert contents.index(b"moov") < contents.index(b"mdat")
 
 
-def test_frames_are_taken_one_at_a_time(tmp_path):
+def test_frames_are_taken_one_at_a_time_and_a_failure_leaves_the_old_film(tmp_path):
     taken = []
 
     def frames():
         for i in range(200):
-            taken.append(i)
             if i == 150:
                 raise KeyboardInterrupt
-            yield plain((i, i, i))
+            frame = plain((i, i, i))
+            taken.append(weakref.ref(frame))
+            yield frame
+            assert sum(ref() is not None for ref in taken) < 4
 
     path = tmp_path / "film.mp4"
     path.write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt):
         video.write_mp4(path, frames(), fps=5)
-    assert len(taken) == 151
+    assert len(taken) == 150
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -2,6 +2,7 @@
 
 import struct
 import sys
+import time
 import types
 
 import numpy as np
@@ -33,7 +34,7 @@ def offline_records(path):
     from wandb.proto import wandb_internal_pb2
 
     data, at, parts, records = path.read_bytes(), 7, [], []
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")
     whole, first, middle, last = 1, 2, 3, 4
     while at + 7 <= len(data):
         room = 32768 - at % 32768
@@ -41,6 +42,8 @@ def offline_records(path):
             at += room
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + length > len(data):
+            break  # still being written
         parts = (parts if kind in (middle, last) else []) + [data[at + 7 : at + 7 + length]]
         at += 7 + length
         assert kind in (whole, first, middle, last)
@@ -51,11 +54,22 @@ def offline_records(path):
     return records
 
 
+def finished_records(path):
+    """All records, once the last is there: W&B's own process still writes after `finish`."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        records = offline_records(path)
+        if records and records[-1].HasField("exit"):
+            return records
+        time.sleep(0.05)
+    raise TimeoutError(f"{path} was never finished")
+
+
 def logged(workdir):
     """All history rows of a workdir's offline runs, in order: list of {name: JSON}."""
     rows = []
     for path in sorted(workdir.glob("wandb/offline-run-*/run-*.wandb")):
-        for record in offline_records(path):
+        for record in finished_records(path):
             if record.HasField("history"):
                 rows.append(
                     {
