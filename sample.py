@@ -1,30 +1,111 @@
-"""Draws rollouts from a checkpoint and writes them beside the real clips.
+"""Draws rollouts from a checkpoint and films them beside the real clips.
 
     python sample.py --checkpoint runs/small --frames 64 --n-samples 4 --output generated.mp4
 
-Real frames on top, generated ones below, the pressed keys under each. Only the checkpoint is
-needed to know the network; `--data` gives the real clips that rollouts start from.
+Real frames on top, drawn ones below, the pressed keys under each. The checkpoint alone tells what
+network it is; the data gives the frames that rollouts start from.
 """
 
 import argparse
 from pathlib import Path
 
-from cwm_jax import offline
+import jax
+import numpy as np
+
+from cwm_jax import checkpoint, data, files, rollouts, sampler, sheet, video
 from cwm_jax.coinrun import FPS
 from cwm_jax.errors import UserError, shown_to_user
-from cwm_jax.sampler import WINDOWS
+
+_EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    args = _flags().parse_args()
     with shown_to_user():
-        offline.sample(offline.SampleRequest(**vars(args)))
+        trained = checkpoint.load(args.checkpoint, step=args.step)
+        script = rollouts.write_script(
+            _data_config(args.data, trained),
+            args.split,
+            count=args.n_samples,
+            frames=args.frames,
+            n_prompt=args.n_prompt,
+            num_actions=trained.network.num_actions,
+            source=args.action_source,
+            pattern=_pattern(args.pattern),
+            seed=args.seed,
+        )
+        if script.real is None:
+            print(f"no {args.n_samples} real clips have {args.frames} frames: drawn frames alone")
+        config = sampler.SamplerConfig(
+            levels=sampler.ddim_levels(args.ddim_steps),
+            window=args.window,
+            eta=args.eta,
+            context_level=args.stabilization_level - 1,
+        )
+        drawer = sampler.Sampler(trained.network, trained.params, config)
+        key = jax.random.key(args.seed)
+        frames = rollouts.write(drawer, script, args.output, key=key, fps=args.fps, watched=True)
+        print(f"step {trained.step} of {args.checkpoint} → {args.output}")
+        if args.grid:
+            video.write_png(args.grid, sheet.grid(script.real, frames, n_prompt=args.n_prompt))
+            print(f"stills → {args.grid}")
+        if args.save_npz:
+            _save_npz(args.save_npz, script, frames, args.seed)
+            print(f"raw frames → {args.save_npz}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a run's workdir, or one checkpoint in it")
+    add("--checkpoint", type=Path, required=True, help="a run's workdir, or one checkpoint of it")
+    add("--step", type=int, help="which checkpoint of the run (the newest)")
+    add("--data", help="folder with train/, val/, test/ (that of the run, else the embedded one)")
+    add("--split", default="val", choices=data.SPLITS, help="where clips come from (%(default)s)")
+    add("--frames", type=int, default=32, help="length with the prompt; may pass the window (32)")
+    add("--n-samples", type=int, default=4, help="clips, each of another episode (%(default)s)")
+    add("--n-prompt", type=int, default=1, help="real frames to start from (%(default)s)")
+    add("--ddim-steps", type=int, default=10, help="denoising steps a frame, 1…1000 (%(default)s)")
+    add("--eta", type=float, default=0.0, help="0: deterministic … 1: as random as DDPM (0)")
+    add("--stabilization-level", type=int, default=15, help="noise label of the context + 1 (15)")
+    add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")
+    add("--action-source", default="gt", choices=rollouts.ACTION_SOURCES, help="(%(default)s)")
+    add("--pattern", default="", help="actions to repeat, such as 7,7,7,8,8")
+    add("--seed", type=int, default=0, help="of clips, random actions and noise (%(default)s)")
+    add("--fps", type=int, default=FPS, help="frames a second of the film (%(default)s)")
+    add("--output", type=Path, default=Path("generated.mp4"), help="(%(default)s)")
+    add("--grid", type=Path, help="also write stills to this PNG")
+    add("--save-npz", type=Path, help="also write raw frames, actions and seed to this file")
+    return parser
+
+
+def _data_config(folder: str | None, trained: checkpoint.Trained) -> data.DataConfig:
+    used = trained.config.get("data", {}).get("dir", "")
+    if not folder:
+        folder = used if used and Path(used).is_dir() else str(_EMBEDDED)
+    return data.DataConfig(dir=folder)
+
+
+def _pattern(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise UserError(f"--pattern {text}: wanted action numbers, such as 7,7,7,8,8") from None
+
+
+def _save_npz(path: Path, script: rollouts.Script, frames: np.ndarray, seed: int) -> None:
+    real = {} if script.real is None else {"real": script.real}
+    with files.written_whole(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            frames=frames,
+            actions=script.actions,
+            n_prompt=script.n_prompt,
+            seed=seed,
+            **real,
+        )
+
+
+if __name__ == "__main__":
+    main()

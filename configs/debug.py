@@ -1,6 +1,6 @@
 """A small network on the embedded data: learns something to look at in minutes on two CPU cores.
 
-    python train.py --config configs/debug.py --workdir runs/debug
+python train.py --config configs/debug.py --workdir runs/debug
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """The original's larger network: 119,739,712 parameters.
 
-    python train.py --config configs/large.py --workdir runs/large
+python train.py --config configs/large.py --workdir runs/large
 """
 
 from ml_collections import ConfigDict

@@ -73,6 +73,11 @@ class TrainBatches(Iterator[Batch]):
         self._taken += 1
         return batch
 
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch; the clips left at its end, too few for a batch, are passed over."""
+        return self._identity["clips"] // self._identity["batch_size"]
+
     def get_state(self) -> dict[str, int]:
         """The position and what it depends on, as plain numbers that JSON can hold."""
         return {"batches_taken": self._taken, **self._identity}

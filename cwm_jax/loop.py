@@ -5,9 +5,20 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from cwm_jax import checkpoint, data, evaluate, parallel, report, rollouts, training
+from cwm_jax import (
+    checkpoint,
+    curves,
+    data,
+    evaluate,
+    metrics_file,
+    parallel,
+    report,
+    rollouts,
+    sheet,
+    training,
+    video,
+)
 from cwm_jax.errors import UserError
 from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
@@ -31,7 +42,9 @@ class _Run:
     def __init__(self, settings: Settings, workdir: Path, config: dict):
         self.settings, self.workdir, self.config = settings, workdir, config
         self.mesh = parallel.make_mesh()
-        self.batch_size = parallel.global_batch_size(settings.batch_size, settings.global_batch_size)
+        self.batch_size = parallel.global_batch_size(
+            settings.batch_size, settings.global_batch_size
+        )
         self.shared = dict(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -42,7 +55,7 @@ class _Run:
         )
         self.validation = self._val_batches(limit=settings.val_batches * self.batch_size)
         self.whole_validation = self._val_batches(limit=None)
-        self.clips_to_draw = self._clips_to_draw()
+        self.script = self._script()
         total = settings.epochs * self.batches.per_epoch
         self.total_steps = min(total, settings.max_steps or total)
 
@@ -51,17 +64,18 @@ class _Run:
             self.settings.data, "val", batch_size=self.batch_size, limit=limit, **self.shared
         )
 
-    def _clips_to_draw(self) -> dict[str, np.ndarray]:
+    def _script(self) -> rollouts.Script:
         """The same clips each time, so that rollouts show the progress."""
         settings = self.settings
-        episodes = data.open_episodes(
-            settings.data, "val", num_actions=settings.model.num_actions
+        return rollouts.write_script(
+            settings.data,
+            "val",
+            count=settings.n_rollout_samples,
+            frames=settings.rollout_frames,
+            n_prompt=settings.n_prompt,
+            num_actions=settings.model.num_actions,
+            seed=settings.seed,
         )
-        length = settings.rollout_frames
-        numbers = data.pick_episodes(
-            episodes, count=settings.n_rollout_samples, length=length, seed=settings.seed
-        )
-        return data.load_clips(episodes, numbers, length=length)
 
     def train(self) -> TrainState:
         settings = self.settings
@@ -142,29 +156,25 @@ class _Run:
         if step % settings.ckpt_every_steps == 0 or self._ends_epoch(step) or last:
             position = json.dumps(self.batches.get_state())
             checkpoints.save(state, data_position=position, config=self.config)
+            self._draw_curves()
         return state
+
+    def _draw_curves(self) -> None:
+        if jax.process_index() == 0:
+            series = metrics_file.read_series(self.workdir / report.METRICS_FILE)
+            curves.curves(series, self.workdir / "curves.png")
 
     def _draw(self, step: int, weights, reporter) -> None:
         """A rollout from validation clips, as a film and a sheet; by the first process alone."""
         if jax.process_index():
             return
-        settings, clips = self.settings, self.clips_to_draw
+        settings, name = self.settings, f"rollout_{step:07d}"
         sampler = Sampler(settings.model, parallel.local(weights), settings.sampler)
-        generated = rollouts.complete(
-            sampler,
-            clips["frames"],
-            clips["actions"],
-            n_prompt=settings.n_prompt,
-            key=jax.random.key(settings.seed),
-        )
-        mp4, png = rollouts.write_pair(
-            self.workdir / "rollouts",
-            f"rollout_{step:07d}",
-            clips["frames"],
-            generated,
-            clips["actions"],
-            n_prompt=settings.n_prompt,
-        )
+        mp4 = self.workdir / "rollouts" / f"{name}.mp4"
+        key = jax.random.key(settings.seed)
+        frames = rollouts.write(sampler, self.script, mp4, key=key)
+        png = mp4.with_suffix(".png")
+        video.write_png(png, sheet.grid(self.script.real, frames, n_prompt=settings.n_prompt))
         reporter.video(step, "rollout/video", mp4)
         reporter.image(step, "rollout/grid", png)
 

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cwm_jax import data, sheet, video
-from cwm_jax.coinrun import FPS, NO_ACTION
+from cwm_jax.coinrun import FPS
 from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.sampler import Sampler
@@ -53,7 +53,9 @@ def write_script(
         UserError: where there are too few episodes that long, or an action does not exist.
     """
     if not 1 <= n_prompt < frames:
-        raise UserError(f"{frames} frames with {n_prompt} given leave none to draw: need 1 ≤ given < frames")
+        raise UserError(
+            f"{frames} frames with {n_prompt} given leave none to draw: need 1 ≤ given < frames"
+        )
     episodes = data.open_episodes(config, split, num_actions=num_actions)
     whole = episodes.lengths >= frames
     if source == "gt" and not whole.any():
@@ -99,8 +101,8 @@ def draw(sampler: Sampler, script: Script, *, key) -> Iterator[np.ndarray]:
         UserError: where prompt or actions do not fit the network.
     """
     wanted = script.actions.shape[1] - script.n_prompt
-    calls = math.ceil(wanted / _CHUNK)
-    size = math.ceil(wanted / calls)
+    size = _call_size(wanted)
+    calls = math.ceil(wanted / size)
     actions = np.pad(
         script.actions[:, script.n_prompt :], ((0, 0), (0, calls * size - wanted)), mode="edge"
     )
@@ -113,6 +115,11 @@ def draw(sampler: Sampler, script: Script, *, key) -> Iterator[np.ndarray]:
             yield from np.moveaxis(jax.device_get(ready), 1, 0)
         ready = frames
     yield from np.moveaxis(jax.device_get(ready), 1, 0)[: size - (calls * size - wanted)]
+
+
+def _call_size(wanted: int) -> int:
+    """Frames in each of the fewest equal calls that draw `wanted` frames, `_CHUNK` at most."""
+    return math.ceil(wanted / math.ceil(wanted / _CHUNK))
 
 
 def film(script: Script, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -130,22 +137,38 @@ def film(script: Script, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         )
 
 
-def write(sampler: Sampler, script: Script, mp4: Path, *, key, fps: int = FPS) -> np.ndarray:
-    """Draws a script and films it while it is drawn; returns all frames, uint8 [B, T, H, W, C]."""
+def write(
+    sampler: Sampler, script: Script, mp4: Path, *, key, fps: int = FPS, watched: bool = False
+) -> np.ndarray:
+    """Draws a script and films it while it is drawn; returns all frames, uint8 [B, T, H, W, C].
+
+    Args:
+        key: PRNG key of all noise.
+        watched: somebody waits at a terminal: show a progress bar, then frames/s.
+    """
     kept = []
 
-    def keeping():
-        for frame in draw(sampler, script, key=key):
+    def keeping(frames):
+        for frame in frames:
             kept.append(frame)
             yield frame
 
-    video.write_mp4(mp4, film(script, keeping()), fps=fps)
+    frames = keeping(draw(sampler, script, key=key))
+    video.write_mp4(mp4, film(script, _watched(frames, script) if watched else frames), fps=fps)
     return np.stack(kept, axis=1)
 
 
-def timed(frames: Iterable, total: int, *, samples: int) -> Iterator:
-    """Passes film images on, with a progress bar and, at the end, how fast frames were drawn."""
-    began = time.perf_counter()
-    yield from tqdm(frames, total=total, unit=" frames", desc="drawing")
+def _watched(frames: Iterator[np.ndarray], script: Script) -> Iterator[np.ndarray]:
+    """Passes frames on under a progress bar; then says how fast they were drawn."""
+    samples, length = script.actions.shape
+    wanted = length - script.n_prompt
+    began, compiled = time.perf_counter(), 0.0
+    for t, frame in enumerate(tqdm(frames, total=length, unit=" frames", desc="drawing")):
+        if t == script.n_prompt:  # the first call of the device is over, which had to compile
+            compiled = time.perf_counter()
+        yield frame
     seconds = time.perf_counter() - began
-    print(f"{samples * total} frames in {seconds:.1f} s: {samples * total / seconds:.1f} frames/s")
+    print(f"{samples} × {wanted} frames in {seconds:.1f} s, compiling included", end="")
+    later = samples * (wanted - _call_size(wanted))
+    rate = later / (time.perf_counter() - compiled)
+    print(f"; {rate:.1f} frames/s once compiled" if later else "")

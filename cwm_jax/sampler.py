@@ -22,7 +22,7 @@ from cwm_jax.model import DiT, DiTConfig, Modulations, Params
 from cwm_jax.world import Window, World
 
 _NOISE_CLIP = 20.0
-_WINDOWS = ("exact", "cached", "hop")
+WINDOWS = ("exact", "cached", "hop")
 
 
 def ddim_levels(steps: int) -> tuple[int, ...]:
@@ -53,8 +53,8 @@ class SamplerConfig:
         for level in (*levels, self.context_level):
             if not 0 <= level < diffusion.NUM_LEVELS:
                 raise UserError(f"a noise level must be 0…{diffusion.NUM_LEVELS - 1}, not {level}")
-        if self.window not in _WINDOWS:
-            raise UserError(f"window must be one of {', '.join(_WINDOWS)}, not {self.window!r}")
+        if self.window not in WINDOWS:
+            raise UserError(f"window must be one of {', '.join(WINDOWS)}, not {self.window!r}")
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta must be 0…1, not {self.eta}")
 

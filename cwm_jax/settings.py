@@ -88,13 +88,15 @@ class Settings:
 
 
 def _build(cls, values: Mapping[str, Any], prefix: str):
-    """`cls(**values)`, with an error that names the key where one is unknown, missing or mistyped."""
+    """`cls(**values)`, where an error names the key that is unknown, missing or mistyped."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
         raise UserError(f"there is no setting {prefix}{unknown[0]}; see configs/base.py for all")
     if missing := sorted(set(fields) - set(values)):
         raise UserError(f"the config lacks {prefix}{missing[0]}; see configs/base.py")
-    checked = {name: _typed(values[name], field.type, prefix + name) for name, field in fields.items()}
+    checked = {
+        name: _typed(values[name], field.type, prefix + name) for name, field in fields.items()
+    }
     return cls(**checked)
 
 

@@ -124,7 +124,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="the original's .pt file")
     parser.add_argument("out_dir", type=Path, help="workdir to make; must not hold a run yet")
     parser.add_argument(
-        "--max-frames", type=int, default=32, help="window; a checkpoint does not tell (%(default)s)"
+        "--max-frames",
+        type=int,
+        default=32,
+        help="window; a checkpoint does not tell (%(default)s)",
     )
     args = parser.parse_args()
     with shown_to_user():
