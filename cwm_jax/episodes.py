@@ -24,7 +24,7 @@ class BadRecord(UserError):  # noqa: N818 (it is a record, before it is an error
     """A record that is no episode: `reason`, and where it lies once that is known."""
 
     def __init__(self, reason: str, shard: Path | None = None, index: int | None = None):
-        super().__init__(reason, shard, index)
+        super().__init__(reason)
         self.reason, self.shard, self.index = reason, shard, index
 
     def __str__(self) -> str:

@@ -155,16 +155,14 @@ def record_sizes(shard: Path) -> list[int] | None:
         at = _SIGNATURE_END
         while at < end:
             data_size, kind_and_count, unpacked = _chunk_header(file.fileno(), at)
+            at = _chunk_end(at, data_size)
             kind, count = kind_and_count & 0xFF, kind_and_count >> 8
-            at = _chunk_end(at, data_size, count)
             if kind == ord("r"):
                 chunks.append((count, unpacked))
             elif kind != ord("p"):  # padding
                 return None
-    if at != end or not chunks:
-        return None
-    *records, (footer_entries, _) = chunks  # the footer: one entry for the file, one a chunk
-    if footer_entries != len(records) + 1 or any(count != 1 for count, _ in records):
+    records = chunks[:-1]  # the last chunk is the footer
+    if at != end or not chunks or any(count != 1 for count, _ in records):
         return None
     return [unpacked for _, unpacked in records]
 
@@ -189,13 +187,10 @@ def _chunk_header(file: int, at: int) -> tuple[int, int, int]:
     return _CHUNK_HEADER.unpack(raw[: _CHUNK_HEADER.size].ljust(_CHUNK_HEADER.size, b"\0"))
 
 
-def _chunk_end(begin: int, data_size: int, count: int) -> int:
+def _chunk_end(begin: int, data_size: int) -> int:
     size = _CHUNK_HEADER.size + data_size
-    headers = (size + (begin + _USABLE - 1) % _BLOCK) // _USABLE
-    end = begin + size + headers * _BLOCK_HEADER
-    past_header = begin + count  # a chunk is at least as long as it has records
-    left_in_block = -past_header % _BLOCK
-    return max(end, past_header + max(0, left_in_block - (_USABLE - 1)))
+    block_headers = (size + (begin + _USABLE - 1) % _BLOCK) // _USABLE
+    return begin + size + block_headers * _BLOCK_HEADER
 
 
 def _size(path: Path) -> str:

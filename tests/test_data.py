@@ -421,3 +421,11 @@ assert not (bridge and bridge._backends), bridge._backends
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_record_that_claims_too_much_is_refused_before_it_is_read(config, monkeypatch):
+    monkeypatch.setattr("cwm_jax.shards.MAX_RECORD_BYTES", 1_000_000)
+    monkeypatch.setattr(clips_module, "read_record", None)
+    (Path(config.dir) / "train/data_0000.array_record").unlink()
+    with pytest.raises(BadRecord, match=r"data_0002\.array_record, record 0: it unpacks to 19"):
+        train_batches(config, batch_size=1, seed=0)

@@ -53,6 +53,18 @@ def test_sizes_are_those_of_the_records(tmp_path, seed, options):
     assert record_sizes(tmp_path / "x") == sizes
 
 
+def test_sizes_where_a_block_ends_anywhere_in_a_chunk_header(tmp_path):
+    """The second chunk starts at each of the last places in the first block, or at its end."""
+    starts = set()
+    for size in range(65_370, 65_440):
+        records = [random.Random(size).randbytes(size), b"abc", b"defgh"]
+        write(tmp_path / "x", records, "group_size:1,uncompressed")
+        assert record_sizes(tmp_path / "x") == [size, 3, 5]
+        data_size, _, _ = shards._CHUNK_HEADER.unpack((tmp_path / "x").read_bytes()[64:104])
+        starts.add(shards._chunk_end(64, data_size) - shards._BLOCK)
+    assert set(range(-40, 1)) <= starts
+
+
 def test_an_empty_shard_has_no_sizes(tmp_path):
     write_shard(tmp_path / "x", [])
     assert record_sizes(tmp_path / "x") == []
