@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cwm_jax import checkpoint, data, files, rollouts, sampler, sheet, video
+from cwm_jax import checkpoint, data, files, rollouts, sampler, shards, sheet, video
 from cwm_jax.coinrun import FPS
 from cwm_jax.errors import UserError, shown_to_user
 
@@ -62,7 +62,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, required=True, help="a run's workdir, or one checkpoint of it")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--data", help="folder with train/, val/, test/ (that of the run, else the embedded one)")
-    add("--split", default="val", choices=data.SPLITS, help="where clips come from (%(default)s)")
+    add("--split", default="val", choices=shards.SPLITS, help="where clips come from (%(default)s)")
     add("--frames", type=int, default=32, help="length with the prompt; may pass the window (32)")
     add("--n-samples", type=int, default=4, help="clips, each of another episode (%(default)s)")
     add("--n-prompt", type=int, default=1, help="real frames to start from (%(default)s)")
