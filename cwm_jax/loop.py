@@ -10,7 +10,6 @@ from cwm_jax import (
     checkpoint,
     curves,
     data,
-    evaluate,
     metrics_file,
     parallel,
     report,
@@ -20,6 +19,7 @@ from cwm_jax import (
     video,
 )
 from cwm_jax.errors import UserError
+from cwm_jax.evaluation import single_step
 from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
 from cwm_jax.training import TrainState
@@ -143,13 +143,13 @@ class _Run:
         settings, last = self.settings, step == self.total_steps
         weights = training.weights_to_sample(state)
         if step % settings.val_every_steps == 0:
-            results = evaluate.validation(settings.model, weights, self.validation, self.mesh)
+            results = single_step.validation(settings.model, weights, self.validation, self.mesh)
             reporter.scalars(step, dict(results))
         if step % settings.rollout_every_steps == 0 or last:
             self._draw(step, weights, reporter)
         if self._ends_epoch(step):
             batches = self.whole_validation
-            results = evaluate.epoch_end(settings.model, weights, batches, self.mesh)
+            results = single_step.epoch_end(settings.model, weights, batches, self.mesh)
             loss_sum, count = state.epoch_loss
             reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
             state = state._replace(epoch_loss=state.epoch_loss * 0)
