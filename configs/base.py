@@ -45,6 +45,9 @@ def get_config() -> ConfigDict:
     config.log_every_steps = 50
     config.val_every_steps = 5000  # validation loss on `val_batches` batches
     config.val_batches = 50
+    config.eval_every_steps = 1000  # quick rollouts on validation clips, scored (`eval/…`)
+    config.eval_clips = 16
+    config.eval_frames = 16  # drawn after one given frame
     config.rollout_every_steps = 1000
     config.ckpt_every_steps = 10_000
     config.keep_checkpoints = 3

@@ -28,6 +28,9 @@ def get_config() -> ConfigDict:
     config.log_every_steps = 10
     config.val_every_steps = 100
     config.val_batches = 4
+    config.eval_every_steps = 300
+    config.eval_clips = 4
+    config.eval_frames = 10
     config.rollout_every_steps = 300
     config.ckpt_every_steps = 300
     return config
