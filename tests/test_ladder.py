@@ -17,8 +17,8 @@ PACKAGE = ROOT / "cwm_jax"
 FLOORS = (
     ("errors",),
     ("coinrun", "files", "rope", "safe_pickle"),
-    ("attention", "diffusion", "episodes", "keyboard", "metrics_file", "wandb_run"),
-    ("metrics", "model", "shards", "sheet", "video", "curves"),
+    ("attention", "controls", "diffusion", "episodes", "keyboard", "metrics_file", "wandb_run"),
+    ("metrics", "model", "shards", "sheet", "simulator", "video", "curves"),
     ("clips", "torch_format", "world"),
     ("data", "sampler"),
     ("parallel",),
