@@ -2,6 +2,7 @@
 
     python evaluate.py --checkpoint runs/small --data data/coinrun --output metrics.json
     python evaluate.py compare small.json large.json
+    python evaluate.py closed-loop --checkpoint runs/small --output closed_loop.mp4
 
 docs/evaluation.md says what each number means.
 """
@@ -12,19 +13,34 @@ from pathlib import Path
 
 import jax
 
-from cwm_jax import checkpoint, data, sampler, shards
+from cwm_jax import checkpoint, data, sampler, shards, video
+from cwm_jax.coinrun import FPS
 from cwm_jax.errors import UserError, shown_to_user
-from cwm_jax.evaluation import comparison, full, page, probe, protocol
+from cwm_jax.evaluation import (
+    closed_loop,
+    comparison,
+    drawing,
+    full,
+    intervals,
+    page,
+    probe,
+    protocol,
+    quality,
+)
+from cwm_jax.simulator import environment, game
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
 
 
 def main() -> None:
     with shown_to_user():
-        if sys.argv[1:2] == ["compare"]:
-            compare(sys.argv[2:])
-        else:
-            measure(_flags().parse_args())
+        match sys.argv[1:2]:
+            case ["compare"]:
+                compare(sys.argv[2:])
+            case ["closed-loop"]:
+                close_the_loop(sys.argv[2:])
+            case _:
+                measure(_flags().parse_args())
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -37,9 +53,6 @@ def measure(args: argparse.Namespace) -> None:
         seed=args.seed,
         batch_size=args.batch_size,
     )
-    drawn_by = sampler.SamplerConfig(
-        levels=sampler.ddim_levels(args.ddim_steps), window=args.window
-    )
     trained = checkpoint.load(args.checkpoint, step=args.step)
     config = data.DataConfig(
         dir=args.data,
@@ -48,7 +61,7 @@ def measure(args: argparse.Namespace) -> None:
     measured = full.measure(
         trained.network,
         trained.params,
-        drawn_by,
+        _sampler_config(args),
         config,
         plan,
         probes=args.probes or probe.cache_folder(),
@@ -83,14 +96,46 @@ def compare(names: list[str]) -> None:
     print(comparison.table([(str(path), comparison.read(path)) for path in paths]))
 
 
+def close_the_loop(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py closed-loop",
+        description="Plays the real game (Procgen) and the model under the same keys, and films "
+        "both with PSNR over time.",
+    )
+    add = parser.add_argument
+    add("--levels", type=int, default=4, help="how many levels to play (%(default)s)")
+    add("--first-level", type=int, default=2_000_000_000, help="seed of the first (%(default)s)")
+    add("--frames", type=int, default=64, help="length with the prompt (%(default)s)")
+    add("--n-prompt", type=int, default=1, help="real frames to start from (%(default)s)")
+    add("--output", type=Path, default=Path("closed_loop.mp4"), help="(%(default)s)")
+    add("--simulator", type=Path, help="folder of its environment (.venv-procgen; made if absent)")
+    _add_drawing_flags(add)
+    args = parser.parse_args(words)
+    trained = checkpoint.load(args.checkpoint, step=args.step)
+    drawing.check_size(trained.network)
+    draw = drawing.by_sampler(
+        sampler.Sampler(trained.network, trained.params, _sampler_config(args))
+    )
+    levels = range(args.first_level, args.first_level + args.levels)
+    keys = closed_loop.random_keys(args.levels, args.frames - 1, seed=args.seed)
+    with game.Simulator(environment.ensure(args.simulator)) as simulator:
+        replay = lambda runs: [run.frames for run in simulator.replay("coinrun", runs)]
+        loop = closed_loop.play(draw, replay, levels, keys, n_prompt=args.n_prompt, seed=args.seed)
+    video.write_mp4(args.output, closed_loop.film(loop), fps=FPS)
+    psnr = intervals.of_mean(quality.capped(loop.scores.psnr).mean(1))
+    print(
+        f"{len(loop.levels)} of {args.levels} levels lasted {args.frames} frames\n"
+        f"PSNR {psnr} dB (mean over frames and levels) → {args.output}"
+    )
+
+
 def _flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     default = full.Plan()
-    add("--checkpoint", type=Path, required=True, help="a run's workdir, or one checkpoint of it")
-    add("--step", type=int, help="which checkpoint of the run (the newest)")
+    _add_drawing_flags(add)
     add("--data", default=str(_EMBEDDED), help="folder with train/, val/, test/ (the embedded one)")
     add("--output", type=Path, default=Path("metrics.json"), help="(%(default)s)")
     add("--report", type=Path, help="folder of report.html (beside the output, OUTPUT_report)")
@@ -100,11 +145,20 @@ def _flags() -> argparse.ArgumentParser:
     add("--n-prompt", default="1,4", help="real frames to start from (%(default)s)")
     add("--drift-frames", type=int, default=default.drift_frames, help="(%(default)s)")
     add("--batch-size", type=int, default=default.batch_size, help="clips at once (%(default)s)")
-    add("--ddim-steps", type=int, default=10, help="denoising steps a frame, 1…1000 (%(default)s)")
-    add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")
-    add("--seed", type=int, default=default.seed, help="of noise and random actions (%(default)s)")
     add("--probes", type=Path, help="folder where trained probes are kept (~/.cache/cwm_jax)")
     return parser
+
+
+def _add_drawing_flags(add) -> None:
+    add("--checkpoint", type=Path, required=True, help="a run's workdir, or one checkpoint of it")
+    add("--step", type=int, help="which checkpoint of the run (the newest)")
+    add("--ddim-steps", type=int, default=10, help="denoising steps a frame, 1…1000 (%(default)s)")
+    add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")
+    add("--seed", type=int, default=0, help="of noise and random actions (%(default)s)")
+
+
+def _sampler_config(args: argparse.Namespace) -> sampler.SamplerConfig:
+    return sampler.SamplerConfig(levels=sampler.ddim_levels(args.ddim_steps), window=args.window)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -47,9 +47,9 @@ class Plan:
     batch_size: int = 32  # clips drawn at a time
 
     def __post_init__(self):
-        for name in ("horizon", "drift_frames", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be 1 or more")
+        for name, least in (("horizon", 2), ("drift_frames", drift.WINDOW), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: must be {least} or more")
         if min(self.n_prompt) < 1 or self.clips < 0:
             raise UserError(f"n_prompt={self.n_prompt}, clips={self.clips}: need at least one")
         if self.drift_frames < self.horizon:
