@@ -105,21 +105,21 @@ def confusion(results: Mapping, theme: Theme) -> Figure:
 def drift(results: Mapping, theme: Theme) -> Figure:
     """Patch distance, sharpness, contrast and colour over a long rollout."""
     figure, axes = _figure(theme, 4, width=11, height=2.9)
-    found = results["drift"]
-    patch = found["patch_distance"]
-    _band(axes[0], patch, theme.model, "model", x=patch["frame"])
-    axes[0].axhline(found["patch_limit"], color=theme.floor, linewidth=1)
-    axes[0].axhline(found["patch_distance_real"], color=theme.ceiling, linewidth=1)
-    axes[0].set_ylim(bottom=0)
-    for ax, measure in zip(axes[1:], ("sharpness", "contrast", "colour_shift"), strict=True):
-        _band(ax, found[measure], theme.model, "model")
-        real = 0 if measure == "colour_shift" else 1
-        ax.axhline(real, color=theme.ceiling, linewidth=1)
+    titles = {
+        "patch_distance": "patch distance",
+        "sharpness": "sharpness (real = 1)",
+        "contrast": "contrast (real = 1)",
+        "colour_shift": "shift of mean colour",
+    }
+    for ax, (name, title) in zip(axes, titles.items(), strict=True):
+        found = results["drift"]["by_window"][name]
+        _band(ax, found, theme.model, "model", x=found["frame"])
+        ax.axhline(found["real"], color=theme.ceiling, linewidth=1)
+        for limit in filter(None, found["limits"]):
+            ax.axhline(limit, color=theme.floor, linewidth=1)
         ax.set_ylim(bottom=0)
-    titles = "patch distance", "sharpness (real = 1)", "contrast (real = 1)", "shift of mean colour"
-    for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title, color=theme.ink, fontsize=10, loc="left")
-        ax.set_xlabel("frame", color=theme.faint, fontsize=9)
+        ax.set_xlabel("first frame of 16", color=theme.faint, fontsize=9)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Whether a long rollout stays a game: sharpness, colours, patches, and when they give way.
+"""Whether a long rollout stays a game: its patches, sharpness, contrast and colour by time.
 
 The drawn frames are held against the real frames of the clip they start from, since every level
 has its own scenery. Patches are compared as FID compares images (Heusel et al. 2017,
@@ -6,7 +6,7 @@ https://arxiv.org/abs/1706.08500): the Fréchet distance between Gaussians fitte
 whitened principal components of 8 × 8 pixel patches, which blur shrinks and noise swells.
 """
 
-import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -19,8 +19,8 @@ from cwm_jax.evaluation import intervals, quality
 PATCH = 8  # pixels on a side
 WINDOW = 16  # frames whose patches make one Gaussian
 STRIDE = 4  # frames between the starts of neighbouring windows
-_FEATURES = 24  # principal components
-_LIMIT = 0.99  # quantile of the distances of real windows beyond which a window is not the game
+_FEATURES = 64  # principal components
+_LIMIT = 0.99  # quantile of real windows, by how far from the start they are, that is the limit
 _GREY = np.float32([0.299, 0.587, 0.114])
 
 
@@ -32,42 +32,78 @@ class Features(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What a frame's 64 patches are, on the whole: float64, [B, T, k] and [B, T, k, k]."""
+    """What the frames of clips are, on the whole; float64, means over each frame."""
 
-    first: np.ndarray
-    second: np.ndarray
+    first: np.ndarray  # [B, T, k], of its 64 patches' features
+    second: np.ndarray  # [B, T, k, k], of their products
+    sharpness: np.ndarray  # [B, T], size of the Laplacian of its grey values
+    contrast: np.ndarray  # [B, T], standard deviation of its colours
+    colour: np.ndarray  # [B, T, C]
+
+
+class Signs(NamedTuple):
+    """What is looked at in each window, float64 [B, windows], against the clip's own start."""
+
+    patch_distance: np.ndarray  # Fréchet distance of the patches' features
+    sharpness: np.ndarray  # 1: as sharp
+    contrast: np.ndarray  # 1: as rich in contrast
+    colour_shift: np.ndarray  # distance of the mean colours, 0…1
 
 
 def summary(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray) -> dict:
     """Drift by time of F drawn frames, against T real frames of the same clips.
 
     The first half of each real clip is what windows are compared with; the windows of its second
-    half say how far real frames go from it, and so where the limit lies. `frames_to_collapse` is
-    the number of frames before the first window that is beyond the limit and whose followers, for
-    a window's length, are too: the median over clips. Clips that never collapse count as F.
+    half say how far real frames go from it, and so where the `limits` lie. `frames_to_collapse`
+    is the number of frames before the first window that is beyond a limit and whose followers,
+    for a window's length, are too: the median over clips. Clips that never collapse count as F.
     `survived` is their share, and `false_alarms` the share of the real second halves that would
     be called collapsed.
     """
     features = fit_features(real_BTHWC)
     half = real_BTHWC.shape[1] // 2
-    start = _gaussian(moments(real_BTHWC[:, :half], features))
-    real_BW = distances(moments(real_BTHWC[:, half:], features), start)
-    drawn_BW = distances(moments(drawn_BFHWC, features), start)
-    limit = float(np.quantile(real_BW, _LIMIT))
-    frames = drawn_BFHWC.shape[1]
-    lasted = frames_to_collapse(drawn_BW, limit, frames)
+    start = moments(real_BTHWC[:, :half], features)
+    real = signs(moments(real_BTHWC[:, half:], features), start)
+    drawn = signs(moments(drawn_BFHWC, features), start)
+    limits = {name: _limits(name, values) for name, values in real._asdict().items()}
+    frames, rest = drawn_BFHWC.shape[1], real_BTHWC.shape[1] - half
+    lasted = frames_to_collapse(beyond(drawn, limits), frames)
+    by_window = {
+        name: {
+            "frame": [STRIDE * i for i in range(values.shape[1])],
+            **quality.series(*intervals.of_means(values)),
+            "real": float(getattr(real, name).mean()),
+            "limits": limits[name],
+        }
+        for name, values in drawn._asdict().items()
+    }
     return {
         "frames": frames,
         "frames_to_collapse": quality.as_dict(*intervals.of_median(lasted)),
         "survived": float((lasted == frames).mean()),
-        "false_alarms": float((frames_to_collapse(real_BW, limit, half) < half).mean()),
-        "patch_limit": limit,
-        "patch_distance": _by_window(drawn_BW),
-        "patch_distance_real": float(real_BW.mean()),
-        "sharpness": _by_frame(_ratio(sharpness, drawn_BFHWC, real_BTHWC)),
-        "contrast": _by_frame(_ratio(contrast, drawn_BFHWC, real_BTHWC)),
-        "colour_shift": _by_frame(colour_shift(drawn_BFHWC, real_BTHWC)),
+        "false_alarms": float((frames_to_collapse(beyond(real, limits), rest) < rest).mean()),
+        "by_window": by_window,
     }
+
+
+def _limits(name: str, real_BW: np.ndarray) -> tuple[float, float]:
+    """Between which values of a sign a window may be real.
+
+    Twice as sharp is as far away as half as sharp, whichever the real clips happen to be.
+    """
+    if name in ("sharpness", "contrast"):
+        most = float(np.exp(np.quantile(np.abs(np.log(real_BW)), _LIMIT)))
+        return 1 / most, most
+    return 0.0, float(np.quantile(real_BW, _LIMIT))
+
+
+def beyond(found: Signs, limits: Mapping[str, tuple[float, float]]) -> np.ndarray:
+    """Windows with any sign outside its limits, bool [B, windows]."""
+    outside = [
+        (values < limits[name][0]) | (values > limits[name][1])
+        for name, values in found._asdict().items()
+    ]
+    return np.logical_or.reduce(outside)
 
 
 def fit_features(real_BTHWC: np.ndarray) -> Features:
@@ -82,15 +118,29 @@ def fit_features(real_BTHWC: np.ndarray) -> Features:
 
 
 def moments(frames_BTHWC: np.ndarray, features: Features) -> Moments:
-    """Mean and mean square of every frame's patch features."""
+    """All that signs are made of, clip by clip."""
     parts = [jax.device_get(_moments(clip, *features)) for clip in frames_BTHWC]
     return Moments(*(np.stack(x).astype(np.float64) for x in zip(*parts, strict=True)))
 
 
 @jax.jit
-def _moments(frames_THWC, mean, matrix):
+def _moments(frames_THWC, mean, matrix) -> Moments:
     z_TSK = (_patches(frames_THWC, jnp) - mean) @ matrix
-    return z_TSK.mean(1), jnp.einsum("tsk,tsl->tkl", z_TSK, z_TSK) / z_TSK.shape[1]
+    colours = frames_THWC.astype(jnp.float32) / 255
+    return Moments(
+        z_TSK.mean(1),
+        jnp.einsum("tsk,tsl->tkl", z_TSK, z_TSK) / z_TSK.shape[1],
+        jnp.abs(_laplacian(colours @ _GREY)).mean((1, 2)),
+        colours.std((1, 2)).mean(-1),
+        colours.mean((1, 2)),
+    )
+
+
+def _laplacian(grey_THW: jax.Array) -> jax.Array:
+    middle = grey_THW[:, 1:-1, 1:-1]
+    upright = grey_THW[:, :-2, 1:-1] + grey_THW[:, 2:, 1:-1]
+    across = grey_THW[:, 1:-1, :-2] + grey_THW[:, 1:-1, 2:]
+    return upright + across - 4 * middle
 
 
 def _patches(frames, xp):
@@ -99,15 +149,19 @@ def _patches(frames, xp):
     return small.astype(xp.float32) / 255
 
 
-def distances(windows: Moments, start: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Fréchet distance of each window of frames from each clip's Gaussian, float64 [B, windows]."""
+def signs(windows: Moments, start: Moments) -> Signs:
+    """The signs of every window of `WINDOW` frames, one each `STRIDE`, against `start`."""
     length = windows.first.shape[1]
     size = min(WINDOW, length)
+    origin = _gaussian(start)
+    ratio = lambda name, part: getattr(part, name).mean(1) / getattr(start, name).mean(1)
     found = []
     for first in range(0, length - size + 1, STRIDE):
-        span = slice(first, first + size)
-        found.append(frechet(*start, *_gaussian(Moments(*(x[:, span] for x in windows)))))
-    return np.stack(found, axis=1)
+        part = Moments(*(x[:, first : first + size] for x in windows))
+        colour = np.abs(part.colour.mean(1) - start.colour.mean(1)).mean(-1)
+        distance = frechet(*origin, *_gaussian(part))
+        found.append(Signs(distance, ratio("sharpness", part), ratio("contrast", part), colour))
+    return Signs(*(np.stack(x, axis=1) for x in zip(*found, strict=True)))
 
 
 def _gaussian(of: Moments) -> tuple[np.ndarray, np.ndarray]:
@@ -126,58 +180,10 @@ def frechet(mean_a, covariance_a, mean_b, covariance_b) -> np.ndarray:
     return apart + trace(covariance_a) + trace(covariance_b) - 2 * np.sqrt(cross).sum(-1)
 
 
-def frames_to_collapse(distance_BW: np.ndarray, limit: float, frames: int) -> np.ndarray:
-    """Frames before the first window beyond `limit` that stays beyond it, `frames` if none."""
-    beyond = np.pad(distance_BW > limit, ((0, 0), (0, WINDOW // STRIDE)), mode="edge")
-    stays = functools.reduce(
-        np.logical_and,
-        (beyond[:, k : k + distance_BW.shape[1]] for k in range(WINDOW // STRIDE + 1)),
-    )
+def frames_to_collapse(beyond_BW: np.ndarray, frames: int) -> np.ndarray:
+    """Frames before the first window that is beyond and stays so; `frames` if there is none."""
+    followers = WINDOW // STRIDE
+    padded = np.pad(beyond_BW, ((0, 0), (0, followers)), mode="edge")
+    windows = beyond_BW.shape[1]
+    stays = np.all([padded[:, k : k + windows] for k in range(followers + 1)], axis=0)
     return np.where(stays.any(1), stays.argmax(1) * STRIDE, frames)
-
-
-@jax.jit
-def sharpness(frames_THWC) -> jax.Array:
-    """Mean size of the Laplacian of each frame's grey values: [T, H, W, C] uint8 → [T]."""
-    grey = frames_THWC.astype(jnp.float32) / 255 @ _GREY
-    middle = grey[:, 1:-1, 1:-1]
-    around = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
-    return jnp.abs(around - 4 * middle).mean((1, 2))
-
-
-@jax.jit
-def contrast(frames_THWC) -> jax.Array:
-    """Standard deviation of each frame's colours about their mean: [T, H, W, C] uint8 → [T]."""
-    return (frames_THWC.astype(jnp.float32) / 255).std((1, 2)).mean(-1)
-
-
-@jax.jit
-def _mean_colour(frames_THWC) -> jax.Array:
-    return (frames_THWC.astype(jnp.float32) / 255).mean((1, 2))
-
-
-def colour_shift(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray) -> np.ndarray:
-    """How far each frame's mean colour is from that of the real clip, 0…1: [B, F]."""
-    ours, real = (_each(_mean_colour, x) for x in (drawn_BFHWC, real_BTHWC))
-    return np.abs(ours - real.mean(1, keepdims=True)).mean(-1)
-
-
-def _each(measure, frames_BTHWC: np.ndarray) -> np.ndarray:
-    return np.stack([np.asarray(measure(clip)) for clip in frames_BTHWC])
-
-
-def _ratio(measure, drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray) -> np.ndarray:
-    """A measure of each drawn frame over its mean in the real clip: 1 is as in the game."""
-    real = _each(measure, real_BTHWC).mean(1, keepdims=True)
-    return _each(measure, drawn_BFHWC) / np.maximum(real, 1e-6)
-
-
-def _by_frame(values_BF: np.ndarray) -> dict[str, list[float]]:
-    names = "mean", "low", "high"
-    means = intervals.of_means(values_BF)
-    return {name: x.tolist() for name, x in zip(names, means, strict=True)}
-
-
-def _by_window(values_BW: np.ndarray) -> dict[str, list[float]]:
-    starts = {"frame": [STRIDE * i for i in range(values_BW.shape[1])]}
-    return starts | _by_frame(values_BW)

@@ -85,16 +85,17 @@ def _shift_costs(before_BHW, after_BHW) -> jax.Array:
     Logarithms of mean squared differences, less their mean: a still picture and a flat one look
     alike, whatever their contrast.
     """
-    height, width = before_BHW.shape[1:]
-    middle = after_BHW[:, _REACH : height - _REACH, _REACH : width - _REACH]
-    costs = [
-        jnp.square(before_BHW[:, y : y + middle.shape[1], x : x + middle.shape[2]] - middle).mean(
-            (1, 2)
-        )
-        for y in range(2 * _REACH + 1)
-        for x in range(2 * _REACH + 1)
-    ]
-    logs = jnp.log(jnp.stack(costs, axis=-1) + 1e-4)
+    height, width = (side - 2 * _REACH for side in before_BHW.shape[1:])
+    middle = after_BHW[:, _REACH:-_REACH, _REACH:-_REACH]
+
+    def cost(shift):
+        y, x = jnp.divmod(shift, 2 * _REACH + 1)
+        shifted = jax.lax.dynamic_slice(before_BHW, (0, y, x), (len(before_BHW), height, width))
+        # Every other row and column is enough to see where a level moves.
+        return jnp.square(shifted - middle)[:, ::2, ::2].mean((1, 2))
+
+    costs = jax.lax.map(cost, jnp.arange((2 * _REACH + 1) ** 2)).T
+    logs = jnp.log(costs + 1e-4)
     return logs - logs.mean(-1, keepdims=True)
 
 

@@ -60,6 +60,11 @@ def by_horizon(values_BF: np.ndarray, horizons: Sequence[int]) -> dict:
 _NAMES = "mean", "low", "high"
 
 
+def series(mean, low, high) -> dict[str, list[float]]:
+    """Means and intervals of a whole curve."""
+    return {name: x.tolist() for name, x in zip(_NAMES, (mean, low, high), strict=True)}
+
+
 def as_dict(mean: float, low: float, high: float) -> dict[str, float]:
     return dict(zip(_NAMES, map(float, (mean, low, high)), strict=True))
 

@@ -31,9 +31,10 @@ def summary(
         "actions": truth.size,
         "groups": list(GROUP_NAMES),
     }
-    ceiling = result["real"]["groups"]["accuracy"]["mean"]
-    floor = result["shuffled"]["groups"]["accuracy"]["mean"]
-    got = result["drawn"]["groups"]["accuracy"]["mean"]
+    # Balanced, since half of all actions leave the player standing.
+    got, ceiling, floor = (
+        result[name]["groups"]["balanced"] for name in ("drawn", "real", "shuffled")
+    )
     # 1: as readable as the real game; 0: no more than chance.
     result["control"] = (got - floor) / (ceiling - floor) if ceiling > floor else float("nan")
     return result

@@ -40,12 +40,14 @@ def score(drawn_BFHWC, real_BFHWC, given_BHWC) -> Scores:
 def _score(drawn_BFHWC, real_BFHWC, given_BHWC) -> Scores:
     # One frame of all clips at a time: SSIM needs a dozen float32 copies of what it works on.
     def of_frame(pair):
-        drawn, real = (frames.astype(jnp.float32) / 255 for frames in pair)
+        drawn, real = (frames.astype(jnp.float32) for frames in pair)
         changed = (pair[1] != given_BHWC).any(-1)
+        # Errors of whole numbers are exact: those of equal frames are 0, not nearly 0.
+        psnr = lambda error: metrics.psnr_of_mse(error / 255**2)
         return Scores(
-            metrics.psnr(drawn, real),
-            metrics.ssim(drawn, real),
-            metrics.psnr_of_mse(metrics.masked_mse(drawn, real, changed)),
+            psnr(metrics.mse(drawn, real)),
+            metrics.ssim(drawn / 255, real / 255),
+            psnr(metrics.masked_mse(drawn, real, changed)),
         )
 
     pairs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (drawn_BFHWC, real_BFHWC))
