@@ -61,9 +61,9 @@ def rows(results: Mapping) -> Iterator[tuple[str, str]]:
         for horizon in shown(sides["model"]["psnr"]["mean"]):
             what = f"frames 1…{horizon} from {given}"
             yield f"PSNR {what}, dB", interval(sides["model"]["psnr"]["mean"][horizon])
-            for name, side in (("copy last", "copy_last"), ("reconstruction", "reconstruction")):
-                value = sides[side]["psnr"]["mean"][horizon]
-                yield f"  {name}", interval(value)
+            for side in ("copy_last", "reconstruction"):
+                label = f"  {side.replace('_', ' ')}, {what}"
+                yield label, interval(sides[side]["psnr"]["mean"][horizon])
             yield f"SSIM {what}", interval(sides["model"]["ssim"]["mean"][horizon], 3)
             motion = sides["model"]["psnr_motion"]["mean"][horizon]
             yield f"PSNR of motion {what}, dB", interval(motion)

@@ -49,7 +49,7 @@ def by_sampler(sampler: Sampler) -> Draw:
         if not np.isfinite(jax.device_get(state.frames_BMHWC)).all():
             raise UserError(
                 "the network draws frames that are not finite (NaN or infinity): its training "
-                "diverged, or the checkpoint is damaged; choose an earlier one with --step"
+                "diverged, or the checkpoint is damaged; go back to an earlier checkpoint"
             )
         return frames
 
