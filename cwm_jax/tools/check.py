@@ -129,8 +129,8 @@ def summary(
             continue
         clips = int(clip_counts(lengths, clip_len, stride).sum())
         yield (
-            f"{split}: {len(mine)} shards, {len(lengths)} readable records, {lengths.sum()} frames, "
-            f"{clips} clips of {clip_len} frames"
+            f"{split}: {len(mine)} shards, {len(lengths)} readable records, "
+            f"{lengths.sum()} frames, {clips} clips of {clip_len} frames"
         )
         counts = collections.Counter(lengths.tolist()).most_common(8)
         yield "  lengths: " + ", ".join(f"{n} × {length} frames" for length, n in counts)
@@ -149,10 +149,11 @@ def repair(
     """Writes all records but the faulty to `out`, shard by shard; returns how many.
 
     Raises:
-        UserError: `out` lies in the folder that is read, or cannot be written.
+        UserError: `out` is the folder that is read, or cannot be written.
     """
-    if out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents:
-        raise UserError(f"--repair {out}: name a folder outside of {folder}")
+    taken = {folder.resolve(), *((folder / split).resolve() for split in shards.SPLITS)}
+    if out.resolve() in taken:
+        raise UserError(f"--repair {out}: name a folder of its own, not one of {folder}")
     dropped = {(fault.shard, fault.index) for fault in wrong}
 
     def write(shard: Shard) -> int:
