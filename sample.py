@@ -29,7 +29,7 @@ def main() -> None:
             count=args.n_samples,
             frames=args.frames,
             n_prompt=args.n_prompt,
-            num_actions=trained.network.num_actions,
+            num_actions=trained.network.action_values,
             source=args.action_source,
             pattern=_pattern(args.pattern),
             seed=args.seed,

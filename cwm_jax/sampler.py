@@ -72,7 +72,7 @@ def tabulate(net: DiT, config: SamplerConfig) -> Tables:
     A frame's conditioning depends on nothing else, so this is exact, and takes a third of the
     weights out of every pass.
     """
-    actions_A = jnp.array([*range(net.config.num_actions), NO_ACTION])
+    actions_A = jnp.array([*range(net.config.action_values), NO_ACTION])
     labels_S = jnp.array([*config.levels, config.context_level])
     shape = len(labels_S), len(actions_A)
     table = net.modulations(
@@ -254,9 +254,9 @@ class Sampler:
     def _check_actions(self, actions: np.ndarray, *, lowest: int) -> None:
         if not np.issubdtype(actions.dtype, np.integer):
             raise UserError(f"actions must be whole numbers, not {actions.dtype}")
-        wrong = actions[(actions < lowest) | (actions >= self.network.num_actions)]
+        wrong = actions[(actions < lowest) | (actions >= self.network.action_values)]
         if wrong.size:
             raise UserError(
-                f"action {wrong[0]}: actions are 0…{self.network.num_actions - 1}"
+                f"action {wrong[0]}: actions are 0…{self.network.action_values - 1}"
                 + ("" if lowest else "; −1 (none) may stand only before the first frame")
             )
