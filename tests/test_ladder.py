@@ -18,7 +18,7 @@ FLOORS = (
     ("errors",),
     ("coinrun", "files", "rope", "safe_pickle"),
     ("attention", "controls", "diffusion", "episodes", "keyboard", "metrics_file", "wandb_run"),
-    ("metrics", "model", "shards", "sheet", "simulator", "video", "curves"),
+    ("metrics", "model", "shards", "recordings", "sheet", "simulator", "video", "curves"),
     ("clips", "torch_format", "world"),
     ("data", "sampler"),
     ("parallel",),
