@@ -53,19 +53,22 @@ def make_data(tmp_path) -> Callable[..., Path]:
     return make
 
 
+TINY = DiTConfig(
+    hidden_size=24,
+    depth=2,
+    num_heads=3,
+    patch_size=16,
+    image_size=64,
+    num_actions=NUM_ACTIONS,
+    max_frames=5,
+    dtype="float32",
+)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> DiTConfig:
     """A network small enough to compile in a second, with a window of 5 frames."""
-    return DiTConfig(
-        hidden_size=24,
-        depth=2,
-        num_heads=3,
-        patch_size=16,
-        image_size=64,
-        num_actions=NUM_ACTIONS,
-        max_frames=5,
-        dtype="float32",
-    )
+    return TINY
 
 
 @pytest.fixture(scope="session")
