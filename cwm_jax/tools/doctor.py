@@ -28,7 +28,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.simulator import environment
 
 OK, NOTE, BAD = "ok", "note", "BAD"
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).resolve().parents[2]
 _GB = 1e9
 _FILES_WANTED = 8192  # a reader holds a file open for each shard; the public dataset has 6,129
 _SHARED_WANTED = 1 * _GB  # batches of reading processes lie there
