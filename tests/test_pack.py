@@ -1,6 +1,7 @@
 """Own games: films and pictures with their actions become records, and the model takes them."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,8 +12,10 @@ from cwm_jax import clips, controls, data, model, recordings, shards, training, 
 from cwm_jax.controls import Control, Controls
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig
+from cwm_jax.simulator import environment, game
 from cwm_jax.tools import check, pack
 
+SIMULATOR = Path(__file__).parents[1] / ".venv-procgen"
 PAD_KEYS = """
 game = "pad game"
 action_encoding = "buttons"
@@ -80,6 +83,37 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
     assert batch["actions"].max() > 3  # more than there are buttons: combinations
     assert np.isfinite(loss(params, *batch.values(), t, noise, network=network))
     batches.close()
+
+
+@pytest.mark.skipif(
+    not environment.is_ready(SIMULATOR), reason="no simulator here: make install-procgen"
+)
+def test_a_second_procgen_game_goes_through_films_into_training_batches(tmp_path):
+    """Maze, filmed as a person would, comes back as the same game with the same actions."""
+    (tmp_path / "films").mkdir()
+    keys = controls.procgen("maze").to_json()
+    rows = [f"{{name = {a['name']!r}, keys = {a['keys']!r}}}" for a in keys["actions"]]
+    (tmp_path / "keys.toml").write_text(f'game = "maze"\nactions = [{", ".join(rows)}]')
+    with game.Simulator(environment.ensure(SIMULATOR)) as simulator:
+        actions = np.random.default_rng(0).integers(15, size=(3, 41))
+        runs = [(seed, row.tolist()) for seed, row in zip((3, 5, 7), actions, strict=True)]
+        played = simulator.replay("maze", runs)
+    for (seed, pressed), run_ in zip(runs, played, strict=True):
+        name = tmp_path / "films" / f"level{seed}"
+        video.write_mp4(name.with_suffix(".mp4"), run_.frames, fps=15)
+        names = [keys["actions"][a]["name"] for a in pressed[: len(run_.frames) - 1]]
+        name.with_suffix(".csv").write_text("\n".join(["action", *names, ""]))
+    out = run(tmp_path / "films")
+    known = controls.read(out)
+    assert known == controls.procgen("maze")
+    config = data.DataConfig(dir=str(out), num_threads=1)
+    batch = data.eval_batches(config, "train", batch_size=1)[0]
+    (one,) = (
+        r
+        for (_, pressed), r in zip(runs, played, strict=True)
+        if np.array_equal(pressed[:31], batch["actions"][0, 1:])
+    )
+    assert np.abs(batch["frames"][0].astype(int) - one.frames[:32]).mean() < 8  # H.264 blurs
 
 
 def test_packing_again_gives_the_same_and_strange_folders_are_left_alone(films, tmp_path):
