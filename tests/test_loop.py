@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
+import sample
 from configs import base
 from cwm_jax import checkpoint, loop
 from cwm_jax.errors import UserError
@@ -40,9 +41,8 @@ def config_of(data_dir, **changes):
         ddim_steps=2,
         rollout_frames=7,
         n_rollout_samples=2,
-        **changes,
     )
-    return config.to_dict()
+    return config.to_dict() | changes
 
 
 def train(workdir, config):
@@ -177,30 +177,25 @@ def test_the_sampling_program(tmp_path, small_data):
         np.testing.assert_array_equal(raw["frames"][:, :2], raw["real"][:, :2])
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--checkpoint", "nowhere"], "nowhere"),
-        (["--checkpoint", "run", "--frames", "300"], "300 frames"),
-        (["--checkpoint", "run", "--frames", "1"], "1 frames"),
-        (["--checkpoint", "run", "--ddim-steps", "0"], "ddim_steps"),
-        (["--checkpoint", "run", "--n-samples", "99"], "99 episodes"),
-        (["--checkpoint", "run", "--action-source", "pattern"], "--pattern"),
-        (["--checkpoint", "run", "--action-source", "pattern", "--pattern", "15"], "15"),
-        (["--checkpoint", "run", "--action-source", "pattern", "--pattern", "a"], "--pattern a"),
-        (["--checkpoint", "run", "--n-prompt", "6", "--frames", "9"], "6 prompt frames"),
-    ],
-)
-def test_the_sampling_program_tells_mistakes(
-    tmp_path, small_data, monkeypatch, words, told, capsys
-):
-    import sample
-
-    train(tmp_path / "run", config_of(small_data, max_steps=1, rollout_every_steps=100))
-    capsys.readouterr()
+def test_the_sampling_program_tells_mistakes(tmp_path, small_data, monkeypatch, capsys):
+    train(tmp_path / "run", config_of(small_data, max_steps=1))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sample.py", *words])
-    with pytest.raises(SystemExit) as stopped:
-        sample.main()
-    assert stopped.value.code == 2
-    assert told in capsys.readouterr().err
+    for words, told in (
+        ("--checkpoint nowhere", "nowhere"),
+        ("--checkpoint run --frames 300", "300 frames"),
+        ("--checkpoint run --frames 1", "1 frames"),
+        ("--checkpoint run --frames 5 --ddim-steps 0", "ddim_steps"),
+        ("--checkpoint run --frames 5 --n-samples 99", "99 episodes"),
+        ("--checkpoint run --frames 5 --n-samples 2 --data nodata", "nodata"),
+        ("--checkpoint run --n-samples 2 --action-source pattern", "--pattern"),
+        ("--checkpoint run --n-samples 2 --action-source pattern --pattern 15", "15"),
+        ("--checkpoint run --n-samples 2 --action-source pattern --pattern a", "--pattern a"),
+        ("--checkpoint run --n-samples 2 --n-prompt 6 --frames 9", "6 prompt frames"),
+        ("--checkpoint run --n-samples 2 --frames 9 --step 7", "step 7"),
+    ):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["sample.py", *words.split()])
+        with pytest.raises(SystemExit) as stopped:
+            sample.main()
+        assert stopped.value.code == 2, words
+        assert told in capsys.readouterr().err, words
