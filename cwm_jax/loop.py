@@ -48,7 +48,7 @@ class _Run:
         self.shared = dict(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            num_actions=settings.model.num_actions,
+            num_actions=settings.model.action_values,
         )
         self.batches = data.train_batches(
             settings.data, batch_size=self.batch_size, seed=settings.seed, **self.shared
@@ -74,7 +74,7 @@ class _Run:
             count=settings.n_rollout_samples,
             frames=settings.rollout_frames,
             n_prompt=settings.n_prompt,
-            num_actions=settings.model.num_actions,
+            num_actions=settings.model.action_values,
             seed=settings.seed,
         )
 
