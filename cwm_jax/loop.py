@@ -85,7 +85,7 @@ class _Run:
             "val",
             clips=settings.eval_clips,
             frames=settings.eval_frames,
-            num_actions=settings.model.num_actions,
+            num_actions=settings.model.action_values,
             seed=settings.seed,
         )
 
