@@ -181,7 +181,8 @@ class _Run:
     def _draw_curves(self) -> None:
         if jax.process_index() == 0:
             series = metrics_file.read_series(self.workdir / report.METRICS_FILE)
-            curves.curves(series, self.workdir / "curves.png")
+            if any(name.endswith("loss") for name in series):  # not so before the first log
+                curves.curves(series, self.workdir / "curves.png")
 
     def _evaluate(self, step: int, weights, reporter) -> None:
         """The quick form of the evaluation, by the first process alone."""
