@@ -20,7 +20,6 @@ from cwm_jax.play import memory as memories
 from cwm_jax.play.memory import Memory
 from cwm_jax.sampler import SamplerConfig, ddim_levels
 
-STEPS = (10, 4, 2, 1)  # DDIM steps to choose from, the best first
 LANES = (1, 2, 4, 8)
 _STATIC = ("network", "config")
 
@@ -46,9 +45,7 @@ def _draw(params, tables, memories_L, actions_L, seeds_L, numbers_L, *, network,
     def lane(state, action, seed, number):
         key = jax.random.fold_in(jax.random.key(seed), number)
         noise, step_key = sampler.frame_noise(key, state.frames_BMHWC[:, 0].shape)
-        frame_BHWC = sampler.draw_frame(
-            net, tables, state, action[None], noise, step_key, config
-        )
+        frame_BHWC = sampler.draw_frame(net, tables, state, action[None], noise, step_key, config)
         return sampler.to_pixels(frame_BHWC[0])
 
     return jax.vmap(lane)(worlds_L, actions_L, seeds_L, numbers_L)
@@ -67,15 +64,13 @@ class Engine:
         steps: numbers of DDIM steps that can be asked for.
     """
 
-    def __init__(self, network: DiTConfig, params: Params, *, steps: Sequence[int] = STEPS):
+    def __init__(self, network: DiTConfig, params: Params, *, steps: Sequence[int]):
         self.network, self.steps = network, tuple(steps)
         self.fingerprint = fingerprint(network, params)
         self._params = jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
         configs = {n: SamplerConfig(levels=ddim_levels(n), window="cached") for n in self.steps}
         self._configs = configs
-        self._tables = {
-            n: _tabulate(params, network=network, config=c) for n, c in configs.items()
-        }
+        self._tables = {n: _tabulate(params, network=network, config=c) for n, c in configs.items()}
         self._context = self._tables[self.steps[0]].context
         self._fresh = memories.fresh(self._world_like())
         self._draw_programs: dict[tuple[int, int], jax.stages.Compiled] = {}

@@ -21,7 +21,7 @@ class Governor:
         self._clock = clock
         self._pass_seconds: float | None = None
         self._changed = clock()
-        self.steps = self._choices[0]  # the cheapest: the first frames come soonest
+        self.steps = self._choices[len(self._choices) // 2]  # until it is known what a step costs
 
     def note(self, *, steps: int, seconds: float) -> None:
         """A turn of the device, for one player or several, took so long with so many steps."""

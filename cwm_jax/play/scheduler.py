@@ -100,7 +100,7 @@ class Scheduler:
         Until it is there they are drawn in smaller batches.
         """
         lanes = next((n for n in LANES if n >= players), LANES[-1])
-        for steps in sorted(self.drawer.steps):
+        for steps in sorted(self.drawer.steps, key=lambda n: n != self.governor.steps):
             if (steps, lanes) not in self._asked:
                 self._asked.add((steps, lanes))
                 self._to_compile.put((steps, lanes))
@@ -189,8 +189,7 @@ class Scheduler:
         group = [
             order
             for order in self._waiting
-            if isinstance(order, _Draw)
-            and (order.steps, order.lanes) == (first.steps, first.lanes)
+            if isinstance(order, _Draw) and (order.steps, order.lanes) == (first.steps, first.lanes)
         ]
         lanes = first.lanes or self._lanes_for(len(group), first.steps)
         group = group[:lanes]
