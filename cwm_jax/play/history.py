@@ -22,7 +22,7 @@ class History:
     """Frames on disk, in a file without a name that goes with the session; the rest in memory."""
 
     def __init__(self):
-        self._file = tempfile.TemporaryFile(prefix="cwm_jax_")
+        self._file = tempfile.TemporaryFile(prefix="cwm_jax_")  # noqa: SIM115
         self.actions: list[int] = []  # the action that led into each frame, −1 for none
         self.programs: list[Program | None] = []  # None: a given frame, of the prompt
         self.given = 0  # frames of the prompt

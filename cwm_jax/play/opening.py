@@ -15,7 +15,8 @@ _PAGE = b"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="refresh" content="1"><title>Play the world model</title>
 <style>:root{color-scheme:light dark}body{font:16px system-ui,sans-serif;display:grid;
-place-items:center;min-height:90vh;margin:0}</style><p>The page is being set up &hellip;</p></html>"""
+place-items:center;min-height:90vh;margin:0}</style>
+<p>The page is being set up &hellip;</p></html>"""
 
 
 class Opening:

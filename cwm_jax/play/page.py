@@ -33,16 +33,16 @@ def look() -> dict:
 
 def build(rules: Rules) -> gr.Blocks:
     """The page for players with these rules."""
-    with gr.Blocks(title="Play the world model", analytics_enabled=False, fill_width=True) as page:
-        with gr.Row(elem_id="play-columns", equal_height=False):
-            with gr.Column(scale=3, min_width=320):
-                stage = (_STATIC / "stage.html").read_text()
-                gr.HTML(stage, elem_id="play-frame", js_on_load=None)
-            with gr.Column(scale=2, min_width=300, elem_id="play-side"):
-                _start_controls()
-                _pace_controls(rules)
-                _save_controls()
-                _share_controls()
+    page = gr.Blocks(title="Play the world model", analytics_enabled=False, fill_width=True)
+    with page, gr.Row(elem_id="play-columns", equal_height=False):
+        with gr.Column(scale=3, min_width=320):
+            stage = (_STATIC / "stage.html").read_text()
+            gr.HTML(stage, elem_id="play-frame", js_on_load=None)
+        with gr.Column(scale=2, min_width=300, elem_id="play-side"):
+            _start_controls()
+            _pace_controls(rules)
+            _save_controls()
+            _share_controls()
     return page
 
 

@@ -184,7 +184,7 @@ class Player:
         while not self._over:
             if self._commands:
                 name, fields = self._commands.popleft()
-                await self._guarded(lambda: getattr(self, f"_do_{name}")(**fields))
+                await self._guarded(getattr(self, f"_do_{name}"), **fields)
             elif self._session and self._session.to_replay:
                 await self._guarded(self._replay_frame)
             elif self._session and self._wants_frame():
@@ -193,10 +193,10 @@ class Player:
                 self._wake.clear()
                 await self._wake.wait()
 
-    async def _guarded(self, act: Callable[[], Awaitable[None]]) -> None:
+    async def _guarded(self, act: Callable[..., Awaitable[None]], **fields) -> None:
         """Tells the player of a mistake, or of a fault of the device, and goes on."""
         try:
-            await act()
+            await act(**fields)
         except UserError as error:
             self._halt()
             await self._say("error", text=str(error))
