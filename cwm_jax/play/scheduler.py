@@ -89,6 +89,7 @@ class Scheduler:
 
     def __exit__(self, *_):
         self._stopped.set()
+        self.first_program.set()  # nobody need wait for it any more
         self._orders.put(None)
         self._to_compile.put(None)
         for thread in self._threads:
