@@ -48,13 +48,22 @@ class Keys:
     def release(self) -> None:
         self.held, self.tapped = NOOP, None
 
-    def take(self) -> int:
-        """The action for the frame that is now begun; a tap counts for one frame."""
+    def take(self, ordered: int) -> int:
+        """The action for the frame that is now begun.
+
+        Args:
+            ordered: what was held when the frame was ordered, for a key let go since.
+        """
+        tapped = self.take_tap()
+        if self.held != NOOP:
+            return self.held
+        return ordered if tapped is None else tapped
+
+    def take_tap(self) -> int | None:
+        """What was last pressed since the last frame, for one frame."""
         tapped, self.tapped = self.tapped, None
         self.drawn_stamp, self._stamp = self._stamp or self.drawn_stamp, 0.0
-        if self.held == NOOP and tapped is not None:
-            return tapped
-        return self.held
+        return tapped
 
 
 class Player:
@@ -217,15 +226,13 @@ class Player:
         loop = asyncio.get_running_loop()
         if (early := self._due - loop.time()) > 0:
             await asyncio.sleep(early)
+            if not self._wants_frame() or self._commands:
+                return
         self._due = max(self._due + 1 / self._fps, loop.time())
-        drawn = await self._session.step(self._take_keys, steps=self._steps())
+        keys, ordered = self._keys, self._keys.held
+        take = lambda: (keys.take_tap() or NOOP) if self._step_mode else keys.take(ordered)
+        drawn = await self._session.step(take, steps=self._steps())
         await self._show(drawn.frame)
-
-    def _take_keys(self) -> int:
-        action = self._keys.take()
-        if self._step_mode:
-            self._keys.held = NOOP  # one frame for one press
-        return action
 
     def _steps(self) -> int:
         return self._pinned or self._studio.scheduler.governor.choose(self._fps)
