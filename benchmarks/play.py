@@ -37,7 +37,7 @@ class Client:
     """Holds a key now and then, and notes when frames come."""
 
     def __init__(self, address: str, **settings):
-        self.socket = connect(address, max_size=None)
+        self.socket = connect(address, max_size=None).__enter__()
         self.send("settings", **settings)
         self.frames, self.delays, self.steps = 0, [], []
         self._frame()
@@ -118,7 +118,7 @@ def pace(engine: Engine, args) -> None:
 def players(engine: Engine, args) -> None:
     """Eight at once, as fast as it goes with S = 1."""
     _compiled(engine, (1, 8))
-    with served(engine, fps=60, players=8) as (address, studio):
+    with served(engine, fps=60, players=8) as (address, _):
         clients = [Client(address, fps=60, steps=1) for _ in range(8)]
         counts = []
 

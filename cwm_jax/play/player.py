@@ -60,7 +60,7 @@ class Keys:
         return ordered if tapped is None else tapped
 
     def take_tap(self) -> int | None:
-        """What was last pressed since the last frame, for one frame."""
+        """What was last pressed since the last frame, if anything was; for one frame."""
         tapped, self.tapped = self.tapped, None
         self.drawn_stamp, self._stamp = self._stamp or self.drawn_stamp, 0.0
         return tapped
@@ -230,7 +230,11 @@ class Player:
                 return
         self._due = max(self._due + 1 / self._fps, loop.time())
         keys, ordered = self._keys, self._keys.held
-        take = lambda: (keys.take_tap() or NOOP) if self._step_mode else keys.take(ordered)
+        if self._step_mode:
+            tap = keys.take_tap()
+            take = lambda: tap
+        else:
+            take = lambda: keys.take(ordered)
         drawn = await self._session.step(take, steps=self._steps())
         await self._show(drawn.frame)
 

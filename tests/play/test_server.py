@@ -151,9 +151,13 @@ def test_step_mode_draws_one_frame_for_one_press(house):
             one.frame()
             assert (one.number, one.action) == (number, 8)
             one.halt()
+        one.send("keys", action=0)
+        one.frame()
+        assert (one.number, one.action) == (4, 0)
+        one.halt()
         one.send("wait")
         one.frame()
-        assert (one.number, one.action) == (4, 4)
+        assert (one.number, one.action) == (5, 4)
 
 
 def test_pinned_steps_are_used(house):
