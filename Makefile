@@ -36,7 +36,7 @@ install-torch: $(STAMP)  ## Add the pinned PyTorch, which only .pt files need
 demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagines
 	rm -rf $(DEMO)
 	$(BIN)/python train.py --config configs/debug.py --workdir $(DEMO)
-	$(BIN)/python sample.py --checkpoint $(DEMO) --output $(DEMO)/sample.mp4
+	$(BIN)/python sample.py --checkpoint $(DEMO) --output $(DEMO)/sample.mp4 --grid $(DEMO)/grid.png
 	@echo; echo "The demo is done. Look at:"
 	@for file in sample.mp4 grid.png curves.png metrics.jsonl; do \
 	  test -s $(DEMO)/$$file || { echo "error: $(DEMO)/$$file is missing or empty" >&2; exit 1; }; \

@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cwm_jax import loop
-from cwm_jax.errors import shown_to_user
+from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, configs/NAME.py.")
@@ -25,6 +25,19 @@ def main(_) -> None:
         loop.train(Settings.from_config(config), Path(_WORKDIR.value), config=config)
 
 
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; ml_collections' own errors become ones that a person can read."""
+    with shown_to_user():
+        try:
+            rest = app.parse_flags_with_usage(argv)
+            _CONFIG.value.to_dict()  # a file that did not load says so only now
+        except (AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:
+            given = [word for word in argv if word.startswith("--config.")]
+            words = " ".join(str(error.args[0]).split())
+            raise UserError(f"the config or {given or '--config'} is wrong: {words}") from None
+    return rest
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=_parse)

@@ -93,7 +93,7 @@ def update(state: TrainState, batch, t_BT, noise_BTHWC, *, network, optim):
     params = optax.apply_updates(state.params, updates)
     metrics = {
         "train/loss": loss,
-        "train/grad_norm": optax.global_norm(grads),  # before clipping
+        "train/grad_norm": optax.tree.norm(grads),  # before clipping
         "train/lr": learning_rate(optim)(state.step),
     }
     following = TrainState(

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from cwm_jax import model
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.episodes import Episode, encode
+from cwm_jax.model import DiTConfig
 from cwm_jax.shards import write_shard
 
 
@@ -48,3 +51,32 @@ def make_data(tmp_path) -> Callable[..., Path]:
         return tmp_path
 
     return make
+
+
+TINY = DiTConfig(
+    hidden_size=24,
+    depth=2,
+    num_heads=3,
+    patch_size=16,
+    image_size=64,
+    num_actions=NUM_ACTIONS,
+    max_frames=5,
+    dtype="float32",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> DiTConfig:
+    """A network small enough to compile in a second, with a window of 5 frames."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny) -> dict[str, jax.Array]:
+    """Parameters that are all at work: fresh ones have zero gates, behind which much can hide."""
+    params = model.init(tiny, 0)
+    keys = jax.random.split(jax.random.key(1), len(params))
+    return {
+        name: leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for key, (name, leaf) in zip(keys, params.items(), strict=True)
+    }

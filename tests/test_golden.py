@@ -1,0 +1,139 @@
+"""Agreement with the PyTorch original, on outputs that it wrote itself (float32, CPU).
+
+`GOLDEN_DIR` names another folder of the same layout. Sizes come from its `model.json`.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cwm_jax import diffusion, model, sampler, torch_format, training
+from cwm_jax.coinrun import to_model
+from cwm_jax.model import DiTConfig
+
+FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+SIZES = json.loads((FOLDER / "model.json").read_text())
+CONFIG = DiTConfig(
+    **{
+        k: SIZES[k]
+        for k in ("patch_size", "hidden_size", "depth", "num_heads", "num_actions", "max_frames")
+    },
+    image_size=SIZES["input_size"],
+    dtype="float32",
+)
+
+
+def arrays(name):
+    """A golden file's arrays; noise is kept there in half precision, but stands for float32."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        return {
+            k: v.astype(np.float32) if k.endswith("noise") else v
+            for k, v in ((k, file[k]) for k in file.files)
+        }
+
+
+def params_of(name):
+    params = torch_format.from_original(arrays(name), CONFIG)
+    model.check_params(CONFIG, params)
+    return {k: jnp.asarray(v) for k, v in params.items()}
+
+
+def test_parameter_count_is_the_originals():
+    assert model.parameter_count(model.shapes(CONFIG)) == SIZES["num_params"]
+
+
+def test_schedule():
+    golden = arrays("schedule")
+    np.testing.assert_allclose(diffusion.betas(), golden["betas_f64"], rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(diffusion.alpha_bars(), golden["alphas_cumprod_f32"])
+
+
+def test_forward_pass_and_loss():
+    golden = arrays("forward")
+    sample = diffusion.noised(to_model(golden["frames"]), golden["t"], golden["noise"])
+    network = jax.jit(lambda params, *args: model.bind(CONFIG, params)(*args))
+    v = network(params_of("weights_step0"), sample.x, golden["t"], golden["actions"])
+    np.testing.assert_allclose(v, golden["v_pred"], rtol=0, atol=2e-5)
+    assert float(diffusion.loss(v, sample.velocity)) == pytest.approx(golden["loss"], abs=1e-5)
+
+
+def test_three_updates():
+    golden = arrays("train3")
+    # The file holds the three rates; only one warm-up goes through them.
+    warmup = next(w for w in range(1, 10_000) if fits_warmup(w, golden["lr"]))
+    optim = training.OptimizerConfig(
+        lr=float(golden["lr"][0] * warmup),
+        weight_decay=float(golden["weight_decay"]),
+        warmup_steps=warmup,
+        grad_clip=float(golden["grad_clip"]),
+        ema_decay=0.0,
+    )
+    state = training.init_state(CONFIG, optim, 0)._replace(params=params_of("weights_step0"))
+    update = jax.jit(training.update, static_argnames=("network", "optim"))
+    for i in range(3):
+        batch = {k: golden[f"step{i}_{k}"] for k in ("frames", "actions")}
+        drawn = golden[f"step{i}_t"], golden[f"step{i}_noise"]
+        state, metrics = update(state, batch, *drawn, network=CONFIG, optim=optim)
+        assert float(metrics["train/loss"]) == pytest.approx(golden["loss"][i], abs=1e-5)
+        assert float(metrics["train/grad_norm"]) == pytest.approx(golden["grad_norm"][i], abs=1e-5)
+        assert float(metrics["train/lr"]) == pytest.approx(golden["lr"][i], rel=1e-6)
+    for name, value in params_of("weights_step3").items():
+        np.testing.assert_allclose(state.params[name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
+def fits_warmup(warmup, rates):
+    """Whether rates k = 0, 1, 2 lie on a warm-up over so many updates, from lr / warmup up."""
+    lr = rates[0] * warmup
+    line = lr * (1 / warmup + (1 - 1 / warmup) * np.minimum(np.arange(3) / warmup, 1))
+    return np.allclose(line, rates, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"),
+    [
+        ("rollout_within_window", ("exact", "cached", "hop")),
+        ("rollout_prompt4_ddim5", ("exact", "cached", "hop")),
+        ("rollout_past_window", ("exact",)),
+    ],
+)
+def test_rollout(name, windows):
+    golden = arrays(name)
+    prompt, actions = int(golden["n_prompt"]), golden["actions"]
+    for window in windows:
+        levels = sampler.ddim_levels(int(golden["ddim_steps"]))
+        config = sampler.SamplerConfig(levels=levels, window=window)
+        drawn = draw(config, golden["prompt"], actions, golden["noise"])
+        frames01 = (drawn.clip(-1, 1) + 1) / 2
+        worst = np.abs(frames01 - golden["frames01"][:, prompt:]).max()
+        assert worst < 1e-5, f"{window}: off by {worst}"
+
+
+def draw(config, prompt, actions, noise_BFHWC):
+    """A rollout from given noise, unclamped, [B, F, H, W, C]."""
+
+    @jax.jit
+    def scan(params, tables, state, actions_FB, noise_FBHWC):
+        net = model.bind(CONFIG, params)
+        step = lambda state, x: sampler.step(net, tables, state, *x, None, config)
+        return jax.lax.scan(step, state, (actions_FB, noise_FBHWC))[1]
+
+    params = params_of("weights_step0")
+    drawer = sampler.Sampler(CONFIG, params, config)
+    given = prompt.shape[1]
+    state = drawer.start(prompt, actions[:, :given])
+    tables = sampler.tabulate(model.bind(CONFIG, params), config)
+    frames = scan(params, tables, state, actions[:, given:].T, np.moveaxis(noise_BFHWC, 1, 0))
+    return np.moveaxis(np.asarray(frames), 0, 1)
+
+
+def test_our_names_lead_back_to_the_originals():
+    original = arrays("weights_step3")
+    back = torch_format.to_original(torch_format.from_original(original, CONFIG), CONFIG)
+    assert list(back) == list(original)
+    for name in original:
+        np.testing.assert_array_equal(back[name], original[name])

@@ -1,0 +1,201 @@
+"""The main job on a small scale: train, log, save, resume, and the programs around it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+
+import sample
+from configs import base
+from cwm_jax import checkpoint, loop
+from cwm_jax.errors import UserError
+from cwm_jax.settings import Settings
+from cwm_jax.video import read_mp4
+
+ROOT = Path(__file__).parents[1]
+
+
+def config_of(data_dir, **changes):
+    config = base.get_config()
+    for name in ("hidden_size", "depth", "num_heads", "patch_size", "max_frames", "dtype"):
+        config.model[name] = getattr(TINY, name)
+    config.data.update(dir=str(data_dir), clip_len=5, stride=3, num_workers=0, num_threads=1)
+    config.wandb.mode = "disabled"
+    config.update(
+        batch_size=2,
+        epochs=2,
+        lr=1e-3,
+        warmup_steps=3,
+        ema_decay=0.9,
+        log_every_steps=2,
+        val_every_steps=3,
+        val_batches=1,
+        rollout_every_steps=4,
+        ckpt_every_steps=3,
+        ddim_steps=2,
+        rollout_frames=7,
+        n_rollout_samples=2,
+    )
+    return config.to_dict() | changes
+
+
+def train(workdir, config):
+    return loop.train(Settings.from_config(config), workdir, config=config)
+
+
+@pytest.fixture
+def small_data(make_data):
+    return make_data(
+        train=[[11, 12], [14]], val=[[11, 9]]
+    )  # 3 + 3 + 4 = 10 clips: 5 steps an epoch
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_what_it_promises(tmp_path, small_data):
+    run = tmp_path / "run"
+    state = train(run, config_of(small_data))
+    assert int(state.step) == 10
+    seen = {}
+    for line in lines_of(run):
+        for name in line:
+            seen.setdefault(name, []).append(line["step"])
+    assert seen["train/loss"] == seen["train/lr"] == seen["train/grad_norm"] == [2, 4, 6, 8, 10]
+    assert seen["val/loss"] == [3, 6, 9]
+    assert seen["rollout/video"] == seen["rollout/grid"] == [4, 8, 10]
+    for name in ("epoch/train_loss", "epoch/val_loss", "epoch/psnr", "epoch/ssim"):
+        assert seen[name] == [5, 10]
+    assert {"perf/steps_per_sec", "perf/frames_per_sec"} <= set(seen)
+    film = read_mp4(run / "rollouts" / "rollout_0000010.mp4")
+    assert len(film) == 7
+    assert (run / "curves.png").stat().st_size > 1000
+    assert checkpoint.load(run).step == 10
+
+
+def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path, small_data):
+    whole = train(tmp_path / "whole", config_of(small_data))
+    cut = tmp_path / "cut"
+    train(cut, config_of(small_data, max_steps=4))
+    train(cut, config_of(small_data, max_steps=7))
+    resumed = train(cut, config_of(small_data))
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), whole, resumed)
+    assert jax.tree.all(same)
+
+    def values(workdir):
+        """What was measured, by step; not how fast, where, nor at the ends the cuts made."""
+        return {
+            (line["step"], name): value
+            for line in lines_of(workdir)
+            for name, value in line.items()
+            if name.split("/")[0] in ("train", "val", "epoch") and line["step"] in (2, 4, 6, 8, 10)
+        }
+
+    assert values(cut) == values(tmp_path / "whole")
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path, small_data):
+    config = config_of(small_data, max_steps=3)
+    first = train(tmp_path, config)
+    before = lines_of(tmp_path)
+    again = train(tmp_path, config)
+    assert int(again.step) == int(first.step) == 3
+    assert lines_of(tmp_path) == before
+
+
+def test_mistakes_stop_it_at_the_start(tmp_path, small_data):
+    for changes, told in (
+        ({"global_batch_size": 3, "n_rollout_samples": 3}, "3 episodes"),
+        ({"batch_size": 20}, "only 10 clips"),
+        ({"rollout_frames": 12}, "the longest episode"),
+    ):
+        with pytest.raises(UserError, match=told):
+            train(tmp_path / "run", config_of(small_data) | changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_workdir_is_named(tmp_path, small_data):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="file/run"):
+        train(tmp_path / "file" / "run", config_of(small_data))
+
+
+def program(*words, cwd=ROOT, devices=1):
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--config", "configs/small.py"], "--workdir"),
+        (["--config", "configs/none.py", "--workdir", "W"], "configs/none.py"),
+        (["--config", "configs/debug.py", "--workdir", "W", "--config.lrr=1"], "lrr"),
+        (["--config", "configs/debug.py", "--workdir", "W", "--config.lr=fast"], "lr"),
+        (["--config", "configs/debug.py", "--workdir", "W", "--config.data.dir=no"], "no"),
+        (["--config", "configs/debug.py", "--workdir", "W", "--config.global_batch_size=3"], "3"),
+    ],
+)
+def test_the_training_program_tells_mistakes_without_a_traceback(tmp_path, words, told):
+    words = [str(tmp_path) if word == "W" else word for word in words]
+    result = program("train.py", *words, devices=2)
+    assert result.returncode != 0
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_sampling_program(tmp_path, small_data):
+    train(tmp_path / "run", config_of(small_data, max_steps=1))
+    words = "--frames 8 --n-samples 2 --n-prompt 2 --ddim-steps 2 --action-source pattern"
+    result = program(
+        *[str(ROOT / "sample.py"), "--checkpoint", "run", *words.split(), "--pattern", "7,8"],
+        *["--output", "out.mp4", "--grid", "out.png", "--save-npz", "out.npz", "--seed", "3"],
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "frames/s" in result.stdout or "compiling included" in result.stdout
+    assert len(read_mp4(tmp_path / "out.mp4")) == 8
+    with np.load(tmp_path / "out.npz") as raw:
+        assert raw["frames"].shape == (2, 8, 64, 64, 3)
+        assert raw["actions"][:, 2:].tolist() == [[7, 8] * 3] * 2
+        assert raw["actions"][:, 0].tolist() == [-1, -1]
+        np.testing.assert_array_equal(raw["frames"][:, :2], raw["real"][:, :2])
+
+
+def test_the_sampling_program_tells_mistakes(tmp_path, small_data, monkeypatch, capsys):
+    train(tmp_path / "run", config_of(small_data, max_steps=1))
+    monkeypatch.chdir(tmp_path)
+    for words, told in (
+        ("--checkpoint nowhere", "nowhere"),
+        ("--checkpoint run --frames 300", "300 frames"),
+        ("--checkpoint run --frames 1", "1 frames"),
+        ("--checkpoint run --frames 5 --ddim-steps 0", "ddim_steps"),
+        ("--checkpoint run --frames 5 --n-samples 99", "99 episodes"),
+        ("--checkpoint run --frames 5 --n-samples 2 --data nodata", "nodata"),
+        ("--checkpoint run --n-samples 2 --action-source pattern", "--pattern"),
+        ("--checkpoint run --n-samples 2 --action-source pattern --pattern 15", "15"),
+        ("--checkpoint run --n-samples 2 --action-source pattern --pattern a", "--pattern a"),
+        ("--checkpoint run --n-samples 2 --n-prompt 6 --frames 9", "6 prompt frames"),
+        ("--checkpoint run --n-samples 2 --frames 9 --step 7", "step 7"),
+    ):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["sample.py", *words.split()])
+        with pytest.raises(SystemExit) as stopped:
+            sample.main()
+        assert stopped.value.code == 2, words
+        assert told in capsys.readouterr().err, words

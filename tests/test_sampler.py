@@ -1,0 +1,276 @@
+"""The sampler: against the plain way of drawing, against an oracle, and its promises."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cwm_jax import diffusion, model, sampler, world
+from cwm_jax.errors import UserError
+from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
+
+KEY = jax.random.key(7)
+LEVELS = ddim_levels(3)
+
+
+def prompt_of(tiny, worlds=2, frames=1, seed=0):
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (worlds, frames, 64, 64, 3), np.uint8)
+    actions = rng.integers(0, tiny.num_actions, (worlds, frames))
+    actions[:, 0] = -1
+    return pixels, actions
+
+
+def plainly(tiny, params, config, prompt, actions, key):
+    """The reference: every pass over the whole window, nothing kept; float [B, F, H, W, C]."""
+    window = tiny.max_frames
+    alpha_bars = diffusion.alpha_bars()
+    network = jax.jit(lambda *args: model.bind(tiny, params)(*args))
+    frames = list(np.moveaxis(prompt.astype(np.float32) / 255 * 2 - 1, 1, 0))
+    shape = frames[0].shape
+    for i in range(prompt.shape[1], actions.shape[1]):
+        number = min(prompt.shape[1], window - 1) + i - prompt.shape[1]
+        x, _ = sampler.frame_noise(jax.random.fold_in(key, number), shape)
+        for level, after in zip(config.levels, (*config.levels[1:], None), strict=True):
+            seen = jnp.stack([*frames[-(window - 1) :], x], axis=1)
+            t = jnp.full(seen.shape[:2], config.context_level).at[:, -1].set(level)
+            first = max(0, i + 1 - window)
+            velocity = network(seen, t, actions[:, first : i + 1])[:, -1]
+            x0 = diffusion.clean(x, velocity, alpha_bars[level])
+            noise = diffusion.epsilon(x, x0, alpha_bars[level])
+            left = 1.0 if after is None else alpha_bars[after]
+            x = np.sqrt(left) * x0 + np.sqrt(1 - left) * noise
+        frames.append(np.asarray(x))
+    return np.stack(frames[prompt.shape[1] :], axis=1)
+
+
+def unclamped(tiny, params, config, state, actions, key):
+    """`Sampler.rollout`, but the frames as they stay in the world: float, unclamped."""
+
+    @jax.jit
+    def scan(params, state, actions_FB):
+        net = model.bind(tiny, params)
+        tables = sampler.tabulate(net, config)
+
+        def one(state, action_B):
+            frame_key = jax.random.fold_in(key, state.count)
+            noise, step_key = sampler.frame_noise(frame_key, state.frames_BMHWC[:, 0].shape)
+            return sampler.step(net, tables, state, action_B, noise, step_key, config)
+
+        return jax.lax.scan(one, state, actions_FB)[1]
+
+    return np.moveaxis(np.asarray(scan(params, state, np.asarray(actions).T)), 0, 1)
+
+
+@pytest.mark.parametrize("given", [1, 3, 5])
+def test_exact_equals_the_plain_way_at_every_length(tiny, tiny_params, given):
+    config = SamplerConfig(levels=LEVELS, window="exact")
+    prompt, led_in = prompt_of(tiny, frames=given)
+    actions = np.concatenate([led_in, np.full((2, 6), 7)], axis=1)
+    actions[1, given + 2] = 1
+    expected = plainly(tiny, tiny_params, config, prompt, actions, KEY)
+    state = Sampler(tiny, tiny_params, config).start(prompt, led_in)
+    drawn = unclamped(tiny, tiny_params, config, state, actions[:, given:], KEY)
+    np.testing.assert_allclose(drawn, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("window", ["cached", "hop"])
+def test_other_windows_are_exact_until_the_window_slides(tiny, tiny_params, window):
+    prompt, led_in = prompt_of(tiny)
+    actions = np.array([[7] * 8, [1] * 8])
+    drawn = {}
+    for mode in ("exact", window):
+        config = SamplerConfig(levels=LEVELS, window=mode)
+        state = Sampler(tiny, tiny_params, config).start(prompt, led_in)
+        drawn[mode] = unclamped(tiny, tiny_params, config, state, actions, KEY)
+    within = tiny.max_frames - 1
+    np.testing.assert_allclose(drawn[window][:, :within], drawn["exact"][:, :within], atol=2e-4)
+    assert np.abs(drawn[window] - drawn["exact"])[:, within:].max() > 1e-3
+
+
+def test_hop_sees_what_a_fresh_world_would_see(tiny, tiny_params):
+    """Right after a hop the world equals one that starts from the kept frames."""
+    config = SamplerConfig(levels=LEVELS, window="hop")
+    drawer = Sampler(tiny, tiny_params, config)
+    prompt, led_in = prompt_of(tiny, frames=4)  # as many as there are slots: the next one hops
+    state, _ = drawer.step(drawer.start(prompt, led_in), [7, 1], KEY)
+    kept = int(state.count - state.first)
+    assert kept == (tiny.max_frames) // 2
+    slots = (int(state.first) + np.arange(kept)) % state.slots
+    pad = ((0, 0), (0, state.slots - kept), (0, 0), (0, 0), (0, 0))
+    net = model.bind(tiny, tiny_params)
+    fresh = world.start(
+        net,
+        sampler.tabulate(net, config).context,
+        np.pad(np.asarray(state.frames_BMHWC)[:, slots], pad),
+        np.pad(np.asarray(state.actions_BM)[:, slots], pad[:2], constant_values=-1),
+        kept,
+    )
+    for hopped, anew in zip(jax.tree.leaves(state.kv), jax.tree.leaves(fresh.kv), strict=True):
+        np.testing.assert_allclose(hopped[:, :, :, slots], anew[:, :, :, :kept], atol=1e-5)
+
+
+def test_an_oracle_is_recovered(tiny):
+    """Fed the true velocity, DDIM must land on the true frame, whatever the number of steps."""
+    truth = np.random.default_rng(0).uniform(-1, 1, (1, 64, 64, 3)).astype(np.float32)
+
+    class Oracle:
+        config = tiny
+
+        def tokens(self, x):
+            return x
+
+        def frame(self, x, modulations, past):
+            signal = modulations.final[..., None, None]
+            noise = (x - jnp.sqrt(signal) * truth[:, None]) / jnp.sqrt(1 - signal)
+            return jnp.sqrt(signal) * noise - jnp.sqrt(1 - signal) * truth[:, None], None
+
+        def pixels(self, x, modulations):
+            return x
+
+    for steps in (1, 2, 7, 50):
+        config = SamplerConfig(levels=ddim_levels(steps))
+        alpha_bar = diffusion.alpha_bars()[list(config.levels)]
+        table = np.repeat(alpha_bar[:, None, None], tiny.num_actions + 1, 1)
+        tables = sampler.Tables(model.Modulations(np.zeros_like(table), table), None)
+        tables = jax.tree.map(jnp.asarray, tables)
+        state = blank_world(tiny)
+        start = jax.random.normal(KEY, truth.shape)
+        drawn = sampler.draw_frame(Oracle(), tables, state, jnp.array([7]), start, None, config)
+        np.testing.assert_allclose(drawn, truth, atol=3e-3)
+
+
+def blank_world(tiny):
+    empty = jnp.zeros((1, tiny.tokens, tiny.num_heads, 4, tiny.head_size))
+    kv = model.FrameKV((empty,) * tiny.depth, (empty,) * tiny.depth)
+    frames = jnp.zeros((1, 4, 64, 64, 3))
+    return world.World(frames, jnp.zeros((1, 4), int), kv, jnp.int32(0), jnp.int32(1))
+
+
+def test_levels_are_the_references():
+    assert ddim_levels(10) == (999, 899, 799, 699, 599, 499, 399, 299, 199, 99)
+    assert ddim_levels(4) == (999, 749, 499, 249)
+    assert ddim_levels(3) == (999, 665, 332)
+    assert ddim_levels(1) == (999,)
+    assert ddim_levels(1000) == tuple(range(999, -1, -1))
+
+
+def test_a_rollout_cut_in_two_is_the_same_rollout(tiny, tiny_params):
+    drawer = Sampler(tiny, tiny_params, SamplerConfig(levels=LEVELS))
+    prompt, led_in = prompt_of(tiny)
+    actions = np.random.default_rng(1).integers(0, 15, (2, 8))
+    _, whole = drawer.rollout(drawer.start(prompt, led_in), actions, KEY)
+    state = drawer.start(prompt, led_in)
+    parts = []
+    for begin, end in ((0, 1), (1, 4), (4, 8)):
+        state, part = drawer.rollout(state, actions[:, begin:end], KEY)
+        parts.append(part)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+    assert whole.dtype == np.uint8
+    assert int(state.count) == 9
+
+
+def test_worlds_of_a_batch_do_not_touch_each_other(tiny, tiny_params):
+    drawer = Sampler(tiny, tiny_params, SamplerConfig(levels=LEVELS))
+    prompt, led_in = prompt_of(tiny)
+    _, same = drawer.rollout(drawer.start(prompt, led_in), [[7] * 6, [7] * 6], KEY)
+    _, other = drawer.rollout(drawer.start(prompt, led_in), [[7] * 6, [1] * 6], KEY)
+    np.testing.assert_array_equal(same[0], other[0])
+    assert (np.asarray(same[1]) != np.asarray(other[1])).any()
+
+
+@pytest.mark.parametrize("window", ["exact", "cached", "hop"])
+def test_one_program_serves_every_length(tiny, tiny_params, window):
+    config = SamplerConfig(levels=ddim_levels(2), window=window)
+    drawer = Sampler(tiny, tiny_params, config)
+    traces = sampler._rollout._cache_size(), sampler._start._cache_size()
+    for given in (1, 2, 5):
+        state = drawer.start(*prompt_of(tiny, worlds=3, frames=given))
+        for _ in range(9):
+            state, _ = drawer.step(state, [7, 1, 4], KEY)
+    assert (sampler._rollout._cache_size(), sampler._start._cache_size()) == (
+        traces[0] + 1,
+        traces[1] + 1,
+    )
+
+
+def test_memory_does_not_grow(tiny, tiny_params):
+    drawer = Sampler(tiny, tiny_params, SamplerConfig(levels=ddim_levels(1), window="cached"))
+    state = drawer.start(*prompt_of(tiny))
+    shapes = jax.tree.map(jnp.shape, state)
+    state, _ = drawer.rollout(state, np.full((2, 40), 7), KEY)
+    assert jax.tree.map(jnp.shape, state) == shapes
+
+
+def test_stochastic_steps(tiny, tiny_params):
+    prompt, led_in = prompt_of(tiny)
+
+    def drawn(eta, key):
+        config = SamplerConfig(levels=LEVELS, eta=eta)
+        drawer = Sampler(tiny, tiny_params, config)
+        return np.asarray(drawer.step(drawer.start(prompt, led_in), [7, 7], key)[1])
+
+    assert (drawn(1.0, KEY) == drawn(1.0, KEY)).all()
+    assert (drawn(1.0, KEY) != drawn(0.0, KEY)).any()
+    assert (drawn(1.0, KEY) != drawn(1.0, jax.random.key(8))).any()
+
+
+def test_stochastic_variance_follows_the_paper(tiny):
+    """σ² + (what is left for ε) = 1 − ᾱ′, and η = 1 is DDPM's posterior variance."""
+    config = SamplerConfig(levels=(700, 300), eta=1.0)
+    tables = sampler.Tables(model.Modulations(jnp.zeros(2), jnp.zeros(2)), None)
+    steps = sampler._steps(tables, config)
+    now, after = diffusion.alpha_bars()[[700, 300]]
+    posterior = (1 - after) / (1 - now) * (1 - now / after)
+    assert float(steps.sigma[0]) ** 2 == pytest.approx(posterior, rel=1e-5)
+    assert float(steps.sigma[1]) == 0.0
+
+
+def test_bfloat16_stays_near(tiny, tiny_params):
+    """One step from the same noise: the difference is rounding, not another picture."""
+    prompt, led_in = prompt_of(tiny, frames=3)
+    frames = {}
+    for dtype in ("float32", "bfloat16"):
+        network = dataclasses.replace(tiny, dtype=dtype)
+        drawer = Sampler(network, tiny_params, SamplerConfig(levels=LEVELS))
+        state, drawn = drawer.step(drawer.start(prompt, led_in), [7, 7], KEY)
+        assert state.kv.keys[0].dtype == dtype
+        frames[dtype] = np.asarray(drawn, np.float32) / 255
+    psnr = -10 * np.log10(np.square(frames["float32"] - frames["bfloat16"]).mean())
+    assert psnr > 30
+
+
+def test_mistakes_are_named(tiny, tiny_params):
+    drawer = Sampler(tiny, tiny_params, SamplerConfig(levels=LEVELS))
+    frames, actions = prompt_of(tiny, frames=5)
+    state = drawer.start(frames[:, :1], actions[:, :1])
+    late = actions.copy()
+    late[0, 2] = -1
+    six = prompt_of(tiny, frames=6)
+    for told, call in (
+        ("6 prompt frames", lambda: drawer.start(*six)),
+        ("0 prompt frames", lambda: drawer.start(frames[:, :0], actions[:, :0])),
+        ("actions of shape", lambda: drawer.start(frames, actions[:, :4])),
+        ("action -1", lambda: drawer.start(frames, late)),
+        ("action 15", lambda: drawer.rollout(state, [[15], [0]], KEY)),
+        ("action -1", lambda: drawer.rollout(state, [[-1], [0]], KEY)),
+        ("whole numbers", lambda: drawer.rollout(state, [[0.5], [0.0]], KEY)),
+        ("for 2 worlds", lambda: drawer.rollout(state, [[0]], KEY)),
+        ("32, 32", lambda: drawer.start(frames[:, :, :32, :32], actions)),
+        ("float", lambda: drawer.start(frames / 255, actions)),
+        ("ddim_steps", lambda: ddim_levels(0)),
+        ("ddim_steps", lambda: ddim_levels(1001)),
+        ("must fall", lambda: SamplerConfig(levels=(5, 5))),
+        ("must be 0…999, not 1000", lambda: SamplerConfig(levels=(1000, 5))),
+        ("sliding", lambda: SamplerConfig(window="sliding")),
+        ("eta", lambda: SamplerConfig(eta=2.0)),
+        ("max_frames=1", lambda: one_frame_sampler(tiny, tiny_params)),
+    ):
+        with pytest.raises(UserError, match=told):
+            call()
+
+
+def one_frame_sampler(tiny, params):
+    return Sampler(dataclasses.replace(tiny, max_frames=1), params, SamplerConfig())

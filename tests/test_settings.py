@@ -1,0 +1,72 @@
+"""Configs: each is whole, and a mistake in one is named."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from cwm_jax.errors import UserError
+from cwm_jax.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
+
+
+def config_of(name):
+    return importlib.import_module(f"configs.{name}").get_config().to_dict()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_whole(name):
+    Settings.from_config(config_of(name))
+
+
+def test_small_keeps_the_originals_settings():
+    settings = Settings.from_config(config_of("small"))
+    assert (settings.batch_size, settings.data.clip_len, settings.data.stride) == (128, 32, 8)
+    assert (settings.lr, settings.weight_decay, settings.warmup_steps) == (1e-4, 0.01, 2000)
+    assert (settings.grad_clip, settings.epochs, settings.ema_decay) == (1.0, 10, 0.0)
+    assert (settings.ckpt_every_steps, settings.rollout_every_steps) == (10_000, 1000)
+    assert (settings.val_every_steps, settings.val_batches, settings.log_every_steps) == (
+        5000,
+        50,
+        50,
+    )
+    assert (settings.ddim_steps, settings.n_prompt) == (10, 1)
+    assert (settings.rollout_frames, settings.n_rollout_samples) == (16, 4)
+    assert settings.wandb.project == "coinrun-world-model"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("learning_rate", 1e-3, "no setting config.learning_rate"),
+        ("model.hiden_size", 3, "no setting config.model.hiden_size"),
+        ("data.clips", 3, "no setting config.data.clips"),
+        ("lr", "fast", "config.lr must be float, not 'fast'"),
+        ("batch_size", 1.5, "config.batch_size must be int, not 1.5"),
+        ("batch_size", 0, "config.batch_size=0"),
+        ("epochs", True, "config.epochs must be int"),
+        ("model.depth", 0, "config.model.depth"),
+        ("data.clip_len", 33, "config.data.clip_len=33"),
+        ("n_prompt", 16, "config.n_prompt=16"),
+        ("ddim_steps", 1001, "1001"),
+        ("wandb.mode", "loud", "loud"),
+    ],
+)
+def test_mistakes_are_named(path, value, told):
+    config = config_of("small")
+    *sections, key = path.split(".")
+    place = config
+    for section in sections:
+        place = place[section]
+    place[key] = value
+    with pytest.raises(UserError, match=told):
+        Settings.from_config(config)
+
+
+def test_a_missing_key_is_named():
+    config = config_of("small")
+    del config["model"]["depth"]
+    with pytest.raises(UserError, match=r"lacks config\.model\.depth"):
+        Settings.from_config(config)
