@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import resource
+import socket
 import struct
 import threading
 import time
@@ -70,7 +71,7 @@ class Client:
 def served(engine: Engine, *, fps: int, players: int):
     """The socket's address, and the studio, of a running server."""
     with Scheduler(engine) as scheduler:
-        studio = Studio(Rules(fps=fps, players=players, steps=_STEPS))
+        studio = Studio(Rules(fps=fps, players=players, steps=_STEPS, idle_seconds=1e6))
         studio.open(scheduler, ClipPrompts(_EMBEDDED), title="benchmark", demo=False)
         app = opening.Opening(lambda: server.make_app(studio), print)
         with opening.bind("127.0.0.1", 0) as listener:
@@ -147,9 +148,10 @@ def sessions(engine: Engine, args) -> None:
             client.send("settings", auto=True)
             for _ in range(3):
                 client._frame()
-            client.socket.socket.close()  # no farewell: a cable pulled out
+            client.socket.socket.shutdown(socket.SHUT_RDWR)  # without a farewell
             while studio.players:
                 time.sleep(0.005)
+            client.socket.close()  # ends the client's own threads
             if number % (args.sessions // 4) == 0:
                 _left(f"{number} sessions", studio)
 
