@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 8
     config.model.patch_size = 8  # pixels on a side; 64 tokens a frame
     config.model.image_size = 64  # pixels on a side
-    config.model.num_actions = 15
+    config.model.num_actions = 15  # actions, or buttons
+    config.model.action_encoding = "one_hot"  # or buttons: any of them held together
     config.model.max_frames = 32  # window of the temporal attention
     config.model.dtype = "auto"  # of the matmuls: float32, bfloat16, or auto (bfloat16 on a GPU)
 
@@ -45,6 +46,9 @@ def get_config() -> ConfigDict:
     config.log_every_steps = 50
     config.val_every_steps = 5000  # validation loss on `val_batches` batches
     config.val_batches = 50
+    config.eval_every_steps = 1000  # quick rollouts on validation clips, scored (`eval/…`)
+    config.eval_clips = 16
+    config.eval_frames = 16  # drawn after one given frame
     config.rollout_every_steps = 1000
     config.ckpt_every_steps = 10_000
     config.keep_checkpoints = 3

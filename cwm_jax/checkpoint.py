@@ -76,7 +76,8 @@ class Checkpoints:
             raise UserError(
                 f"cannot continue from {self._manager.directory / str(step)}: {_first_line(error)}"
             ) from None
-        state = TrainState(params=saved.params, ema=getattr(saved, "ema", None), **saved.optimizer)
+        ema = saved.ema if "ema" in items else None
+        state = TrainState(params=saved.params, ema=ema, **saved.optimizer)
         return state, saved.meta["data_position"]
 
 

@@ -10,7 +10,6 @@ from cwm_jax import (
     checkpoint,
     curves,
     data,
-    evaluate,
     metrics_file,
     parallel,
     report,
@@ -20,6 +19,7 @@ from cwm_jax import (
     video,
 )
 from cwm_jax.errors import UserError
+from cwm_jax.evaluation import drawing, quick, single_step
 from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
 from cwm_jax.training import TrainState
@@ -48,7 +48,7 @@ class _Run:
         self.shared = dict(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            num_actions=settings.model.num_actions,
+            num_actions=settings.model.action_values,
         )
         self.batches = data.train_batches(
             settings.data, batch_size=self.batch_size, seed=settings.seed, **self.shared
@@ -56,6 +56,7 @@ class _Run:
         self.validation = self._val_batches(limit=settings.val_batches * self.batch_size)
         self.whole_validation = self._val_batches(limit=None)
         self.script = self._script()
+        self.quick = self._quick()
         total = settings.epochs * self.batches.per_epoch
         self.total_steps = min(total, settings.max_steps or total)
 
@@ -73,7 +74,18 @@ class _Run:
             count=settings.n_rollout_samples,
             frames=settings.rollout_frames,
             n_prompt=settings.n_prompt,
-            num_actions=settings.model.num_actions,
+            num_actions=settings.model.action_values,
+            seed=settings.seed,
+        )
+
+    def _quick(self) -> quick.Quick:
+        settings = self.settings
+        return quick.prepare(
+            settings.data,
+            "val",
+            clips=settings.eval_clips,
+            frames=settings.eval_frames,
+            num_actions=settings.model.action_values,
             seed=settings.seed,
         )
 
@@ -132,7 +144,12 @@ class _Run:
     def _is_pause(self, step: int) -> bool:
         """Whether something other than training happens after this step."""
         settings = self.settings
-        cadences = settings.val_every_steps, settings.rollout_every_steps, settings.ckpt_every_steps
+        cadences = (
+            settings.val_every_steps,
+            settings.eval_every_steps,
+            settings.rollout_every_steps,
+            settings.ckpt_every_steps,
+        )
         return (
             any(step % every == 0 for every in cadences)
             or self._ends_epoch(step)
@@ -143,13 +160,15 @@ class _Run:
         settings, last = self.settings, step == self.total_steps
         weights = training.weights_to_sample(state)
         if step % settings.val_every_steps == 0:
-            results = evaluate.validation(settings.model, weights, self.validation, self.mesh)
+            results = single_step.validation(settings.model, weights, self.validation, self.mesh)
             reporter.scalars(step, dict(results))
+        if step % settings.eval_every_steps == 0 or last:
+            self._evaluate(step, weights, reporter)
         if step % settings.rollout_every_steps == 0 or last:
             self._draw(step, weights, reporter)
         if self._ends_epoch(step):
             batches = self.whole_validation
-            results = evaluate.epoch_end(settings.model, weights, batches, self.mesh)
+            results = single_step.epoch_end(settings.model, weights, batches, self.mesh)
             loss_sum, count = state.epoch_loss
             reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
             state = state._replace(epoch_loss=state.epoch_loss * 0)
@@ -163,6 +182,14 @@ class _Run:
         if jax.process_index() == 0:
             series = metrics_file.read_series(self.workdir / report.METRICS_FILE)
             curves.curves(series, self.workdir / "curves.png")
+
+    def _evaluate(self, step: int, weights, reporter) -> None:
+        """The quick form of the evaluation, by the first process alone."""
+        if jax.process_index():
+            return
+        settings = self.settings
+        sampler = Sampler(settings.model, parallel.local(weights), settings.sampler)
+        reporter.scalars(step, dict(quick.run(drawing.by_sampler(sampler), self.quick)))
 
     def _draw(self, step: int, weights, reporter) -> None:
         """A rollout from validation clips, as a film and a sheet; by the first process alone."""

@@ -13,9 +13,18 @@ import numpy as np
 
 def temporal_angles(positions, head_size: int) -> jax.Array:
     """Angles for frames: p · 10⁴^(−2i/K), float32 [..., K/2], for positions [...] (whole, ≥ 0)."""
+    return jnp.asarray(positions, jnp.float32)[..., None] * temporal_frequencies(head_size)
+
+
+def temporal_frequencies(head_size: int) -> np.ndarray:
+    """10⁴^(−2i/K), float32 [K/2]."""
     exponents = np.arange(0, head_size, 2, dtype=np.float32) / head_size
-    frequencies = (1.0 / 10_000.0**exponents).astype(np.float32)
-    return jnp.asarray(positions, jnp.float32)[..., None] * frequencies
+    return (1.0 / 10_000.0**exponents).astype(np.float32)
+
+
+def spatial_frequencies(head_size: int) -> np.ndarray:
+    """π · 1 … π · 128 at even distances, float32 [K/4]."""
+    return _linspace(1, 128, head_size // 4) * np.float32(np.pi)
 
 
 def spatial_angles(grid: int, head_size: int) -> np.ndarray:
@@ -24,8 +33,7 @@ def spatial_angles(grid: int, head_size: int) -> np.ndarray:
     The first K/4 planes turn by the row, the others by the column ("pixel" frequencies: π · 1 …
     π · 128 over positions −1 … 1, so neighbours differ even in the slowest plane).
     """
-    frequencies = _linspace(1, 128, head_size // 4) * np.float32(np.pi)
-    line = _linspace(-1, 1, grid)[:, None] * frequencies
+    line = _linspace(-1, 1, grid)[:, None] * spatial_frequencies(head_size)
     rows = np.repeat(line, grid, axis=0)
     columns = np.tile(line, (grid, 1))
     return np.concatenate([rows, columns], axis=-1)

@@ -34,6 +34,9 @@ class Settings:
     log_every_steps: int
     val_every_steps: int
     val_batches: int
+    eval_every_steps: int
+    eval_clips: int
+    eval_frames: int
     rollout_every_steps: int
     ckpt_every_steps: int
     keep_checkpoints: int

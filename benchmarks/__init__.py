@@ -1,0 +1,1 @@
+"""What is fast, measured against what; each program prints a table and can write JSON."""
