@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
+PLAYED = $(firstword $(CHECKPOINT) $(wildcard checkpoints/pocket $(DEMO)))
 TORCH_VERSION := 2.13.0
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-torch install-procgen demo test test-torch-extra lint format lock clean
+.PHONY: help install install-torch install-procgen demo play test test-torch-extra lint format lock clean
 
 help:  ## List what make can do here
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -43,6 +44,9 @@ demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagin
 	@for file in sample.mp4 grid.png curves.png metrics.jsonl; do \
 	  test -s $(DEMO)/$$file || { echo "error: $(DEMO)/$$file is missing or empty" >&2; exit 1; }; \
 	  echo "  $(DEMO)/$$file"; done
+
+play: $(STAMP)  ## Play in the browser (CHECKPOINT=runs/small to choose; else pocket, demo or clips)
+	$(BIN)/python play.py $(if $(PLAYED),--checkpoint $(PLAYED),--demo)
 
 test: $(STAMP)  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2
