@@ -143,7 +143,7 @@ def convert(path: Path, out_dir: Path, *, max_frames: int) -> None:
     optim = OptimizerConfig(
         **{k: settings[k] for k in ("lr", "weight_decay", "warmup_steps", "grad_clip")}, ema_decay=0
     )
-    with checkpoint.Checkpoints(out_dir, keep=1) as saved:
+    with checkpoint.Checkpoints(out_dir, retention=checkpoint.Retention(1)) as saved:
         if saved.latest() is not None:
             raise UserError(f"{out_dir} already holds checkpoints; name an empty folder")
         saved.save(state_of(loaded, network, optim), data_position="", config=settings)
