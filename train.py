@@ -2,15 +2,17 @@
 
     python train.py --config configs/small.py --workdir runs/small [--config.lr=3e-4 …]
 
-Started again with the same workdir, it continues from the last checkpoint.
+Started again with the same workdir, it continues from the last checkpoint. SIGTERM or Ctrl-C make
+it finish its step, save, and exit with code 75; a second one ends it at once.
 """
 
+import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cwm_jax import loop
+from cwm_jax import loop, stopping
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.settings import Settings
 
@@ -22,7 +24,12 @@ def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
     with shown_to_user():
         config = _CONFIG.value.to_dict()
-        loop.train(Settings.from_config(config), Path(_WORKDIR.value), config=config)
+        settings = Settings.from_config(config)
+        try:
+            loop.train(settings, Path(_WORKDIR.value), config=config)
+        except stopping.Preempted as stopped:
+            print(stopped, file=sys.stderr)
+            raise SystemExit(stopping.EXIT_CODE) from None
 
 
 def _parse(argv: list[str]) -> list[str]:

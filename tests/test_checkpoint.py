@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY
 
 from cwm_jax import checkpoint, training
-from cwm_jax.checkpoint import Checkpoints
+from cwm_jax.checkpoint import Checkpoints, Retention
 from cwm_jax.errors import UserError
 
 OPTIM = training.OptimizerConfig(
@@ -27,17 +27,17 @@ def state_at(step, seed=0):
 
 @pytest.fixture
 def run(tmp_path):
-    with Checkpoints(tmp_path, keep=2) as saved:
+    with Checkpoints(tmp_path, retention=Retention(2)) as saved:
         for step in (3, 7, 11):
             saved.save(state_at(step), data_position=f"place {step}", config=CONFIG)
     return tmp_path
 
 
 def test_state_and_position_come_back_exactly(run):
-    with Checkpoints(run, keep=2) as saved:
+    with Checkpoints(run, retention=Retention(2)) as saved:
         assert saved.latest() == 11
-        state, position = saved.restore(jax.eval_shape(lambda: state_at(0)))
-    assert position == "place 11"
+        assert saved.newest() == (11, "place 11", CONFIG, False)
+        state = saved.restore(jax.eval_shape(lambda: state_at(0)))
     same = jax.tree.map(
         lambda a, b: a.dtype == b.dtype and bool((a == b).all()), state, state_at(11)
     )
@@ -62,7 +62,7 @@ def test_loading_needs_the_folder_alone(run):
 
 def test_without_an_average_the_parameters_are_loaded(tmp_path):
     state = state_at(2)._replace(ema=None)
-    with Checkpoints(tmp_path, keep=1) as saved:
+    with Checkpoints(tmp_path, retention=Retention(1)) as saved:
         saved.save(state, data_position="", config=CONFIG)
     loaded = checkpoint.load(tmp_path).params
     assert all((loaded[k] == v).all() for k, v in state.params.items())
@@ -111,5 +111,8 @@ def test_a_foreign_config_is_named(run):
 def test_another_network_does_not_continue_it(run):
     wide = dataclasses.replace(TINY, hidden_size=48)
     like = jax.eval_shape(lambda: training.init_state(wide, OPTIM, 0))
-    with Checkpoints(run, keep=2) as saved, pytest.raises(UserError, match="cannot continue from"):
+    with (
+        Checkpoints(run, retention=Retention(2)) as saved,
+        pytest.raises(UserError, match="cannot continue from"),
+    ):
         saved.restore(like)

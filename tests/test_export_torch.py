@@ -53,7 +53,7 @@ def save(tmp_path, *, ema_decay):
     state = training.init_state(network, optim, 5)
     if ema_decay:
         state = state._replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
-    with checkpoint.Checkpoints(tmp_path / "run", keep=1) as saved:
+    with checkpoint.Checkpoints(tmp_path / "run", retention=checkpoint.Retention(1)) as saved:
         model = {k: getattr(network, k) for k in DiTConfig.__dataclass_fields__}
         saved.save(state, data_position="", config=config | {"model": model})
 

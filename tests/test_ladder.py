@@ -15,10 +15,11 @@ PACKAGE = ROOT / "cwm_jax"
 
 # From the ground up. A room imports only from floors strictly below its own.
 FLOORS = (
-    ("errors",),
-    ("coinrun", "files", "rope", "safe_pickle"),
+    ("errors", "stopping"),
+    ("coinrun", "files", "resume", "rope", "safe_pickle"),
     (
         "attention",
+        "checksums",
         "controls",
         "diffusion",
         "episodes",
@@ -34,7 +35,7 @@ FLOORS = (
     ("parallel",),
     ("training",),
     ("checkpoint", "report", "rollouts", "settings"),
-    ("evaluation",),
+    ("evaluation", "progress"),
     ("loop", "samplers"),
     ("play",),
     ("tools",),

@@ -28,6 +28,7 @@ from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.model import DiTConfig
 from cwm_jax.training import OptimizerConfig, TrainState
 
+_ONE = checkpoint.Retention(1)
 _KEYS = ("model", "optimizer", "scheduler", "epoch", "step", "config")
 _SETTINGS = {  # the original's names for what both projects have, where they differ
     "ckpt_every_steps": "ckpt_every_steps",
@@ -206,7 +207,7 @@ def convert(path: Path, out_dir: Path, *, max_frames: int) -> None:
     network = torch_format.infer_config(weights, image_size=64, max_frames=max_frames, dtype="auto")
     settings = settings_of(loaded, network)
     optim = _optimizer_of(settings, ema=False)
-    with checkpoint.Checkpoints(out_dir, keep=1) as saved:
+    with checkpoint.Checkpoints(out_dir, retention=_ONE) as saved:
         if saved.latest() is not None:
             raise UserError(f"{out_dir} already holds checkpoints; name an empty folder")
         saved.save(state_of(loaded, network, optim), data_position="", config=settings)
@@ -231,8 +232,8 @@ def convert_back(workdir: Path, path: Path, *, ema: bool) -> None:
     like = jax.eval_shape(lambda: training.init_state(trained.network, optim, 0))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-    with checkpoint.Checkpoints(trained.path.parents[1], keep=1) as saved:
-        state, _ = saved.restore(like)
+    with checkpoint.Checkpoints(trained.path.parents[1], retention=_ONE) as saved:
+        state = saved.restore(like)
     if ema:
         state = state._replace(params=state.ema)
     with files.written_whole(path) as temporary:
