@@ -41,9 +41,9 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
 class _Run:
     def __init__(self, settings: Settings, workdir: Path, config: dict):
         self.settings, self.workdir, self.config = settings, workdir, config
-        self.mesh = parallel.make_mesh()
+        self.mesh = parallel.make_mesh(settings.fsdp)
         self.batch_size = parallel.global_batch_size(
-            settings.batch_size, settings.global_batch_size
+            settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
         )
         self.shared = dict(
             process_index=jax.process_index(),
@@ -81,7 +81,9 @@ class _Run:
         settings = self.settings
         _make_workdir(self.workdir, self.config)
         key = jax.random.key(settings.seed)
-        step_args = dict(network=settings.model, optim=settings.optimizer)
+        step_args = dict(
+            network=settings.model, optim=settings.optimizer, step=settings.step, mesh=self.mesh
+        )
         with checkpoint.Checkpoints(self.workdir, keep=settings.keep_checkpoints) as checkpoints:
             first, state = self._start(checkpoints)
             with self._reporter(first) as reporter:
@@ -102,14 +104,13 @@ class _Run:
     def _start(self, checkpoints: checkpoint.Checkpoints) -> tuple[int, TrainState]:
         """A fresh state, or the last one saved, with the data put in its place."""
         settings = self.settings
-        make = jax.jit(
-            lambda: training.init_state(settings.model, settings.optimizer, settings.seed),
-            out_shardings=parallel.replicated(self.mesh),
-        )
+        fresh = lambda: training.init_state(settings.model, settings.optimizer, settings.seed)
+        shapes = jax.eval_shape(fresh)
+        make = jax.jit(fresh, out_shardings=parallel.placement(shapes, self.mesh))
         first = checkpoints.latest()
         if first is None:
             return 0, make()
-        like = parallel.abstract(jax.eval_shape(make), self.mesh)
+        like = parallel.abstract(shapes, self.mesh)
         state, position = checkpoints.restore(like)
         if position:
             self.batches.set_state(json.loads(position))
@@ -166,6 +167,7 @@ class _Run:
 
     def _draw(self, step: int, weights, reporter) -> None:
         """A rollout from validation clips, as a film and a sheet; by the first process alone."""
+        weights = parallel.whole(weights, self.mesh)
         if jax.process_index():
             return
         settings, name = self.settings, f"rollout_{step:07d}"

@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def temporal_angles(positions, head_size: int) -> jax.Array:
-    """Angles for frames: p · 10⁴^(−2i/K), float32 [..., K/2], for positions [...] (whole, ≥ 0)."""
+def temporal_angles(positions, head_size: int) -> jax.Array | np.ndarray:
+    """Angles for frames: p · 10⁴^(−2i/K), float32 [..., K/2], for positions [...] (whole, ≥ 0).
+
+    Positions that are no jax array are known when a program is compiled, and so are their angles.
+    """
     exponents = np.arange(0, head_size, 2, dtype=np.float32) / head_size
     frequencies = (1.0 / 10_000.0**exponents).astype(np.float32)
-    return jnp.asarray(positions, jnp.float32)[..., None] * frequencies
+    numpy = jnp if isinstance(positions, jax.Array) else np
+    return numpy.asarray(positions, np.float32)[..., None] * frequencies
 
 
 def spatial_angles(grid: int, head_size: int) -> np.ndarray:
@@ -44,7 +48,15 @@ def _linspace(first: float, last: float, count: int) -> np.ndarray:
 
 def rotate(x: jax.Array, angles) -> jax.Array:
     """Turns the planes of x [..., K] by angles [..., K/2] (broadcast); keeps the dtype of x."""
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = _cos_sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def _cos_sin(angles):
+    """Of known angles when a program is compiled, so that no kernel takes them for every token."""
+    if isinstance(angles, np.ndarray):
+        exact = angles.astype(np.float64)
+        return np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)
+    return jnp.cos(angles), jnp.sin(angles)

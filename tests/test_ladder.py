@@ -15,16 +15,16 @@ PACKAGE = ROOT / "cwm_jax"
 
 # From the ground up. A room imports only from floors strictly below its own.
 FLOORS = (
-    ("errors",),
-    ("coinrun", "files", "rope", "safe_pickle"),
+    ("compile_cache", "errors", "speed"),
+    ("cluster", "coinrun", "files", "rope", "safe_pickle"),
     ("attention", "diffusion", "episodes", "keyboard", "metrics_file", "wandb_run"),
     ("metrics", "model", "shards", "sheet", "video", "curves"),
-    ("clips", "torch_format", "world"),
+    ("clips", "flops", "torch_format", "world"),
     ("data", "sampler"),
     ("parallel",),
     ("training",),
     ("checkpoint", "evaluate", "report", "rollouts", "settings"),
-    ("loop",),
+    ("dry_run", "loop"),
     ("play",),
     ("tools",),
 )
