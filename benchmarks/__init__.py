@@ -1,1 +1,1 @@
-"""What is fast, measured against what; each program prints a table and can write JSON."""
+"""What is fast, measured against what: each module is a program, `python -m benchmarks.NAME`."""

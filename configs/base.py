@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.model.action_encoding = "one_hot"  # or buttons: any of them held together
     config.model.max_frames = 32  # window of the temporal attention
     config.model.dtype = "auto"  # of the matmuls: float32, bfloat16, or auto (bfloat16 on a GPU)
+    config.model.attention = "auto"  # over clips: xla, cudnn (bfloat16 on NVIDIA GPUs), or auto
 
     # Data: `dir` holds train/, val/ and test/ with *.array_record files.
     config.data = ConfigDict()
@@ -36,6 +37,9 @@ def get_config() -> ConfigDict:
     # Optimisation.
     config.batch_size = 128  # clips per device
     config.global_batch_size = 0  # clips per step over all devices; 0: batch_size on each
+    config.accumulate_steps = 1  # parts in which a device goes through its clips, one by one
+    config.remat = "none"  # computed again to save memory: none, gelu_norm, or layer (most)
+    config.fsdp = 1  # devices that share one copy of parameters and optimizer; 1: a copy on each
     config.epochs = 10
     config.max_steps = 0  # stop after so many updates; 0: after `epochs`
     config.lr = 1e-4

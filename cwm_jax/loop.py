@@ -48,9 +48,9 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
 class _Run:
     def __init__(self, settings: Settings, workdir: Path, config: dict):
         self.settings, self.workdir, self.config = settings, workdir, config
-        self.mesh = parallel.make_mesh()
+        self.mesh = parallel.make_mesh(settings.fsdp)
         self.batch_size = parallel.global_batch_size(
-            settings.batch_size, settings.global_batch_size
+            settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
         )
         self.shared = dict(
             process_index=jax.process_index(),
@@ -100,7 +100,9 @@ class _Run:
         settings = self.settings
         _make_workdir(self.workdir)
         key = jax.random.key(settings.seed)
-        step_args = dict(network=settings.model, optim=settings.optimizer)
+        step_args = dict(
+            network=settings.model, optim=settings.optimizer, step=settings.step, mesh=self.mesh
+        )
         with stopping.Stop() as stop, self._checkpoints() as self.checkpoints:
             first, state, pause_due = self._start()
             with self._reporter(first) as self.reporter:
@@ -136,10 +138,9 @@ class _Run:
         Also the steps done, and whether a pause after the last of them was put off.
         """
         settings = self.settings
-        make = jax.jit(
-            lambda: training.init_state(settings.model, settings.optimizer, settings.seed),
-            out_shardings=parallel.replicated(self.mesh),
-        )
+        fresh = lambda: training.init_state(settings.model, settings.optimizer, settings.seed)
+        shapes = jax.eval_shape(fresh)
+        make = jax.jit(fresh, out_shardings=parallel.placement(shapes, self.mesh))
         saved = self.checkpoints.newest()
         differing = resume.compare(saved.config, self.config) if saved else []
         if saved and saved.data_position:
@@ -149,7 +150,7 @@ class _Run:
                 temporary.write_text(json.dumps(self.config, indent=2) + "\n")
         if saved is None:
             return 0, make(), False
-        state = self.checkpoints.restore(parallel.abstract(jax.eval_shape(make), self.mesh))
+        state = self.checkpoints.restore(parallel.abstract(shapes, self.mesh))
         print(f"continuing from step {saved.step} of {self.total_steps} in {self.workdir}")
         for line in differing:
             print(f"  with another setting than before: {line}")
@@ -261,6 +262,7 @@ class _Run:
 
     def _evaluate(self, step: int, weights) -> None:
         """The quick form of the evaluation, by the first process alone."""
+        weights = parallel.whole(weights, self.mesh)
         if jax.process_index():
             return
         settings = self.settings
@@ -269,6 +271,7 @@ class _Run:
 
     def _draw(self, step: int, weights) -> None:
         """A rollout from validation clips, as a film and a sheet; by the first process alone."""
+        weights = parallel.whole(weights, self.mesh)
         if jax.process_index():
             return
         settings, name = self.settings, f"rollout_{step:07d}"

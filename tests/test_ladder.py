@@ -15,8 +15,8 @@ PACKAGE = ROOT / "cwm_jax"
 
 # From the ground up. A room imports only from floors strictly below its own.
 FLOORS = (
-    ("errors", "stopping"),
-    ("coinrun", "files", "resume", "rope", "safe_pickle"),
+    ("compile_cache", "errors", "speed", "stopping"),
+    ("cluster", "coinrun", "files", "resume", "rope", "safe_pickle"),
     (
         "attention",
         "checksums",
@@ -30,13 +30,13 @@ FLOORS = (
         "weights",
     ),
     ("metrics", "model", "shards", "recordings", "sheet", "simulator", "video", "curves"),
-    ("bundle", "clips", "torch_format", "world"),
+    ("bundle", "clips", "flops", "torch_format", "world"),
     ("data", "sampler"),
     ("parallel",),
     ("training",),
     ("checkpoint", "report", "rollouts", "settings"),
     ("evaluation", "progress"),
-    ("loop", "samplers"),
+    ("dry_run", "loop", "samplers"),
     ("play",),
     ("tools",),
 )
