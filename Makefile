@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
+PLAYED = $(firstword $(CHECKPOINT) $(wildcard checkpoints/pocket $(DEMO)))
 TORCH_VERSION := 2.13.0
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-torch demo test test-torch-extra faults lint format lock clean
+.PHONY: help install install-torch install-procgen demo play test test-torch-extra faults lint format lock clean
 
 help:  ## List what make can do here
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -32,6 +33,9 @@ endif
 install-torch: $(STAMP)  ## Add the pinned PyTorch, which only .pt files need
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 
+install-procgen: $(STAMP)  ## Make .venv-procgen with the real game, to record data from
+	$(BIN)/python -c 'from cwm_jax.simulator import environment; environment.ensure()'
+
 demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagines
 	rm -rf $(DEMO)
 	$(BIN)/python train.py --config configs/debug.py --workdir $(DEMO)
@@ -40,6 +44,9 @@ demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagin
 	@for file in sample.mp4 grid.png curves.png metrics.jsonl; do \
 	  test -s $(DEMO)/$$file || { echo "error: $(DEMO)/$$file is missing or empty" >&2; exit 1; }; \
 	  echo "  $(DEMO)/$$file"; done
+
+play: $(STAMP)  ## Play in the browser (CHECKPOINT=runs/small to choose; else pocket, demo or clips)
+	$(BIN)/python play.py $(if $(PLAYED),--checkpoint $(PLAYED),--demo)
 
 test: $(STAMP)  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2
@@ -64,5 +71,5 @@ lock:  ## Choose the pinned versions anew (needs uv)
 	echo 'torch==$(TORCH_VERSION)  # held for the extra "torch"; nothing else asks for it' >> constraints.txt
 
 clean:  ## Remove .venv, the demo, caches and build leftovers
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-procgen $(VENV)-procgen.lock $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

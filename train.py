@@ -3,7 +3,9 @@
     python train.py --config configs/small.py --workdir runs/small [--config.lr=3e-4 …]
 
 Started again with the same workdir, it continues from the last checkpoint. SIGTERM or Ctrl-C make
-it finish its step, save, and exit with code 75; a second one ends it at once.
+it finish its step, save, and exit with code 75; a second one ends it at once. With `--dry-run` it
+trains nothing, and tells how much memory and time the run will take. Over several hosts, see
+docs/scaling.md.
 """
 
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cwm_jax import loop, stopping
+from cwm_jax import cluster, compile_cache, dry_run, loop, stopping
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.settings import Settings
 
@@ -20,16 +22,50 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, conf
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, films and metrics go.")
 
 
+_DRY_RUN = flags.DEFINE_bool("dry-run", False, "Tell the run's memory and time; train nothing.")
+_CACHE = flags.DEFINE_string(
+    "compile_cache", "auto", "Folder of compiled programs; auto: the user's cache; empty: none."
+)
+_LAUNCHER = flags.DEFINE_enum(
+    "launcher", "none", cluster.LAUNCHERS, "What starts one process per host, or `flags` below."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "Processes in all.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "This process, from 0.")
+_JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for all processes.")
+
+
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
     with shown_to_user():
         config = _CONFIG.value.to_dict()
         settings = Settings.from_config(config)
-        try:
-            loop.train(settings, Path(_WORKDIR.value), config=config)
-        except stopping.Preempted as stopped:
-            print(stopped, file=sys.stderr)
-            raise SystemExit(stopping.EXIT_CODE) from None
+        compile_cache.enable(_CACHE.value)
+        _join_others()
+        cluster.check_same(config)
+        if _DRY_RUN.value:
+            dry_run.tell(settings)
+        else:
+            _train(settings, config)
+
+
+def _train(settings: Settings, config: dict) -> None:
+    try:
+        loop.train(settings, Path(_WORKDIR.value), config=config)
+    except stopping.Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(stopping.EXIT_CODE) from None
+
+
+def _join_others() -> None:
+    wait = dict(wait_seconds=_JOIN_TIMEOUT.value)
+    if _LAUNCHER.value == "flags":
+        place = cluster.Place(
+            coordinator=_COORDINATOR.value, count=_NUM_PROCESSES.value, index=_PROCESS_ID.value
+        )
+        cluster.join(place, **wait)
+    elif _LAUNCHER.value != "none":
+        cluster.join(cluster.find_place(_LAUNCHER.value, **wait), **wait)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -46,5 +82,10 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
+    flags.register_multi_flags_validator(
+        ["workdir", "dry-run"],
+        lambda given: given["workdir"] or given["dry-run"],
+        "say where the run goes: --workdir=runs/NAME",
+    )
     app.run(main, flags_parser=_parse)

@@ -18,9 +18,11 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 8
     config.model.patch_size = 8  # pixels on a side; 64 tokens a frame
     config.model.image_size = 64  # pixels on a side
-    config.model.num_actions = 15
+    config.model.num_actions = 15  # actions, or buttons
+    config.model.action_encoding = "one_hot"  # or buttons: any of them held together
     config.model.max_frames = 32  # window of the temporal attention
     config.model.dtype = "auto"  # of the matmuls: float32, bfloat16, or auto (bfloat16 on a GPU)
+    config.model.attention = "auto"  # over clips: xla, cudnn (bfloat16 on NVIDIA GPUs), or auto
 
     # Data: `dir` holds train/, val/ and test/ with *.array_record files.
     config.data = ConfigDict()
@@ -35,6 +37,9 @@ def get_config() -> ConfigDict:
     # Optimisation.
     config.batch_size = 128  # clips per device
     config.global_batch_size = 0  # clips per step over all devices; 0: batch_size on each
+    config.accumulate_steps = 1  # parts in which a device goes through its clips, one by one
+    config.remat = "none"  # computed again to save memory: none, gelu_norm, or layer (most)
+    config.fsdp = 1  # devices that share one copy of parameters and optimizer; 1: a copy on each
     config.epochs = 10
     config.max_steps = 0  # stop after so many updates; 0: after `epochs`
     config.lr = 1e-4
@@ -48,6 +53,9 @@ def get_config() -> ConfigDict:
     config.log_every_steps = 50
     config.val_every_steps = 5000  # validation loss on `val_batches` batches
     config.val_batches = 50
+    config.eval_every_steps = 1000  # quick rollouts on validation clips, scored (`eval/…`)
+    config.eval_clips = 16
+    config.eval_frames = 16  # drawn after one given frame
     config.rollout_every_steps = 1000
     config.ckpt_every_steps = 10_000
     config.keep_checkpoints = 3  # the newest so many stay …

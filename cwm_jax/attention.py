@@ -3,21 +3,58 @@
 import jax
 import jax.numpy as jnp
 
+from cwm_jax.errors import UserError
 
-def over_space(q_BTSNK, k_BTSNK, v_BTSNK) -> jax.Array:
+KERNELS = ("auto", "xla", "cudnn")
+
+
+def check(kernel: str, dtype: str) -> None:
+    """Raises a UserError where `config.model.attention` is nothing we have, or does not fit."""
+    if kernel not in KERNELS:
+        raise UserError(f"config.model.attention must be {', '.join(KERNELS)}, not {kernel!r}")
+    if kernel == "cudnn" and dtype == "float32":
+        raise UserError(
+            "config.model.attention=cudnn works in bfloat16 only, and config.model.dtype is "
+            "float32: choose attention=xla or dtype=bfloat16"
+        )
+
+
+def choose(kernel: str, dtype: jnp.dtype, head_size: int) -> str:
+    """ "xla" or "cudnn" for auto: cuDNN's fused attention on NVIDIA GPUs of compute capability ≥ 8
+    where it takes the numbers: bfloat16, and a head size that is a multiple of 8 up to 128.
+
+    XLA's own keeps all scores and weights in memory between its kernels.
+    """
+    if kernel != "auto":
+        return kernel
+    fits = dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128
+    return "cudnn" if fits and _fuses_attention() else "xla"
+
+
+def _fuses_attention() -> bool:
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))  # AMD's names are no numbers
+    return device.platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8
+
+
+def over_space(q_BTSNK, k_BTSNK, v_BTSNK, *, implementation: str = "xla") -> jax.Array:
     """Full attention among the tokens of each frame → [B, T, S, N, K]."""
     fold = lambda x: x.reshape(-1, *x.shape[2:])
-    out = jax.nn.dot_product_attention(fold(q_BTSNK), fold(k_BTSNK), fold(v_BTSNK))
+    out = jax.nn.dot_product_attention(
+        fold(q_BTSNK), fold(k_BTSNK), fold(v_BTSNK), implementation=implementation
+    )
     return out.reshape(q_BTSNK.shape)
 
 
-def over_time(q_BTSNK, k_BTSNK, v_BTSNK) -> jax.Array:
+def over_time(q_BTSNK, k_BTSNK, v_BTSNK, *, implementation: str = "xla") -> jax.Array:
     """Causal attention over the frames, each token place on its own → [B, T, S, N, K].
 
     Token places are folded into the heads, so nothing is transposed.
     """
     fold = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
-    out = jax.nn.dot_product_attention(fold(q_BTSNK), fold(k_BTSNK), fold(v_BTSNK), is_causal=True)
+    out = jax.nn.dot_product_attention(
+        fold(q_BTSNK), fold(k_BTSNK), fold(v_BTSNK), is_causal=True, implementation=implementation
+    )
     return out.reshape(q_BTSNK.shape)
 
 

@@ -183,7 +183,8 @@ class Checkpoints:
             raise UserError(
                 f"cannot continue from {self._manager.directory / str(step)}: {_first_line(error)}"
             ) from None
-        return TrainState(params=saved.params, ema=getattr(saved, "ema", None), **saved.optimizer)
+        ema = saved.ema if "ema" in items else None
+        return TrainState(params=saved.params, ema=ema, **saved.optimizer)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from cwm_jax import (
     checkpoint,
     curves,
     data,
-    evaluate,
     files,
     metrics_file,
     parallel,
@@ -25,6 +24,7 @@ from cwm_jax import (
     video,
 )
 from cwm_jax.errors import UserError
+from cwm_jax.evaluation import drawing, quick, single_step
 from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
 from cwm_jax.training import TrainState
@@ -48,14 +48,14 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
 class _Run:
     def __init__(self, settings: Settings, workdir: Path, config: dict):
         self.settings, self.workdir, self.config = settings, workdir, config
-        self.mesh = parallel.make_mesh()
+        self.mesh = parallel.make_mesh(settings.fsdp)
         self.batch_size = parallel.global_batch_size(
-            settings.batch_size, settings.global_batch_size
+            settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
         )
         self.shared = dict(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            num_actions=settings.model.num_actions,
+            num_actions=settings.model.action_values,
         )
         self.batches = data.train_batches(
             settings.data, batch_size=self.batch_size, seed=settings.seed, **self.shared
@@ -63,6 +63,7 @@ class _Run:
         self.validation = self._val_batches(limit=settings.val_batches * self.batch_size)
         self.whole_validation = self._val_batches(limit=None)
         self.script = self._script()
+        self.quick = self._quick()
         total = settings.epochs * self.batches.per_epoch
         self.total_steps = min(total, settings.max_steps or total)
 
@@ -80,7 +81,18 @@ class _Run:
             count=settings.n_rollout_samples,
             frames=settings.rollout_frames,
             n_prompt=settings.n_prompt,
-            num_actions=settings.model.num_actions,
+            num_actions=settings.model.action_values,
+            seed=settings.seed,
+        )
+
+    def _quick(self) -> quick.Quick:
+        settings = self.settings
+        return quick.prepare(
+            settings.data,
+            "val",
+            clips=settings.eval_clips,
+            frames=settings.eval_frames,
+            num_actions=settings.model.action_values,
             seed=settings.seed,
         )
 
@@ -88,7 +100,9 @@ class _Run:
         settings = self.settings
         _make_workdir(self.workdir)
         key = jax.random.key(settings.seed)
-        step_args = dict(network=settings.model, optim=settings.optimizer)
+        step_args = dict(
+            network=settings.model, optim=settings.optimizer, step=settings.step, mesh=self.mesh
+        )
         with stopping.Stop() as stop, self._checkpoints() as self.checkpoints:
             first, state, pause_due = self._start()
             with self._reporter(first) as self.reporter:
@@ -124,10 +138,9 @@ class _Run:
         Also the steps done, and whether a pause after the last of them was put off.
         """
         settings = self.settings
-        make = jax.jit(
-            lambda: training.init_state(settings.model, settings.optimizer, settings.seed),
-            out_shardings=parallel.replicated(self.mesh),
-        )
+        fresh = lambda: training.init_state(settings.model, settings.optimizer, settings.seed)
+        shapes = jax.eval_shape(fresh)
+        make = jax.jit(fresh, out_shardings=parallel.placement(shapes, self.mesh))
         saved = self.checkpoints.newest()
         differing = resume.compare(saved.config, self.config) if saved else []
         if saved and saved.data_position:
@@ -137,7 +150,7 @@ class _Run:
                 temporary.write_text(json.dumps(self.config, indent=2) + "\n")
         if saved is None:
             return 0, make(), False
-        state = self.checkpoints.restore(parallel.abstract(jax.eval_shape(make), self.mesh))
+        state = self.checkpoints.restore(parallel.abstract(shapes, self.mesh))
         print(f"continuing from step {saved.step} of {self.total_steps} in {self.workdir}")
         for line in differing:
             print(f"  with another setting than before: {line}")
@@ -170,7 +183,12 @@ class _Run:
     def _is_pause(self, step: int) -> bool:
         """Whether something other than training happens after this step."""
         settings = self.settings
-        cadences = settings.val_every_steps, settings.rollout_every_steps, settings.ckpt_every_steps
+        cadences = (
+            settings.val_every_steps,
+            settings.eval_every_steps,
+            settings.rollout_every_steps,
+            settings.ckpt_every_steps,
+        )
         return (
             any(step % every == 0 for every in cadences)
             or self._ends_epoch(step)
@@ -191,14 +209,16 @@ class _Run:
         val_loss = None
         if step % settings.val_every_steps == 0:
             batches = stop.until(self.validation)
-            results = dict(evaluate.validation(settings.model, weights, batches, self.mesh))
+            results = dict(single_step.validation(settings.model, weights, batches, self.mesh))
             val_loss = results["val/loss"]
             self.reporter.scalars(step, results)
+        if step % settings.eval_every_steps == 0 or last:
+            _attempt("score rollouts", lambda: self._evaluate(step, weights))
         if step % settings.rollout_every_steps == 0 or last:
             _attempt("draw a rollout", lambda: self._draw(step, weights))
         if self._ends_epoch(step):
             batches = stop.until(self.whole_validation)
-            results = evaluate.epoch_end(settings.model, weights, batches, self.mesh)
+            results = single_step.epoch_end(settings.model, weights, batches, self.mesh)
             loss_sum, count = state.epoch_loss
             self.reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
             state = state._replace(epoch_loss=state.epoch_loss * 0)
@@ -237,10 +257,21 @@ class _Run:
     def _draw_curves(self) -> None:
         if jax.process_index() == 0:
             series = metrics_file.read_series(self.workdir / report.METRICS_FILE)
-            curves.curves(series, self.workdir / "curves.png")
+            if any(name.endswith("loss") for name in series):  # not so before the first log
+                curves.curves(series, self.workdir / "curves.png")
+
+    def _evaluate(self, step: int, weights) -> None:
+        """The quick form of the evaluation, by the first process alone."""
+        weights = parallel.whole(weights, self.mesh)
+        if jax.process_index():
+            return
+        settings = self.settings
+        sampler = Sampler(settings.model, parallel.local(weights), settings.sampler)
+        self.reporter.scalars(step, dict(quick.run(drawing.by_sampler(sampler), self.quick)))
 
     def _draw(self, step: int, weights) -> None:
         """A rollout from validation clips, as a film and a sheet; by the first process alone."""
+        weights = parallel.whole(weights, self.mesh)
         if jax.process_index():
             return
         settings, name = self.settings, f"rollout_{step:07d}"

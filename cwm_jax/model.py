@@ -17,16 +17,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 
-from cwm_jax import attention, rope
+from cwm_jax import attention, controls, rope
 from cwm_jax.errors import UserError
 
 Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spatial.qkv.kernel"
 
-_SINUSOID = 256  # width of the timestep features
-_MLP_RATIO = 4
+SINUSOID = 256  # width of the timestep features
+MLP_RATIO = 4
+REMAT = ("none", "gelu_norm", "layer")  # what the backward pass computes again, see `DiT.clip`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,13 @@ class DiTConfig:
     num_heads: int  # N
     patch_size: int  # pixels on a side
     image_size: int  # pixels on a side
-    num_actions: int  # actions are 0 … num_actions − 1, and NO_ACTION
+    num_actions: int  # actions, or buttons; see `action_encoding`
     max_frames: int  # window of the temporal attention
     dtype: str  # of the matmuls: float32, bfloat16, or auto (bfloat16 on a GPU or TPU)
+    # one_hot: an action is a number; buttons: its bit i is button i, and any may be held together.
+    # The default is for checkpoints older than the setting.
+    action_encoding: str = "one_hot"
+    attention: str = "auto"  # over whole clips: xla, cudnn, or auto; older checkpoints lack it
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -63,6 +67,22 @@ class DiTConfig:
             raise UserError(
                 f"config.model.dtype must be auto, float32 or bfloat16, not {self.dtype!r}"
             )
+        if self.action_encoding not in controls.ENCODINGS:
+            raise UserError(
+                f"config.model.action_encoding must be one of {', '.join(controls.ENCODINGS)}, "
+                f"not {self.action_encoding!r}"
+            )
+        if self.action_encoding == "buttons" and self.num_actions > controls.MAX_BUTTONS:
+            raise UserError(
+                f"config.model.num_actions={self.num_actions}: there can be at most "
+                f"{controls.MAX_BUTTONS} buttons"
+            )
+        attention.check(self.attention, self.dtype)
+
+    @property
+    def action_values(self) -> int:
+        """Actions are 0 … action_values − 1, and NO_ACTION."""
+        return self.num_actions if self.action_encoding == "one_hot" else 2**self.num_actions
 
     @property
     def grid(self) -> int:
@@ -81,6 +101,11 @@ class DiTConfig:
         if self.dtype == "auto":
             return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
         return jnp.dtype(self.dtype)
+
+    @property
+    def attention_kernel(self) -> str:
+        """`attention`, where auto has become xla or cudnn."""
+        return attention.choose(self.attention, self.compute_dtype, self.head_size)
 
 
 class Modulations(NamedTuple):
@@ -128,14 +153,31 @@ def _modulate(x_BTSD, shift_BTD, scale_BTD) -> jax.Array:
     return normed.astype(x_BTSD.dtype)
 
 
+def _kept(function):
+    """Stands where `jax.checkpoint` might: the backward pass finds all that it needs stored."""
+    return function
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
 def sinusoid(t: jax.Array) -> jax.Array:
     """Features of noise labels [...], float32 [..., 256]: cos, then sin, of t · 10⁴^(−i/128)."""
-    half = _SINUSOID // 2
+    half = SINUSOID // 2
     # Rounded as in the original: labels reach 999, so one rounding moves an angle by 6e-5 rad.
     exponents = np.float32(-np.log(10_000)) * np.arange(half, dtype=np.float32) / half
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = t.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def action_vectors(config: DiTConfig, action: jax.Array) -> jax.Array:
+    """Actions [...] as float32 [..., num_actions]: 1 for each control in use; all 0 for −1."""
+    if config.action_encoding == "one_hot":
+        return jax.nn.one_hot(action, config.num_actions)
+    held = action[..., None] >> jnp.arange(config.num_actions) & 1
+    return jnp.where(action[..., None] < 0, 0, held).astype(jnp.float32)
 
 
 class AxialLayer(nnx.Module):
@@ -147,23 +189,24 @@ class AxialLayer(nnx.Module):
         self.modulation = _zeros_linear(config, size, 6 * size, rngs=rngs)
         self.qkv = _linear(config, size, 3 * size, use_bias=False, rngs=rngs)
         self.out = _linear(config, size, size, rngs=rngs)
-        self.mlp_in = _linear(config, size, _MLP_RATIO * size, rngs=rngs)
-        self.mlp_out = _linear(config, _MLP_RATIO * size, size, rngs=rngs)
+        self.mlp_in = _linear(config, size, MLP_RATIO * size, rngs=rngs)
+        self.mlp_out = _linear(config, MLP_RATIO * size, size, rngs=rngs)
 
-    def project(self, x_BTSD, modulation_BT6D):
-        """Queries, keys and values of the normed, modulated tokens, each [B, T, S, N, K]."""
+    def project(self, x_BTSD, modulation_BT6D, *, cheap=_kept):
+        """Queries, keys and values of the normed, modulated tokens, each [B, T, S, N, K].
+
+        `cheap` wraps what costs little to compute again, here and in `finish`.
+        """
         shift, scale = modulation_BT6D[:, :, 0], modulation_BT6D[:, :, 1]
-        qkv = self.qkv(_modulate(x_BTSD, shift, scale))
-        return jnp.moveaxis(
-            rearrange(qkv, "b t s (i n k) -> b t s i n k", i=3, n=self.num_heads), 3, 0
-        )
+        qkv = self.qkv(cheap(_modulate)(x_BTSD, shift, scale))
+        return jnp.moveaxis(qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, -1), 3, 0)
 
-    def finish(self, x_BTSD, attended_BTSNK, modulation_BT6D) -> jax.Array:
+    def finish(self, x_BTSD, attended_BTSNK, modulation_BT6D, *, cheap=_kept) -> jax.Array:
         """Adds what attention found, then what the MLP makes of it, each through its gate."""
         gate, shift, scale, mlp_gate = (modulation_BT6D[:, :, i, None] for i in (2, 3, 4, 5))
-        x = x_BTSD + gate * self.out(rearrange(attended_BTSNK, "b t s n k -> b t s (n k)"))
-        hidden = self.mlp_in(_modulate(x, shift[:, :, 0], scale[:, :, 0]))
-        return x + mlp_gate * self.mlp_out(jax.nn.gelu(hidden, approximate=True))
+        x = x_BTSD + gate * self.out(attended_BTSNK.reshape(x_BTSD.shape))
+        hidden = self.mlp_in(cheap(_modulate)(x, shift[:, :, 0], scale[:, :, 0]))
+        return x + mlp_gate * self.mlp_out(cheap(_gelu)(hidden))
 
 
 class Block(nnx.Module):
@@ -183,7 +226,7 @@ class DiT(nnx.Module):
         pixels = config.patch_size**2 * 3
         small = nnx.initializers.normal(0.02)
         self.patch_in = _linear(config, pixels, size, rngs=rngs)
-        self.time_in = _linear(config, _SINUSOID, size, kernel_init=small, rngs=rngs)
+        self.time_in = _linear(config, SINUSOID, size, kernel_init=small, rngs=rngs)
         self.time_out = _linear(config, size, size, kernel_init=small, rngs=rngs)
         self.action = _linear(config, config.num_actions, size, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
@@ -193,7 +236,7 @@ class DiT(nnx.Module):
     def modulations(self, t_BT: jax.Array, action_BT: jax.Array) -> Modulations:
         """What noise labels 0…999 and actions (−1: none) say to each frame."""
         c = self.time_out(jax.nn.silu(self.time_in(sinusoid(t_BT))))
-        c = jax.nn.silu(c + self.action(jax.nn.one_hot(action_BT, self.config.num_actions)))
+        c = jax.nn.silu(c + self.action(action_vectors(self.config, action_BT)))
         layers = [half.modulation(c) for b in self.blocks for half in (b.spatial, b.temporal)]
         split = lambda x, parts: x.reshape(*x.shape[:-1], parts, -1)
         return Modulations(
@@ -203,36 +246,57 @@ class DiT(nnx.Module):
 
     def tokens(self, frames_BTHWC: jax.Array) -> jax.Array:
         """Pixels in [-1, 1] to token vectors [B, T, S, D]."""
-        p = self.config.patch_size
-        patches = rearrange(frames_BTHWC, "b t (h p) (w q) c -> b t (h w) (p q c)", p=p, q=p)
-        return self.patch_in(patches)
+        frames, grid, size = frames_BTHWC.shape[:2], self.config.grid, self.config.patch_size
+        patches = frames_BTHWC.reshape(*frames, grid, size, grid, size, 3).swapaxes(3, 4)
+        return self.patch_in(patches.reshape(*frames, grid * grid, size * size * 3))
 
     def pixels(self, x_BTSD: jax.Array, modulations: Modulations) -> jax.Array:
         """Token vectors to a velocity for each pixel, float32 [B, T, H, W, C]."""
+        frames, grid, size = x_BTSD.shape[:2], self.config.grid, self.config.patch_size
         shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
         patches = self.patch_out(_modulate(x_BTSD, shift, scale)).astype(jnp.float32)
-        sizes = dict(h=self.config.grid, p=self.config.patch_size, q=self.config.patch_size)
-        return rearrange(patches, "b t (h w) (p q c) -> b t (h p) (w q) c", **sizes)
+        rows = patches.reshape(*frames, grid, grid, size, size, 3).swapaxes(3, 4)
+        return rows.reshape(*frames, grid * size, grid * size, 3)
 
-    def _spatial(self, block: Block, x_BTSD, modulation_BT6D) -> jax.Array:
+    def _spatial(self, block: Block, x_BTSD, modulation_BT6D, *, cheap=_kept) -> jax.Array:
         angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)[:, None]
-        q, k, v = block.spatial.project(x_BTSD, modulation_BT6D)
-        attended = attention.over_space(rope.rotate(q, angles_SK), rope.rotate(k, angles_SK), v)
-        return block.spatial.finish(x_BTSD, attended, modulation_BT6D)
+        q, k, v = block.spatial.project(x_BTSD, modulation_BT6D, cheap=cheap)
+        attended = attention.over_space(
+            rope.rotate(q, angles_SK),
+            rope.rotate(k, angles_SK),
+            v,
+            implementation=self.config.attention_kernel,
+        )
+        return block.spatial.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap)
 
-    def clip(self, x_BTSD: jax.Array, modulations: Modulations) -> tuple[jax.Array, FrameKV]:
-        """All frames of a clip at once, at places 0 … T−1; also their keys [B, T, S, N, K]."""
-        angles_T11K = rope.temporal_angles(jnp.arange(x_BTSD.shape[1]), self.config.head_size)
-        angles_T11K = angles_T11K[:, None, None]
+    def _temporal(self, block: Block, x_BTSD, modulation_BT6D, *, cheap=_kept):
+        angles_TK = rope.temporal_angles(np.arange(x_BTSD.shape[1]), self.config.head_size)
+        angles_T11K = angles_TK[:, None, None]
+        q, k, v = block.temporal.project(x_BTSD, modulation_BT6D, cheap=cheap)
+        attended = attention.over_time(
+            rope.rotate(q, angles_T11K),
+            rope.rotate(k, angles_T11K),
+            v,
+            implementation=self.config.attention_kernel,
+        )
+        return block.temporal.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap), k, v
+
+    def clip(
+        self, x_BTSD: jax.Array, modulations: Modulations, *, remat: str = "none"
+    ) -> tuple[jax.Array, FrameKV]:
+        """All frames of a clip at once, at places 0 … T−1; also their keys [B, T, S, N, K].
+
+        `remat` is one of `REMAT`, what a backward pass computes again to save memory:
+        "gelu_norm" the norms and GELUs (no matmul), "layer" all but the input of each half block.
+        """
+        cheap = jax.checkpoint if remat == "gelu_norm" else _kept
+        whole = jax.checkpoint if remat == "layer" else _kept
         keys, values = [], []
         for i, block in enumerate(self.blocks):
-            x_BTSD = self._spatial(block, x_BTSD, modulations.layers[:, :, 2 * i])
-            temporal = modulations.layers[:, :, 2 * i + 1]
-            q, k, v = block.temporal.project(x_BTSD, temporal)
-            attended = attention.over_time(
-                rope.rotate(q, angles_T11K), rope.rotate(k, angles_T11K), v
-            )
-            x_BTSD = block.temporal.finish(x_BTSD, attended, temporal)
+            spatial = whole(functools.partial(self._spatial, block, cheap=cheap))
+            temporal = whole(functools.partial(self._temporal, block, cheap=cheap))
+            x_BTSD = spatial(x_BTSD, modulations.layers[:, :, 2 * i])
+            x_BTSD, k, v = temporal(x_BTSD, modulations.layers[:, :, 2 * i + 1])
             keys.append(k)
             values.append(v)
         return x_BTSD, FrameKV(tuple(keys), tuple(values))
@@ -254,16 +318,17 @@ class DiT(nnx.Module):
             values.append(v)
         return x_B1SD, FrameKV(tuple(keys), tuple(values))
 
-    def __call__(self, frames_BTHWC, t_BT, action_BT) -> jax.Array:
+    def __call__(self, frames_BTHWC, t_BT, action_BT, *, remat: str = "none") -> jax.Array:
         """Velocity of every frame, float32 [B, T, H, W, C].
 
         Args:
             frames_BTHWC: noised frames, float, about [-1, 1]; T ≤ `max_frames`.
             t_BT: noise labels, whole numbers 0…999.
             action_BT: the action that led into each frame, −1 for none.
+            remat: see `clip`.
         """
         modulations = self.modulations(t_BT, action_BT)
-        x_BTSD, _ = self.clip(self.tokens(frames_BTHWC), modulations)
+        x_BTSD, _ = self.clip(self.tokens(frames_BTHWC), modulations, remat=remat)
         return self.pixels(x_BTSD, modulations)
 
 

@@ -1,23 +1,45 @@
-"""Devices: the mesh, and where batches and parameters lie on it."""
+"""Devices: the mesh, where batches and parameters lie on it, and how gradients are summed.
+
+Two axes share a batch: `data`, along which every device holds what the others hold, and `fsdp`,
+along which they hold a part each of parameters and optimizer state ("fully sharded data
+parallel", after ZeRO, Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054).
+"""
+
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cwm_jax.errors import UserError
 
-
-def make_mesh() -> Mesh:
-    """All devices of all processes on one axis, `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+AXES = ("data", "fsdp")
 
 
-def global_batch_size(per_device: int, total: int) -> int:
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """All devices of all processes; `fsdp` neighbours share one copy of the parameters.
+
+    Raises:
+        UserError: where `fsdp` does not divide the number of devices.
+    """
+    devices = jax.device_count()
+    if devices % fsdp:
+        raise UserError(
+            f"config.fsdp={fsdp} does not divide the {devices} devices that are here: use one of "
+            f"{[n for n in range(1, devices + 1) if devices % n == 0]}"
+        )
+    # Neighbours lie on one host, where the traffic of `fsdp`, which is the heavier, is fast.
+    return jax.make_mesh((devices // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def global_batch_size(per_device: int, total: int, *, parts: int = 1) -> int:
     """Clips a step over all devices: `per_device` on each, or `total` where that is not 0.
 
     Raises:
-        UserError: where `total` cannot be shared out evenly.
+        UserError: where the clips cannot be shared out evenly, or a device cannot go through its
+            own in `parts` equal parts.
     """
     devices = jax.device_count()
     if total and total % devices:
@@ -25,25 +47,101 @@ def global_batch_size(per_device: int, total: int) -> int:
             f"config.global_batch_size={total} cannot be shared out over {devices} devices: "
             f"use a multiple of {devices}, or config.batch_size (clips per device)"
         )
-    return total or per_device * devices
+    share = total // devices if total else per_device
+    if share % parts:
+        raise UserError(
+            f"config.accumulate_steps={parts} does not divide the {share} clips of a device: "
+            f"use a divisor of {share}"
+        )
+    return share * devices
+
+
+def _spec(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Along which axis an array is cut for `fsdp`: the longest that can be; else it is whole."""
+    parts = mesh.shape["fsdp"]
+    cuttable = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or not cuttable:
+        return P()
+    longest = max(cuttable, key=lambda axis: shape[axis])
+    return P(*(None,) * longest, "fsdp")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def by_clip(mesh: Mesh) -> NamedSharding:
+    """Where the arrays of a batch lie: split by clip over all devices."""
+    return NamedSharding(mesh, P(AXES))
+
+
+def placement(shapes, mesh: Mesh):
+    """Where each array of a training state lies, for a tree of arrays or shapes."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, _spec(x.shape, mesh)), shapes)
+
+
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a global batch, as arrays split over the `data` axis by clip."""
-    sharding = NamedSharding(mesh, P("data"))
+    """This process's part of a global batch, as arrays split over all devices by clip.
+
+    Returns at once; the copying goes on while the devices are still at the step before.
+    """
+    sharding = by_clip(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def abstract(shapes, mesh: Mesh):
     """Shapes with their place on the mesh, for restoring a checkpoint onto it."""
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh))
-    return jax.tree.map(place, shapes)
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(place, shapes, placement(shapes, mesh))
+
+
+def whole(tree, mesh: Mesh):
+    """The arrays put together from their parts, whole on every device; all processes must call."""
+    if mesh.shape["fsdp"] == 1:
+        return tree
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
 
 
 def local(tree):
     """This process's own copy of replicated arrays, on its first device; nothing is moved."""
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def mean_over_devices(value_and_grad: Callable, mesh: Mesh) -> Callable:
+    """`value_and_grad(params, *batch)` → the same over all devices, each at its own clips.
+
+    Parameters are put together from their parts before, in the dtype that they come in; losses
+    and gradients, which must be means over clips, are summed in float32, and each device keeps
+    its part of the gradients. Left to itself, XLA would sum bfloat16 gradients in bfloat16, and
+    lose more of them the more devices there are.
+    """
+
+    def everywhere(params, *batch):
+        specs = jax.tree.map(lambda x: _spec(x.shape, mesh), params)
+
+        def on_a_device(params, *batch):
+            loss, grads = value_and_grad(jax.tree.map(_gather, params, specs), *batch)
+            mean = lambda x, spec: _sum(x.astype(jnp.float32), spec) / mesh.size
+            return mean(loss, P()), jax.tree.map(mean, grads, specs)
+
+        return jax.shard_map(
+            on_a_device,
+            mesh=mesh,
+            in_specs=(specs, *(P(AXES) for _ in batch)),
+            out_specs=(P(), specs),
+            check_vma=False,  # else autodiff adds sums of its own, of gradients not yet float32
+        )(params, *batch)
+
+    return everywhere
+
+
+def _gather(x: jax.Array, spec: P) -> jax.Array:
+    return jax.lax.all_gather(x, "fsdp", axis=len(spec) - 1, tiled=True) if spec else x
+
+
+def _sum(x: jax.Array, spec: P) -> jax.Array:
+    if not spec:
+        return jax.lax.psum(x, AXES)
+    # First the parts among neighbours, so that only a part of each goes between hosts.
+    part = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=len(spec) - 1, tiled=True)
+    return jax.lax.psum(part, "data")

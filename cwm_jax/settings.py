@@ -8,7 +8,7 @@ from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig
 from cwm_jax.sampler import SamplerConfig, ddim_levels
-from cwm_jax.training import OptimizerConfig
+from cwm_jax.training import OptimizerConfig, StepConfig
 from cwm_jax.wandb_run import WandbConfig
 
 
@@ -23,6 +23,9 @@ class Settings:
 
     batch_size: int
     global_batch_size: int
+    accumulate_steps: int
+    remat: str
+    fsdp: int
     epochs: int
     max_steps: int
     lr: float
@@ -34,6 +37,9 @@ class Settings:
     log_every_steps: int
     val_every_steps: int
     val_batches: int
+    eval_every_steps: int
+    eval_clips: int
+    eval_frames: int
     rollout_every_steps: int
     ckpt_every_steps: int
     keep_checkpoints: int
@@ -65,7 +71,7 @@ class Settings:
                     f"config.{name}={frames} is more than the network's window, "
                     f"config.model.max_frames={self.model.max_frames}"
                 )
-        _ = self.optimizer, self.sampler  # these check their own fields
+        _ = self.optimizer, self.step, self.sampler  # these check their own fields
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
@@ -84,6 +90,10 @@ class Settings:
     def optimizer(self) -> OptimizerConfig:
         names = (field.name for field in dataclasses.fields(OptimizerConfig))
         return OptimizerConfig(**{name: getattr(self, name) for name in names})
+
+    @property
+    def step(self) -> StepConfig:
+        return StepConfig(remat=self.remat, accumulate_steps=self.accumulate_steps)
 
     @property
     def sampler(self) -> SamplerConfig:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from cwm_jax import diffusion, model
+from cwm_jax import diffusion, model, parallel
 from cwm_jax.coinrun import to_model
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig, Params
@@ -39,6 +40,22 @@ class OptimizerConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"config.{name}={getattr(self, name)}: must be {low}…{high}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How an update is computed: this changes memory and speed, not the result."""
+
+    remat: str = "none"  # what the backward pass computes again, see `model.DiT.clip`
+    accumulate_steps: int = 1  # parts in which a device goes through its clips, one by one
+
+    def __post_init__(self):
+        if self.remat not in model.REMAT:
+            raise UserError(
+                f"config.remat must be one of {', '.join(model.REMAT)}, not {self.remat!r}"
+            )
+        if self.accumulate_steps < 1:
+            raise UserError(f"config.accumulate_steps={self.accumulate_steps}: must be 1 or more")
 
 
 class TrainState(NamedTuple):
@@ -79,22 +96,61 @@ def init_state(network: DiTConfig, optim: OptimizerConfig, seed: int) -> TrainSt
     )
 
 
-def clip_loss(params, frames_BTHWC, actions_BT, t_BT, noise_BTHWC, *, network: DiTConfig):
+def clip_loss(
+    params, frames_BTHWC, actions_BT, t_BT, noise_BTHWC, *, network: DiTConfig, remat="none"
+):
     """Diffusion loss of clips, float32 []; frames are uint8, t and noise as `diffusion.draw`."""
     sample = diffusion.noised(to_model(frames_BTHWC), t_BT, noise_BTHWC)
-    predicted = model.bind(network, params)(sample.x, t_BT, actions_BT)
+    predicted = model.bind(network, params)(sample.x, t_BT, actions_BT, remat=remat)
     return diffusion.loss(predicted, sample.velocity)
 
 
-def update(state: TrainState, batch, t_BT, noise_BTHWC, *, network, optim):
+def _value_and_grad(params, *batch, network: DiTConfig, step: StepConfig):
+    """Loss and gradients of clips, means over them; the gradients of parts are added in float32."""
+    loss = functools.partial(clip_loss, network=network, remat=step.remat)
+    if step.accumulate_steps == 1:
+        return jax.value_and_grad(loss)(params, *batch)
+
+    def add(total, part):
+        found = jax.value_and_grad(loss)(params, *part)
+        return jax.tree.map(lambda a, b: a + b / step.accumulate_steps, total, found), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+    parts = [x.reshape(step.accumulate_steps, -1, *x.shape[1:]) for x in batch]
+    return jax.lax.scan(add, (jnp.zeros(()), zeros), parts)[0]
+
+
+def gradients(params, *batch, network: DiTConfig, step: StepConfig, mesh: Mesh | None):
+    """Loss and float32 gradients at the clips of a batch: (loss, gradients).
+
+    Parameters are cast to the compute dtype once, here, and not again by each matmul.
+    """
+    function = functools.partial(_value_and_grad, network=network, step=step)
+    if mesh is not None:
+        function = parallel.mean_over_devices(function, mesh)
+    cast = jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
+    loss, grads = function(cast, *batch)
+    return loss, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+
+
+def update(
+    state: TrainState,
+    batch,
+    t_BT,
+    noise_BTHWC,
+    *,
+    network: DiTConfig,
+    optim: OptimizerConfig,
+    step: StepConfig = StepConfig(),
+    mesh: Mesh | None = None,
+):
     """One AdamW update with given labels and noise: (next state, metrics).
 
     Where the loss or the gradient is not finite, the update is passed over: only `step` and
     `skipped` count on, so no state is ever poisoned, however late somebody looks at the metrics.
     """
-    loss, grads = jax.value_and_grad(clip_loss)(
-        state.params, batch["frames"], batch["actions"], t_BT, noise_BTHWC, network=network
-    )
+    arrays = batch["frames"], batch["actions"], t_BT, noise_BTHWC
+    loss, grads = gradients(state.params, *arrays, network=network, step=step, mesh=mesh)
     updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     grad_norm = optax.tree.norm(grads)  # before clipping
@@ -127,18 +183,36 @@ def _average(state: TrainState, params: Params, decay: float) -> Params | None:
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "optim"), donate_argnames="state")
-def train_step(state: TrainState, batch, key, *, network: DiTConfig, optim: OptimizerConfig):
+@functools.partial(
+    jax.jit, static_argnames=("network", "optim", "step", "mesh"), donate_argnames="state"
+)
+def train_step(
+    state: TrainState,
+    batch,
+    key,
+    *,
+    network: DiTConfig,
+    optim: OptimizerConfig,
+    step: StepConfig = StepConfig(),
+    mesh: Mesh | None = None,
+):
     """One update on a batch of uint8 clips: (next state, metrics as device scalars).
 
     Args:
         state: used up; its memory becomes the next state's.
         batch: `{"frames": uint8 [B, T, H, W, 3], "actions": int32 [B, T]}`.
         key: the run's PRNG key; the step's number is folded in here.
+        mesh: where state and batch lie, as `parallel` places them; None for one device.
     """
     step_key = jax.random.fold_in(key, state.step)
+    # Drawn as one array over all devices, so that no clip's noise depends on where it lies.
     t_BT, noise_BTHWC = diffusion.draw(step_key, batch["frames"].shape)
-    return update(state, batch, t_BT, noise_BTHWC, network=network, optim=optim)
+    following, metrics = update(
+        state, batch, t_BT, noise_BTHWC, network=network, optim=optim, step=step, mesh=mesh
+    )
+    if mesh is not None:
+        following = jax.lax.with_sharding_constraint(following, parallel.placement(following, mesh))
+    return following, metrics
 
 
 def weights_to_sample(state: TrainState) -> Params:

@@ -37,6 +37,9 @@ def config_of(data_dir, **changes):
         log_every_steps=2,
         val_every_steps=3,
         val_batches=1,
+        eval_every_steps=4,
+        eval_clips=2,
+        eval_frames=6,
         rollout_every_steps=4,
         ckpt_every_steps=3,
         ddim_steps=2,
@@ -71,6 +74,8 @@ def test_a_run_writes_what_it_promises(tmp_path, small_data):
             seen.setdefault(name, []).append(line["step"])
     assert seen["train/loss"] == seen["train/lr"] == seen["train/grad_norm"] == [2, 4, 6, 8, 10]
     assert seen["val/loss"] == [3, 6, 9]
+    for name in ("psnr", "ssim", "psnr_motion", "delta_psnr", "copy_last_psnr"):
+        assert seen[f"eval/{name}"] == [4, 8, 10]
     assert seen["rollout/video"] == seen["rollout/grid"] == [4, 8, 10]
     for name in ("epoch/train_loss", "epoch/val_loss", "epoch/psnr", "epoch/ssim"):
         assert seen[name] == [5, 10]
@@ -267,7 +272,7 @@ def test_the_sampling_program_tells_mistakes(tmp_path, small_data, monkeypatch, 
         ("--checkpoint nowhere", "nowhere"),
         ("--checkpoint run --frames 300", "300 frames"),
         ("--checkpoint run --frames 1", "1 frames"),
-        ("--checkpoint run --frames 5 --ddim-steps 0", "ddim_steps"),
+        ("--checkpoint run --n-samples 2 --frames 5 --ddim-steps 0", "ddim_steps"),
         ("--checkpoint run --frames 5 --n-samples 99", "99 episodes"),
         ("--checkpoint run --frames 5 --n-samples 2 --data nodata", "nodata"),
         ("--checkpoint run --n-samples 2 --action-source pattern", "--pattern"),

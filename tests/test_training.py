@@ -130,7 +130,7 @@ losses = []
 for i in range(3):
     batch = parallel.to_devices(batch_of(4), mesh)
     assert len(batch["frames"].sharding.device_set) == jax.device_count()
-    state, metrics = training.train_step(state, batch, KEY, network=TINY, optim=optim)
+    state, metrics = training.train_step(state, batch, KEY, network=TINY, optim=optim, mesh=mesh)
     losses.append(float(metrics["train/loss"]))
 assert all(p.sharding.is_fully_replicated for p in state.params.values())
 print(json.dumps(losses))

@@ -1,0 +1,163 @@
+"""The training step: counted, then measured.
+
+    python -m benchmarks.train --size small --batch 2 --dtype float32 --output train.json
+
+Prints the arithmetic that the model asks for (our count, beside XLA's), the bytes that the compiled
+program moves, the least time that both would take at the speeds measured on this machine, and the
+time it takes. MFU is the model's arithmetic over the measured time and matmul speed. Needs jax,
+flax, optax and numpy; no data.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import sizes
+from cwm_jax import flops, model, speed, training
+from cwm_jax.coinrun import FRAME_SHAPE
+from cwm_jax.model import DiTConfig
+from cwm_jax.training import OptimizerConfig, StepConfig
+
+OPTIM = OptimizerConfig(lr=1e-4, weight_decay=0.01, warmup_steps=2000, grad_clip=1.0, ema_decay=0.0)
+
+
+def random_batch(clips: int, frames: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "frames": rng.integers(0, 256, (clips, frames, *FRAME_SHAPE), np.uint8),
+        "actions": rng.integers(-1, 15, (clips, frames)).astype(np.int32),
+    }
+
+
+def measure(
+    network: DiTConfig,
+    *,
+    clips: int,
+    frames: int = 32,
+    step: StepConfig = StepConfig(),
+    steps: int = 10,
+    machine: dict[str, float] | None = None,
+) -> dict[str, float | str]:
+    """Compiles and times steps on one device; rates of `machine` come from `machine_speed`."""
+    machine = machine or machine_speed(network.compute_dtype)
+    state = training.init_state(network, OPTIM, 0)
+    batch = jax.device_put(random_batch(clips, frames))
+    key = jax.random.key(0)
+    start = time.perf_counter()
+    compiled = training.train_step.lower(
+        state, batch, key, network=network, optim=OPTIM, step=step
+    ).compile()
+    compile_seconds = time.perf_counter() - start
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    times, cpu_times, loss = _times(compiled, state, batch, key, steps)
+    asked = flops.train_step(network, clips=clips, frames=frames)
+    moved = float(cost.get("bytes accessed", np.nan))
+    seconds = float(np.median(times))
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "dtype": str(network.compute_dtype),
+        "attention": network.attention_kernel,
+        "remat": step.remat,
+        "accumulate_steps": step.accumulate_steps,
+        "clips": clips,
+        "frames": frames,
+        "parameters": model.parameter_count(model.shapes(network)),
+        "model_tflop": asked.total / 1e12,
+        "xla_tflop": float(cost.get("flops", np.nan)) / 1e12,
+        "xla_gbytes": moved / 1e9,
+        "working_gbytes": memory.temp_size_in_bytes / 1e9,
+        "floor_matmul_s": asked.total / machine["matmul_flops"],
+        "floor_copy_s": moved / machine["copy_bytes"],
+        "compile_s": compile_seconds,
+        "step_s": seconds,
+        "step_best_s": float(min(times)),
+        "step_cpu_s": float(np.median(cpu_times)),  # of all threads of this process
+        "frames_per_s": clips * frames / seconds,
+        "mfu": asked.total / seconds / machine["matmul_flops"],
+        "loss": loss,
+        **machine,
+    }
+
+
+def machine_speed(dtype: jnp.dtype) -> dict[str, float]:
+    return {"matmul_flops": speed.matmul_flops(dtype), "copy_bytes": speed.copy_bytes()}
+
+
+def _times(compiled, state, batch, key, steps: int) -> tuple[list[float], list[float], float]:
+    """Seconds, and seconds of processors, of each step; the first is not counted.
+
+    Each step is waited for, after the next is under way, as the training loop does.
+    """
+    state, metrics = compiled(state, batch, key)
+    jax.block_until_ready(metrics)
+    times, cpu_times = [], []
+    clock, cpu = time.perf_counter(), time.process_time()
+    for i in range(steps + 1):
+        before = metrics
+        if i < steps:
+            state, metrics = compiled(state, batch, key)
+        if i:
+            jax.block_until_ready(before)
+            now, cpu_now = time.perf_counter(), time.process_time()
+            times.append(now - clock)
+            cpu_times.append(cpu_now - cpu)
+            clock, cpu = now, cpu_now
+    return times, cpu_times, float(metrics["train/loss"])
+
+
+def show(found: dict) -> str:
+    """A measurement as lines for people."""
+    floor = found["floor_matmul_s"], found["floor_copy_s"]
+    return "\n".join(
+        [
+            f"device       {found['device']}, jax {found['jax']}, {found['dtype']}, attention "
+            f"{found['attention']}, remat {found['remat']}",
+            f"model        {found['parameters']:,} parameters, {found['clips']} clips of "
+            f"{found['frames']} frames",
+            f"arithmetic   {found['model_tflop']:.3f} TFLOP by our count, "
+            f"{found['xla_tflop']:.3f} by XLA's",
+            f"memory       {found['xla_gbytes']:.1f} GB moved by XLA's count, "
+            f"{found['working_gbytes']:.2f} GB within the step",
+            f"machine      {found['matmul_flops'] / 1e12:.3g} TFLOP/s of matrix products, "
+            f"{found['copy_bytes'] / 1e9:.4g} GB/s of copying",
+            f"floor        {floor[0]:.4g} s for the arithmetic, {floor[1]:.4g} s for the bytes",
+            f"measured     {found['step_s']:.4g} s a step (best {found['step_best_s']:.4g}; "
+            f"{found['step_cpu_s']:.4g} s of processors), compiled in {found['compile_s']:.1f} s",
+            f"rate         {1 / found['step_s']:.3g} steps/s, {found['frames_per_s']:.5g} frames/s, "
+            f"MFU {found['mfu']:.1%}",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=sizes.SIZES, default="small")
+    parser.add_argument("--batch", type=int, default=2, help="clips a step")
+    parser.add_argument("--frames", type=int, default=32, help="of a clip")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
+    parser.add_argument("--attention", default="auto", help="xla, cudnn or auto")
+    parser.add_argument("--remat", choices=model.REMAT, default="none")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="gets the numbers as JSON")
+    args = parser.parse_args()
+    found = measure(
+        sizes.network(args.size, dtype=args.dtype, attention=args.attention),
+        clips=args.batch,
+        frames=args.frames,
+        step=StepConfig(remat=args.remat, accumulate_steps=args.accumulate),
+        steps=args.steps,
+    )
+    print(show(found))
+    if args.output:
+        args.output.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

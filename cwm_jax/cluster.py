@@ -1,0 +1,164 @@
+"""Several processes as one run: finding each other, and making sure that all want the same.
+
+JAX ends a process that waits too long for the others without saying for whom it waited. So the
+processes first meet at a roll call of our own, at the address where JAX's coordinator will
+listen: process 0 hears the numbers of all others, then tells everybody to go on, or who is
+missing.
+"""
+
+import contextlib
+import dataclasses
+import json
+import socket
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cwm_jax.errors import UserError
+
+# Our names for what JAX can read the environment of.
+_METHODS = {"slurm": "slurm", "openmpi": "ompi", "kubernetes": "k8s"}
+LAUNCHERS = ("none", *_METHODS, "flags")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """One process's place among the others."""
+
+    coordinator: str  # host:port of process 0
+    count: int  # processes
+    index: int  # of this one, from 0
+    local_devices: list[int] | None = None  # numbers of the GPUs it uses; None: all of its host
+
+    def __post_init__(self):
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise UserError(f"--coordinator={self.coordinator!r}: must be HOST:PORT of process 0")
+        if not 0 <= self.index < self.count:
+            raise UserError(
+                f"--process_id={self.index}: must be 0…{self.count - 1} with "
+                f"--num_processes={self.count}"
+            )
+
+
+def find_place(launcher: str, *, wait_seconds: int = 300) -> Place:
+    """This process's place as told by the environment of slurm, openmpi or kubernetes.
+
+    Raises:
+        UserError: where that environment is not here.
+    """
+    # JAX offers its reading of these environments only from within `initialize`, which is too
+    # late for a roll call.
+    from jax._src.clusters import ClusterEnv
+
+    found = ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, _METHODS[launcher], wait_seconds
+    )
+    if None in found[:3]:
+        raise UserError(
+            f"--launcher={launcher}, but this process was not started by it (its variables are not "
+            f"in the environment); use --launcher=flags, or none for a single process"
+        )
+    return Place(coordinator=found[0], count=found[1], index=found[2], local_devices=found[3])
+
+
+def join(place: Place, *, wait_seconds: int = 300) -> None:
+    """Makes this process one of `place.count`; `jax.devices()` then shows the devices of all.
+
+    Must come before anything is computed.
+
+    Raises:
+        UserError: where a process does not come in time; it names the missing ones.
+    """
+    _call_roll(place, wait_seconds)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.count,
+        place.index,
+        place.local_devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=wait_seconds,
+    )
+
+
+def _call_roll(place: Place, wait_seconds: float) -> None:
+    host, _, port = place.coordinator.rpartition(":")
+    deadline = time.monotonic() + wait_seconds
+    call = _hear_all if place.index == 0 else _report
+    missing = call(host, int(port), place, deadline)
+    if missing:
+        raise UserError(
+            f"waited {wait_seconds:g} s for {place.count} processes at {place.coordinator}; "
+            f"missing: {', '.join(f'process {index}' for index in missing)}. Look at the logs of "
+            f"their hosts; --join_timeout says how many seconds to wait"
+        )
+
+
+def _hear_all(host: str, port: int, place: Place, deadline: float) -> list[int]:
+    """At process 0: the processes that did not report before the deadline."""
+    heard: dict[int, socket.socket] = {}
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.ExitStack() as open_sockets:
+        try:
+            server = open_sockets.enter_context(socket.create_server(("", port), family=family))
+        except OSError as error:
+            raise UserError(
+                f"--coordinator={place.coordinator}: cannot listen there: {error.strerror}"
+            ) from None
+        while len(heard) < place.count - 1 and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            with contextlib.suppress(TimeoutError, ValueError, OSError):
+                peer = open_sockets.enter_context(server.accept()[0])
+                peer.settimeout(5)
+                heard[int(peer.recv(16))] = peer
+        missing = sorted(set(range(1, place.count)) - set(heard))
+        for peer in heard.values():
+            with contextlib.suppress(OSError):  # it has gone; JAX will miss it
+                peer.sendall(json.dumps(missing).encode())
+    return missing
+
+
+def _report(host: str, port: int, place: Place, deadline: float) -> list[int]:
+    """At the others: reports to process 0 and hears from it who is missing."""
+    while (left := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), left) as peer:
+            peer.sendall(str(place.index).encode())
+            # Process 0 may have started later, and waits as long as we do.
+            peer.settimeout(left + 60)
+            if answer := peer.recv(1 << 16):
+                return json.loads(answer)
+        time.sleep(0.2)
+    return [0]
+
+
+def check_same(config: dict) -> None:
+    """Compares this process's config with those of all others, which must call it too.
+
+    Raises:
+        UserError: at every process, naming the first key that differs and who has what.
+    """
+    if jax.process_count() == 1:
+        return
+    text = np.frombuffer(json.dumps(_flat(config), sort_keys=True).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text)))
+    padded = np.pad(text, (0, int(sizes.max()) - len(text)))
+    texts = multihost_utils.process_allgather(padded)
+    configs = [json.loads(bytes(row[:size])) for row, size in zip(texts, sizes, strict=True)]
+    for key in sorted(set().union(*configs)):
+        values = [config.get(key) for config in configs]
+        if odd := next((i for i, value in enumerate(values) if value != values[0]), None):
+            raise UserError(
+                f"all processes must have the same config, but config.{key} is {values[0]!r} at "
+                f"process 0 and {values[odd]!r} at process {odd}"
+            )
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in config.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

@@ -1,0 +1,144 @@
+"""What a run will need, told without running it: memory, arithmetic, time, and what would fit.
+
+The training step is lowered and compiled from shapes alone; no batch, parameter or optimizer
+state is allocated, and no data need be there.
+"""
+
+import dataclasses
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cwm_jax import data, flops, parallel, speed, training
+from cwm_jax.coinrun import FRAME_SHAPE
+from cwm_jax.errors import UserError
+from cwm_jax.settings import Settings
+
+_GIB = 2**30
+
+
+class Memory(NamedTuple):
+    """Bytes that a compiled step takes on each device."""
+
+    state: int  # parameters, optimizer, average, batch: what goes in
+    working: int  # what is alive only within the step
+
+    @property
+    def total(self) -> int:
+        return self.state + self.working
+
+
+def compile_step(settings: Settings):
+    """The compiled training step of a run, from shapes alone; raises what compiling raises."""
+    mesh = parallel.make_mesh(settings.fsdp)
+    clips = parallel.global_batch_size(
+        settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
+    )
+    fresh = lambda: training.init_state(settings.model, settings.optimizer, settings.seed)
+    state = parallel.abstract(jax.eval_shape(fresh), mesh)
+    shape = clips, settings.data.clip_len
+    place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.by_clip(mesh))
+    batch = {"frames": place((*shape, *FRAME_SHAPE), jnp.uint8), "actions": place(shape, jnp.int32)}
+    lowered = training.train_step.lower(
+        state,
+        batch,
+        jax.eval_shape(lambda: jax.random.key(0)),
+        network=settings.model,
+        optim=settings.optimizer,
+        step=settings.step,
+        mesh=mesh,
+    )
+    return lowered.compile()
+
+
+def memory_of(compiled) -> Memory:
+    found = compiled.memory_analysis()
+    kept = found.output_size_in_bytes - found.alias_size_in_bytes
+    return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes + kept)
+
+
+def memory_limit() -> int:
+    """Bytes that a device has for a program; on a CPU, this machine's memory."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return speed.memory_limit() or physical // jax.local_device_count()
+
+
+def what_fits(settings: Settings, limit: int) -> Settings | None:
+    """The mildest change of `remat`, then of `accumulate_steps`, with which a step fits, if any."""
+    share = settings.global_batch_size // jax.device_count() or settings.batch_size
+    parts = [n for n in range(settings.accumulate_steps, share + 1) if share % n == 0]
+    remats = ("none", "gelu_norm", "layer")
+    remats = remats[remats.index(settings.remat) :]
+    tries = [(remat, parts[0]) for remat in remats[1:]] + [(remats[-1], n) for n in parts[1:]]
+    for remat, accumulate in tries:
+        changed = dataclasses.replace(settings, remat=remat, accumulate_steps=accumulate)
+        if memory_of(compile_step(changed)).total <= limit:
+            return changed
+    return None
+
+
+def tell(settings: Settings) -> None:
+    """Prints the memory, arithmetic and time of a run, and what to change if it will not fit."""
+    compiled = compile_step(settings)
+    memory, limit = memory_of(compiled), memory_limit()
+    devices = jax.device_count()
+    clips = parallel.global_batch_size(settings.batch_size, settings.global_batch_size)
+    asked = flops.train_step(settings.model, clips=clips, frames=settings.data.clip_len)
+    kind = jax.devices()[0].device_kind
+    print(f"devices            {devices} × {kind}, {jax.process_count()} process(es)")
+    print(f"global batch       {clips} clips of {settings.data.clip_len} frames")
+    print(
+        f"memory per device  {memory.total / _GIB:.2f} GiB: {memory.state / _GIB:.2f} of state and "
+        f"batch, {memory.working / _GIB:.2f} within the step; there are {limit / _GIB:.1f} GiB"
+    )
+    print(f"arithmetic         {asked.total / 1e12:.3f} TFLOP a step, counted from the sizes")
+    _tell_time(settings, asked.total / devices, compiled)
+    if memory.total > limit:
+        _tell_what_fits(settings, limit)
+
+
+def _tell_time(settings: Settings, asked: float, compiled) -> None:
+    rate, copying = speed.matmul_flops(settings.model.compute_dtype), speed.copy_bytes()
+    moved = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
+    soonest = asked / rate
+    latest = soonest + moved / copying
+    print(
+        f"measured here      {rate / 1e12:.3g} TFLOP/s of {settings.model.compute_dtype} matrix "
+        f"products, {copying / 1e9:.3g} GB/s of copying"
+    )
+    print(
+        f"a step             between {soonest:.3g} s (arithmetic alone) and {latest:.3g} s "
+        f"(and then {moved / 1e9:.3g} GB of memory traffic, nothing overlapped)"
+    )
+    print(f"expected           {1 / latest:.3g}…{1 / soonest:.3g} steps/s")
+    if steps := _steps(settings):
+        print(
+            f"the whole run      {steps} steps: {steps * soonest / 3600:.3g}…"
+            f"{steps * latest / 3600:.3g} hours, if the data keeps up"
+        )
+
+
+def _steps(settings: Settings) -> int | None:
+    """Updates in the whole run; None, which is told, where that takes data that is not here."""
+    clips = parallel.global_batch_size(settings.batch_size, settings.global_batch_size)
+    try:
+        per_epoch = len(data.open_clips(settings.data, "train")) // clips
+    except UserError as error:
+        if not settings.max_steps:
+            print(f"the whole run      unknown: {str(error).splitlines()[0]}")
+        return settings.max_steps or None
+    total = per_epoch * settings.epochs
+    return min(total, settings.max_steps or total)
+
+
+def _tell_what_fits(settings: Settings, limit: int) -> None:
+    fitting = what_fits(settings, limit)
+    if fitting is None:
+        print("this will not fit  even one clip at a time: choose a smaller model, or more fsdp")
+    else:
+        print(
+            f"this will not fit  but it does with --config.remat={fitting.remat} "
+            f"--config.accumulate_steps={fitting.accumulate_steps}, which change no result"
+        )
