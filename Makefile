@@ -10,7 +10,7 @@ TORCH_VERSION := 2.13.0
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-torch install-procgen demo play test test-torch-extra lint format lock clean
+.PHONY: help install install-torch install-procgen demo play test test-torch-extra faults lint format lock clean
 
 help:  ## List what make can do here
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,9 @@ test: $(STAMP)  ## Run the whole test suite
 
 test-torch-extra: install-torch  ## Run the whole suite with PyTorch present: the .pt tests run too
 	$(BIN)/python -m pytest -n 2
+
+faults: $(STAMP)  ## Kill, starve and mislead training runs for MINUTES=10, and tell what survived
+	$(BIN)/python -m tests.faults --minutes $(or $(MINUTES),10)
 
 lint: $(STAMP)  ## Check format and lint, change nothing
 	$(BIN)/ruff format --check .

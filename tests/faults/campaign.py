@@ -121,14 +121,14 @@ def kill_9(arena: Arena, rng: random.Random) -> Trial:
             return trial
         trial.times += 1
         saved, reached = life.saved_steps(workdir), _last_step(workdir)
-        trial.moments.append(_moment(workdir, saved, reached))
+        trial.moments.append(_moment(workdir, run, saved, reached))
 
 
-def _moment(workdir: Path, saved: list[int], reached: int) -> str:
+def _moment(workdir: Path, run: Life, saved: list[int], reached: int) -> str:
     """What the run was about when it was killed, as its folder tells."""
     if list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")):
         return "inside a checkpoint write"
-    if list(workdir.glob("rollouts/.*")):
+    if list(workdir.glob(f"rollouts/.*.{run.pid}.*")):
         return "inside a rollout"
     if not saved:
         return "before the first save" if reached else "before the first step"
@@ -189,8 +189,9 @@ def damaged_checkpoint(arena: Arena, rng: random.Random) -> Trial:
     workdir = _half_done(arena, rng)
     *_, older, newest = life.saved_steps(workdir)
     folder = workdir / "checkpoints" / str(newest)
-    files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
-    files = [p for p in files if p.name != "_CHECKPOINT_METADATA"]  # only the time it was made
+    listed = (folder / "SHA256SUMS").read_text().splitlines()
+    files = [folder / line.split("  ")[1] for line in listed] + [folder / "SHA256SUMS"]
+    files = [path for path in files if path.stat().st_size]
     victim = rng.choice(files)
     damage = rng.choice(("bit flipped", "file cut", "file missing"))
     if damage == "bit flipped":
@@ -357,7 +358,7 @@ def wandb_unreachable(arena: Arena, rng: random.Random) -> Trial:
 _REFUSED = {
     "seed": 1,
     "model.hidden_size": 48,
-    "model.depth": 1,
+    "model.depth": 2,
     "data.stride": 4,
     "data.clip_len": 4,
     "batch_size": 5,

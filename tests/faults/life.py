@@ -48,7 +48,7 @@ def write_data(folder: Path) -> Path:
 def config_of(data: Path, **changes) -> dict:
     """A run of `STEPS` steps in which much happens; `changes` by dotted name."""
     config = base.get_config()
-    config.model.update(hidden_size=24, depth=2, num_heads=3, patch_size=16, max_frames=5)
+    config.model.update(hidden_size=24, depth=1, num_heads=3, patch_size=16, max_frames=5)
     config.data.update(dir=str(data), clip_len=5, stride=3, num_workers=0, num_threads=1)
     config.wandb.mode = "disabled"
     config.update(
@@ -60,11 +60,11 @@ def config_of(data: Path, **changes) -> dict:
         log_every_steps=2,
         val_every_steps=4,
         val_batches=1,
-        rollout_every_steps=7,
+        rollout_every_steps=11,
         ckpt_every_steps=3,
-        ddim_steps=2,
-        rollout_frames=7,
-        n_rollout_samples=2,
+        ddim_steps=1,
+        rollout_frames=6,
+        n_rollout_samples=1,
     )
     for name, value in changes.items():
         *sections, key = name.split(".")
@@ -85,6 +85,10 @@ class Life:
         arguments = workdir, config, self.log, cache, sabotage, dict(environment)
         self._process = _processes.Process(target=_live, args=arguments)
         self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         if self._process.is_alive():
