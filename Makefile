@@ -9,7 +9,7 @@ TORCH_VERSION := 2.13.0
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-torch demo test test-torch-extra lint format lock clean
+.PHONY: help install install-torch demo test test-torch-extra bench-gpu lint format lock clean
 
 help:  ## List what make can do here
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ test: $(STAMP)  ## Run the whole test suite
 
 test-torch-extra: install-torch  ## Run the whole suite with PyTorch present: the .pt tests run too
 	$(BIN)/python -m pytest -n 2
+
+bench-gpu:  ## Measure parity, attention, training and sampling on this GPU in 8 minutes (PYTHON=…)
+	$(PYTHON) -m benchmarks.gpu
 
 lint: $(STAMP)  ## Check format and lint, change nothing
 	$(BIN)/ruff format --check .
