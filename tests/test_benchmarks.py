@@ -1,5 +1,6 @@
 """Benchmarks run on small sizes, count right, and know the configs' sizes."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -7,20 +8,19 @@ import sys
 import pytest
 from conftest import TINY
 
-from benchmarks import machine, sample
-from cwm_jax.model import DiTConfig
+from benchmarks import sample, sizes
 
 
 @pytest.mark.parametrize("name", ["debug", "small", "large"])
 def test_sizes_are_those_of_the_configs(name):
     config = importlib.import_module(f"configs.{name}").get_config().model
-    sizes = machine.SIZES[name] | machine.COMMON
-    assert {k: config[k] for k in sizes} == sizes
+    known = dataclasses.asdict(sizes.network(name))
+    assert {k: config[k] for k in known} == known
 
 
 def test_operations_of_a_pass():
     """By hand, for one block: 24 D² per token and half, attention over space and time, patches."""
-    config = DiTConfig(**machine.COMMON, **machine.SIZES["small"], dtype="float32")
+    config = sizes.network("small")
     tokens, size = 64, 512
     linears = tokens * 6 * 2 * 24 * size**2
     patches = tokens * 2 * 2 * size * 192
@@ -32,11 +32,9 @@ def test_operations_of_a_pass():
 
 
 def test_the_sampling_benchmark_runs(tmp_path, monkeypatch, capsys):
-    sizes = {k: getattr(TINY, k) for k in ("hidden_size", "depth", "num_heads", "max_frames")}
-    monkeypatch.setitem(machine.SIZES, "debug", sizes)
-    monkeypatch.setitem(machine.COMMON, "patch_size", TINY.patch_size)
+    monkeypatch.setattr(sizes, "network", lambda size, dtype: TINY)
     out = tmp_path / "sample.json"
-    words = f"--size debug --batch 2 --steps 2 --context 1,5 --dtype float32 --json {out}"
+    words = f"--size tiny --batch 2 --steps 2 --context 1,5 --dtype float32 --json {out}"
     monkeypatch.setattr(sys, "argv", ["sample", *words.split()])
     sample.main()
     rows = json.loads(out.read_text())["rows"]
