@@ -23,7 +23,7 @@ from cwm_jax.episodes import Episode, encode
 from cwm_jax.shards import write_shard
 
 STEPS = 25
-MEASURED = ("train", "val", "epoch")  # what an undisturbed run would have said too
+MEASURED = ("train", "val", "eval", "epoch")  # what an undisturbed run would have said too
 PATIENCE = 240  # seconds; a life that takes longer hangs
 _LENGTHS = {"train": ((11, 12), (14,)), "val": ((11, 9),)}  # 10 clips: 5 steps an epoch
 _processes = multiprocessing.get_context("forkserver")
@@ -60,6 +60,9 @@ def config_of(data: Path, **changes) -> dict:
         log_every_steps=2,
         val_every_steps=4,
         val_batches=1,
+        eval_every_steps=1000,
+        eval_clips=1,
+        eval_frames=4,
         rollout_every_steps=11,
         ckpt_every_steps=3,
         ddim_steps=1,
