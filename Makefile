@@ -5,11 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
+PLAYED = $(firstword $(CHECKPOINT) $(wildcard checkpoints/pocket $(DEMO)))
 TORCH_VERSION := 2.13.0
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-torch demo test test-torch-extra bench-gpu lint format lock clean
+.PHONY: help install install-torch install-procgen demo play test test-torch-extra faults bench-gpu
+.PHONY: lint format lock clean
 
 help:  ## List what make can do here
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -32,6 +34,9 @@ endif
 install-torch: $(STAMP)  ## Add the pinned PyTorch, which only .pt files need
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 
+install-procgen: $(STAMP)  ## Make .venv-procgen with the real game, to record data from
+	$(BIN)/python -c 'from cwm_jax.simulator import environment; environment.ensure()'
+
 demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagines
 	rm -rf $(DEMO)
 	$(BIN)/python train.py --config configs/debug.py --workdir $(DEMO)
@@ -41,11 +46,17 @@ demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagin
 	  test -s $(DEMO)/$$file || { echo "error: $(DEMO)/$$file is missing or empty" >&2; exit 1; }; \
 	  echo "  $(DEMO)/$$file"; done
 
+play: $(STAMP)  ## Play in the browser (CHECKPOINT=runs/small to choose; else pocket, demo or clips)
+	$(BIN)/python play.py $(if $(PLAYED),--checkpoint $(PLAYED),--demo)
+
 test: $(STAMP)  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2
 
 test-torch-extra: install-torch  ## Run the whole suite with PyTorch present: the .pt tests run too
 	$(BIN)/python -m pytest -n 2
+
+faults: $(STAMP)  ## Kill, starve and mislead training runs for MINUTES=10, and tell what survived
+	$(BIN)/python -m tests.faults --minutes $(or $(MINUTES),10)
 
 bench-gpu:  ## Measure parity, attention, training and sampling on this GPU in 8 minutes (PYTHON=…)
 	$(PYTHON) -m benchmarks.gpu
@@ -64,5 +75,5 @@ lock:  ## Choose the pinned versions anew (needs uv)
 	echo 'torch==$(TORCH_VERSION)  # held for the extra "torch"; nothing else asks for it' >> constraints.txt
 
 clean:  ## Remove .venv, the demo, caches and build leftovers
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-procgen $(VENV)-procgen.lock $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cwm_jax import checkpoint, data, files, rollouts, sampler, shards, sheet, video
+from cwm_jax import data, files, rollouts, sampler, samplers, shards, sheet, video
 from cwm_jax.coinrun import FPS
 from cwm_jax.errors import UserError, shown_to_user
 
@@ -22,30 +22,31 @@ _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
 def main() -> None:
     args = _flags().parse_args()
     with shown_to_user():
-        trained = checkpoint.load(args.checkpoint, step=args.step)
-        script = rollouts.write_script(
-            _data_config(args.data, trained),
-            args.split,
-            count=args.n_samples,
-            frames=args.frames,
-            n_prompt=args.n_prompt,
-            num_actions=trained.network.num_actions,
-            source=args.action_source,
-            pattern=_pattern(args.pattern),
-            seed=args.seed,
-        )
-        if script.real is None:
-            print(f"no {args.n_samples} real clips have {args.frames} frames: drawn frames alone")
         config = sampler.SamplerConfig(
             levels=sampler.ddim_levels(args.ddim_steps),
             window=args.window,
             eta=args.eta,
             context_level=args.stabilization_level - 1,
         )
-        drawer = sampler.Sampler(trained.network, trained.params, config)
+        opened = samplers.open_sampler(args.checkpoint, step=args.step, config=config)
+        script = rollouts.write_script(
+            _data_config(args.data, opened),
+            args.split,
+            count=args.n_samples,
+            frames=args.frames,
+            n_prompt=args.n_prompt,
+            num_actions=opened.sampler.network.action_values,
+            source=args.action_source,
+            pattern=_pattern(args.pattern),
+            seed=args.seed,
+        )
+        if script.real is None:
+            print(f"no {args.n_samples} real clips have {args.frames} frames: drawn frames alone")
         key = jax.random.key(args.seed)
-        frames = rollouts.write(drawer, script, args.output, key=key, fps=args.fps, watched=True)
-        print(f"step {trained.step} of {args.checkpoint} → {args.output}")
+        frames = rollouts.write(
+            opened.sampler, script, args.output, key=key, fps=args.fps, watched=True
+        )
+        print(f"step {opened.step} of {args.checkpoint} → {args.output}")
         if args.grid:
             video.write_png(args.grid, sheet.grid(script.real, frames, n_prompt=args.n_prompt))
             print(f"stills → {args.grid}")
@@ -59,7 +60,7 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a run's workdir, or one checkpoint of it")
+    add("--checkpoint", type=Path, required=True, help="a run, a checkpoint of it, or an export")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--data", help="folder with train/, val/, test/ (that of the run, else the embedded one)")
     add("--split", default="val", choices=shards.SPLITS, help="where clips come from (%(default)s)")
@@ -80,8 +81,8 @@ def _flags() -> argparse.ArgumentParser:
     return parser
 
 
-def _data_config(folder: str | None, trained: checkpoint.Trained) -> data.DataConfig:
-    used = trained.config.get("data", {}).get("dir", "")
+def _data_config(folder: str | None, opened: samplers.Opened) -> data.DataConfig:
+    used = opened.config.get("data", {}).get("dir", "")
     if not folder:
         folder = used if used and Path(used).is_dir() else str(_EMBEDDED)
     return data.DataConfig(dir=folder)

@@ -2,17 +2,19 @@
 
     python train.py --config configs/small.py --workdir runs/small [--config.lr=3e-4 …]
 
-Started again with the same workdir, it continues from the last checkpoint. With `--dry-run` it
+Started again with the same workdir, it continues from the last checkpoint. SIGTERM or Ctrl-C make
+it finish its step, save, and exit with code 75; a second one ends it at once. With `--dry-run` it
 trains nothing, and tells how much memory and time the run will take. Over several hosts, see
 docs/scaling.md.
 """
 
+import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cwm_jax import cluster, compile_cache, dry_run, loop
+from cwm_jax import cluster, compile_cache, dry_run, loop, stopping
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.settings import Settings
 
@@ -44,7 +46,15 @@ def main(_) -> None:
         if _DRY_RUN.value:
             dry_run.tell(settings)
         else:
-            loop.train(settings, Path(_WORKDIR.value), config=config)
+            _train(settings, config)
+
+
+def _train(settings: Settings, config: dict) -> None:
+    try:
+        loop.train(settings, Path(_WORKDIR.value), config=config)
+    except stopping.Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(stopping.EXIT_CODE) from None
 
 
 def _join_others() -> None:

@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 8
     config.model.patch_size = 8  # pixels on a side; 64 tokens a frame
     config.model.image_size = 64  # pixels on a side
-    config.model.num_actions = 15
+    config.model.num_actions = 15  # actions, or buttons
+    config.model.action_encoding = "one_hot"  # or buttons: any of them held together
     config.model.max_frames = 32  # window of the temporal attention
     config.model.dtype = "auto"  # of the matmuls: float32, bfloat16, or auto (bfloat16 on a GPU)
     config.model.attention = "auto"  # over clips: xla, cudnn (bfloat16 on NVIDIA GPUs), or auto
@@ -30,6 +31,8 @@ def get_config() -> ConfigDict:
     config.data.stride = 8  # a clip starts at every 8th frame of a record
     config.data.num_workers = 8  # reading processes; 0 reads in threads of this one
     config.data.num_threads = 4  # in each reading process
+    config.data.on_bad_record = "stop"  # or "skip": take clips of the next good record instead
+    config.data.max_bad_records = 100  # with "skip": one more in a split stops the run
 
     # Optimisation.
     config.batch_size = 128  # clips per device
@@ -44,14 +47,20 @@ def get_config() -> ConfigDict:
     config.warmup_steps = 2000
     config.grad_clip = 1.0  # by global norm
     config.ema_decay = 0.0  # moving average of the parameters, sampled from; 0: none
+    config.max_skipped_updates = 0  # updates of infinite or no loss passed over; one more: stop
 
     # What happens every so many steps.
     config.log_every_steps = 50
     config.val_every_steps = 5000  # validation loss on `val_batches` batches
     config.val_batches = 50
+    config.eval_every_steps = 1000  # quick rollouts on validation clips, scored (`eval/…`)
+    config.eval_clips = 16
+    config.eval_frames = 16  # drawn after one given frame
     config.rollout_every_steps = 1000
     config.ckpt_every_steps = 10_000
-    config.keep_checkpoints = 3
+    config.keep_checkpoints = 3  # the newest so many stay …
+    config.keep_every_steps = 0  # … and those of steps that are multiples of this; 0: none
+    config.keep_best = 1  # … and so many of lowest val/loss, of those validated at their step
 
     # Rollouts drawn during training.
     config.ddim_steps = 10

@@ -32,6 +32,9 @@ def get_config() -> ConfigDict:
     config.log_every_steps = 20
     config.val_every_steps = 200
     config.val_batches = 25
+    config.eval_every_steps = 500
+    config.eval_clips = 4
+    config.eval_frames = 8
     config.rollout_every_steps = 500
     config.ckpt_every_steps = 500
     return config

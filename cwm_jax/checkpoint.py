@@ -1,24 +1,34 @@
 """Checkpoints by orbax: a run saved and continued, and a network loaded for sampling.
 
-DIR/checkpoints/STEP/params     the parameters, by name
-DIR/checkpoints/STEP/ema        their moving average, where the run keeps one
-DIR/checkpoints/STEP/optimizer  the rest of the training state
-DIR/checkpoints/STEP/meta       JSON: step, position in the data, the full config
+DIR/checkpoints/STEP/params      the parameters, by name
+DIR/checkpoints/STEP/ema         their moving average, where the run keeps one
+DIR/checkpoints/STEP/optimizer   the rest of the training state
+DIR/checkpoints/STEP/meta        JSON: step, position in the data, the full config
+DIR/checkpoints/STEP/SHA256SUMS  of all these files, checked when they are read
+
+A checkpoint gets its name when it is complete, checksums and all. One that is found damaged is
+renamed to STEP.damaged when a run continues from the one before it.
 """
 
+import json
+import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
-from cwm_jax import model
+from cwm_jax import checksums, model
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig, Params
 from cwm_jax.training import TrainState
 
 FOLDER = "checkpoints"
-_FORMAT = 1
+_FORMAT = 2
+_METADATA = "_CHECKPOINT_METADATA"  # orbax writes the time of completion there at the very end
+_TELLTALES = ("meta", "metrics")  # small, and read from every checkpoint at the start
 
 
 class Trained(NamedTuple):
@@ -31,15 +41,56 @@ class Trained(NamedTuple):
     path: Path
 
 
-class Checkpoints:
-    """A run's checkpoint folder; a context manager, which waits for the last save on leaving."""
+class Saved(NamedTuple):
+    """What a checkpoint says beside its arrays."""
 
-    def __init__(self, workdir: Path, *, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    step: int
+    data_position: str
+    config: dict[str, Any]  # the run's full config
+    pause_due: bool  # validation and whatever else follows this step is still to be done
+
+
+class Retention(NamedTuple):
+    """Which checkpoints stay."""
+
+    last: int  # the newest so many
+    every: int = 0  # those of steps that are multiples of this; 0: none for that reason
+    best: int = 0  # so many of lowest validation loss, among those that have one
+
+    def should_preserve(self, checkpoints, *, context=None) -> list[bool]:
+        """For each checkpoint, oldest first; as orbax asks a `PreservationPolicy`."""
+        losses = {info.step: (info.metrics or {}).get("val_loss") for info in checkpoints}
+        rated = sorted((step for step in losses if losses[step] is not None), key=losses.get)
+        stay = {info.step for info in checkpoints[-self.last :]} | set(rated[: self.best])
+        return [
+            info.step in stay or bool(self.every and info.step % self.every == 0)
+            for info in checkpoints
+        ]
+
+
+class Checkpoints:
+    """A run's checkpoint folder; a context manager, which waits for the last save on leaving.
+
+    A save that fails is told loudly, counted in `failures`, and leaves older checkpoints alone.
+    """
+
+    def __init__(self, workdir: Path, *, retention: Retention):
+        root = (Path(workdir) / FOLDER).absolute()
+        self.failures = 0
+        self._saving: int | None = None
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=retention,
+            best_fn=lambda metrics: 0.0,  # only makes orbax keep metrics; retention reads them
+            create=True,
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=lambda: _seal(root, self._saving)
+            ),
+        )
         try:
-            self._manager = ocp.CheckpointManager(
-                (Path(workdir) / FOLDER).absolute(), options=options
-            )
+            if jax.process_index() == 0:
+                _set_damaged_aside(root)
+            self._manager = ocp.CheckpointManager(root, options=options)
         except OSError as error:
             raise UserError(f"cannot write checkpoints under {workdir}: {error.strerror}") from None
 
@@ -47,37 +98,93 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_):
-        self._manager.wait_until_finished()
+        self.settle()
         self._manager.close()
 
     def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, *, data_position: str, config: dict[str, Any]) -> None:
-        """Writes the state in the background; a step that is saved already is left as it is."""
+    def save(
+        self,
+        state: TrainState,
+        *,
+        data_position: str,
+        config: dict[str, Any],
+        pause_due: bool = False,
+        val_loss: float | None = None,
+    ) -> float:
+        """Starts to write the state in the background; a step that is saved already is left.
+
+        Returns:
+            The seconds this took from the caller: copying from the device, and waiting for the
+            save before it where that was not done yet.
+        """
+        began = time.perf_counter()
+        self.settle()
         step = int(state.step)
         if step in self._manager.all_steps():
-            return
-        meta = dict(format=_FORMAT, step=step, data_position=data_position, config=config)
+            return time.perf_counter() - began
+        meta = dict(format=_FORMAT, **Saved(step, data_position, config, pause_due)._asdict())
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
+        args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
+        self._saving = step
+        try:
+            self._manager.save(step, args=args, metrics={"val_loss": val_loss})
+        except Exception as error:  # whatever it is, training is worth more than one save
+            self._failed(error)
+        return time.perf_counter() - began
 
-    def restore(self, like: TrainState) -> tuple[TrainState, str]:
-        """The latest state and position in the data.
+    def settle(self, *, wait: bool = True) -> bool:
+        """Learns how the last save went; True where it did well or there was none.
+
+        Args:
+            wait: False looks only where the outcome is known already.
+        """
+        if self._saving is None or not (wait or not self._manager.is_saving_in_progress()):
+            return True
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error)
+            return False
+        self._saving = None
+        return True
+
+    def _failed(self, error: Exception) -> None:
+        step, self._saving = self._saving, None
+        self.failures += 1
+        _shout(
+            f"WARNING: the checkpoint of step {step} could not be saved.\n"
+            f"  {_first_line(error)}\n"
+            f"Training goes on, and older checkpoints are as they were; the next save is tried as "
+            f"planned."
+        )
+        if jax.process_index() == 0:  # what was written may be what fills the disk
+            for half in self._manager.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half, ignore_errors=True)
+        self._manager.reload()
+
+    def newest(self) -> Saved | None:
+        """What the newest whole checkpoint says; None where nothing was saved yet."""
+        step = self.latest()
+        return None if step is None else _meta(self._manager.directory / str(step))
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest state.
 
         `like` gives shapes, dtypes and shardings (arrays, or `jax.ShapeDtypeStruct`s).
         """
         step = self.latest()
         items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(like).items()}
-        args = ocp.args.Composite(**items, meta=ocp.args.JsonRestore())
         try:
-            saved = self._manager.restore(step, args=args)
+            saved = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
                 f"cannot continue from {self._manager.directory / str(step)}: {_first_line(error)}"
             ) from None
-        state = TrainState(params=saved.params, ema=getattr(saved, "ema", None), **saved.optimizer)
-        return state, saved.meta["data_position"]
+        ema = saved.ema if "ema" in items else None
+        return TrainState(params=saved.params, ema=ema, **saved.optimizer)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -86,22 +193,91 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items if state.ema is None else items | dict(ema=state.ema)
 
 
+def _seal(root: Path, step: int | None) -> None:
+    """Adds the checksums of a finished save, before orbax renames its folder to the step."""
+    (folder,) = root.glob(f"{step}.orbax-checkpoint-tmp*")
+    checksums.write(folder, lambda name: name != _METADATA)
+
+
+def _steps(root: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, newest first."""
+    found = root.iterdir() if root.is_dir() else ()
+    return sorted((int(p.name) for p in found if p.name.isdigit() and p.is_dir()), reverse=True)
+
+
+def _set_damaged_aside(root: Path) -> None:
+    """Renames checkpoints that cannot be continued from, so that the newest of the rest is.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    faults, whole = {}, None
+    for step in _steps(root):
+        # Those older than the one to continue from are kept for other ends: a quick look will do.
+        fault = checksums.fault(root / str(step), within=_TELLTALES if whole is not None else ())
+        if fault:
+            faults[step] = fault
+        elif whole is None:
+            whole = step
+    told = "\n".join(f"  {root / str(step)}: {fault}" for step, fault in faults.items())
+    if faults and whole is None:
+        raise UserError(
+            f"every checkpoint is damaged, so there is none to continue from:\n{told}\n"
+            f"Bring one back from a copy, or start anew in another workdir."
+        )
+    if faults:
+        _shout(
+            f"WARNING: damaged checkpoints are set aside, and the newest whole one is that of step "
+            f"{whole}.\n{told}"
+        )
+    for step in faults:
+        aside = root / f"{step}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        (root / str(step)).rename(aside)
+
+
+def _meta(folder: Path) -> Saved:
+    try:
+        meta = json.loads((folder / "meta" / "metadata").read_bytes())
+        if meta.pop("format") != _FORMAT:
+            raise ValueError("it was written by another version of this program")
+        saved = Saved(**meta)
+        if not (isinstance(saved.step, int) and isinstance(saved.config, dict)):
+            raise ValueError("it does not hold a step and a config")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{folder} is not a whole checkpoint: meta: {_first_line(error)}") from None
+    return saved
+
+
 def load(path: Path | str, *, step: int | None = None) -> Trained:
     """Loads a network for sampling; nothing but the folder is needed to know its sizes.
 
     Args:
         path: a run's workdir, its `checkpoints` folder, or one checkpoint in it.
-        step: which checkpoint of a run; the newest by default.
+        step: which checkpoint of a run. By default the newest whole one; that a newer one is
+            damaged is told.
 
     Raises:
         UserError: where there is no whole checkpoint at `path`, or it does not fit this network.
     """
-    folder = _find(Path(path).absolute(), step)
+    candidates = _find(Path(path).absolute(), step)
+    for folder in candidates:
+        item = "ema" if (folder / "ema").is_dir() else "params"
+        fault = checksums.fault(folder, within=("meta", item))
+        if fault is None:
+            return _loaded(folder, item)
+        told = f"{folder} is not a whole checkpoint: {fault}"
+        if folder == candidates[-1]:
+            raise UserError(told)
+        print(f"warning: {told}; trying the one before it", file=sys.stderr)
+    raise AssertionError("there is at least one candidate")
+
+
+def _loaded(folder: Path, item: str) -> Trained:
+    saved = _meta(folder)
     checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     try:
-        meta = checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        network = DiTConfig(**meta["config"]["model"])
-        item = "ema" if (folder / "ema").is_dir() else "params"
+        network = DiTConfig(**saved.config["model"])
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), model.shapes(network)
@@ -110,27 +286,30 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
         params = checkpointer.restore(folder, args)[item]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{folder} is not a whole checkpoint: {_first_line(error)}") from None
-    return Trained(network, params, meta["config"], meta["step"], folder)
+    return Trained(network, params, saved.config, saved.step, folder)
 
 
-def _find(path: Path, step: int | None) -> Path:
-    """The folder of one checkpoint, from whatever the user named."""
+def _find(path: Path, step: int | None) -> list[Path]:
+    """The folders of checkpoints to try in turn, from whatever the user named."""
     if not path.is_dir():
         raise UserError(f"no checkpoint folder at {path}")
     if (path / "meta").is_dir():
-        return path
+        return [path]
     root = path / FOLDER if (path / FOLDER).is_dir() else path
-    steps = sorted(
-        int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "meta").is_dir()
-    )
+    steps = _steps(root)
     if not steps:
         raise UserError(
             f"no checkpoint in {path}: wanted a run's workdir, its {FOLDER} folder, or one of the "
             f"numbered folders in it (an unfinished save does not count)"
         )
     if step is not None and step not in steps:
-        raise UserError(f"no checkpoint of step {step} in {root}: there are {steps}")
-    return root / str(steps[-1] if step is None else step)
+        raise UserError(f"no checkpoint of step {step} in {root}: there are {steps[::-1]}")
+    return [root / str(step) for step in (steps if step is None else [step])]
+
+
+def _shout(text: str) -> None:
+    rule = "=" * 78
+    print(f"{rule}\n{text}\n{rule}", file=sys.stderr, flush=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from cwm_jax.shards import Readers, check_sizes, open_shard, read_record, record
 Batch = dict[str, np.ndarray]
 
 _INDEX_THREADS = 16  # mostly waiting for the disk
+_NEIGHBOURS = 100  # bad records in a row: a whole shard, not one record
 _SILENT_SECONDS = 2.0  # an index that takes longer shows its progress
 
 
@@ -47,11 +48,21 @@ class Episodes:
         before = int(self._shard_ends[shard - 1]) if shard else 0
         return shard, int(number) - before
 
-    def __getitem__(self, number: int) -> Episode:
-        """Raises `BadRecord` with its place if the record is no episode."""
+    def path(self, number: int) -> tuple[Path, int]:
+        """(file of the shard, number of the record in it) of an episode."""
         shard, index = self.place(number)
-        record = self._readers.read(shard, index)
+        return self._readers.shards[shard], index
+
+    def __getitem__(self, number: int) -> Episode:
+        """Raises `BadRecord` with its place if the record is no episode, or its file has gone."""
+        shard, index = self.place(number)
         path, expected = self._readers.shards[shard], self.lengths[number]
+        try:
+            record = self._readers.read(shard, index)
+        except BadRecord:
+            raise
+        except UserError as error:  # the file was there when the run began
+            raise BadRecord(str(error), path, index) from None
         episode = _decoded(record, path, index, self._num_actions)
         if len(episode) != expected:
             raise BadRecord(
@@ -68,7 +79,7 @@ class Clips:
 
     def __init__(self, episodes: Episodes, *, clip_len: int, stride: int):
         self.clip_len, self.stride = clip_len, stride
-        self._episodes = episodes
+        self.episodes = episodes
         self._ends = np.cumsum(clip_counts(episodes.lengths, clip_len, stride))
         if not len(self):
             longest = episodes.lengths.max()
@@ -86,9 +97,46 @@ class Clips:
         before = int(self._ends[episode - 1]) if episode else 0
         return episode, (int(clip) - before) * self.stride
 
+    def origin(self, clip: int) -> tuple[Path, int, int]:
+        """(file of the shard, number of the record in it, first frame in that) of a clip."""
+        episode, start = self.locate(clip)
+        return *self.episodes.path(episode), start
+
     def batch(self, clips: Sequence[int]) -> Batch:
         """The clips with these numbers, as `cut` returns them."""
-        return cut(self._episodes, [self.locate(clip) for clip in clips], self.clip_len)
+        return cut(self.episodes, [self.locate(clip) for clip in clips], self.clip_len)
+
+    def batch_of_good(self, clips: Sequence[int]) -> tuple[Batch, list[int]]:
+        """As `batch`, but in place of a clip from a bad record comes one from the next good record.
+
+        The replacement depends on the clip alone, so it is the same wherever the batch is made.
+
+        Returns:
+            The batch, and the numbers of the episodes that were found bad.
+
+        Raises:
+            BadRecord: none of the next `_NEIGHBOURS` episodes with clips is good.
+        """
+        try:
+            return self.batch(clips), []
+        except BadRecord:  # seldom, so each clip may be read twice
+            found = [self._good(clip) for clip in clips]
+        places, bad = [place for place, _ in found], {e for _, episodes in found for e in episodes}
+        return cut(self.episodes, places, self.clip_len), sorted(bad)
+
+    def _good(self, clip: int) -> tuple[tuple[int, int], list[int]]:
+        """Where to cut a clip, or its replacement; and the bad episodes on the way there."""
+        place, bad = self.locate(clip), []
+        while True:
+            try:
+                self.episodes[place[0]]
+            except BadRecord:
+                bad.append(place[0])
+                if len(bad) > _NEIGHBOURS:
+                    raise
+                place = self.locate(int(self._ends[place[0]]) % len(self))
+            else:
+                return place, bad
 
 
 def clip_counts(lengths: np.ndarray, clip_len: int, stride: int) -> np.ndarray:

@@ -6,7 +6,15 @@ n equal runs of those, so the global batch is the same for every number of proce
 """
 
 import dataclasses
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -14,8 +22,13 @@ from absl import flags
 
 from cwm_jax.clips import Batch, Clips, Episodes, cut
 from cwm_jax.coinrun import NUM_ACTIONS
+from cwm_jax.episodes import BadRecord
 from cwm_jax.errors import UserError
 from cwm_jax.shards import find_shards
+
+ON_BAD_RECORD = ("stop", "skip")
+_WORKER_LIVES = 5  # how often reading processes that died are replaced between two good batches
+_BAD = "bad_episodes"  # beside a batch on its way to the caller: numbers of episodes passed over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +40,17 @@ class DataConfig:
     stride: int = 8  # frames between the starts of neighbouring clips
     num_threads: int = 4  # in each reading process; each prepares one batch ahead
     num_workers: int = 0  # processes that read for training; 0: threads of the calling process do
+    on_bad_record: str = "stop"  # or "skip": clips of the next good record take their place
+    max_bad_records: int = 100  # with "skip": one more in a split stops the run
 
     def __post_init__(self):
+        if self.on_bad_record not in ON_BAD_RECORD:
+            raise UserError(
+                f"data.on_bad_record is {self.on_bad_record!r}; it must be one of "
+                f"{', '.join(ON_BAD_RECORD)}"
+            )
         least = {"clip_len": 1, "stride": 1, "num_threads": 1, "num_workers": 0}
+        least["max_bad_records"] = 0
         for field, minimum in least.items():
             value = getattr(self, field)
             if not isinstance(value, int) or value < minimum:
@@ -39,18 +60,66 @@ class DataConfig:
 class _Loader:
     """Turns the clip numbers of a global batch into this process's share of the batch."""
 
-    def __init__(self, clips: Clips, batch_size: int, process_index: int, process_count: int):
+    def __init__(
+        self, clips: Clips, batch_size: int, process_index: int, process_count: int, skip: bool
+    ):
         if batch_size < 1 or batch_size % process_count:
             raise UserError(
                 f"batch_size is {batch_size}; it must be positive and divide evenly among "
                 f"{process_count} processes"
             )
         share = batch_size // process_count
-        self.clips = clips
+        self.clips, self._skip = clips, skip
         self.mine = slice(process_index * share, (process_index + 1) * share)
 
     def __call__(self, numbers: Sequence[int]) -> Batch:
-        return self.clips.batch(numbers[self.mine])
+        """The batch; where bad records are skipped, with their numbers for a `_Tally`."""
+        if not self._skip:
+            return self.clips.batch(numbers[self.mine])
+        batch, bad = self.clips.batch_of_good(numbers[self.mine])
+        return {**batch, _BAD: np.array(bad, np.int64)}
+
+
+class _Tally:
+    """Counts the bad records of a split that were passed over, and says when they are too many."""
+
+    def __init__(self, clips: Clips, limit: int):
+        self.episodes: set[int] = set()
+        self._clips, self._limit = clips, limit
+
+    def take(self, batch: Batch) -> Batch:
+        """The batch alone. Raises `UserError` once more than `limit` records were bad."""
+        for number in batch.pop(_BAD, np.array([], np.int64)).tolist():
+            if number not in self.episodes:
+                self.episodes.add(number)
+                self._tell(number)
+        return batch
+
+    def _tell(self, number: int) -> None:
+        try:
+            self._clips.episodes[number]
+            reason = "it could not be read a moment ago"
+        except BadRecord as bad:
+            reason = bad.reason
+        path, index = self._clips.episodes.path(number)
+        count = len(self.episodes)
+        told = f"{path}, record {index}: {reason}"
+        if count > self._limit:
+            raise UserError(
+                f"{told}\nThat is bad record number {count} of this split, and "
+                f"data.max_bad_records={self._limit}: mend the data, or allow more."
+            )
+        print(
+            f"warning: {told}; skipped ({count} of at most {self._limit})",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+_ON_OTHER_DEVICES = (
+    " batch_size counts clips over all devices: on another number of devices, set "
+    "config.global_batch_size to the old batch_size."
+)
 
 
 class TrainBatches(Iterator[Batch]):
@@ -60,43 +129,90 @@ class TrainBatches(Iterator[Batch]):
     `set_state` goes to that place, also with other numbers of processes, workers and threads.
     """
 
-    def __init__(self, batches: grain.MapDataset, config: DataConfig, identity: dict[str, int]):
-        self._batches, self._config, self._identity = batches, config, identity
+    def __init__(
+        self,
+        numbers: grain.MapDataset,
+        loader: _Loader,
+        config: DataConfig,
+        identity: dict[str, int | str],
+    ):
+        self._numbers, self._batches = numbers, numbers.map(loader)
+        self._clips, self._config, self._identity = loader.clips, config, identity
+        self._tally = _Tally(loader.clips, config.max_bad_records)
         self._taken = 0
         self._iterator: grain.DatasetIterator | None = None
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            remaining = self._batches.slice(slice(self._taken, None))
-            self._iterator = iter(_in_background(remaining, self._config))
-        batch = next(self._iterator)
+        batch = self._tally.take(self._next())
         self._taken += 1
         return batch
+
+    def _next(self) -> Batch:
+        """The next batch, also if processes that prepare batches are killed."""
+        for life in range(_WORKER_LIVES):
+            try:
+                if self._iterator is None:
+                    remaining = self._batches.slice(slice(self._taken, None))
+                    self._iterator = iter(_in_background(remaining, self._config))
+                return next(self._iterator)
+            except RuntimeError as error:
+                if "terminated unexpectedly" not in str(error):
+                    raise
+                self.close()
+                print(
+                    f"warning: a process that reads data has died ({error}); starting all of them "
+                    f"again at batch {self._taken} ({life + 1} of {_WORKER_LIVES} tries)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        raise UserError(
+            f"processes that read data died {_WORKER_LIVES} times at batch {self._taken}. If they "
+            f"want more memory than there is, lower data.num_workers={self._config.num_workers}."
+        )
+
+    def origins(self, batch: int) -> list[dict[str, str | int]]:
+        """Where each clip of global batch number `batch` (from 0) lies in the files."""
+        places = (self._clips.origin(clip) for clip in self._numbers[batch])
+        return [
+            {"shard": str(path), "record": record, "first_frame": frame}
+            for path, record, frame in places
+        ]
 
     @property
     def per_epoch(self) -> int:
         """Batches in an epoch; the clips left at its end, too few for a batch, are passed over."""
         return self._identity["clips"] // self._identity["batch_size"]
 
-    def get_state(self) -> dict[str, int]:
-        """The position and what it depends on, as plain numbers that JSON can hold."""
-        return {"batches_taken": self._taken, **self._identity}
+    @property
+    def bad_records(self) -> int:
+        """Records passed over so far, each counted once."""
+        return len(self._tally.episodes)
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def get_state(self) -> dict[str, Any]:
+        """The position and what it depends on, as plain values that JSON can hold."""
+        bad = sorted(self._tally.episodes)
+        return {"batches_taken": self._taken, _BAD: bad, **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position from `get_state`.
 
         Raises `UserError` if it belongs to other data, another batch size or another seed, where
         the same number would mean other clips.
         """
-        for field, now in self._identity.items():
-            if state.get(field) != now:
-                raise UserError(
-                    f"The saved data position has {field}={state.get(field)}, this run has "
-                    f"{field}={now}: they order clips differently. Resume with the same "
-                    f"{field}, or start a new run."
-                )
+        differing = [
+            f"{field}={state.get(field)}, this run has {field}={now}"
+            for field, now in self._identity.items()
+            if state.get(field) != now
+        ]
+        if differing:
+            raise UserError(
+                f"The saved data position has {'; '.join(differing)}: they order clips "
+                f"differently. Resume with the same, or start a new run in another workdir."
+                + (_ON_OTHER_DEVICES if any("batch_size" in text for text in differing) else "")
+            )
         self.close()
         self._taken = state["batches_taken"]
+        self._tally.episodes = set(state[_BAD])
 
     def close(self) -> None:
         """Stops threads and worker processes; the next batch starts them again."""
@@ -123,7 +239,8 @@ def train_batches(
     that fill no batch (fewer than `batch_size`, others in each epoch). `seed` is 0…2³²-1.
 
     Raises `UserError` for a mistake in `config`, missing or damaged files, or a batch that is
-    larger than the dataset; `BadRecord` at the batch that holds a bad record.
+    larger than the dataset; `BadRecord` at the batch that holds a bad record, unless
+    `config.on_bad_record` is "skip".
     """
     clips = open_clips(config, "train", num_actions=num_actions)
     if batch_size > len(clips):
@@ -133,17 +250,28 @@ def train_batches(
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must be 0…{2**32 - 1}")
-    loader = _Loader(clips, batch_size, process_index, process_count)
+    loader = _Loader(clips, batch_size, process_index, process_count, _skips(config))
     order = grain.MapDataset.range(len(clips)).shuffle(seed)
-    batches = order.batch(batch_size, drop_remainder=True, batch_fn=list).repeat(epochs).map(loader)
+    numbers = order.batch(batch_size, drop_remainder=True, batch_fn=list).repeat(epochs)
     identity = {
         "seed": seed,
         "batch_size": batch_size,
         "clip_len": config.clip_len,
         "stride": config.stride,
         "clips": len(clips),
+        "shards": _fingerprint(find_shards(config.dir, "train")),
     }
-    return TrainBatches(batches, config, identity)
+    return TrainBatches(numbers, loader, config, identity)
+
+
+def _skips(config: DataConfig) -> bool:
+    return config.on_bad_record == "skip"
+
+
+def _fingerprint(shards: Sequence[Path]) -> str:
+    """Tells one dataset from another by the names and sizes of its files, wherever they lie."""
+    listed = "".join(f"{shard.name} {shard.stat().st_size}\n" for shard in shards)
+    return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
 class EvalBatches:
@@ -152,6 +280,7 @@ class EvalBatches:
     def __init__(self, numbers: np.ndarray, batch_size: int, loader: _Loader, config: DataConfig):
         self.num_clips = len(numbers)  # in all batches of all processes, without the padding
         self._batch_size, self._loader, self._config = batch_size, loader, config
+        self._tally = _Tally(loader.clips, config.max_bad_records)
         padding = -len(numbers) % batch_size
         self._numbers = np.pad(numbers, (0, padding), mode="edge")
 
@@ -169,7 +298,7 @@ class EvalBatches:
         # Neighbouring clips share a decoded episode: threads keep up, processes start slowly.
         iterator = iter(_in_threads(grain.MapDataset.source(self), self._config))
         try:
-            yield from iterator
+            yield from map(self._tally.take, iterator)
         finally:
             iterator.close()
 
@@ -193,7 +322,7 @@ def eval_batches(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; it must be at least 1 clip")
     count = min(limit or len(clips), len(clips))
-    loader = _Loader(clips, batch_size, process_index, process_count)
+    loader = _Loader(clips, batch_size, process_index, process_count, _skips(config))
     return EvalBatches(np.arange(count) * len(clips) // count, batch_size, loader, config)
 
 
@@ -244,4 +373,16 @@ def _in_background(batches: grain.MapDataset, config: DataConfig) -> grain.IterD
     if config.num_workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, also outside of absl.app.run
     options = grain.MultiprocessingOptions(num_workers=config.num_workers)
-    return _in_threads(batches, config).mp_prefetch(options)
+    return _in_threads(batches, config).mp_prefetch(options, worker_init_fn=_as_worker)
+
+
+def _as_worker(index: int, count: int) -> None:
+    """Makes a reading process leave Ctrl-C to its parent, and end when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent) -> None:
+    parent.join()
+    os._exit(1)

@@ -8,6 +8,7 @@ Other keys are ignored.
 import dataclasses
 import math
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -73,12 +74,16 @@ def decode(record: bytes, *, num_actions: int = NUM_ACTIONS) -> Episode:
     return Episode(frames, _actions(fields["actions"], length, num_actions))
 
 
-def encode(episode: Episode) -> bytes:
-    """The record of `episode`, readable by `decode` and by `pickle.loads` under NumPy 1 and 2."""
+def encode(episode: Episode, extra: Mapping[str, int | np.ndarray] | None = None) -> bytes:
+    """The record of `episode`, readable by `decode` and by `pickle.loads` under NumPy 1 and 2.
+
+    `extra` adds fields that `decode` passes over: whole numbers, and arrays of plain numbers.
+    """
     fields = {
         "raw_video": episode.frames.tobytes(),
         "sequence_length": len(episode),
         "actions": episode.actions,
+        **(extra or {}),
     }
     # NumPy 2 reads the module name of NumPy 1, but not the other way round. Protocol 3 writes
     # names as lines of text and no offsets, so the name can be replaced; it stands after the

@@ -1,7 +1,8 @@
 """The training loop: batches to steps, and at their times logs, validation, rollouts, saves."""
 
 import json
-import time
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,16 +11,20 @@ from cwm_jax import (
     checkpoint,
     curves,
     data,
-    evaluate,
+    files,
     metrics_file,
     parallel,
+    progress,
     report,
+    resume,
     rollouts,
     sheet,
+    stopping,
     training,
     video,
 )
 from cwm_jax.errors import UserError
+from cwm_jax.evaluation import drawing, quick, single_step
 from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
 from cwm_jax.training import TrainState
@@ -29,11 +34,13 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
     """Trains until `epochs` or `max_steps` are done, going on from the workdir's last checkpoint.
 
     Args:
-        workdir: gets `checkpoints/`, `rollouts/`, `metrics.jsonl`, `config.json`.
+        workdir: gets `checkpoints/`, `rollouts/`, `metrics.jsonl`, `config.json`, and
+            `post-mortem/` where a loss was not finite.
         config: the full config as a plain dict, kept with every checkpoint.
 
     Raises:
-        UserError: for settings, data or a workdir that cannot be used.
+        UserError: for settings, data or a workdir that cannot be used, or a run gone wrong.
+        stopping.Preempted: a signal asked it to stop; everything done so far is saved.
     """
     return _Run(settings, workdir, config).train()
 
@@ -48,7 +55,7 @@ class _Run:
         self.shared = dict(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            num_actions=settings.model.num_actions,
+            num_actions=settings.model.action_values,
         )
         self.batches = data.train_batches(
             settings.data, batch_size=self.batch_size, seed=settings.seed, **self.shared
@@ -56,6 +63,7 @@ class _Run:
         self.validation = self._val_batches(limit=settings.val_batches * self.batch_size)
         self.whole_validation = self._val_batches(limit=None)
         self.script = self._script()
+        self.quick = self._quick()
         total = settings.epochs * self.batches.per_epoch
         self.total_steps = min(total, settings.max_steps or total)
 
@@ -73,49 +81,91 @@ class _Run:
             count=settings.n_rollout_samples,
             frames=settings.rollout_frames,
             n_prompt=settings.n_prompt,
-            num_actions=settings.model.num_actions,
+            num_actions=settings.model.action_values,
+            seed=settings.seed,
+        )
+
+    def _quick(self) -> quick.Quick:
+        settings = self.settings
+        return quick.prepare(
+            settings.data,
+            "val",
+            clips=settings.eval_clips,
+            frames=settings.eval_frames,
+            num_actions=settings.model.action_values,
             seed=settings.seed,
         )
 
     def train(self) -> TrainState:
         settings = self.settings
-        _make_workdir(self.workdir, self.config)
+        _make_workdir(self.workdir)
         key = jax.random.key(settings.seed)
         step_args = dict(
             network=settings.model, optim=settings.optimizer, step=settings.step, mesh=self.mesh
         )
-        with checkpoint.Checkpoints(self.workdir, keep=settings.keep_checkpoints) as checkpoints:
-            first, state = self._start(checkpoints)
-            with self._reporter(first) as reporter:
-                pace = _Pace(self.batch_size * settings.data.clip_len)
-                waiting = None  # metrics are fetched a step late, so the device never waits for us
+        with stopping.Stop() as stop, self._checkpoints() as self.checkpoints:
+            first, state, pause_due = self._start()
+            with self._reporter(first) as self.reporter:
+                late = self._progress(first, state)
+                if pause_due:
+                    state = self._pause(first, state, stop)
                 for step in range(first + 1, self.total_steps + 1):
+                    if stop.asked(step - 1):
+                        break
                     batch = parallel.to_devices(next(self.batches), self.mesh)
                     state, metrics = training.train_step(state, batch, key, **step_args)
-                    waiting = _report(waiting, reporter, pace)
-                    if step % settings.log_every_steps == 0 or step == self.total_steps:
-                        waiting = step, metrics
+                    told = step % settings.log_every_steps == 0 or step == self.total_steps
+                    late.after(step, metrics, told=told)
+                    self.checkpoints.settle(wait=False)
                     if self._is_pause(step):
-                        waiting = _report(waiting, reporter, pace)
-                        state = self._pause(step, state, reporter, checkpoints)
-                        pace.restart(step)
+                        late.catch_up()
+                        state = self._pause(step, state, stop)
+                        late.restart(step)
+                late.catch_up()
+                self._finish(state, stop)
         return state
 
-    def _start(self, checkpoints: checkpoint.Checkpoints) -> tuple[int, TrainState]:
-        """A fresh state, or the last one saved, with the data put in its place."""
+    def _checkpoints(self) -> checkpoint.Checkpoints:
+        settings = self.settings
+        retention = checkpoint.Retention(
+            settings.keep_checkpoints, settings.keep_every_steps, settings.keep_best
+        )
+        return checkpoint.Checkpoints(self.workdir, retention=retention)
+
+    def _start(self) -> tuple[int, TrainState, bool]:
+        """A fresh state, or the last one saved, with the data put in its place.
+
+        Also the steps done, and whether a pause after the last of them was put off.
+        """
         settings = self.settings
         fresh = lambda: training.init_state(settings.model, settings.optimizer, settings.seed)
         shapes = jax.eval_shape(fresh)
         make = jax.jit(fresh, out_shardings=parallel.placement(shapes, self.mesh))
-        first = checkpoints.latest()
-        if first is None:
-            return 0, make()
-        like = parallel.abstract(shapes, self.mesh)
-        state, position = checkpoints.restore(like)
-        if position:
-            self.batches.set_state(json.loads(position))
-        print(f"continuing from step {first} of {self.total_steps} in {self.workdir}")
-        return first, state
+        saved = self.checkpoints.newest()
+        differing = resume.compare(saved.config, self.config) if saved else []
+        if saved and saved.data_position:
+            self.batches.set_state(json.loads(saved.data_position))
+        if jax.process_index() == 0:
+            with files.written_whole(self.workdir / "config.json") as temporary:
+                temporary.write_text(json.dumps(self.config, indent=2) + "\n")
+        if saved is None:
+            return 0, make(), False
+        state = self.checkpoints.restore(parallel.abstract(shapes, self.mesh))
+        print(f"continuing from step {saved.step} of {self.total_steps} in {self.workdir}")
+        for line in differing:
+            print(f"  with another setting than before: {line}")
+        return saved.step, state, saved.pause_due
+
+    def _progress(self, first: int, state: TrainState) -> progress.Progress:
+        ahead = self.batches.get_state()["batches_taken"] - first  # not 0 where a run was imported
+        return progress.Progress(
+            self.reporter,
+            self.workdir,
+            lambda step: self.batches.origins(step - 1 + ahead),
+            frames_per_step=self.batch_size * self.settings.data.clip_len,
+            skipped=int(state.skipped),
+            max_skipped=self.settings.max_skipped_updates,
+        )
 
     def _reporter(self, first: int) -> report.Reporter:
         return report.open_reporter(
@@ -133,39 +183,93 @@ class _Run:
     def _is_pause(self, step: int) -> bool:
         """Whether something other than training happens after this step."""
         settings = self.settings
-        cadences = settings.val_every_steps, settings.rollout_every_steps, settings.ckpt_every_steps
+        cadences = (
+            settings.val_every_steps,
+            settings.eval_every_steps,
+            settings.rollout_every_steps,
+            settings.ckpt_every_steps,
+        )
         return (
             any(step % every == 0 for every in cadences)
             or self._ends_epoch(step)
             or step == self.total_steps
         )
 
-    def _pause(self, step, state: TrainState, reporter, checkpoints) -> TrainState:
+    def _pause(self, step: int, state: TrainState, stop: stopping.Stop) -> TrainState:
+        """What follows a step; put off to the next start of the run where a stop is asked for."""
+        try:
+            return self._look_and_save(step, state, stop)
+        except stopping.StopAsked:
+            self._save(state, pause_due=True)
+            self._leave(step, stop)
+
+    def _look_and_save(self, step: int, state: TrainState, stop: stopping.Stop) -> TrainState:
         settings, last = self.settings, step == self.total_steps
         weights = training.weights_to_sample(state)
+        val_loss = None
         if step % settings.val_every_steps == 0:
-            results = evaluate.validation(settings.model, weights, self.validation, self.mesh)
-            reporter.scalars(step, dict(results))
+            batches = stop.until(self.validation)
+            results = dict(single_step.validation(settings.model, weights, batches, self.mesh))
+            val_loss = results["val/loss"]
+            self.reporter.scalars(step, results)
+        if step % settings.eval_every_steps == 0 or last:
+            _attempt("score rollouts", lambda: self._evaluate(step, weights))
         if step % settings.rollout_every_steps == 0 or last:
-            self._draw(step, weights, reporter)
+            _attempt("draw a rollout", lambda: self._draw(step, weights))
         if self._ends_epoch(step):
-            batches = self.whole_validation
-            results = evaluate.epoch_end(settings.model, weights, batches, self.mesh)
+            batches = stop.until(self.whole_validation)
+            results = single_step.epoch_end(settings.model, weights, batches, self.mesh)
             loss_sum, count = state.epoch_loss
-            reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
+            self.reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
             state = state._replace(epoch_loss=state.epoch_loss * 0)
         if step % settings.ckpt_every_steps == 0 or self._ends_epoch(step) or last:
-            position = json.dumps(self.batches.get_state())
-            checkpoints.save(state, data_position=position, config=self.config)
-            self._draw_curves()
+            self._save(state, val_loss=val_loss)
+            _attempt("draw curves.png", self._draw_curves)
         return state
+
+    def _save(self, state: TrainState, **details) -> None:
+        position = json.dumps(self.batches.get_state())
+        seconds = self.checkpoints.save(
+            state, data_position=position, config=self.config, **details
+        )
+        self.reporter.scalars(int(state.step), {"perf/save_seconds": seconds})
+
+    def _finish(self, state: TrainState, stop: stopping.Stop) -> None:
+        """Makes sure of the last checkpoint; leaves by `Preempted` where a stop was asked for."""
+        step = int(state.step)
+        if step < self.total_steps:
+            self._save(state)
+            self._leave(step, stop)
+        if not self.checkpoints.settle():
+            raise UserError(
+                f"training is done, but its last checkpoint could not be saved in {self.workdir}: "
+                f"make room there and start it again, it goes on from the checkpoint before"
+            )
+
+    def _leave(self, step: int, stop: stopping.Stop) -> None:
+        went_well = self.checkpoints.settle()
+        raise stopping.Preempted(
+            f"stopped by {stop.signal} after step {step} of {self.total_steps}, "
+            + (f"saved in {self.workdir}" if went_well else "WHICH COULD NOT BE SAVED")
+            + ". Start it again with the same command to go on."
+        )
 
     def _draw_curves(self) -> None:
         if jax.process_index() == 0:
             series = metrics_file.read_series(self.workdir / report.METRICS_FILE)
-            curves.curves(series, self.workdir / "curves.png")
+            if any(name.endswith("loss") for name in series):  # not so before the first log
+                curves.curves(series, self.workdir / "curves.png")
 
-    def _draw(self, step: int, weights, reporter) -> None:
+    def _evaluate(self, step: int, weights) -> None:
+        """The quick form of the evaluation, by the first process alone."""
+        weights = parallel.whole(weights, self.mesh)
+        if jax.process_index():
+            return
+        settings = self.settings
+        sampler = Sampler(settings.model, parallel.local(weights), settings.sampler)
+        self.reporter.scalars(step, dict(quick.run(drawing.by_sampler(sampler), self.quick)))
+
+    def _draw(self, step: int, weights) -> None:
         """A rollout from validation clips, as a film and a sheet; by the first process alone."""
         weights = parallel.whole(weights, self.mesh)
         if jax.process_index():
@@ -177,40 +281,20 @@ class _Run:
         frames = rollouts.write(sampler, self.script, mp4, key=key)
         png = mp4.with_suffix(".png")
         video.write_png(png, sheet.grid(self.script.real, frames, n_prompt=settings.n_prompt))
-        reporter.video(step, "rollout/video", mp4)
-        reporter.image(step, "rollout/grid", png)
+        self.reporter.video(step, "rollout/video", mp4)
+        self.reporter.image(step, "rollout/grid", png)
 
 
-def _report(waiting, reporter: report.Reporter, pace: "_Pace") -> None:
-    """Reports a step's metrics, if any wait for it; blocks until the device has done that step."""
-    if waiting:
-        step, metrics = waiting
-        reporter.scalars(step, jax.device_get(metrics) | pace.since_last(step))
+def _attempt(what: str, action: Callable[[], None]) -> None:
+    """Does what training can do without, such as writing a picture to a disk that may be full."""
+    try:
+        action()
+    except (OSError, UserError) as error:
+        print(f"WARNING: cannot {what}: {error}", file=sys.stderr, flush=True)
 
 
-class _Pace:
-    """How fast training goes, its pauses not counted."""
-
-    def __init__(self, frames_per_step: int):
-        self._frames = frames_per_step
-        self._step, self._time = None, 0.0
-
-    def restart(self, step: int) -> None:
-        self._step, self._time = step, time.perf_counter()
-
-    def since_last(self, step: int) -> dict[str, float]:
-        """Rates since the last call or `restart`; none before there is one (that time compiles)."""
-        last, then = self._step, self._time
-        self.restart(step)
-        if last is None or last == step:
-            return {}
-        rate = (step - last) / (self._time - then)
-        return {"perf/steps_per_sec": rate, "perf/frames_per_sec": rate * self._frames}
-
-
-def _make_workdir(workdir: Path, config: dict) -> None:
+def _make_workdir(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the workdir {workdir}: {error.strerror}") from None

@@ -12,6 +12,13 @@ def mse(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.square(a - b).mean((-3, -2, -1))
 
 
+def masked_mse(a: jax.Array, b: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean squared error over the pixels of `mask` (bool [..., H, W]); NaN where it has none."""
+    squared = jnp.square(a - b).mean(-1)
+    count = mask.sum((-2, -1))
+    return jnp.where(count, (squared * mask).sum((-2, -1)) / count, jnp.nan)
+
+
 def psnr_of_mse(mse: jax.Array) -> jax.Array:
     """Peak signal-to-noise ratio in dB for values in [0, 1]; infinite where the error is 0."""
     return -10 * jnp.log10(mse)

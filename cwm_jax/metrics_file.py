@@ -21,6 +21,9 @@ from cwm_jax.files import written_whole
 class MetricsFile:
     """Appends to a metrics file; each line is with the operating system once written.
 
+    While the disk is full, lines wait in memory and are written, in order, when it no longer is.
+    What the file says of `resume_step` under some name is not said again.
+
     Args:
         path: the file; made if it is not there.
         resume_step: the last step that still counts. Lines of later steps are what a run did
@@ -33,7 +36,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: str | os.PathLike, *, resume_step: int | None = None):
-        path = Path(path)
+        self._path = path = Path(path)
         try:
             before = path.read_bytes() if path.exists() else b""
             after = b"".join(_lines_up_to(-1 if resume_step is None else resume_step, before, path))
@@ -41,23 +44,44 @@ class MetricsFile:
                 with written_whole(path) as temporary:
                     temporary.write_bytes(after)
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"cannot keep metrics in {path}: {error.strerror or error}") from error
+        self._waiting, self._warned = b"", False
+        self._resumed = {
+            (record["step"], name)
+            for _, record in _records(after, path)
+            for name in record
+            if record["step"] == resume_step
+        }
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        numbers = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._write({"step": step, **numbers})
+        self._write(step, {n: v if math.isfinite(v) else None for n, v in values.items()})
 
     def media(self, step: int, name: str, path: Path, kind: str) -> None:
-        self._write({"step": step, name: os.fspath(path)})
+        self._write(step, {name: os.fspath(path)})
 
     def close(self, *, failed: bool = False) -> None:
         self._file.close()
 
-    def _write(self, record: dict) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+    def _write(self, step: int, values: dict) -> None:
+        fresh = {n: v for n, v in values.items() if (step, n) not in self._resumed}
+        if fresh:
+            line = json.dumps({"step": step, **fresh}, allow_nan=False) + "\n"
+            self._waiting += line.encode()
+        try:
+            while self._waiting:  # the system may take part of a line, and the rest later
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                print(
+                    f"WARNING: cannot write {self._path} ({error.strerror}); its lines wait in "
+                    f"memory until it can be written again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._warned = True
 
 
 def read_series(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:

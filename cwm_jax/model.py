@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cwm_jax import attention, rope
+from cwm_jax import attention, controls, rope
 from cwm_jax.errors import UserError
 
 Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spatial.qkv.kernel"
@@ -38,9 +38,12 @@ class DiTConfig:
     num_heads: int  # N
     patch_size: int  # pixels on a side
     image_size: int  # pixels on a side
-    num_actions: int  # actions are 0 … num_actions − 1, and NO_ACTION
+    num_actions: int  # actions, or buttons; see `action_encoding`
     max_frames: int  # window of the temporal attention
     dtype: str  # of the matmuls: float32, bfloat16, or auto (bfloat16 on a GPU or TPU)
+    # one_hot: an action is a number; buttons: its bit i is button i, and any may be held together.
+    # The default is for checkpoints older than the setting.
+    action_encoding: str = "one_hot"
     attention: str = "auto"  # over whole clips: xla, cudnn, or auto; older checkpoints lack it
 
     def __post_init__(self):
@@ -64,7 +67,22 @@ class DiTConfig:
             raise UserError(
                 f"config.model.dtype must be auto, float32 or bfloat16, not {self.dtype!r}"
             )
+        if self.action_encoding not in controls.ENCODINGS:
+            raise UserError(
+                f"config.model.action_encoding must be one of {', '.join(controls.ENCODINGS)}, "
+                f"not {self.action_encoding!r}"
+            )
+        if self.action_encoding == "buttons" and self.num_actions > controls.MAX_BUTTONS:
+            raise UserError(
+                f"config.model.num_actions={self.num_actions}: there can be at most "
+                f"{controls.MAX_BUTTONS} buttons"
+            )
         attention.check(self.attention, self.dtype)
+
+    @property
+    def action_values(self) -> int:
+        """Actions are 0 … action_values − 1, and NO_ACTION."""
+        return self.num_actions if self.action_encoding == "one_hot" else 2**self.num_actions
 
     @property
     def grid(self) -> int:
@@ -154,6 +172,14 @@ def sinusoid(t: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def action_vectors(config: DiTConfig, action: jax.Array) -> jax.Array:
+    """Actions [...] as float32 [..., num_actions]: 1 for each control in use; all 0 for −1."""
+    if config.action_encoding == "one_hot":
+        return jax.nn.one_hot(action, config.num_actions)
+    held = action[..., None] >> jnp.arange(config.num_actions) & 1
+    return jnp.where(action[..., None] < 0, 0, held).astype(jnp.float32)
+
+
 class AxialLayer(nnx.Module):
     """Half a block: attention along one axis, then an MLP, each under its adaLN."""
 
@@ -210,7 +236,7 @@ class DiT(nnx.Module):
     def modulations(self, t_BT: jax.Array, action_BT: jax.Array) -> Modulations:
         """What noise labels 0…999 and actions (−1: none) say to each frame."""
         c = self.time_out(jax.nn.silu(self.time_in(sinusoid(t_BT))))
-        c = jax.nn.silu(c + self.action(jax.nn.one_hot(action_BT, self.config.num_actions)))
+        c = jax.nn.silu(c + self.action(action_vectors(self.config, action_BT)))
         layers = [half.modulation(c) for b in self.blocks for half in (b.spatial, b.temporal)]
         split = lambda x, parts: x.reshape(*x.shape[:-1], parts, -1)
         return Modulations(

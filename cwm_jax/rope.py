@@ -16,10 +16,19 @@ def temporal_angles(positions, head_size: int) -> jax.Array | np.ndarray:
 
     Positions that are no jax array are known when a program is compiled, and so are their angles.
     """
-    exponents = np.arange(0, head_size, 2, dtype=np.float32) / head_size
-    frequencies = (1.0 / 10_000.0**exponents).astype(np.float32)
     numpy = jnp if isinstance(positions, jax.Array) else np
-    return numpy.asarray(positions, np.float32)[..., None] * frequencies
+    return numpy.asarray(positions, np.float32)[..., None] * temporal_frequencies(head_size)
+
+
+def temporal_frequencies(head_size: int) -> np.ndarray:
+    """10⁴^(−2i/K), float32 [K/2]."""
+    exponents = np.arange(0, head_size, 2, dtype=np.float32) / head_size
+    return (1.0 / 10_000.0**exponents).astype(np.float32)
+
+
+def spatial_frequencies(head_size: int) -> np.ndarray:
+    """π · 1 … π · 128 at even distances, float32 [K/4]."""
+    return _linspace(1, 128, head_size // 4) * np.float32(np.pi)
 
 
 def spatial_angles(grid: int, head_size: int) -> np.ndarray:
@@ -28,8 +37,7 @@ def spatial_angles(grid: int, head_size: int) -> np.ndarray:
     The first K/4 planes turn by the row, the others by the column ("pixel" frequencies: π · 1 …
     π · 128 over positions −1 … 1, so neighbours differ even in the slowest plane).
     """
-    frequencies = _linspace(1, 128, head_size // 4) * np.float32(np.pi)
-    line = _linspace(-1, 1, grid)[:, None] * frequencies
+    line = _linspace(-1, 1, grid)[:, None] * spatial_frequencies(head_size)
     rows = np.repeat(line, grid, axis=0)
     columns = np.tile(line, (grid, 1))
     return np.concatenate([rows, columns], axis=-1)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import diffusion, model, world
+from cwm_jax import diffusion, model, prompt, world
 from cwm_jax.coinrun import NO_ACTION, to_model, to_pixels
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiT, DiTConfig, Modulations, Params
@@ -72,7 +72,7 @@ def tabulate(net: DiT, config: SamplerConfig) -> Tables:
     A frame's conditioning depends on nothing else, so this is exact, and takes a third of the
     weights out of every pass.
     """
-    actions_A = jnp.array([*range(net.config.num_actions), NO_ACTION])
+    actions_A = jnp.array([*range(net.config.action_values), NO_ACTION])
     labels_S = jnp.array([*config.levels, config.context_level])
     shape = len(labels_S), len(actions_A)
     table = net.modulations(
@@ -199,15 +199,8 @@ class Sampler:
         Raises:
             UserError: for a prompt that does not fit the network, naming the value.
         """
-        frames_BPHWC, actions_BP = np.asarray(frames_BPHWC), np.asarray(actions_BP)
-        self._check_prompt(frames_BPHWC, actions_BP)
-        slots = self.network.max_frames - 1
-        frames_BPHWC, actions_BP = frames_BPHWC[:, -slots:], actions_BP[:, -slots:]
-        count = frames_BPHWC.shape[1]
-        pad = ((0, 0), (0, slots - count))
-        frames_BMHWC = np.pad(frames_BPHWC, (*pad, (0, 0), (0, 0), (0, 0)))
-        actions_BM = np.pad(actions_BP, pad, constant_values=NO_ACTION).astype(np.int32)
-        args = self._params, self._tables, frames_BMHWC, actions_BM, np.int32(count)
+        padded = prompt.padded(self.network, frames_BPHWC, actions_BP)
+        args = self._params, self._tables, *padded
         return _start(*args, **self._static)
 
     def rollout(self, state: World, actions_BF, key: jax.Array) -> tuple[World, jax.Array]:
@@ -218,45 +211,11 @@ class Sampler:
         Raises:
             UserError: for an action outside 0…A − 1, or a wrong number of worlds.
         """
-        actions_BF = np.asarray(actions_BF)
-        if actions_BF.ndim != 2 or len(actions_BF) != len(state.actions_BM):
-            raise UserError(
-                f"actions of shape {actions_BF.shape} for {len(state.actions_BM)} worlds: "
-                "wanted [worlds, frames]"
-            )
-        self._check_actions(actions_BF, lowest=0)
-        args = self._params, self._tables, state, actions_BF.astype(np.int32), key
+        actions_BF = prompt.next_actions(self.network, actions_BF, len(state.actions_BM))
+        args = self._params, self._tables, state, actions_BF, key
         return _rollout(*args, **self._static)
 
     def step(self, state: World, action_B, key: jax.Array) -> tuple[World, jax.Array]:
         """Draws one frame: (the older world, uint8 [B, H, W, C]). `state` is used up."""
         state, frames = self.rollout(state, np.asarray(action_B)[:, None], key)
         return state, frames[:, 0]
-
-    def _check_prompt(self, frames_BPHWC: np.ndarray, actions_BP: np.ndarray) -> None:
-        size, window = self.network.image_size, self.network.max_frames
-        shape = frames_BPHWC.shape
-        if frames_BPHWC.dtype != np.uint8 or len(shape) != 5 or shape[2:] != (size, size, 3):
-            raise UserError(
-                f"prompt frames are {frames_BPHWC.dtype} {shape}: wanted uint8 "
-                f"[worlds, frames, {size}, {size}, 3]"
-            )
-        if not 1 <= shape[1] <= window:
-            raise UserError(f"{shape[1]} prompt frames: this network takes 1…{window} (its window)")
-        if actions_BP.shape != shape[:2]:
-            raise UserError(
-                f"{shape[1]} prompt frames but actions of shape {actions_BP.shape}: each frame "
-                "needs the action that led into it (−1 for the first)"
-            )
-        self._check_actions(actions_BP[:, :1], lowest=NO_ACTION)
-        self._check_actions(actions_BP[:, 1:], lowest=0)
-
-    def _check_actions(self, actions: np.ndarray, *, lowest: int) -> None:
-        if not np.issubdtype(actions.dtype, np.integer):
-            raise UserError(f"actions must be whole numbers, not {actions.dtype}")
-        wrong = actions[(actions < lowest) | (actions >= self.network.num_actions)]
-        if wrong.size:
-            raise UserError(
-                f"action {wrong[0]}: actions are 0…{self.network.num_actions - 1}"
-                + ("" if lowest else "; −1 (none) may stand only before the first frame")
-            )

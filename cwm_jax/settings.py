@@ -37,9 +37,15 @@ class Settings:
     log_every_steps: int
     val_every_steps: int
     val_batches: int
+    eval_every_steps: int
+    eval_clips: int
+    eval_frames: int
     rollout_every_steps: int
     ckpt_every_steps: int
     keep_checkpoints: int
+    keep_every_steps: int
+    keep_best: int
+    max_skipped_updates: int
 
     ddim_steps: int
     n_prompt: int
@@ -48,6 +54,7 @@ class Settings:
 
     def __post_init__(self):
         zero_allowed = ("seed", "global_batch_size", "max_steps", "warmup_steps")
+        zero_allowed += ("keep_every_steps", "keep_best", "max_skipped_updates")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in zero_allowed else 1

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cwm_jax import rope
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig
 
@@ -30,6 +31,7 @@ _AFTER_BLOCKS = {
     "final_layer.linear": "patch_out",
     "final_layer.adaLN_modulation.1": "final_modulation",
 }
+_ROPE = ("spatial", "temporal")
 
 
 def names(depth: int) -> dict[str, str]:
@@ -44,6 +46,29 @@ def names(depth: int) -> dict[str, str]:
         table[f"{theirs}.weight"] = f"{ours}.kernel"
         if not ours.endswith("qkv"):
             table[f"{theirs}.bias"] = f"{ours}.bias"
+    return table
+
+
+def parameters(config: DiTConfig) -> list[str]:
+    """The original's `parameters()` by name: its optimizer numbers them in this order.
+
+    The RoPE frequencies are among them, though never trained; blocks share them.
+    """
+    listed = list(names(config.depth))
+    after = listed.index("t_embedder.mlp.2.bias") + 1
+    return listed[:after] + [f"{kind}_rotary_emb.freqs" for kind in _ROPE] + listed[after:]
+
+
+def frequencies(config: DiTConfig) -> dict[str, np.ndarray]:
+    """The original's RoPE frequencies, float32, under every name that its state dict has them."""
+    values = {
+        "spatial": rope.spatial_frequencies(config.head_size),
+        "temporal": rope.temporal_frequencies(config.head_size),
+    }
+    table = {f"{kind}_rotary_emb.freqs": values[kind] for kind in _ROPE}
+    for block in range(config.depth):
+        for kind in _ROPE:
+            table[f"blocks.{block}.{kind[0]}_attn.rotary_emb.freqs"] = values[kind]
     return table
 
 

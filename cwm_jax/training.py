@@ -69,6 +69,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     ema: Params | None  # moving average of params
     epoch_loss: jax.Array  # float32 [2], sum and number of this epoch's losses
+    skipped: jax.Array  # int32 [], updates passed over so far, as `update` says
 
 
 def learning_rate(config: OptimizerConfig):
@@ -94,6 +95,7 @@ def init_state(network: DiTConfig, optim: OptimizerConfig, seed: int) -> TrainSt
         opt_state=optimizer(optim).init(params),
         ema=jax.tree.map(jnp.copy, params) if optim.ema_decay else None,
         epoch_loss=jnp.zeros(2),
+        skipped=jnp.zeros((), jnp.int32),
     )
 
 
@@ -145,23 +147,33 @@ def update(
     step: StepConfig = _PLAIN,
     mesh: Mesh | None = None,
 ):
-    """One AdamW update with given labels and noise: (next state, metrics)."""
+    """One AdamW update with given labels and noise: (next state, metrics).
+
+    Where the loss or the gradient is not finite, the update is passed over: only `step` and
+    `skipped` count on, so no state is ever poisoned, however late somebody looks at the metrics.
+    """
     arrays = batch["frames"], batch["actions"], t_BT, noise_BTHWC
     loss, grads = gradients(state.params, *arrays, network=network, step=step, mesh=mesh)
     updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {
-        "train/loss": loss,
-        "train/grad_norm": optax.tree.norm(grads),  # before clipping
-        "train/lr": learning_rate(optim)(state.step),
-    }
+    grad_norm = optax.tree.norm(grads)  # before clipping
+    sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     following = TrainState(
         state.step + 1,
         params,
         opt_state,
         _average(state, params, optim.ema_decay),
         state.epoch_loss + jnp.array([1.0, 0.0]) * loss + jnp.array([0.0, 1.0]),
+        state.skipped,
     )
+    passed_over = state._replace(step=state.step + 1, skipped=state.skipped + 1)
+    following = jax.tree.map(functools.partial(jnp.where, sound), following, passed_over)
+    metrics = {
+        "train/loss": loss,
+        "train/grad_norm": grad_norm,
+        "train/lr": learning_rate(optim)(state.step),
+        "train/skipped": following.skipped,
+    }
     return following, metrics
 
 

@@ -127,10 +127,11 @@ def resolved_mode(mode: str) -> str:
     asked = os.environ.get("WANDB_MODE", "")
     if asked in ("online", "offline", "disabled"):
         return asked
-    return "online" if _has_api_key() else "disabled"
+    return "online" if has_api_key() else "disabled"
 
 
-def _has_api_key() -> bool:
+def has_api_key() -> bool:
+    """Whether a key is configured: WANDB_API_KEY, or netrc as `wandb login` leaves it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname

@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import TINY
 
-from cwm_jax import checkpoint, training
-from cwm_jax.checkpoint import Checkpoints
+from cwm_jax import checkpoint, checksums, training
+from cwm_jax.checkpoint import Checkpoints, Retention
 from cwm_jax.errors import UserError
 
 OPTIM = training.OptimizerConfig(
@@ -27,17 +28,17 @@ def state_at(step, seed=0):
 
 @pytest.fixture
 def run(tmp_path):
-    with Checkpoints(tmp_path, keep=2) as saved:
+    with Checkpoints(tmp_path, retention=Retention(2)) as saved:
         for step in (3, 7, 11):
             saved.save(state_at(step), data_position=f"place {step}", config=CONFIG)
     return tmp_path
 
 
 def test_state_and_position_come_back_exactly(run):
-    with Checkpoints(run, keep=2) as saved:
+    with Checkpoints(run, retention=Retention(2)) as saved:
         assert saved.latest() == 11
-        state, position = saved.restore(jax.eval_shape(lambda: state_at(0)))
-    assert position == "place 11"
+        assert saved.newest() == (11, "place 11", CONFIG, False)
+        state = saved.restore(jax.eval_shape(lambda: state_at(0)))
     same = jax.tree.map(
         lambda a, b: a.dtype == b.dtype and bool((a == b).all()), state, state_at(11)
     )
@@ -62,7 +63,7 @@ def test_loading_needs_the_folder_alone(run):
 
 def test_without_an_average_the_parameters_are_loaded(tmp_path):
     state = state_at(2)._replace(ema=None)
-    with Checkpoints(tmp_path, keep=1) as saved:
+    with Checkpoints(tmp_path, retention=Retention(1)) as saved:
         saved.save(state, data_position="", config=CONFIG)
     loaded = checkpoint.load(tmp_path).params
     assert all((loaded[k] == v).all() for k, v in state.params.items())
@@ -104,6 +105,7 @@ def test_a_foreign_config_is_named(run):
     changed = json.loads(meta.read_text())
     changed["config"]["model"]["hidden_size"] = 48
     meta.write_text(json.dumps(changed))
+    checksums.write(run / "checkpoints" / "11")
     with pytest.raises(UserError, match="11"):
         checkpoint.load(run)
 
@@ -111,5 +113,102 @@ def test_a_foreign_config_is_named(run):
 def test_another_network_does_not_continue_it(run):
     wide = dataclasses.replace(TINY, hidden_size=48)
     like = jax.eval_shape(lambda: training.init_state(wide, OPTIM, 0))
-    with Checkpoints(run, keep=2) as saved, pytest.raises(UserError, match="cannot continue from"):
+    with (
+        Checkpoints(run, retention=Retention(2)) as saved,
+        pytest.raises(UserError, match="cannot continue from"),
+    ):
         saved.restore(like)
+
+
+def flip(path, place=-3):
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 0x10
+    path.write_bytes(raw)
+
+
+def test_sha256sum_agrees(run):
+    """The listing is complete and is what the standard program checks."""
+    folder = run / "checkpoints" / "11"
+    listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    late = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # say when it was complete, no more
+    assert present - listed == {"SHA256SUMS"} | late
+    command = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(command, cwd=folder, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("part", ["params", "optimizer", "meta"])
+def test_a_flipped_bit_is_found_and_the_one_before_goes_on(run, part, capsys):
+    root = run / "checkpoints"
+    flip(max((root / "11" / part).rglob("*"), key=lambda p: p.is_file() and p.stat().st_size))
+    with Checkpoints(run, retention=Retention(2)) as saved:
+        assert saved.newest().step == 7
+        state = saved.restore(jax.eval_shape(lambda: state_at(0)))
+        assert int(state.step) == 7
+        told = capsys.readouterr().err
+        assert f"{root / '11'}: {part}/" in told
+        saved.save(state_at(11), data_position="again", config=CONFIG)  # its place is free
+    assert checkpoint.load(run).step == 11
+    assert (root / "11.damaged").is_dir()
+
+
+def test_a_missing_file_and_missing_sums_are_found(run):
+    root = run / "checkpoints"
+    (root / "11" / "SHA256SUMS").unlink()
+    next((root / "7" / "params").rglob("manifest.ocdbt")).unlink()
+    with pytest.raises(UserError, match="every checkpoint is damaged") as told:
+        Checkpoints(run, retention=Retention(2))
+    assert "SHA256SUMS" in str(told.value)
+    assert "manifest.ocdbt is missing" in str(told.value)
+    assert {"7", "11"} <= {p.name for p in root.iterdir()}  # nothing is taken away
+
+
+def test_sampling_takes_the_one_before_and_says_so(run, capsys):
+    flip(run / "checkpoints" / "11" / "ema" / "manifest.ocdbt")
+    assert checkpoint.load(run).step == 7
+    assert "11 is not a whole checkpoint: ema/manifest.ocdbt" in capsys.readouterr().err
+    with pytest.raises(UserError, match="11 is not a whole checkpoint"):
+        checkpoint.load(run, step=11)
+
+
+def test_hostile_sums_open_nothing(run):
+    folder = run / "checkpoints" / "11"
+    for line in ("../../../secret", "/etc/passwd", "params/../../secret"):
+        (folder / "SHA256SUMS").write_text(f"{'0' * 64}  {line}\n")
+        fault = checksums.fault(folder)
+        assert fault in ("SHA256SUMS is damaged", f"{line} is missing")
+
+
+def test_retention(tmp_path):
+    losses = {2: 0.5, 4: 0.1, 6: 0.3, 8: None, 10: 0.2, 12: None, 14: 0.4}
+    with Checkpoints(tmp_path, retention=Retention(2, every=6, best=2)) as saved:
+        for step, loss in losses.items():
+            saved.save(state_at(step), data_position="", config=CONFIG, val_loss=loss)
+    kept = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {"4", "10", "6", "12", "14"}
+    with Checkpoints(tmp_path, retention=Retention(1, best=1)) as saved:  # losses were kept too
+        saved.save(state_at(16), data_position="", config=CONFIG)
+    kept = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {"4", "16"}
+
+
+def test_a_save_that_fails_is_told_and_leaves_the_others(run, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    root = run / "checkpoints"
+    with Checkpoints(run, retention=Retention(2)) as saved:
+        with monkeypatch.context() as patch:
+            patch.setattr(checksums, "write", full)
+            saved.save(state_at(13), data_position="", config=CONFIG)
+            assert not saved.settle()
+        assert saved.failures == 1
+        assert saved.latest() == 11
+        assert sorted(p.name for p in root.iterdir()) == ["11", "7"]
+        saved.save(state_at(17), data_position="", config=CONFIG)
+        assert saved.settle()
+    told = capsys.readouterr().err
+    assert "step 13 could not be saved" in told
+    assert "No space left on device" in told
+    assert sorted(p.name for p in root.iterdir()) == ["11", "17"]
+    assert checkpoint.load(run).step == 17

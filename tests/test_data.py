@@ -1,9 +1,13 @@
 """Clips and batches: every clip once, shuffled, shared among processes, and resumable."""
 
 import collections
+import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -429,3 +433,126 @@ def test_a_record_that_claims_too_much_is_refused_before_it_is_read(config, monk
     (Path(config.dir) / "train/data_0000.array_record").unlink()
     with pytest.raises(BadRecord, match=r"data_0002\.array_record, record 0: it unpacks to 19"):
         train_batches(config, batch_size=1, seed=0)
+
+
+# Bad records, dead workers
+
+
+def spoil(config, shard=0, place=200):
+    path = find_shards(config.dir, "train")[shard]
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 0x10
+    path.write_bytes(raw)
+    return path
+
+
+def skipping(config, **changes):
+    return dataclasses.replace(config, on_bad_record="skip", **changes)
+
+
+def epoch_of(config, **sharing):
+    return taken(train_batches(config, batch_size=4, seed=5, epochs=1, **sharing))
+
+
+def test_a_record_that_rots_stops_the_run_with_its_place(config):
+    batches = train_batches(config, batch_size=4, seed=5)
+    path = spoil(config)
+    with pytest.raises(BadRecord, match=f"{path}, record 0: its bytes in the file are damaged"):
+        taken(batches, 6)
+
+
+def test_a_shard_that_vanishes_stops_the_run_with_its_name(config):
+    batches = train_batches(config, batch_size=4, seed=5)
+    path = find_shards(config.dir, "train")[2]
+    path.unlink()
+    with pytest.raises(BadRecord, match=rf"{path}, record 0: .*no file"):
+        taken(batches, 6)
+
+
+def test_skipped_clips_give_way_to_those_of_the_next_good_record(config, capsys):
+    whole = epoch_of(config)
+    batches = train_batches(skipping(config), batch_size=4, seed=5, epochs=1)
+    path = spoil(config)  # its episode 0, with 2 clips; the next is episode 1, from frame 0
+    mended = taken(batches)
+    expected = [[(1, 0) if place[0] == 0 else place for place in batch] for batch in whole]
+    assert mended == expected
+    assert batches.bad_records == 1
+    told = capsys.readouterr().err
+    assert told.count(f"{path}, record 0: ") == 1
+    assert "1 of at most 100" in told
+
+
+def test_skipping_does_not_depend_on_who_reads(config):
+    spoiled = skipping(config)
+    opened = [
+        train_batches(spoiled, batch_size=4, seed=5, epochs=1, process_index=i, process_count=2)
+        for i in range(2)
+    ]
+    alone = train_batches(spoiled, batch_size=4, seed=5, epochs=1)
+    spoil(config)
+    halves = zip(*(taken(batches) for batches in opened), strict=True)
+    assert [first + second for first, second in halves] == taken(alone)
+
+
+def test_too_many_bad_records_stop_the_run_also_over_a_resume(config):
+    limited = skipping(config, max_bad_records=1)
+    batches = train_batches(limited, batch_size=4, seed=5)
+    spoil(config)
+    taken(batches, 5)  # an epoch
+    state = json.loads(json.dumps(batches.get_state()))
+    batches.close()
+    batches.set_state(state)
+    spoil(config, shard=2)
+    with pytest.raises(UserError, match=r"bad record number 2 .*data\.max_bad_records=1"):
+        taken(batches, 6)
+    with pytest.raises(UserError, match="on_bad_record is 'maybe'"):
+        dataclasses.replace(config, on_bad_record="maybe")
+
+
+def test_validation_skips_too(config, capsys):
+    batches = eval_batches(skipping(config), "val", batch_size=4)
+    path = find_shards(config.dir, "val")[0]
+    raw = bytearray(path.read_bytes())
+    raw[200] ^= 0x10
+    path.write_bytes(raw)
+    first = next(iter(batches))
+    assert set(first) == {"frames", "actions", "mask"}
+    assert places(first)[:3] == [(1, 0)] * 3
+    assert f"{path}, record 0" in capsys.readouterr().err
+
+
+def test_clips_are_traced_to_their_files(config):
+    batches = train_batches(config, batch_size=4, seed=5)
+    shards = find_shards(config.dir, "train")
+    of_episode = [(0, 0), (0, 1), (0, 2), (2, 0), (3, 0), (3, 1)]  # shard and record of each
+    for number in (0, 3, 7):
+        batches.set_state({**batches.get_state(), "batches_taken": number})
+        expected = [
+            {
+                "shard": str(shards[of_episode[episode][0]]),
+                "record": of_episode[episode][1],
+                "first_frame": frame,
+            }
+            for episode, frame in taken(batches, 1)[0]
+        ]
+        assert batches.origins(number) == expected
+
+
+def test_killed_workers_are_replaced_and_no_batch_is_lost(config, capsys):
+    expected = taken(train_batches(config, batch_size=4, seed=5), 6)
+    working = dataclasses.replace(config, num_workers=1, num_threads=1)
+    batches = train_batches(working, batch_size=4, seed=5)
+    found = [places(next(batches)) for _ in range(2)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    found += taken(batches, 4)
+    assert found == expected
+    assert "has died" in capsys.readouterr().err
+
+
+def test_other_data_of_the_same_shape_is_refused(config, tmp_path):
+    state = train_batches(config, batch_size=4, seed=5).get_state()
+    shard = find_shards(config.dir, "train")[0]
+    shard.rename(shard.with_name("data_0000b.array_record"))
+    with pytest.raises(UserError, match="shards="):
+        train_batches(config, batch_size=4, seed=5).set_state(state)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from conftest import TINY
 
 import sample
 from configs import base
-from cwm_jax import checkpoint, loop
+from cwm_jax import checkpoint, data, loop, stopping, training
 from cwm_jax.errors import UserError
 from cwm_jax.settings import Settings
 from cwm_jax.video import read_mp4
@@ -36,6 +37,9 @@ def config_of(data_dir, **changes):
         log_every_steps=2,
         val_every_steps=3,
         val_batches=1,
+        eval_every_steps=4,
+        eval_clips=2,
+        eval_frames=6,
         rollout_every_steps=4,
         ckpt_every_steps=3,
         ddim_steps=2,
@@ -70,6 +74,8 @@ def test_a_run_writes_what_it_promises(tmp_path, small_data):
             seen.setdefault(name, []).append(line["step"])
     assert seen["train/loss"] == seen["train/lr"] == seen["train/grad_norm"] == [2, 4, 6, 8, 10]
     assert seen["val/loss"] == [3, 6, 9]
+    for name in ("psnr", "ssim", "psnr_motion", "delta_psnr", "copy_last_psnr"):
+        assert seen[f"eval/{name}"] == [4, 8, 10]
     assert seen["rollout/video"] == seen["rollout/grid"] == [4, 8, 10]
     for name in ("epoch/train_loss", "epoch/val_loss", "epoch/psnr", "epoch/ssim"):
         assert seen[name] == [5, 10]
@@ -99,6 +105,88 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path, small_data):
         }
 
     assert values(cut) == values(tmp_path / "whole")
+
+
+def before_step(monkeypatch, step, action):
+    """Does `action(batch)` before that update; what it returns takes the batch's place."""
+    train_step = training.train_step
+
+    def disturbed(state, batch, key, **options):
+        if int(state.step) + 1 == step:
+            batch = action(batch) or batch
+        return train_step(state, batch, key, **options)
+
+    monkeypatch.setattr(training, "train_step", disturbed)
+
+
+def stopped_before(workdir, config, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        before_step(patch, step, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(stopping.Preempted, match=f"stopped by SIGTERM after step {step} of"):
+            train(workdir, config)
+    assert checkpoint.load(workdir).step == step
+
+
+def test_a_run_asked_to_stop_saves_its_step_and_loses_nothing(tmp_path, small_data, monkeypatch):
+    config = config_of(small_data)
+    whole = train(tmp_path / "whole", config)
+    cut = tmp_path / "cut"
+    stopped_before(cut, config, monkeypatch, 1)  # before anything was saved
+    stopped_before(cut, config, monkeypatch, 5)  # at an epoch's end, whose validation is put off
+    names = {name for line in lines_of(cut) if line["step"] == 5 for name in line}
+    assert "epoch/val_loss" not in names
+    resumed = train(cut, config)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, resumed))
+
+    def values(workdir):
+        return [
+            (line["step"], name, value)
+            for line in lines_of(workdir)
+            for name, value in line.items()
+            if name.split("/")[0] in ("train", "val", "epoch")
+        ]
+
+    assert values(cut) == values(tmp_path / "whole")
+
+
+def poisoned(batch):
+    return batch | {"frames": jax.numpy.full(batch["frames"].shape, jax.numpy.nan)}
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(
+    tmp_path, small_data, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        before_step(patch, 6, poisoned)  # a step that is saved after
+        with pytest.raises(UserError, match=r"step 6 has loss nan.*\n.*max_skipped_updates=0"):
+            train(tmp_path / "run", config_of(small_data))
+    assert checkpoint.load(tmp_path / "run").step == 5
+    record = json.loads((tmp_path / "run" / "post-mortem" / "step_0000006.json").read_text())
+    batches = data.train_batches(
+        Settings.from_config(config_of(small_data)).data, batch_size=2, seed=0
+    )
+    assert record["clips"] == batches.origins(5)
+    with monkeypatch.context() as patch:
+        before_step(patch, 6, poisoned)
+        state = train(tmp_path / "run", config_of(small_data, max_skipped_updates=1))
+    assert int(state.skipped) == 1
+    assert all(bool(jax.numpy.isfinite(p).all()) for p in state.params.values())
+
+
+def test_other_settings_are_refused_by_name_or_told(tmp_path, small_data, capsys):
+    train(tmp_path, config_of(small_data, max_steps=1))
+    kept = (tmp_path / "config.json").read_text()
+    other = config_of(small_data, seed=1, ema_decay=0.0)
+    other["model"]["depth"] = 1
+    with pytest.raises(UserError) as told:
+        train(tmp_path, other)
+    for name in ("seed", "ema_decay", "model.depth"):
+        assert f"config.{name}=" in str(told.value)
+    with pytest.raises(UserError, match=r"batch_size=2, this run has batch_size=5.*global_batch"):
+        train(tmp_path, config_of(small_data, batch_size=5))
+    assert (tmp_path / "config.json").read_text() == kept
+    assert int(train(tmp_path, config_of(small_data, max_steps=2, lr=2e-3)).step) == 2
+    assert "config.lr=0.002, was 0.001" in capsys.readouterr().out
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, small_data):
@@ -184,7 +272,7 @@ def test_the_sampling_program_tells_mistakes(tmp_path, small_data, monkeypatch, 
         ("--checkpoint nowhere", "nowhere"),
         ("--checkpoint run --frames 300", "300 frames"),
         ("--checkpoint run --frames 1", "1 frames"),
-        ("--checkpoint run --frames 5 --ddim-steps 0", "ddim_steps"),
+        ("--checkpoint run --n-samples 2 --frames 5 --ddim-steps 0", "ddim_steps"),
         ("--checkpoint run --frames 5 --n-samples 99", "99 episodes"),
         ("--checkpoint run --frames 5 --n-samples 2 --data nodata", "nodata"),
         ("--checkpoint run --n-samples 2 --action-source pattern", "--pattern"),

@@ -118,3 +118,47 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
         read_series(tmp_path / "missing.jsonl")
     with pytest.raises(UserError, match=str(tmp_path)):
         MetricsFile(tmp_path)
+
+
+class FullDisk:
+    """A file that takes `room` bytes, and then no more until there is room again."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, text):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        taken = self.file.write(text[: self.room])
+        self.room -= taken
+        return taken
+
+    def close(self):
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [0, 1, 17, 60])
+def test_lines_wait_while_the_disk_is_full(path, capsys, room):
+    file = MetricsFile(path)
+    file._file = full = FullDisk(file._file, room)
+    for step in range(1, 5):
+        file.scalars(step, {"train/loss": 0.25})
+    assert path.stat().st_size <= room
+    assert capsys.readouterr().err.count("No space left") == 1
+    full.room = 10**6
+    file.scalars(5, {"train/loss": 0.25})
+    file.close()
+    assert steps_in(path) == [1, 2, 3, 4, 5]
+
+
+def test_what_was_said_of_the_resumed_step_is_not_said_again(path):
+    write(path, [1, 2, 3])
+    file = MetricsFile(path, resume_step=2)
+    file.scalars(2, {"train/loss": 9.0, "val/loss": 0.5})
+    file.close()
+    text = [json.loads(line) for line in path.read_text().splitlines()]
+    assert text == [
+        {"step": 1, "train/loss": 1.0},
+        {"step": 2, "train/loss": 0.5},
+        {"step": 2, "val/loss": 0.5},
+    ]

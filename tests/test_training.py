@@ -127,3 +127,20 @@ def test_decay_reaches_every_parameter(tiny):
 def test_values_out_of_range_are_named(change):
     with pytest.raises(UserError, match=f"config.{next(iter(change))}"):
         settings(**change)
+
+
+def test_an_update_that_is_not_finite_is_passed_over(tiny):
+    """Nothing but the two counters changes, and the next step is as if it had not been."""
+    optim = settings(ema_decay=0.9)
+    state, _ = run(tiny, optim, 2)
+    before = jax.tree.map(np.array, state)
+    poisoned = batch_of(2) | {"frames": np.full((2, 3, 64, 64, 3), np.nan, np.float32)}
+    state, metrics = training.train_step(state, poisoned, KEY, network=tiny, optim=optim)
+    assert np.isnan(metrics["train/loss"])
+    assert int(metrics["train/skipped"]) == 1
+    expected = before._replace(step=np.int32(3), skipped=np.int32(1))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state, expected))
+    state, metrics = training.train_step(state, batch_of(2), KEY, network=tiny, optim=optim)
+    assert np.isfinite(metrics["train/loss"])
+    assert int(state.opt_state[1][0].count) == 3
+    assert int(metrics["train/skipped"]) == 1

@@ -1,8 +1,12 @@
-"""Turns a training checkpoint of the PyTorch original into one of ours.
+"""Turns a training checkpoint of the PyTorch original into one of ours, or one of ours back.
 
     python -m cwm_jax.tools.import_torch ckpt_step_0110000.pt runs/imported
+    python -m cwm_jax.tools.import_torch runs/small ckpt_step_0110000.pt
 
-The result holds parameters, AdamW moments, the step and the settings that both projects share;
+A `.pt` file as the target means the way back: the newest checkpoint of a run, which the original
+loads and trains on. Nothing is lost either way: parameters and moments keep every bit.
+
+What an import makes holds parameters, AdamW moments, the step and the settings that both share;
 `sample.py --checkpoint runs/imported` draws from it, and
 `train.py --config configs/small.py --workdir runs/imported` trains on. Reading a `.pt` needs torch
 (`pip install "cwm_jax[torch]"`); it is opened with `weights_only=True`, so nothing in it can run.
@@ -10,6 +14,7 @@ The result holds parameters, AdamW moments, the step and the settings that both 
 
 import argparse
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cwm_jax import checkpoint, model, torch_format, training
+from cwm_jax import checkpoint, files, model, torch_format, training
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.model import DiTConfig
 from cwm_jax.training import OptimizerConfig, TrainState
 
+_ONE = checkpoint.Retention(1)
 _KEYS = ("model", "optimizer", "scheduler", "epoch", "step", "config")
 _SETTINGS = {  # the original's names for what both projects have, where they differ
     "ckpt_every_steps": "ckpt_every_steps",
@@ -49,10 +55,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: where torch is missing, or the file is not a training checkpoint.
     """
-    try:
-        import torch
-    except ImportError:
-        raise UserError('reading a .pt file needs torch: pip install "cwm_jax[torch]"') from None
+    torch = _torch()
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -117,21 +120,84 @@ def settings_of(loaded: dict[str, Any], network: DiTConfig) -> dict[str, Any]:
     return ours | {"model": model_section, "imported_epoch": loaded["epoch"]}
 
 
-def main() -> None:
+def to_original(state: TrainState, network: DiTConfig, config: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint dict that the original would have saved; arrays are torch tensors.
+
+    Args:
+        config: the run's full config.
+    """
+    torch = _torch()
+    tensors = lambda flat: {
+        name: torch.from_numpy(np.array(value, np.float32)) for name, value in flat.items()
+    }
+    convert = lambda params: tensors(torch_format.to_original(params, network))
+    weights = convert(state.params) | tensors(torch_format.frequencies(network))
+    is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)
+    (adam,) = filter(is_adam, jax.tree.leaves(state.opt_state, is_leaf=is_adam))
+    moments = {"exp_avg": convert(adam.mu), "exp_avg_sq": convert(adam.nu)}
+    step, listed = int(state.step), torch_format.parameters(network)
+    per_parameter = {
+        number: {"step": torch.tensor(float(step)), **{k: m[name] for k, m in moments.items()}}
+        for number, name in enumerate(listed)
+        if name in moments["exp_avg"] and step
+    }
+    schedule = _schedule(config, step)
+    group = {
+        **_adamw_defaults(torch, lr=schedule["_last_lr"][0], decay=config["weight_decay"]),
+        "initial_lr": config["lr"],
+        "params": list(range(len(listed))),
+    }
+    theirs = {key: config[ours] for key, ours in _SETTINGS.items() if ours in config}
+    return {
+        "model": weights,
+        "optimizer": {"state": per_parameter, "param_groups": [group]},
+        "scheduler": schedule,
+        "epoch": config.get("imported_epoch", 0),
+        "step": step,
+        "val_loss": None,
+        "config": theirs,
+    }
+
+
+def _adamw_defaults(torch, *, lr: float, decay: float) -> dict[str, Any]:
+    """A parameter group of AdamW with all that this release of torch keeps in one."""
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr, weight_decay=decay)
+    (group,) = optimizer.state_dict()["param_groups"]
+    return group
+
+
+def _schedule(config: dict[str, Any], step: int) -> dict[str, Any]:
+    """The state of the original's LinearLR after `step` updates."""
+    warmup, lr = max(1, config["warmup_steps"]), config["lr"]
+    factor = 1 / warmup + (1 - 1 / warmup) * min(step / warmup, 1)
+    return {
+        "start_factor": 1 / warmup,
+        "end_factor": 1.0,
+        "total_iters": warmup,
+        "base_lrs": [lr],
+        "last_epoch": step,
+        "_step_count": step + 1,
+        "_is_initial": False,
+        "_get_lr_called_within_step": False,
+        "_last_lr": [lr * factor],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, help="the original's .pt file")
-    parser.add_argument("out_dir", type=Path, help="workdir to make; must not hold a run yet")
-    parser.add_argument(
-        "--max-frames",
-        type=int,
-        default=32,
-        help="window; a checkpoint does not tell (%(default)s)",
-    )
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("source", type=Path, help="the original's .pt file, or a run's workdir")
+    add("target", type=Path, help="workdir to make, which must not hold a run yet, or a .pt file")
+    add("--max-frames", type=int, default=32, help="window; a .pt does not tell (%(default)s)")
+    add("--ema", action="store_true", help="way back: the moving average as the parameters")
+    args = parser.parse_args(argv)
     with shown_to_user():
-        convert(args.checkpoint, args.out_dir, max_frames=args.max_frames)
+        if args.target.suffix == ".pt":
+            convert_back(args.source, args.target, ema=args.ema)
+        else:
+            convert(args.source, args.target, max_frames=args.max_frames)
 
 
 def convert(path: Path, out_dir: Path, *, max_frames: int) -> None:
@@ -140,14 +206,52 @@ def convert(path: Path, out_dir: Path, *, max_frames: int) -> None:
     weights = {k: v.numpy() for k, v in loaded["model"].items()}
     network = torch_format.infer_config(weights, image_size=64, max_frames=max_frames, dtype="auto")
     settings = settings_of(loaded, network)
-    optim = OptimizerConfig(
-        **{k: settings[k] for k in ("lr", "weight_decay", "warmup_steps", "grad_clip")}, ema_decay=0
-    )
-    with checkpoint.Checkpoints(out_dir, keep=1) as saved:
+    optim = _optimizer_of(settings, ema=False)
+    with checkpoint.Checkpoints(out_dir, retention=_ONE) as saved:
         if saved.latest() is not None:
             raise UserError(f"{out_dir} already holds checkpoints; name an empty folder")
         saved.save(state_of(loaded, network, optim), data_position="", config=settings)
     print(f"{path}: step {loaded['step']}, {network} → {out_dir}")
+
+
+def convert_back(workdir: Path, path: Path, *, ema: bool) -> None:
+    """Writes the newest checkpoint of a run as `path`, a checkpoint of the original.
+
+    Args:
+        ema: write the moving average where the original has its parameters.
+
+    Raises:
+        UserError: there is no run, it has no moving average, or the original has no such network.
+    """
+    torch = _torch()
+    trained = checkpoint.load(workdir)
+    has_ema = (trained.path / "ema").is_dir()
+    if ema and not has_ema:
+        raise UserError(f"{workdir} keeps no moving average: leave out --ema")
+    optim = _optimizer_of(trained.config, ema=has_ema)
+    like = jax.eval_shape(lambda: training.init_state(trained.network, optim, 0))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+    with checkpoint.Checkpoints(trained.path.parents[1], retention=_ONE) as saved:
+        state = saved.restore(like)
+    if ema:
+        state = state._replace(params=state.ema)
+    with files.written_whole(path) as temporary:
+        torch.save(to_original(state, trained.network, trained.config), temporary)
+    print(f"{workdir}: step {trained.step} → {path}")
+
+
+def _optimizer_of(config: dict[str, Any], *, ema: bool) -> OptimizerConfig:
+    names = ("lr", "weight_decay", "warmup_steps", "grad_clip")
+    return OptimizerConfig(**{name: config[name] for name in names}, ema_decay=0.5 if ema else 0)
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError:
+        raise UserError('.pt files need torch: pip install "cwm_jax[torch]"') from None
+    return torch
 
 
 if __name__ == "__main__":

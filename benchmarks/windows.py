@@ -1,0 +1,87 @@
+"""What the cheaper windows change: `cached` and `hop` beside `exact`, with the same noise.
+
+    python -m benchmarks.windows --checkpoint runs/demo --json windows.json
+
+Rollouts from one real frame and its true actions, which go on with random ones where the record
+ends. Two questions: how far is a frame from the one that `exact` draws (PSNR, dB; the three are
+equal until the window slides), and how far is each from the real frame, while there is one.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks import machine
+from cwm_jax import checkpoint, data, sampler
+
+WINDOWS = ("exact", "cached", "hop")
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over clips of the PSNR of uint8 frames [B, H, W, C], in dB; equal frames count 99."""
+    error = np.square(a.astype(np.float64) - b.astype(np.float64)).mean((1, 2, 3)) / 255**2
+    return float(-10 * np.log10(np.maximum(error, 10**-9.9)).mean())
+
+
+def rollouts(trained: checkpoint.Trained, prompt, led_in, actions, *, steps: int, seed: int):
+    """Frames of each window, uint8 [B, F, H, W, C] by name."""
+    drawn = {}
+    for window in WINDOWS:
+        config = sampler.SamplerConfig(levels=sampler.ddim_levels(steps), window=window)
+        drawer = sampler.Sampler(trained.network, trained.params, config)
+        state = drawer.start(prompt, led_in)
+        drawn[window] = np.asarray(drawer.rollout(state, actions, jax.random.key(seed))[1])
+    return drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True)
+    add("--data", default="assets/coinrun", help="(%(default)s)")
+    add("--clips", type=int, default=8, help="records of 160 frames (%(default)s)")
+    add("--frames", type=int, default=256, help="drawn after the first (%(default)s)")
+    add("--ddim-steps", type=int, default=10, help="(%(default)s)")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path)
+    args = parser.parse_args()
+
+    trained = checkpoint.load(args.checkpoint)
+    episodes = data.open_episodes(data.DataConfig(dir=args.data), "test")
+    numbers = data.pick_episodes(episodes, count=args.clips, length=160, seed=args.seed)
+    clips = data.load_clips(episodes, numbers, length=160)
+    real, taken = clips["frames"], clips["actions"]
+    rng = np.random.default_rng(args.seed)
+    more = rng.integers(trained.network.num_actions, size=(args.clips, max(args.frames - 159, 0)))
+    actions = np.concatenate([taken[:, 1:], more], axis=1)[:, : args.frames]
+    drawn = rollouts(
+        trained, real[:, :1], taken[:, :1], actions, steps=args.ddim_steps, seed=args.seed
+    )
+    window, rows = trained.network.max_frames, []
+    for frame in sorted({window - 1, window, 32, 64, 128, 159, args.frames}):
+        if frame > args.frames:
+            continue
+        row = {"frame": frame + 1}
+        row |= {
+            f"{w} ~ exact": psnr(drawn[w][:, frame - 1], drawn["exact"][:, frame - 1])
+            for w in WINDOWS[1:]
+        }
+        in_record = frame < real.shape[1]
+        row |= {
+            f"{w} ~ real": psnr(drawn[w][:, frame - 1], real[:, frame]) if in_record else "–"
+            for w in WINDOWS
+        }
+        rows.append(row)
+    print(machine.description() | {"checkpoint step": trained.step, "window": window})
+    print(machine.table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""A model that needs no model code: programs in StableHLO, parameters, a manifest, an example.
+
+    manifest.json        sizes, how frames are drawn, the run's config, a checksum of every file
+    params.safetensors   the parameters
+    *.stablehlo          `jax.export` programs for CPU and CUDA, for any number of worlds:
+                         tabulate, start, draw (one frame), append (it to the world)
+    example.npz          a prompt, actions, and the frames that follow
+
+`jax.export` keeps programs readable for at least six months of later releases of JAX
+(https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from cwm_jax import prompt, weights
+from cwm_jax.coinrun import to_pixels
+from cwm_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+PARAMS = f"params{weights.SUFFIX}"
+EXAMPLE = "example.npz"
+PROGRAMS = ("tabulate", "start", "draw", "append")
+PLATFORMS = ("cpu", "cuda")
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The sizes that a caller needs to know."""
+
+    image_size: int
+    max_frames: int
+    num_actions: int
+    action_values: int
+    action_encoding: str
+
+
+class Drawing(NamedTuple):
+    """How frames are drawn, fixed when the bundle was made; see `sampler.SamplerConfig`."""
+
+    levels: tuple[int, ...]
+    window: str
+    eta: float
+    context_level: int
+
+
+class State(NamedTuple):
+    """B worlds in progress; see `world.World`."""
+
+    frames_BMHWC: jax.Array
+    actions_BM: jax.Array
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    first: jax.Array
+    count: jax.Array
+
+
+class Bundle:
+    """Draws frames like `sampler.Sampler`, with the same methods.
+
+    Args:
+        folder: what `cwm_jax.tools.export` made.
+
+    Raises:
+        UserError: a file is missing or damaged, or this machine's platform is none of the
+            bundle's.
+    """
+
+    def __init__(self, folder: Path | str):
+        folder = Path(folder)
+        self.manifest = read_manifest(folder)
+        self.network = Network(**self.manifest["network"])
+        drawing = self.manifest["drawing"]
+        self.config = Drawing(**drawing | {"levels": tuple(drawing["levels"])})
+        self._params, _ = weights.read(folder / PARAMS)
+        self._tabulate, self._start, self._draw, self._append = (
+            jax.jit(_program(folder, name)) for name in PROGRAMS
+        )
+        self._tables = self._tabulate(self._params)
+
+    def start(self, frames_BPHWC, actions_BP) -> State:
+        """B worlds that begin with these P prompt frames, 1 ≤ P ≤ `max_frames`.
+
+        Args and errors as in `sampler.Sampler.start`.
+        """
+        padded = prompt.padded(self.network, frames_BPHWC, actions_BP)
+        return State(**self._start(self._params, self._tables, *padded))
+
+    def draw(self, state: State, action_B, key: jax.Array) -> jax.Array:
+        """The next frame, float32 [B, H, W, C], unclamped; the world stays as it is."""
+        (action_B,) = prompt.next_actions(
+            self.network, np.asarray(action_B)[:, None], len(state.actions_BM)
+        ).T
+        data = jax.random.key_data(key)
+        return self._draw(self._params, self._tables, state._asdict(), action_B, data)
+
+    def append(self, state: State, action_B, frame_BHWC: jax.Array) -> State:
+        """The world with a drawn frame and the action that led into it."""
+        action_B = np.asarray(action_B).astype(np.int32)
+        args = self._params, self._tables, state._asdict(), action_B, frame_BHWC
+        return State(**self._append(*args))
+
+    def step(self, state: State, action_B, key: jax.Array) -> tuple[State, jax.Array]:
+        """Draws one frame: (the older world, uint8 [B, H, W, C])."""
+        frame = self.draw(state, action_B, key)
+        return self.append(state, action_B, frame), to_pixels(frame)
+
+    def rollout(self, state: State, actions_BF, key: jax.Array) -> tuple[State, jax.Array]:
+        """Draws one frame for each action: (the older world, uint8 frames [B, F, H, W, C])."""
+        frames = []
+        for action_B in prompt.next_actions(self.network, actions_BF, len(state.actions_BM)).T:
+            state, frame = self.step(state, action_B, key)
+            frames.append(frame)
+        return state, jnp.stack(frames, axis=1)
+
+
+def is_bundle(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, once every file has been found to be as it says.
+
+    Raises:
+        UserError: naming the file that is missing or differs.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no bundle's manifest: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} has format {manifest.get('format')!r}; this reads {FORMAT}")
+    for name, wanted in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; copy the whole folder")
+        if digest(folder / name) != wanted:
+            raise UserError(f"{folder / name} is damaged: its checksum is not the manifest's")
+    platform = jax.default_backend().replace("gpu", "cuda")
+    if platform not in manifest["platforms"]:
+        raise UserError(
+            f"{folder} runs on {', '.join(manifest['platforms'])}; this machine has {platform}: "
+            "set JAX_PLATFORMS=cpu"
+        )
+    return manifest
+
+
+def digest(path: Path) -> str:
+    """The file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _program(folder: Path, name: str):
+    path = folder / f"{name}.stablehlo"
+    try:
+        return jax.export.deserialize(bytearray(path.read_bytes())).call
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be run by JAX {jax.__version__}: {error}") from None

@@ -1,0 +1,77 @@
+"""A folder's files and their SHA-256, as `sha256sum` writes and checks them.
+
+cd FOLDER && sha256sum --check --quiet SHA256SUMS
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from cwm_jax.files import written_whole
+
+NAME = "SHA256SUMS"
+_THREADS = 4  # hashing lets other threads run
+
+
+def write(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Writes `SHA256SUMS` of the wanted files in and under `folder`, whole or not at all.
+
+    Args:
+        wanted: whether a file counts, by its path in the folder.
+    """
+    names = [name for name in _files(folder) if wanted(name)]
+    lines = [f"{digest}  {name}\n" for name, digest in _digests(folder, names)]
+    with written_whole(folder / NAME) as temporary:
+        temporary.write_text("".join(lines))
+
+
+def fault(folder: Path, *, within: tuple[str, ...] = ()) -> str | None:
+    """What is wrong with the folder's files first; None where all are as they were.
+
+    A path in `SHA256SUMS` is only compared with those that the folder has, never opened.
+
+    Args:
+        within: look only at what lies under these names in the folder; at everything by default.
+    """
+    try:
+        expected = _read(folder / NAME)
+        present = set(_files(folder))
+        names = [n for n in sorted(expected) if not within or n.split("/")[0] in within]
+        if missing := [name for name in names if name not in present]:
+            return f"{missing[0]} is missing"
+        for name, digest in _digests(folder, names):
+            if digest != expected[name]:
+                return f"{name} has changed since it was saved"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    except ValueError:  # also a text that is no UTF-8
+        return f"{NAME} is damaged"
+    return None
+
+
+def _read(path: Path) -> dict[str, str]:
+    expected = {}
+    for line in path.read_text("utf-8").splitlines():
+        digest, separator, name = line.partition("  ")
+        if len(digest) != 64 or not separator or ".." in PurePosixPath(name).parts:
+            raise ValueError(line)
+        expected[name] = digest
+    if not expected:
+        raise ValueError("no lines")
+    return expected
+
+
+def _files(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _digests(folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

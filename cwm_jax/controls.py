@@ -1,0 +1,133 @@
+"""What a game is played with: the names and keys of its actions, or of its buttons.
+
+A data folder tells in its `metadata.json`; one that names nothing holds CoinRun.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cwm_jax import coinrun
+from cwm_jax.errors import UserError
+
+METADATA = "metadata.json"
+ENCODINGS = ("one_hot", "buttons")
+MAX_BUTTONS = 8  # 256 combinations; a sampler tabulates each, 1.7 MB for the full network
+_ARROWS = {"LEFT": "ArrowLeft", "RIGHT": "ArrowRight", "UP": "ArrowUp", "DOWN": "ArrowDown"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """One action, or one button."""
+
+    name: str  # shown under a frame
+    keys: tuple[str, ...] = ()  # held down for it, named as browsers do in `KeyboardEvent.code`
+
+
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """All that a player of one game can do.
+
+    Fields:
+        game: the game's name.
+        encoding: "one_hot": an action is the number of one control; "buttons": any controls can
+            be held together, and bit i of an action is control i.
+        controls: in the order of their numbers.
+    """
+
+    game: str
+    encoding: str
+    controls: tuple[Control, ...]
+
+    def __post_init__(self):
+        if self.encoding not in ENCODINGS:
+            raise UserError(f"encoding is {self.encoding!r}; use one of {', '.join(ENCODINGS)}")
+        if not self.controls or (self.encoding == "buttons" and len(self.controls) > MAX_BUTTONS):
+            raise UserError(
+                f"{self.game} has {len(self.controls)} {self.encoding} controls; there must be at "
+                f"least 1, and at most {MAX_BUTTONS} buttons"
+            )
+
+    @property
+    def num_values(self) -> int:
+        """Actions are 0 … num_values − 1."""
+        count = len(self.controls)
+        return count if self.encoding == "one_hot" else 2**count
+
+    def held(self, action: int) -> tuple[Control, ...]:
+        """The controls in use; none for `NO_ACTION`."""
+        if not 0 <= action < self.num_values:
+            return ()
+        if self.encoding == "one_hot":
+            return (self.controls[action],)
+        return tuple(c for bit, c in enumerate(self.controls) if action >> bit & 1)
+
+    def name(self, action: int) -> str:
+        """A short name to show under a frame."""
+        if not 0 <= action < self.num_values:
+            return "-"
+        return "+".join(control.name for control in self.held(action)) or "NOOP"
+
+    def to_json(self) -> dict[str, Any]:
+        """What `metadata.json` says of the controls."""
+        return {
+            "game": self.game,
+            "num_actions": len(self.controls),
+            "action_encoding": self.encoding,
+            "actions": [{"name": c.name, "keys": list(c.keys)} for c in self.controls],
+        }
+
+
+def procgen(game: str) -> Controls:
+    """The 15 actions that all Procgen games share: arrow keys, then D, A, W, S, Q and E."""
+    controls = []
+    for name in coinrun.ACTION_NAMES:
+        words = () if name == "NOOP" else name.split("+")
+        controls.append(Control(name, tuple(_ARROWS.get(word, f"Key{word}") for word in words)))
+    return Controls(game, "one_hot", tuple(controls))
+
+
+def from_json(said: Mapping[str, Any], source: str | os.PathLike) -> Controls:
+    """The controls that a JSON object or a key map describes.
+
+    Raises:
+        UserError: naming the field of `source` that is wrong.
+    """
+    actions = said.get("actions")
+    if not isinstance(actions, list):
+        raise UserError(f"{source}: `actions` must be a list of {{name, keys}}, not {actions!r}")
+    controls = []
+    for number, action in enumerate(actions):
+        name = action.get("name") if isinstance(action, dict) else None
+        keys = action.get("keys", []) if isinstance(action, dict) else None
+        if not isinstance(name, str) or not name or not isinstance(keys, list):
+            raise UserError(
+                f"{source}: action {number} is {action!r}; it needs a name and a list of keys"
+            )
+        controls.append(Control(name, tuple(map(str, keys))))
+    names = [control.name for control in controls]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"{source}: {sorted(twice)[0]!r} is the name of two actions")
+    encoding = said.get("action_encoding", "one_hot")
+    return Controls(str(said.get("game", "game")), encoding, tuple(controls))
+
+
+def read(folder: str | os.PathLike) -> Controls:
+    """The controls of a data folder; CoinRun's where it has no metadata, or that names none.
+
+    Raises:
+        UserError: its `metadata.json` is no JSON, or describes no controls.
+    """
+    path = Path(folder) / METADATA
+    try:
+        said = json.loads(path.read_text())
+    except FileNotFoundError:
+        said = {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(said, dict):
+        raise UserError(f"{path} holds a {type(said).__name__}; it must be a JSON object")
+    return from_json(said, path) if "actions" in said else procgen("coinrun")

@@ -1,0 +1,161 @@
+"""Results as charts, each for a light and for a dark page."""
+
+import io
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+
+class Theme(NamedTuple):
+    """Colours on a page."""
+
+    ink: str
+    faint: str
+    grid: str
+    paper: str
+    model: str
+    second: str
+    floor: str
+    ceiling: str
+
+
+LIGHT = Theme(
+    "#2b303b", "#6b7280", "#e4e7ec", "#ffffff", "#2f6fb0", "#7fa9d4", "#c2573a", "#3a9a76"
+)
+DARK = Theme("#e3e6ec", "#9aa3b2", "#333945", "#1b1e25", "#6aa9e9", "#41709f", "#e0836a", "#63c29c")
+_DPI = 130
+
+
+def both(draw: Callable[[Mapping, Theme], Figure], results: Mapping) -> tuple[bytes, bytes]:
+    """A chart as PNG for the light page and for the dark one; their paper is transparent."""
+    return _png(draw(results, LIGHT)), _png(draw(results, DARK))
+
+
+def quality(results: Mapping, theme: Theme) -> Figure:
+    """PSNR, SSIM and PSNR of motion by frame, with the floors."""
+    figure, axes = _figure(theme, 3, width=11, height=3.4)
+    labels = {
+        "psnr": "PSNR (dB)",
+        "ssim": "SSIM",
+        "psnr_motion": "PSNR of what moved (dB)",
+    }
+    first, *others = results["rollout"].items()
+    for ax, (measure, label) in zip(axes, labels.items(), strict=True):
+        ax.set_title(label, color=theme.ink, fontsize=10, loc="left")
+        ax.set_xlabel("frame after the prompt", color=theme.faint, fontsize=9)
+        for name, colour, text in (
+            ("reconstruction", theme.ceiling, "reconstruction"),
+            ("copy_last", theme.floor, "copy last frame"),
+            ("model", theme.model, f"model, {given(first[0])}"),
+        ):
+            _band(ax, first[1][name][measure]["by_frame"], colour, text)
+        for prompt, sides in others:
+            text = f"model, {given(prompt)}"
+            _band(ax, sides["model"][measure]["by_frame"], theme.second, text, style="--")
+    # Under all three, where no line is hidden by it.
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles[::-1], names[::-1], loc="outside lower center", ncols=len(names), **_legend(theme)
+    )
+    return figure
+
+
+def control(results: Mapping, theme: Theme) -> Figure:
+    """ΔPSNR by frame."""
+    figure, (ax,) = _figure(theme, 1, width=5.4, height=3.1)
+    ax.axhline(0, color=theme.floor, linewidth=1)
+    series = results["control"]
+    _band(ax, series["delta_psnr_motion"]["by_frame"], theme.second, "what moved", style="--")
+    _band(ax, series["delta_psnr"]["by_frame"], theme.model, "whole frame")
+    ax.set_title("ΔPSNR (dB): true minus random actions", color=theme.ink, fontsize=10, loc="left")
+    ax.set_xlabel("frame after the prompt", color=theme.faint, fontsize=9)
+    ax.legend(**_legend(theme))
+    return figure
+
+
+def confusion(results: Mapping, theme: Theme) -> Figure:
+    """Which action was read where which was pressed: on drawn frames, and on real ones."""
+    figure, axes = _figure(theme, 2, width=8.6, height=4.3)
+    names = results["probe"]["groups"]
+    shades = LinearSegmentedColormap.from_list("", [theme.paper, theme.model])
+    for ax, (key, title) in zip(axes, (("drawn", "drawn"), ("real", "real")), strict=True):
+        counts = np.array(results["probe"][key]["groups"]["confusion"], float)
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        ax.imshow(shares, cmap=shades, vmin=0, vmax=1)
+        ax.set_title(f"read from {title} frames", color=theme.ink, fontsize=10, loc="left")
+        ax.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
+        ax.set_yticks(range(len(names)), names if key == "drawn" else [""] * len(names))
+        ax.tick_params(length=0)
+        ax.grid(False)
+        ax.spines[:].set_visible(False)
+        for (row, column), share in np.ndenumerate(shares):
+            known = counts[row].sum() > 0
+            text = f"{share:.0%}" if known else "–"
+            colour = theme.paper if share > 0.55 else theme.ink if share >= 0.005 else theme.faint
+            ax.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    axes[0].set_ylabel("pressed", color=theme.faint, fontsize=9)
+    return figure
+
+
+def drift(results: Mapping, theme: Theme) -> Figure:
+    """Patch distance, sharpness, contrast and colour over a long rollout."""
+    figure, axes = _figure(theme, 4, width=11, height=2.9)
+    titles = {
+        "patch_distance": "patch distance",
+        "sharpness": "sharpness (real = 1)",
+        "contrast": "contrast (real = 1)",
+        "colour_shift": "shift of mean colour",
+    }
+    for ax, (name, title) in zip(axes, titles.items(), strict=True):
+        found = results["drift"]["by_window"][name]
+        _band(ax, found, theme.model, "model", x=found["frame"])
+        ax.axhline(found["real"], color=theme.ceiling, linewidth=1)
+        for limit in filter(None, found["limits"]):
+            ax.axhline(limit, color=theme.floor, linewidth=1)
+        ax.set_ylim(bottom=0)
+        ax.set_title(title, color=theme.ink, fontsize=10, loc="left")
+        ax.set_xlabel("first frame of 16", color=theme.faint, fontsize=9)
+    return figure
+
+
+def given(prompt: str) -> str:
+    count = prompt.removeprefix("prompt_")
+    return f"{count} frame{'' if count == '1' else 's'} given"
+
+
+def _figure(theme: Theme, panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for ax in axes:
+        ax.set_facecolor("none")
+        ax.grid(color=theme.grid, linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.tick_params(colors=theme.ink, labelsize=8, color=theme.faint)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(theme.faint)
+    return figure, axes
+
+
+def _legend(theme: Theme) -> dict:
+    return dict(frameon=False, labelcolor=theme.ink, fontsize=8)
+
+
+def _band(ax: Axes, series: Mapping, colour: str, label: str, *, x=None, style: str = "-") -> None:
+    """A line in its interval; a single point is drawn as one."""
+    mean, low, high = (np.array(series[name], float) for name in ("mean", "low", "high"))
+    x = np.arange(1, len(mean) + 1) if x is None else x
+    marker = "o" if len(mean) == 1 else None
+    ax.plot(x, mean, style, color=colour, linewidth=1.8, marker=marker, label=label)
+    ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", transparent=True)
+    return buffer.getvalue()

@@ -1,0 +1,97 @@
+"""Several measurements in one table, if they were made under the same conditions."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from cwm_jax.errors import UserError
+from cwm_jax.evaluation import protocol
+
+
+def read(path: Path) -> dict:
+    """The content of a metrics.json.
+
+    Raises:
+        UserError: where it is none.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    if not isinstance(results, dict) or not isinstance(results.get("protocol"), dict):
+        raise UserError(f"{path} has no protocol: it was not written by evaluate.py")
+    return results
+
+
+def table(named: Sequence[tuple[str, Mapping]]) -> str:
+    """The headline numbers of measurements, one column each; floors stand among the rows.
+
+    Raises:
+        UserError: where protocols differ, naming what differs.
+    """
+    (first_name, first), *others = named
+    for name, results in others:
+        if found := protocol.differences(first["protocol"], results["protocol"]):
+            raise UserError(
+                f"{first_name} and {name} were not measured alike, so their numbers do not "
+                "compare. They differ in\n  " + "\n  ".join(found)
+            )
+    columns = [dict(rows(results)) for _, results in named]
+    labels = list(dict.fromkeys(label for column in columns for label in column))
+    cells = [["", *(name for name, _ in named)]]
+    cells += [[label, *(column.get(label, "–") for column in columns)] for label in labels]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join(lines)
+
+
+def rows(results: Mapping) -> Iterator[tuple[str, str]]:
+    """(label, value) of every headline number of a metrics.json, or of fresh results."""
+    yield "checkpoint", f"step {results['checkpoint']['step']}"
+    for prompt, sides in results["rollout"].items():
+        given = prompt.removeprefix("prompt_")
+        for horizon in shown(sides["model"]["psnr"]["mean"]):
+            what = f"frames 1…{horizon} from {given}"
+            yield f"PSNR {what}, dB", interval(sides["model"]["psnr"]["mean"][horizon])
+            for side in ("copy_last", "reconstruction"):
+                label = f"  {side.replace('_', ' ')}, {what}"
+                yield label, interval(sides[side]["psnr"]["mean"][horizon])
+            yield f"SSIM {what}", interval(sides["model"]["ssim"]["mean"][horizon], 3)
+            motion = sides["model"]["psnr_motion"]["mean"][horizon]
+            yield f"PSNR of motion {what}, dB", interval(motion)
+    for horizon in shown(results["control"]["delta_psnr"]["mean"]):
+        value = results["control"]["delta_psnr"]["mean"][horizon]
+        yield f"ΔPSNR frames 1…{horizon}, dB", interval(value)
+    read = results["probe"]
+    for name, label in (("drawn", "drawn frames"), ("real", "real frames"), ("shuffled", "chance")):
+        value = read[name]["groups"]["accuracy"]
+        yield f"actions read back, {label}", interval(value)
+    yield "control, 0 chance … 1 real", number(read["control"])
+    drift = results["drift"]
+    yield f"frames to collapse, of {drift['frames']}", interval(drift["frames_to_collapse"], 0)
+    yield "survived to the end", number(drift["survived"])
+    for name, value in results["single_step"].items():
+        yield f"{name} (single step)", number(value, 4)
+
+
+def shown(by_horizon: Mapping) -> list[str]:
+    """Horizon 10, which is published for other models, and the longest."""
+    longest = max(by_horizon, key=int)
+    return ["10", longest] if "10" in by_horizon and longest != "10" else [longest]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def interval(value: Mapping, digits: int = 2) -> str:
+    mean, low, high = (number(value[name], digits) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"

@@ -1,0 +1,78 @@
+"""How clips are drawn: by a sampler, or by anything that turns a prompt and actions into frames."""
+
+from typing import Protocol
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from cwm_jax.coinrun import IMAGE_SIZE
+from cwm_jax.errors import UserError
+from cwm_jax.model import DiTConfig
+from cwm_jax.sampler import Sampler
+
+
+class Draw(Protocol):
+    """What is measured. A model to be compared needs to be no more than such a function."""
+
+    def __call__(self, prompt_BPHWC, actions_BT, key: jax.Array) -> jax.Array | np.ndarray:
+        """The T − P frames after the prompt, uint8 [B, T − P, H, W, C].
+
+        Args:
+            prompt_BPHWC: uint8 frames that are given.
+            actions_BT: int32, the action that leads into each frame, given ones included.
+            key: PRNG key of all noise.
+        """
+
+
+def check_size(network: DiTConfig) -> None:
+    """Raises a UserError for a network that draws frames of another size than the data has."""
+    if network.image_size != IMAGE_SIZE:
+        raise UserError(
+            f"this checkpoint draws frames of {network.image_size}×{network.image_size} pixels, "
+            f"and the data has {IMAGE_SIZE}×{IMAGE_SIZE}: it cannot be measured against it"
+        )
+
+
+def by_sampler(sampler: Sampler) -> Draw:
+    """Draws with a sampler: all frames of a batch in one call of the device.
+
+    Raises:
+        UserError: (when called) where a frame is not finite; pixels would hide it.
+    """
+
+    def draw(prompt_BPHWC, actions_BT, key):
+        given = prompt_BPHWC.shape[1]
+        state = sampler.start(prompt_BPHWC, actions_BT[:, :given])
+        state, frames = sampler.rollout(state, actions_BT[:, given:], key)
+        # A frame that is NaN makes all later ones NaN, so the last ones tell.
+        if not np.isfinite(jax.device_get(state.frames_BMHWC)).all():
+            raise UserError(
+                "the network draws frames that are not finite (NaN or infinity): its training "
+                "diverged, or the checkpoint is damaged; go back to an earlier checkpoint"
+            )
+        return frames
+
+    return draw
+
+
+def in_batches(
+    draw: Draw, prompt_BPHWC, actions_BT, *, seed: int, batch_size: int, label: str = ""
+) -> np.ndarray:
+    """Draws many clips, `batch_size` at a time: uint8 [B, T − P, H, W, C].
+
+    Every batch has one shape, so all share one compiled program; the last is filled up with its
+    last clip. Noise depends on the seed, the batch's number and the place in the batch alone, so
+    two calls with other actions differ by nothing else.
+
+    Args:
+        label: shown on a progress bar; none without.
+    """
+    total = len(prompt_BPHWC)
+    drawn = []
+    for index in tqdm(range(0, total, batch_size), desc=label, unit="batch", disable=not label):
+        rows = np.minimum(np.arange(index, index + min(batch_size, total)), total - 1)
+        key = jax.random.fold_in(jax.random.key(seed), index // batch_size)
+        frames = draw(prompt_BPHWC[rows], actions_BT[rows], key)
+        drawn.append(np.asarray(jax.device_get(frames)))
+    return np.concatenate(drawn)[:total]

@@ -1,0 +1,217 @@
+"""The whole measurement of a checkpoint, in the order in which it is reported."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from cwm_jax import data, parallel
+from cwm_jax.data import DataConfig
+from cwm_jax.errors import UserError
+from cwm_jax.evaluation import (
+    control,
+    drawing,
+    drift,
+    held_out,
+    probe,
+    protocol,
+    quality,
+    reading,
+    single_step,
+)
+from cwm_jax.evaluation.held_out import HeldOut
+from cwm_jax.evaluation.probe import Probe
+from cwm_jax.evaluation.scores import Scores, score
+from cwm_jax.files import written_whole
+from cwm_jax.model import DiTConfig, Params
+from cwm_jax.sampler import Sampler, SamplerConfig
+
+PROBED = 31  # frames whose actions are read back: what fits the window of the original
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure."""
+
+    split: str = "test"
+    clips: int = 0  # 0: all records that are long enough
+    horizon: int = 120  # frames after the prompt
+    n_prompt: tuple[int, ...] = (1, 4)  # the first is the one that control and drift start from
+    drift_frames: int = 500
+    seed: int = 0  # of all noise and of the random actions
+    batch_size: int = 32  # clips drawn at a time
+
+    def __post_init__(self):
+        for name, least in (("horizon", 2), ("drift_frames", drift.WINDOW), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: must be {least} or more")
+        if min(self.n_prompt) < 1 or self.clips < 0:
+            raise UserError(f"n_prompt={self.n_prompt}, clips={self.clips}: need at least one")
+        if self.drift_frames < self.horizon:
+            raise UserError(
+                f"drift_frames={self.drift_frames} is less than horizon={self.horizon}: the random "
+                "actions of the long rollouts serve for the control over the horizon too"
+            )
+
+    @property
+    def frames(self) -> int:
+        """Frames that a record must have."""
+        return max(self.n_prompt) + self.horizon
+
+
+class Rollouts(NamedTuple):
+    """Everything drawn for a plan, uint8 [B, F, H, W, C], and what it is held against."""
+
+    clips: HeldOut
+    true: dict[int, np.ndarray]  # by length of the prompt: under the actions really taken
+    random_actions: np.ndarray  # int32 [B, n_prompt + drift_frames]
+    random: np.ndarray  # under these, `drift_frames` long
+
+
+class Measured(NamedTuple):
+    """The numbers, and the frames and scores that pictures are made of."""
+
+    results: dict
+    rollouts: Rollouts
+    scores: Scores  # under true actions, from the first length of prompt
+
+
+def measure(
+    network: DiTConfig,
+    params: Params,
+    sampler: SamplerConfig,
+    config: DataConfig,
+    plan: Plan,
+    *,
+    probes: Path,
+    watched: bool = False,
+) -> Measured:
+    """Measures a network; the numbers are described in docs/evaluation.md.
+
+    Args:
+        config: where clips come from; the probe learns on its train split.
+        probes: folder where trained probes are kept.
+        watched: somebody waits at a terminal: show progress.
+
+    Raises:
+        UserError: for data or a network that cannot be measured so.
+    """
+    drawing.check_size(network)
+    clips = held_out.load(
+        config, plan.split, frames=plan.frames, clips=plan.clips, num_actions=network.num_actions
+    )
+    reader = probe.cached(config, probes)
+    draw = drawing.by_sampler(Sampler(network, params, sampler))
+    drawn = draw_all(draw, clips, plan, num_actions=network.num_actions, watched=watched)
+    rendered = quality.reconstruction(network, params, clips.frames, clips.actions)
+    measured = judge(drawn, plan, rendered=rendered, reader=reader)
+    mesh = parallel.make_mesh()
+    batches = data.eval_batches(
+        config,
+        plan.split,
+        batch_size=_whole_batch(plan.batch_size),
+        num_actions=network.num_actions,
+    )
+    measured.results["single_step"] = dict(single_step.epoch_end(network, params, batches, mesh))
+    conditions = protocol.of(
+        clips,
+        sampler,
+        split=plan.split,
+        horizons=quality.horizons_to(plan.horizon),
+        n_prompt=plan.n_prompt,
+        drift_frames=plan.drift_frames,
+        seed=plan.seed,
+        batch_size=plan.batch_size,
+        probe=reader.name,
+    )
+    measured.results["protocol"] = conditions.as_dict()
+    return measured
+
+
+def _whole_batch(size: int) -> int:
+    """`size`, rounded up to what can be shared out over all devices."""
+    return math.ceil(size / jax.device_count()) * jax.device_count()
+
+
+def draw_all(
+    draw: drawing.Draw, clips: HeldOut, plan: Plan, *, num_actions: int, watched: bool = False
+) -> Rollouts:
+    """Draws everything that a plan needs: the longest rollout of each kind, once."""
+
+    def batches(actions, given: int, label: str):
+        settings = dict(seed=plan.seed, batch_size=plan.batch_size)
+        prompt, label = clips.frames[:, :given], label if watched else ""
+        return drawing.in_batches(draw, prompt, actions, label=label, **settings)
+
+    true = {
+        given: batches(
+            clips.actions[:, : given + plan.horizon], given, f"true actions, {given} given"
+        )
+        for given in plan.n_prompt
+    }
+    given = plan.n_prompt[0]
+    actions = control.random_actions(
+        clips.actions,
+        n_prompt=given,
+        frames=plan.drift_frames,
+        seed=plan.seed,
+        num_actions=num_actions,
+    )
+    return Rollouts(clips, true, actions, batches(actions, given, "random actions"))
+
+
+def judge(drawn: Rollouts, plan: Plan, *, rendered: np.ndarray, reader: Probe) -> Measured:
+    """All numbers about drawn frames.
+
+    Args:
+        rendered: the reconstruction of the real clips, uint8 [B, T, H, W, C].
+    """
+    clips, horizons = drawn.clips, quality.horizons_to(plan.horizon)
+    rollout, kept = {}, None
+    for given in plan.n_prompt:
+        span = slice(given, given + plan.horizon)
+        prompt, real = clips.frames[:, :given], clips.frames[:, span]
+        candidates = {
+            "model": drawn.true[given],
+            "copy_last": quality.copy_last(prompt, plan.horizon),
+            "reconstruction": rendered[:, span],
+        }
+        scored = {name: score(frames, real, prompt[:, -1]) for name, frames in candidates.items()}
+        rollout[f"prompt_{given}"] = {n: quality.summary(s, horizons) for n, s in scored.items()}
+        kept = kept or scored["model"]
+    given = plan.n_prompt[0]
+    prompt = clips.frames[:, :given]
+    real = clips.frames[:, given : given + plan.horizon]
+    random = score(drawn.random[:, : plan.horizon], real, prompt[:, -1])
+    read = min(PROBED, plan.horizon)
+    begun = lambda frames: np.concatenate([prompt[:, -1:], frames[:, :read]], axis=1)
+    actions = clips.actions[:, given - 1 : given + read]
+    results = {
+        "clips": {"used": len(clips), "records": clips.records, "too_short": clips.too_short},
+        "rollout": rollout,
+        "control": control.delta_psnr(kept, random, horizons),
+        "probe": reading.summary(reader, begun(drawn.true[given]), begun(real), actions),
+        "drift": drift.summary(drawn.random, clips.frames),
+    }
+    return Measured(results, drawn, kept)
+
+
+def write_json(path: Path, results: Mapping) -> None:
+    """Writes results; JSON has neither NaN nor infinity, which become null."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value):
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,67 @@
+"""The real clips that rollouts start from and are held against."""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from cwm_jax import data
+from cwm_jax.coinrun import NUM_ACTIONS
+from cwm_jax.data import DataConfig
+from cwm_jax.errors import UserError
+
+
+class HeldOut(NamedTuple):
+    """The first T frames of B records of a split."""
+
+    frames: np.ndarray  # uint8 [B, T, H, W, C]
+    actions: np.ndarray  # int32 [B, T], the action that led into each frame
+    records: int  # in the split
+    too_short: int  # of these, with fewer than T frames
+    digest: str  # of the clips' frames and actions, whatever their files are called
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+def load(
+    config: DataConfig,
+    split: str,
+    *,
+    frames: int,
+    clips: int = 0,
+    num_actions: int = NUM_ACTIONS,
+) -> HeldOut:
+    """The first `frames` frames of `clips` records that have so many (0: of all that have).
+
+    Raises:
+        UserError: where no record is that long, or fewer than asked for.
+    """
+    episodes = data.open_episodes(config, split, num_actions=num_actions)
+    eligible = int((episodes.lengths >= frames).sum())
+    if not eligible:
+        raise UserError(
+            f"no record of {config.dir}/{split} has {frames} frames (the longest has "
+            f"{episodes.lengths.max()}): ask for a horizon of {episodes.lengths.max() - 1} or less"
+        )
+    if clips > eligible:
+        raise UserError(
+            f"{clips} clips were asked for; {eligible} of {len(episodes)} records of "
+            f"{config.dir}/{split} have the {frames} frames that this needs"
+        )
+    chosen = sorted(data.pick_episodes(episodes, count=clips or eligible, length=frames))
+    batch = data.load_clips(episodes, chosen, length=frames)
+    return HeldOut(
+        **batch,
+        records=len(episodes),
+        too_short=len(episodes) - eligible,
+        digest=digest(**batch),
+    )
+
+
+def digest(frames: np.ndarray, actions: np.ndarray) -> str:
+    """SHA-256 of clips by their content, the first 16 hexadecimal digits."""
+    content = hashlib.sha256(repr(frames.shape).encode())
+    for array in (frames, actions):
+        content.update(np.ascontiguousarray(array))
+    return content.hexdigest()[:16]

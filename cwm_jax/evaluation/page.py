@@ -1,0 +1,183 @@
+"""`report.html`: numbers, charts, stills and films in one file that opens without a network."""
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cwm_jax import sheet, video
+from cwm_jax.coinrun import FPS
+from cwm_jax.evaluation import charts, comparison
+from cwm_jax.evaluation.full import Measured, Plan
+from cwm_jax.evaluation.quality import capped
+from cwm_jax.files import written_whole
+
+FILE = "report.html"
+_TEMPLATE = "report_template.html"
+_STRIP_FRAMES = 12  # columns of stills
+
+
+class Strip(NamedTuple):
+    """A clip worth showing."""
+
+    name: str
+    clip: int
+    psnr: float  # mean over its frames, dB
+
+
+def write(folder: Path, measured: Measured, plan: Plan) -> None:
+    """Writes `report.html` and, beside it, each of its charts, stills and films by itself.
+
+    `measured.results` must hold `checkpoint`, `code` and `device` by now.
+
+    Raises:
+        UserError: where the folder cannot be written.
+    """
+    pictures = {
+        name: charts.both(draw, measured.results)
+        for name, draw in (
+            ("quality", charts.quality),
+            ("control", charts.control),
+            ("confusion", charts.confusion),
+            ("drift", charts.drift),
+        )
+    }
+    for name, variants in pictures.items():
+        for suffix, png in zip(("", "_dark"), variants, strict=True):
+            with written_whole(folder / f"{name}{suffix}.png") as temporary:
+                temporary.write_bytes(png)
+    strips = chosen_strips(measured)
+    for strip in strips:
+        real, drawn, actions = _clip(measured, plan, strip.clip)
+        still = sheet.grid(real, drawn, n_prompt=plan.n_prompt[0], max_columns=_STRIP_FRAMES)
+        video.write_png(folder / f"{strip.name}.png", still)
+        film = sheet.side_by_side(real, drawn, actions, n_prompt=plan.n_prompt[0])
+        video.write_mp4(folder / f"{strip.name}.mp4", film, fps=FPS)
+    with written_whole(folder / FILE) as temporary:
+        temporary.write_text(_page(folder, measured, plan, pictures, strips), encoding="utf-8")
+
+
+def chosen_strips(measured: Measured) -> list[Strip]:
+    """The clips of best, median and worst mean PSNR, as far as they are different ones."""
+    means = capped(measured.scores.psnr).mean(1)
+    order = np.argsort(-means, kind="stable")
+    places = {"best": 0, "median": (len(order) - 1) // 2, "worst": len(order) - 1}
+    found: dict[int, Strip] = {}
+    for name, place in places.items():
+        clip = int(order[place])
+        found.setdefault(clip, Strip(name, clip, float(means[clip])))
+    return list(found.values())
+
+
+def _clip(measured: Measured, plan: Plan, clip: int):
+    """(real, drawn with its prompt, actions) of one clip, each [1, T, …]."""
+    clips, given = measured.rollouts.clips, plan.n_prompt[0]
+    span = slice(0, given + plan.horizon)
+    real = clips.frames[clip, span][None]
+    drawn = measured.rollouts.true[given][clip][None]
+    return real, np.concatenate([real[:, :given], drawn], axis=1), clips.actions[clip, span][None]
+
+
+def _page(folder: Path, measured: Measured, plan: Plan, pictures, strips: list[Strip]) -> str:
+    results = measured.results
+    checkpoint = results["checkpoint"]
+    shown = "".join(_strip(folder, strip) for strip in strips)
+    conditions = {
+        "checkpoint": f"{checkpoint['path']}, step {checkpoint['step']}",
+        "fingerprint": checkpoint["fingerprint"],
+        "code": results["code"],
+        "device": results["device"],
+        **results["protocol"],
+    }
+    used = results["clips"]
+    template = (Path(__file__).parent / _TEMPLATE).read_text(encoding="utf-8")
+    return template.format(
+        title=html.escape(f"How good the world is: {checkpoint['path']}"),
+        step=checkpoint["step"],
+        subject=html.escape(str(checkpoint["path"])),
+        clips=used["used"],
+        records=used["records"],
+        split=plan.split,
+        short=used["too_short"],
+        needed=plan.frames,
+        tiles="".join(_tile(*tile) for tile in tiles(results)),
+        strips=shown,
+        conditions=_rows((k, str(v)) for k, v in conditions.items()),
+        numbers=_rows(comparison.rows(results)),
+        **{name: _chart(name, *variants) for name, variants in pictures.items()},
+    )
+
+
+def tiles(results) -> list[tuple[str, str, str]]:
+    """The four numbers to look at first: (name, value, what to hold it against)."""
+    prompt, sides = next(iter(results["rollout"].items()))
+    horizon = comparison.shown(sides["model"]["psnr"]["mean"])[0]
+    psnr = lambda side: comparison.number(sides[side]["psnr"]["mean"][horizon]["mean"])
+    delta = results["control"]["delta_psnr"]["mean"][horizon]
+    read, drift = results["probe"], results["drift"]
+    percent = lambda name: f"{read[name]['groups']['accuracy']['mean']:.0%}"
+    return [
+        (
+            f"PSNR, frames 1…{horizon}",
+            f"{psnr('model')} dB",
+            f"copying the last frame {psnr('copy_last')}, "
+            f"reconstruction {psnr('reconstruction')}; {charts.given(prompt)}",
+        ),
+        (
+            "What the actions are worth",
+            f"{comparison.number(delta['mean'])} dB",
+            f"ΔPSNR, 95 % in {comparison.number(delta['low'])} … "
+            f"{comparison.number(delta['high'])}; 0 is a model that ignores them",
+        ),
+        (
+            "Actions read back",
+            percent("drawn"),
+            f"real frames {percent('real')}, chance {percent('shuffled')}",
+        ),
+        (
+            "Frames to collapse",
+            comparison.number(drift["frames_to_collapse"]["mean"], 0),
+            f"median, of {drift['frames']}; {drift['survived']:.0%} of clips last to the end, "
+            f"{drift['false_alarms']:.0%} of real clips would be called collapsed",
+        ),
+    ]
+
+
+def _tile(name: str, value: str, against: str) -> str:
+    name, value, against = map(html.escape, (name, value, against))
+    return f'<div class="tile"><h3>{name}</h3><p class="value">{value}</p><p>{against}</p></div>'
+
+
+def _strip(folder: Path, strip: Strip) -> str:
+    still = _data_uri((folder / f"{strip.name}.png").read_bytes(), "image/png")
+    film = _data_uri((folder / f"{strip.name}.mp4").read_bytes(), "video/mp4")
+    label = f"{strip.name.capitalize()}: clip {strip.clip}, {strip.psnr:.2f} dB"
+    return (
+        f"<figure><figcaption>{label}</figcaption>"
+        f'<div class="strip"><video src="{film}" controls loop muted playsinline></video>'
+        f'<img alt="{label}, stills" src="{still}"></div></figure>'
+    )
+
+
+def _chart(name: str, light: bytes, dark: bytes) -> str:
+    width = Image.open(io.BytesIO(light)).width * 96 // 130
+    return (
+        "<picture>"
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark, "image/png")}">'
+        f'<img alt="chart: {name}" width="{width}" src="{_data_uri(light, "image/png")}"></picture>'
+    )
+
+
+def _rows(pairs) -> str:
+    return "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in pairs
+    )
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

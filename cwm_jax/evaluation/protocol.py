@@ -1,0 +1,88 @@
+"""Under which conditions something was measured, and which conditions differ."""
+
+import dataclasses
+import hashlib
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import cwm_jax
+from cwm_jax.evaluation import quality
+from cwm_jax.evaluation.held_out import HeldOut
+from cwm_jax.model import Params
+from cwm_jax.sampler import SamplerConfig
+
+VERSION = 1  # of the definitions: raised whenever a number of the same name would mean another
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What two measurements must share to be set side by side."""
+
+    version: int
+    split: str
+    clips: int
+    records: str  # digest of the clips themselves
+    horizons: tuple[int, ...]
+    n_prompt: tuple[int, ...]
+    drift_frames: int
+    levels: tuple[int, ...]  # noise labels of the sampler's S steps
+    window: str
+    eta: float
+    context_level: int
+    seed: int
+    batch_size: int  # noise is drawn for a batch at a time
+    psnr_cap: float
+    probe: str  # digest of what the probe has learnt from
+
+    def as_dict(self) -> dict:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+
+
+def of(clips: HeldOut, sampler: SamplerConfig, **others) -> Protocol:
+    """The protocol of a measurement; `others` are the fields that neither argument knows."""
+    return Protocol(
+        version=VERSION,
+        clips=len(clips),
+        records=clips.digest,
+        levels=sampler.levels,
+        window=sampler.window,
+        eta=sampler.eta,
+        context_level=sampler.context_level,
+        psnr_cap=quality.PSNR_CAP,
+        **others,
+    )
+
+
+def differences(a: Mapping, b: Mapping) -> list[str]:
+    """Names of the conditions that two protocols (as dicts) do not share, each with both values."""
+    return [
+        f"{name}: {a.get(name)} and {b.get(name)}"
+        for name in sorted(set(a) | set(b))
+        if a.get(name) != b.get(name)
+    ]
+
+
+def fingerprint(params: Params) -> str:
+    """SHA-256 of parameters by name and value, the first 16 hexadecimal digits."""
+    content = hashlib.sha256()
+    for name in sorted(params):
+        array = np.asarray(jax.device_get(params[name]))
+        content.update(f"{name} {array.dtype} {array.shape}".encode())
+        content.update(np.ascontiguousarray(array).view(np.uint8))
+    return content.hexdigest()[:16]
+
+
+def code_version() -> str:
+    """The package's version and, in a checkout, the commit and whether it was changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return cwm_jax.__version__
+    return f"{cwm_jax.__version__}+{commit}"

@@ -1,0 +1,107 @@
+"""Rollout quality by horizon, and the two lines that it stands between.
+
+Horizon h is the h-th frame after the prompt. "Copy last" holds the last given frame for ever: a
+model below it has learnt nothing that shows. "Reconstruction" is what the network makes of each
+real frame when it is shown that frame whole: what its own rendering costs.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cwm_jax import diffusion, model
+from cwm_jax.coinrun import to_model, to_pixels
+from cwm_jax.evaluation import intervals
+from cwm_jax.evaluation.scores import Scores
+from cwm_jax.model import DiTConfig, Params
+
+HORIZONS = (*range(1, 11), 16, 31, 64, 120)
+PSNR_CAP = 60.0  # dB: what a frame equal to the real one, of infinite PSNR, counts in a mean
+
+
+def horizons_to(longest: int) -> tuple[int, ...]:
+    """The horizons up to `longest`, itself among them."""
+    return (*(h for h in HORIZONS if h < longest), longest)
+
+
+def summary(scores: Scores, horizons: Sequence[int]) -> dict:
+    """For each measure: `at` a horizon, the `mean` up to it, and `by_frame` for curves.
+
+    Everything is a mean over clips with a bootstrap interval. `identical` is the share of frames
+    up to each horizon that equal the real ones, and so count as `PSNR_CAP` dB.
+    """
+    results = {name: by_horizon(capped(x), horizons) for name, x in scores._asdict().items()}
+    same = np.isinf(scores.psnr)
+    results["identical"] = {str(h): float(same[:, :h].mean()) for h in horizons}
+    return results
+
+
+def capped(values: np.ndarray) -> np.ndarray:
+    """PSNR in dB, at most `PSNR_CAP`; SSIM is far below and stays."""
+    return np.minimum(values, PSNR_CAP)
+
+
+def by_horizon(values_BF: np.ndarray, horizons: Sequence[int]) -> dict:
+    mean, low, high = intervals.of_means(values_BF)
+    at = {str(h): as_dict(mean[h - 1], low[h - 1], high[h - 1]) for h in horizons}
+    upto = {str(h): as_dict(*intervals.of_mean(_clip_means(values_BF[:, :h]))) for h in horizons}
+    return {
+        "at": at,
+        "mean": upto,
+        "by_frame": {
+            name: [*map(float, x)] for name, x in zip(_NAMES, (mean, low, high), strict=True)
+        },
+    }
+
+
+_NAMES = "mean", "low", "high"
+
+
+def series(mean, low, high) -> dict[str, list[float]]:
+    """Means and intervals of a whole curve."""
+    return {name: x.tolist() for name, x in zip(_NAMES, (mean, low, high), strict=True)}
+
+
+def as_dict(mean: float, low: float, high: float) -> dict[str, float]:
+    return dict(zip(_NAMES, map(float, (mean, low, high)), strict=True))
+
+
+def _clip_means(values_BF: np.ndarray) -> np.ndarray:
+    """Mean of each clip's frames; NaN for a clip that has none that count."""
+    present = ~np.isnan(values_BF)
+    with np.errstate(invalid="ignore"):
+        return np.where(present, values_BF, 0).sum(1) / present.sum(1)
+
+
+def copy_last(prompt_BPHWC: np.ndarray, frames: int) -> np.ndarray:
+    """The last given frame, `frames` times (a view)."""
+    last = prompt_BPHWC[:, -1:]
+    return np.broadcast_to(last, (len(last), frames, *last.shape[2:]))
+
+
+def reconstruction(network: DiTConfig, params: Params, frames_BTHWC, actions_BT) -> np.ndarray:
+    """The single-step x0 of every real frame at the lowest noise label, without noise.
+
+    Frames are shown in windows of `max_frames`, as in training. Returns uint8 [B, T, H, W, C].
+    """
+    length = frames_BTHWC.shape[1]
+    window = min(network.max_frames, length)
+    result = np.empty_like(frames_BTHWC)
+    for clip in range(len(frames_BTHWC)):
+        for start in range(0, length, window):
+            span = slice(min(start, length - window), min(start, length - window) + window)
+            shown = frames_BTHWC[clip, span][None], actions_BT[clip, span][None]
+            result[clip, span] = _reconstruct(params, *shown, network=network)[0]
+    return result
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _reconstruct(params, frames_BTHWC, actions_BT, *, network: DiTConfig):
+    t_BT = jnp.zeros(frames_BTHWC.shape[:2], jnp.int32)
+    x0 = to_model(frames_BTHWC)
+    shown = diffusion.noised(x0, t_BT, jnp.zeros_like(x0)).x
+    velocity = model.bind(network, params)(shown, t_BT, actions_BT)
+    return to_pixels(diffusion.predict_clean(shown, velocity, t_BT))

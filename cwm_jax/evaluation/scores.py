@@ -1,0 +1,54 @@
+"""Scores of every drawn frame against the real one, on the device."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cwm_jax import metrics
+
+_CLIPS = 16  # scored in one call of the device
+
+
+class Scores(NamedTuple):
+    """float32 [B, F] each."""
+
+    psnr: np.ndarray  # dB, infinite where a frame is the real one
+    ssim: np.ndarray
+    psnr_motion: np.ndarray  # dB, over what changed since the last given frame; NaN: nothing did
+
+
+def score(drawn_BFHWC, real_BFHWC, given_BHWC) -> Scores:
+    """Scores frames against the real ones.
+
+    Args:
+        drawn_BFHWC, real_BFHWC: uint8.
+        given_BHWC: the last frame of the prompt, uint8: pixels that still have its colour do not
+            count as motion.
+    """
+    clips = min(_CLIPS, len(drawn_BFHWC))
+    parts = []
+    for first in range(0, len(drawn_BFHWC), clips):
+        rows = np.minimum(np.arange(first, first + clips), len(drawn_BFHWC) - 1)
+        part = _score(*(x[rows] for x in (drawn_BFHWC, real_BFHWC, given_BHWC)))
+        parts.append(jax.device_get(part))
+    return Scores(*(np.concatenate(x)[: len(drawn_BFHWC)] for x in zip(*parts, strict=True)))
+
+
+@jax.jit
+def _score(drawn_BFHWC, real_BFHWC, given_BHWC) -> Scores:
+    # One frame of all clips at a time: SSIM needs a dozen float32 copies of what it works on.
+    def of_frame(pair):
+        drawn, real = (frames.astype(jnp.float32) for frames in pair)
+        changed = (pair[1] != given_BHWC).any(-1)
+        # Errors of whole numbers are exact: those of equal frames are 0, not nearly 0.
+        psnr = lambda error: metrics.psnr_of_mse(error / 255**2)
+        return Scores(
+            psnr(metrics.mse(drawn, real)),
+            metrics.ssim(drawn / 255, real / 255),
+            psnr(metrics.masked_mse(drawn, real, changed)),
+        )
+
+    pairs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (drawn_BFHWC, real_BFHWC))
+    return jax.tree.map(lambda x: x.T, jax.lax.map(of_frame, pairs))

@@ -1,0 +1,67 @@
+"""Plays back real episodes where there is no network, so that the page itself can be seen."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cwm_jax.play.engine import Lane
+from cwm_jax.play.prompts import ClipPrompts
+from cwm_jax.play.share import MAX_FRAMES
+
+
+class Place(NamedTuple):
+    """A frame of an episode of the validation split."""
+
+    episode: int
+    frame: int
+
+
+class RealClips:
+    """Draws as `engine.Engine` does, but whatever is pressed: the episode's next real frame.
+
+    A session from a picture, which is in no episode, goes on with the first one.
+    """
+
+    steps = (1,)
+    slots = MAX_FRAMES  # so that a memory is always rebuilt from the session's first frame
+    fingerprint = b"realclip"
+
+    def __init__(self, prompts: ClipPrompts):
+        self._episodes = prompts.episodes
+        self._starts: dict[bytes, Place] = {}
+        for clip in reversed(range(len(prompts))):
+            place = Place(*prompts.clips.locate(clip))
+            self._starts[_digest(self._frame(place))] = place
+
+    def ready(self, steps: int) -> tuple[int, ...]:
+        return (1, 2, 4, 8)
+
+    def compile(self, steps: int, lanes: int) -> None:
+        """Nothing is compiled here."""
+
+    def fresh(self) -> None:
+        return None
+
+    def remember(self, memory: Place | None, frame_u8_HWC: np.ndarray, action: int) -> Place:
+        """The first frame tells the place; each later one moves on by one."""
+        if memory is None:
+            return self._starts.get(_digest(frame_u8_HWC), Place(0, 0))
+        length = int(self._episodes.lengths[memory.episode])
+        return Place(memory.episode, (memory.frame + 1) % length)
+
+    def draw(self, wanted: Sequence[Lane], steps: int, lanes: int) -> np.ndarray:
+        return np.stack([self._frame(self.remember(lane.memory, None, 0)) for lane in wanted])
+
+    def _frame(self, place: Place) -> np.ndarray:
+        return self._episode(place.episode)[place.frame]
+
+    def _episode(self, number: int) -> np.ndarray:
+        if getattr(self, "_open", (None, None))[0] != number:
+            self._open = number, self._episodes[number].frames
+        return self._open[1]
+
+
+def _digest(frame_HWC: np.ndarray) -> bytes:
+    return hashlib.blake2b(frame_HWC.tobytes(), digest_size=16).digest()

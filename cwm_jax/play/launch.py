@@ -1,0 +1,156 @@
+"""From the command line's wishes to a running server."""
+
+import dataclasses
+import os
+import secrets
+import threading
+import time
+from pathlib import Path
+
+from cwm_jax.errors import UserError
+from cwm_jax.play import opening
+
+MAX_MESSAGE = 5 << 20  # bytes; a picture is the largest message that anybody needs to send
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the person at the command line chose; `play.py --help` explains each."""
+
+    checkpoint: Path | None  # None: replay real clips
+    step: int | None
+    data: Path
+    host: str
+    port: int
+    share: bool
+    auth: tuple[str, str] | None
+    fps: int
+    players: int
+    idle_minutes: float
+
+    def __post_init__(self):
+        for name, low, high in (("fps", 1, 60), ("players", 1, 64), ("port", 0, 65535)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be {low}…{high}")
+        if not self.idle_minutes > 0:
+            raise UserError(f"--idle-minutes {self.idle_minutes}: it must be more than 0")
+
+
+def serve(options: Options) -> None:
+    """Serves the page until it is interrupted.
+
+    Raises:
+        UserError: where the address cannot be had.
+    """
+    import uvicorn
+
+    listener = opening.bind(options.host, options.port)
+    host, port = listener.getsockname()[:2]
+    print(f"Play at http://{options.host}:{port}", flush=True)
+    faults: list[BaseException] = []
+
+    def failed(error: BaseException) -> None:
+        faults.append(error)
+        server.should_exit = True
+
+    app = opening.Opening(lambda: _make_app(options), failed)
+    config = uvicorn.Config(
+        app, log_level="warning", ws="websockets-sansio", ws_max_size=MAX_MESSAGE,
+        timeout_graceful_shutdown=3,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    if options.share:
+        threading.Thread(target=_share, args=(host, port, options), daemon=True).start()
+    server.run(sockets=[listener])
+    if faults:
+        raise faults[0]
+
+
+def _make_app(options: Options):
+    """The application; the model is loaded and compiled after it is there."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    from cwm_jax.play import server
+    from cwm_jax.play.studio import Rules, Studio
+
+    rules = Rules(options.fps, options.players, options.idle_minutes * 60)
+    studio = Studio(rules)
+    app = server.make_app(studio, auth=options.auth)
+    threading.Thread(target=_open, args=(studio, options), daemon=True, name="play-loading").start()
+    return app
+
+
+def _open(studio, options: Options) -> None:
+    """Loads what is to be played; a fault is told on the page and on the terminal."""
+    began = time.perf_counter()
+    try:
+        scheduler = _load(studio, options)
+        scheduler.first_program.wait()
+        if scheduler.fault:
+            raise scheduler.fault
+    except Exception as error:
+        studio.fault = str(error) if isinstance(error, UserError) else f"{type(error)}: {error}"
+        print(f"error: {studio.fault}", flush=True)
+        return
+    print(f"{studio.title}: ready after {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def _load(studio, options: Options):
+    from cwm_jax.play.prompts import ClipPrompts
+    from cwm_jax.play.scheduler import Scheduler
+
+    studio.stage = "Reading the clips …"
+    prompts = ClipPrompts(options.data)
+    if options.checkpoint is None:
+        from cwm_jax.play.demo import RealClips
+
+        drawer, title = RealClips(prompts), "Demonstration: real clips, no model"
+    else:
+        studio.stage = "Loading the checkpoint …"
+        drawer, title = _engine(options, studio.rules.steps)
+    studio.stage = "Compiling: a minute the first time, seconds from then on …"
+    scheduler = Scheduler(drawer).__enter__()
+    studio.open(scheduler, prompts, title=title, demo=options.checkpoint is None)
+    return scheduler
+
+
+def _engine(options: Options, steps):
+    import jax
+
+    from cwm_jax import checkpoint
+    from cwm_jax.play.engine import Engine
+
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "cwm_jax" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    trained = checkpoint.load(options.checkpoint, step=options.step)
+    network = trained.network
+    check_fits(network, trained.path)
+    title = f"{options.checkpoint.name} · step {trained.step}"
+    return Engine(network, trained.params, steps=steps), title
+
+
+def check_fits(network, path: Path) -> None:
+    """Raises a `UserError` where a network was trained on something else than CoinRun."""
+    from cwm_jax.coinrun import IMAGE_SIZE, NUM_ACTIONS
+
+    has = network.image_size, network.num_actions, network.action_encoding
+    if has != (IMAGE_SIZE, NUM_ACTIONS, "one_hot"):
+        raise UserError(
+            f"{path} has image_size {has[0]}, num_actions {has[1]}, action_encoding {has[2]}; "
+            f"play is of CoinRun: {IMAGE_SIZE}, {NUM_ACTIONS}, one_hot"
+        )
+    if network.max_frames < 2:
+        raise UserError(f"{path} has max_frames 1: a world needs a window of 2 or more")
+
+
+def _share(host: str, port: int, options: Options) -> None:
+    from gradio import networking
+
+    if not options.auth:
+        print("anyone who learns the public link can play; --auth USER:PASSWORD guards it")
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    try:
+        link = networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
+        print(f"Public link: {link}", flush=True)
+    except Exception as error:  # no network, most often; the page here goes on without it
+        print(f"no public link: {error}. The page at this machine goes on", flush=True)

@@ -1,0 +1,127 @@
+"""The page: Gradio's frame and controls around the stage, which `static/` draws.
+
+No control calls Python through Gradio's queue: each hands its value to `static/play.js`, which
+speaks to the player's socket, so that keys and commands keep their order.
+"""
+
+import importlib.resources
+
+import gradio as gr
+
+from cwm_jax.play.studio import Rules
+
+_STATIC = importlib.resources.files("cwm_jax.play") / "static"
+_SYSTEM = ("ui-sans-serif", "system-ui", "sans-serif")  # no font is fetched from anywhere
+_MONO = ("ui-monospace", "monospace")
+
+
+def look() -> dict:
+    """What `gradio.mount_gradio_app` is told of theme, style sheet and script."""
+    theme = gr.themes.Base(
+        primary_hue=gr.themes.colors.amber,
+        neutral_hue=gr.themes.colors.slate,
+        font=_SYSTEM,
+        font_mono=_MONO,
+        radius_size=gr.themes.sizes.radius_lg,
+    )
+    head = (
+        '<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">'
+        '<script type="module" src="/play/static/play.js"></script>'
+    )
+    return dict(theme=theme, css=(_STATIC / "play.css").read_text(), head=head)
+
+
+def build(rules: Rules) -> gr.Blocks:
+    """The page for players with these rules."""
+    page = gr.Blocks(title="Play the world model", analytics_enabled=False, fill_width=True)
+    with page, gr.Row(elem_id="play-columns", equal_height=False):
+        with gr.Column(scale=3, min_width=320):
+            stage = (_STATIC / "stage.html").read_text()
+            gr.HTML(stage, elem_id="play-frame", js_on_load=None)
+        with gr.Column(scale=2, min_width=300, elem_id="play-side"):
+            _start_controls()
+            _pace_controls(rules)
+            _save_controls()
+            _share_controls()
+    return page
+
+
+def _call(button, method: str, inputs=(), outputs=None):
+    """A click calls a method of the page's script with the values of `inputs`."""
+    names = ", ".join(f"v{i}" for i in range(len(inputs)))
+    returns = "return " if outputs else ""
+    script = f"async ({names}) => {{ {returns}await window.play.{method}({names}); }}"
+    button.click(None, list(inputs), outputs, js=script, queue=False, show_progress="hidden")
+
+
+def _start_controls() -> None:
+    with gr.Column(elem_classes="play-card", min_width=280):
+        gr.Markdown("### Start")
+        with gr.Row():
+            clip = gr.Number(0, label="Clip of the validation split", precision=0, minimum=0,
+                             min_width=120, elem_id="play-clip")  # fmt: skip
+            frames = gr.Slider(1, 32, 1, step=1, label="Prompt frames", min_width=160,
+                               buttons=[], elem_id="play-prompt")  # fmt: skip
+        with gr.Row():
+            chosen = gr.Button("This clip", size="sm", min_width=90, elem_id="play-start")
+            random = gr.Button("Random clip", size="sm", variant="primary", min_width=90,
+                               elem_id="play-random")  # fmt: skip
+            picture = gr.Button("My picture", size="sm", min_width=90, elem_id="play-picture")
+    _call(chosen, "start", (clip, frames))
+    _call(random, "startRandom", (frames,))
+    _call(picture, "pickPicture")
+
+
+def _pace_controls(rules: Rules) -> None:
+    with gr.Column(elem_classes="play-card", min_width=280):
+        gr.Markdown("### Pace")
+        with gr.Row():
+            fps = gr.Slider(1, 30, rules.fps, step=1, label="Frames a second", min_width=200,
+                            buttons=[], elem_id="play-fps")  # fmt: skip
+            steps = gr.Radio(
+                ["auto", *map(str, rules.steps)], value="auto", label="DDIM steps", min_width=260,
+                elem_id="play-steps",
+            )  # fmt: skip
+        mode = gr.Radio(
+            ["Hold keys", "Auto-run", "Step"], value="Hold keys", label="The world moves",
+            info="while keys are held · always · one frame for each press",
+            elem_id="play-mode",
+        )  # fmt: skip
+    _call_on_change(fps, "setFps")
+    _call_on_change(steps, "setSteps")
+    _call_on_change(mode, "setMode")
+
+
+def _call_on_change(control, method: str) -> None:
+    control.change(
+        None, [control], None, js=f"(value) => {{ window.play.{method}(value); }}",
+        queue=False, show_progress="hidden",
+    )  # fmt: skip
+
+
+def _save_controls() -> None:
+    with gr.Column(elem_classes="play-card", min_width=280):
+        gr.Markdown("### Record")
+        with gr.Row():
+            record = gr.Button("● Record", size="sm", min_width=90, elem_id="play-record")
+            clear = gr.Button("Clear", size="sm", min_width=70, elem_id="play-clear")
+            film = gr.Button("Film (mp4)", size="sm", min_width=90, elem_id="play-mp4")
+            numbers = gr.Button("Data (npz)", size="sm", min_width=90, elem_id="play-npz")
+    _call(record, "record")
+    _call(clear, "clear")
+    _call(film, "saveFilm")
+    _call(numbers, "saveNumbers")
+
+
+def _share_controls() -> None:
+    with gr.Column(elem_classes="play-card", min_width=280):
+        gr.Markdown("### Share")
+        code = gr.Textbox(
+            label="Share code", lines=2, max_lines=4, buttons=["copy"], elem_id="play-code",
+            placeholder="Make a code of this session, or paste one to see it again",
+        )  # fmt: skip
+        with gr.Row():
+            make = gr.Button("Make code", size="sm", min_width=90, elem_id="play-share")
+            replay = gr.Button("Play code", size="sm", min_width=90, elem_id="play-replay")
+    _call(make, "share", outputs=code)
+    _call(replay, "replay", (code,))

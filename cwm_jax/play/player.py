@@ -1,0 +1,394 @@
+"""One player at the other end of a WebSocket: keys and commands in, frames out.
+
+In, as JSON text of at most 64 KiB: `{"do": NAME, …}`, see the methods `_do_…`; as bytes: a picture
+to start from. Out, as JSON text: `{"say": NAME, …}`; as bytes: a frame, see `_HEADER`, or after
+`{"say": "branches", …}` the frames of what-if.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import json
+import secrets
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import jax
+import numpy as np
+from fastapi import WebSocket, WebSocketDisconnect
+
+from cwm_jax.coinrun import NOOP, NUM_ACTIONS
+from cwm_jax.errors import UserError
+from cwm_jax.play import prompts, saving, share
+from cwm_jax.play.prompts import ClipSource
+from cwm_jax.play.session import MAX_FUTURE, Session
+from cwm_jax.play.studio import Downloads, Studio
+
+MAX_TEXT = 64 << 10
+MAX_FPS = 60
+_MAX_WAITING = 32  # commands that were not yet seen to
+# kind (1: frame), action, DDIM steps, window, lanes, number, frames in all, stamp of the key
+_HEADER = struct.Struct("<BbHHHIId")
+_FRAME, _BRANCHES = 1, 2
+
+
+class Keys:
+    """What is held down, and what was tapped since the last frame; asked by the device's thread."""
+
+    def __init__(self):
+        self.held, self.tapped = NOOP, None
+        self._stamp = self.drawn_stamp = 0.0
+
+    def press(self, action: int, stamp: float) -> None:
+        self.held, self._stamp = action, stamp
+        if action != NOOP:
+            self.tapped = action
+
+    def release(self) -> None:
+        self.held, self.tapped = NOOP, None
+
+    def take(self, ordered: int) -> int:
+        """The action for the frame that is now begun.
+
+        Args:
+            ordered: what was held when the frame was ordered, for a key let go since.
+        """
+        tapped = self.take_tap()
+        if self.held != NOOP:
+            return self.held
+        return ordered if tapped is None else tapped
+
+    def take_tap(self) -> int | None:
+        """What was last pressed since the last frame, if anything was; for one frame."""
+        tapped, self.tapped = self.tapped, None
+        self.drawn_stamp, self._stamp = self._stamp or self.drawn_stamp, 0.0
+        return tapped
+
+
+class Player:
+    """A person's connection; `run` lasts as long as it does."""
+
+    def __init__(self, socket: WebSocket, studio: Studio):
+        self._socket, self._studio = socket, studio
+        self._token: str | None = None
+        self._session: Session | None = None
+        self._keys = Keys()
+        self._auto = self._step_mode = False
+        self._fps, self._pinned = studio.rules.fps, 0
+        self._commands: deque[tuple[str, dict]] = deque()
+        self._wake = asyncio.Event()
+        self._due = 0.0
+        self._recorded: tuple[int, int | None] | None = None  # first frame, end where it stopped
+        self._files_made = 0
+        self.downloads = Downloads()
+        self._over = False
+
+    async def run(self) -> None:
+        """Plays until the connection ends, however it ends; frees all that the player held."""
+        self._token = self._studio.enter(self)
+        if self._token is None:
+            await self._say("full", text=f"All {self._studio.rules.players} places are taken.")
+            await self._socket.close(1013)
+            return
+        reader = None
+        try:
+            if not await self._opened():
+                return
+            await self._hello()
+            reader = asyncio.create_task(self._read())
+            self._commands.append(("start", {}))
+            await self._play()
+        except (WebSocketDisconnect, RuntimeError, OSError):
+            pass  # the connection is gone, perhaps in the middle of a frame
+        finally:
+            if reader:
+                reader.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await reader
+            self._studio.leave(self._token)
+            if self._session:
+                self._session.close()
+            self.downloads.close()
+
+    async def _opened(self) -> bool:
+        """Tells how the start goes on until the device is there; False where it never will be."""
+        told = None
+        while not self._studio.is_open:
+            if self._studio.fault:
+                await self._say("fault", text=self._studio.fault)
+                await self._socket.close(1011)
+                return False
+            if told != self._studio.stage:
+                told = self._studio.stage
+                await self._say("progress", text=told)
+            await asyncio.sleep(0.1)
+        return True
+
+    async def _hello(self) -> None:
+        studio = self._studio
+        await self._say(
+            "hello",
+            token=self._token,
+            title=studio.title,
+            demo=studio.demo,
+            clips=len(studio.prompts),
+            steps=list(studio.scheduler.drawer.steps),
+            fps=self._fps,
+        )
+
+    async def _read(self) -> None:
+        """Takes in messages until the connection ends or nothing comes for too long."""
+        try:
+            while True:
+                wait = self._studio.rules.idle_seconds
+                message = await asyncio.wait_for(self._socket.receive(), wait)
+                if message["type"] == "websocket.disconnect":
+                    return
+                try:
+                    self._take(message)
+                except UserError as error:
+                    await self._say("error", text=str(error))
+                self._wake.set()
+        except TimeoutError:
+            code = self._session.recipe().encoded if self._session else ""
+            await self._say("idle", text="This session was idle and has ended.", code=code)
+            await self._socket.close(1000)
+        finally:
+            self._over = True
+            self._wake.set()
+
+    def _take(self, message: dict) -> None:
+        if (raw := message.get("bytes")) is not None:
+            self._queue("picture", {"raw": raw})
+            return
+        text = message.get("text") or ""
+        if len(text) > MAX_TEXT:
+            raise UserError(f"a message of {len(text):,} letters; at most {MAX_TEXT:,} are read")
+        try:
+            fields = json.loads(text)
+            name = fields.pop("do")
+        except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+            raise UserError('that message makes no sense: wanted JSON, {"do": NAME, …}') from None
+        if name == "keys":  # at once: a frame that is begun later takes it into account
+            action = _whole(fields, "action", 0, NUM_ACTIONS - 1)
+            self._keys.press(action, _number(fields, "stamp"))
+        elif isinstance(name, str) and hasattr(self, f"_do_{name}"):
+            self._queue(name, fields)
+        else:
+            raise UserError(f"there is no command {str(name)[:40]!r}")
+
+    def _queue(self, name: str, fields: dict) -> None:
+        if self._commands and name == self._commands[-1][0] == "rewind":
+            self._commands.pop()  # only the last of a row matters
+        if len(self._commands) >= _MAX_WAITING:
+            raise UserError("too many commands at once; that one was dropped")
+        try:
+            inspect.signature(getattr(self, f"_do_{name}")).bind(**fields)
+        except TypeError as error:
+            raise UserError(f"command {name}: {error}") from None
+        self._commands.append((name, fields))
+
+    async def _play(self) -> None:
+        while not self._over:
+            if self._commands:
+                name, fields = self._commands.popleft()
+                await self._guarded(getattr(self, f"_do_{name}"), **fields)
+            elif self._session and self._session.to_replay:
+                await self._guarded(self._replay_frame)
+            elif self._session and self._wants_frame():
+                await self._guarded(self._frame)
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+
+    async def _guarded(self, act: Callable[..., Awaitable[None]], **fields) -> None:
+        """Tells the player of a mistake, or of a fault of the device, and goes on."""
+        try:
+            await act(**fields)
+        except UserError as error:
+            self._halt()
+            await self._say("error", text=str(error))
+        except jax.errors.JaxRuntimeError as error:
+            self._halt()
+            await self._say("error", text=f"the device failed: {str(error).splitlines()[0][:200]}")
+
+    def _halt(self) -> None:
+        self._keys.release()
+        self._auto = False
+
+    def _wants_frame(self) -> bool:
+        if self._step_mode:
+            return self._keys.tapped is not None
+        return self._auto or self._keys.held != NOOP or self._keys.tapped is not None
+
+    async def _frame(self) -> None:
+        loop = asyncio.get_running_loop()
+        if (early := self._due - loop.time()) > 0:
+            await asyncio.sleep(early)
+            if not self._wants_frame() or self._commands:
+                return
+        self._due = max(self._due + 1 / self._fps, loop.time())
+        keys, ordered = self._keys, self._keys.held
+        if self._step_mode:
+            tap = keys.take_tap()
+            take = lambda: tap
+        else:
+            take = lambda: keys.take(ordered)
+        drawn = await self._session.step(take, steps=self._steps())
+        await self._show(drawn.frame)
+
+    def _steps(self) -> int:
+        return self._pinned or self._studio.scheduler.governor.choose(self._fps)
+
+    async def _replay_frame(self) -> None:
+        try:
+            drawn = await self._session.replay_step()
+        finally:
+            frame = self._session.history.frame(self._session.at)
+            await self._show(frame)
+        if not self._session.to_replay:
+            text = f"Drawn again, all {self._session.at + 1} frames, to the very same pixels."
+            await self._say("replayed", text=text, steps=drawn.program.steps)
+
+    async def _show(self, frame_HWC: np.ndarray) -> None:
+        session = self._session
+        at, total = session.at, len(session.history)
+        steps, lanes = session.history.programs[at] or (0, 0)
+        header = _HEADER.pack(
+            _FRAME, session.history.actions[at], steps, session.window, lanes, at, total,
+            self._keys.drawn_stamp,
+        )  # fmt: skip
+        self._keys.drawn_stamp = 0.0
+        await self._socket.send_bytes(header + frame_HWC.tobytes())
+
+    async def _say(self, what: str, **fields) -> None:
+        await self._socket.send_text(json.dumps({"say": what, **fields}))
+
+    async def _begin(self, session: Session) -> None:
+        if self._session:
+            self._session.close()
+        self._session, self._recorded = session, None
+        self._keys.release()
+        source = session.prompt.source
+        clip = source.number if isinstance(source, ClipSource) else None
+        given = session.history.given
+        await self._say("started", seed=session.seed, clip=clip, given=given)
+        await self._show(session.history.frame(session.at))
+
+    async def _do_start(self, clip=None, prompt=1, seed=None) -> None:
+        """A new session from a clip; a random one where `clip` is null."""
+        fields = dict(clip=clip, prompt=prompt, seed=seed)
+        count = len(self._studio.prompts)
+        number = secrets.randbelow(count) if clip is None else _whole(fields, "clip", 0, count - 1)
+        source = ClipSource(number, _whole(fields, "prompt", 1, prompts.MAX_PROMPT))
+        seed = None if seed is None else _whole(fields, "seed", 0, 2**32 - 1)
+        loaded = await asyncio.to_thread(self._studio.prompts.load, source)
+        await self._begin(Session(self._studio.scheduler, loaded, seed=seed))
+
+    async def _do_picture(self, raw=b"") -> None:
+        """A new session from an uploaded picture."""
+        if not isinstance(raw, bytes):
+            raise UserError("a picture is sent as bytes, not as text")
+        loaded = await asyncio.to_thread(prompts.from_picture, raw)
+        await self._begin(Session(self._studio.scheduler, loaded))
+
+    async def _do_settings(self, fps=None, steps=None, auto=None, step_mode=None) -> None:
+        """Any of: frames a second, DDIM steps (0: the governor picks), auto-run, step mode."""
+        if fps is not None:
+            self._fps = _whole(dict(fps=fps), "fps", 1, MAX_FPS)
+        if steps is not None:
+            choices = self._studio.scheduler.drawer.steps
+            if steps and steps not in choices:
+                raise UserError(f"{steps!r} DDIM steps: choose of {list(choices)}, or 0")
+            self._pinned = steps
+        if auto is not None:
+            self._auto = bool(auto)
+        if step_mode is not None:
+            self._step_mode = bool(step_mode)
+            self._keys.release()
+
+    async def _do_wait(self) -> None:
+        """One frame without a key."""
+        self._keys.tapped = NOOP
+
+    async def _do_rewind(self, to=0) -> None:
+        """Shows an earlier (or later) frame and halts there."""
+        self._halt()
+        self._session.rewind(_whole(dict(to=to), "to", 0, 2**31))
+        await self._show(self._session.history.frame(self._session.at))
+
+    async def _do_what_if(self, frames=8) -> None:
+        """The next frames under each meaningful action."""
+        self._auto = False
+        count = _whole(dict(frames=frames), "frames", 1, MAX_FUTURE)
+        await self._say("thinking", text=f"Drawing {count} frames of each future …")
+        branches = await self._session.what_if(count, steps=self._steps())
+        await self._say("branches", actions=[b.action for b in branches], frames=count)
+        pixels = b"".join(frame.tobytes() for branch in branches for frame in branch.frames)
+        await self._socket.send_bytes(bytes([_BRANCHES]) + pixels)
+
+    async def _do_choose(self, branch=0) -> None:
+        """Goes on where a branch of what-if ended."""
+        self._session.choose(_whole(dict(branch=branch), "branch", 0, 99))
+        await self._show(self._session.history.frame(self._session.at))
+
+    async def _do_share(self) -> None:
+        """The session's share code, up to the frame that is shown."""
+        await self._say("code", code=self._session.recipe().encoded)
+
+    async def _do_replay(self, code="") -> None:
+        """A new session, drawn from a share code."""
+        recipe = share.decode(str(code))
+        session = await asyncio.to_thread(
+            Session.from_recipe, self._studio.scheduler, self._studio.prompts, recipe
+        )
+        await self._begin(session)
+
+    async def _do_record(self, on=True) -> None:
+        """Marks where a recording begins or ends."""
+        at = self._session.at
+        if on:
+            self._recorded = at, None
+        elif self._recorded:
+            self._recorded = self._recorded[0], at + 1
+        await self._say("recording", on=bool(on), start=self._recorded and self._recorded[0])
+
+    async def _do_clear(self) -> None:
+        """Forgets the recording."""
+        self._recorded = None
+        await self._say("recording", on=False, start=None)
+
+    async def _do_save(self, kind="mp4") -> None:
+        """Writes the recording, or else the whole session, to a file to be downloaded."""
+        if kind not in ("mp4", "npz"):
+            raise UserError(f"a session is saved as mp4 or npz, not {str(kind)[:20]!r}")
+        start, stop = self._recorded or (0, None)
+        total = len(self._session.history)
+        start, stop = min(start, total - 1), min(stop or total, total)
+        stop = max(stop, start + 1)
+        await self._say("thinking", text=f"Writing {stop - start} frames …")
+        self._files_made += 1
+        path = self.downloads.new(f"session{self._files_made}.{kind}")
+        if kind == "mp4":
+            write = lambda: saving.write_film(
+                self._session, path, start=start, stop=stop, fps=self._fps
+            )
+        else:
+            write = lambda: saving.write_numbers(self._session, path, start=start, stop=stop)
+        await asyncio.to_thread(write)
+        await self._say("file", token=self._token, name=path.name)
+
+
+def _whole(fields: dict, name: str, low: int, high: int) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UserError(f"{name} is {str(value)[:40]!r}; it must be a whole number {low}…{high}")
+    return value
+
+
+def _number(fields: dict, name: str) -> float:
+    value = fields.get(name, 0)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e15:
+        raise UserError(f"{name} is {str(value)[:40]!r}; it must be a number")
+    return float(value)

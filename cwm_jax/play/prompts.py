@@ -1,0 +1,109 @@
+"""What a session starts from: the first frames of a real clip, or a picture of one's own."""
+
+import dataclasses
+import io
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from cwm_jax import data
+from cwm_jax.coinrun import IMAGE_SIZE, NO_ACTION
+from cwm_jax.data import DataConfig
+from cwm_jax.errors import UserError
+
+MAX_PROMPT = 32  # frames
+MAX_SIDE = 1024  # pixels of a picture; larger ones are refused before they are unpacked
+MAX_PICTURE_BYTES = 4 << 20
+_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
+
+
+class ClipSource(NamedTuple):
+    """The first `frames` frames of clip `number` of the validation split."""
+
+    number: int
+    frames: int
+
+
+class PictureSource(NamedTuple):
+    """A picture, PNG bytes of 64×64 pixels."""
+
+    png: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Given frames, and where they came from."""
+
+    frames_PHWC: np.ndarray  # uint8
+    actions_P: np.ndarray  # int32, the action that led into each, −1 for none
+    source: ClipSource | PictureSource
+
+    @property
+    def checksum(self) -> int:
+        return zlib.crc32(self.frames_PHWC.tobytes() + self.actions_P.astype("<i4").tobytes())
+
+
+class ClipPrompts:
+    """Prompts from the clips of a dataset's validation split."""
+
+    def __init__(self, folder: Path | str):
+        config = DataConfig(dir=str(folder), clip_len=MAX_PROMPT)
+        self.episodes = data.open_episodes(config, "val")
+        self.clips = data.open_clips(config, "val")
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def load(self, source: ClipSource | PictureSource) -> Prompt:
+        """Raises `UserError` for a clip or a number of frames that there is not."""
+        if isinstance(source, PictureSource):
+            return _from_png(source)
+        if not 0 <= source.number < len(self):
+            raise UserError(f"there is no clip {source.number}: they count 0…{len(self) - 1}")
+        if not 1 <= source.frames <= MAX_PROMPT:
+            raise UserError(f"{source.frames} prompt frames: choose 1…{MAX_PROMPT}")
+        batch = self.clips.batch([source.number])
+        taken = slice(0, source.frames)
+        return Prompt(batch["frames"][0, taken], batch["actions"][0, taken], source)
+
+
+def from_picture(raw: bytes) -> Prompt:
+    """A prompt of one frame from an uploaded file; the middle of it, reduced, if it is larger.
+
+    Raises:
+        UserError: it is no picture, or too large.
+    """
+    if len(raw) > MAX_PICTURE_BYTES:
+        raise UserError(f"the picture has {len(raw):,} bytes; at most {MAX_PICTURE_BYTES:,} do")
+    try:
+        picture = Image.open(io.BytesIO(raw), formats=_FORMATS)
+        if max(picture.size) > MAX_SIDE:
+            raise UserError(
+                f"the picture has {picture.width}×{picture.height} pixels; "
+                f"at most {MAX_SIDE}×{MAX_SIDE} are taken, and 64×64 are used"
+            )
+        picture = picture.convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError):
+        raise UserError("that file is no picture that can be read: send a PNG or JPEG") from None
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
+        box = left, top, left + side, top + side
+        picture = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX, box=box)
+    png = io.BytesIO()
+    picture.save(png, "PNG", optimize=True)
+    return _from_png(PictureSource(png.getvalue()))
+
+
+def _from_png(source: PictureSource) -> Prompt:
+    try:
+        picture = Image.open(io.BytesIO(source.png), formats=("PNG",))
+        if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
+            raise UserError(f"the picture is {picture.size}, not {(IMAGE_SIZE, IMAGE_SIZE)}")
+        frame = np.array(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        raise UserError("the picture in it cannot be read") from None
+    return Prompt(frame[None], np.array([NO_ACTION], np.int32), source)

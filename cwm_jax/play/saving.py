@@ -1,0 +1,46 @@
+"""A session as files: a film with the keys below the picture, and its bare numbers."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cwm_jax import files, video
+from cwm_jax.coinrun import FRAME_SHAPE
+from cwm_jax.play.session import Session
+from cwm_jax.sheet import Sheet
+
+_SCALE = 6
+
+
+def write_film(session: Session, path: Path, *, start: int, stop: int, fps: int) -> None:
+    """Films frames `start` … `stop` − 1 with the keyboard overlay; raises `UserError` as video."""
+    history = session.history
+    sheet = Sheet.fitting(1, FRAME_SHAPE[:2], with_real=False, scale=_SCALE)
+    pictures = (
+        sheet.draw(
+            history.frame(number)[None],
+            np.array([history.actions[number]]),
+            given=number < history.given,
+            caption=f"{number + 1 - start} / {stop - start}",
+        )
+        for number in range(start, stop)
+    )
+    video.write_mp4(path, pictures, fps=fps)
+
+
+def write_numbers(session: Session, path: Path, *, start: int, stop: int) -> None:
+    """Writes npz: frames uint8 [T, H, W, C], actions int32 [T], seed, given, steps, lanes."""
+    history = session.history
+    programs = [program or (0, 0) for program in history.programs[start:stop]]
+    steps, lanes = np.array(programs, np.int32).T
+    with files.written_whole(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            frames=np.stack(list(history.frames(start, stop))),
+            actions=np.array(history.actions[start:stop], np.int32),
+            steps=steps,
+            lanes=lanes,
+            seed=np.uint32(session.seed),
+            n_prompt=max(0, min(history.given, stop) - start),
+            first_frame=start,
+        )

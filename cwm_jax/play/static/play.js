@@ -1,0 +1,357 @@
+// The stage: keys in, frames out, over one WebSocket. See cwm_jax/play/player.py for the protocol.
+
+const SIZE = 64, FRAME_BYTES = SIZE * SIZE * 3, HEADER = 24;
+const ARROWS = {1: "← left", 2: "↖ jump left", 4: "· nothing", 5: "↑ jump", 7: "→ right", 8: "↗ jump right"};
+const CODES = {
+  ArrowLeft: "left", ArrowRight: "right", ArrowUp: "up", ArrowDown: "down",
+  KeyA: "left", KeyD: "right", KeyW: "up", KeyS: "down", Space: "up",
+};
+const $ = (id) => document.getElementById(id);
+
+/* ---- state ---- */
+
+let socket = null, token = null, over = false;
+let place = 0, total = 1;
+let auto = false, mode = "Hold keys", recording = false;
+let lastSent = 4;
+let expectBranches = null, futureTimer = 0;
+let waitingForCode = null;
+const sources = {keyboard: new Set(), touch: new Map(), gamepad: new Set()};
+const arrivals = [], delays = [];
+
+/* ---- words to the person ---- */
+
+function note(text, bad = false) {
+  $("note").textContent = text;
+  $("note").classList.toggle("bad", bad);
+}
+
+function cover(title, text = "", button = "") {
+  $("cover").hidden = !title;
+  $("cover-title").textContent = title;
+  $("cover-text").textContent = text;
+  $("cover-button").hidden = !button;
+  $("cover-button").textContent = button;
+}
+
+/* ---- the socket ---- */
+
+function send(message) {
+  if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message));
+}
+
+function connect() {
+  over = false;
+  cover("Connecting …");
+  const url = new URL("play/socket", document.baseURI);
+  url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
+  socket = new WebSocket(url);
+  socket.binaryType = "arraybuffer";
+  socket.onmessage = ({data}) => typeof data === "string" ? hear(JSON.parse(data)) : see(data);
+  socket.onclose = ({code}) => {
+    waitingForCode?.("");
+    if (over) return;
+    const why = code === 1009 ? "The last message was larger than the server takes."
+      : "The connection was lost, and the session with it.";
+    cover("Disconnected", why, "Start anew");
+  };
+}
+
+const heard = {
+  progress: ({text}) => cover("One moment", text),
+  full: ({text}) => { over = true; cover("Full house", `${text} Try again when somebody has left.`, "Try again"); },
+  fault: ({text}) => { over = true; cover("This cannot be played", text); },
+  idle: ({text, code}) => {
+    over = true;
+    cover("Paused", `${text} Nobody pressed a key for a while.`, "Start anew");
+    if (code) { setCode(code); note("Its share code is in the field “Share code”: play it to go on."); }
+  },
+  hello: (m) => {
+    token = m.token;
+    $("title").textContent = m.title;
+    cover("");
+    if (m.demo) note("No model is loaded: these are real recordings, and the keys change nothing.");
+    sendKeys(true);
+    setMode(mode);
+  },
+  started: () => {
+    closeFutures();
+    recording = false; showRecording();
+    delays.length = arrivals.length = 0;
+  },
+  error: ({text}) => { note(text, true); setAuto(false, false); waitingForCode?.(""); },
+  thinking: ({text}) => note(text),
+  replayed: ({text}) => note(text),
+  recording: ({on, start}) => {
+    recording = on; showRecording();
+    note(on ? `Recording from frame ${start}.` : start === null ? "Nothing is marked: the whole session is saved."
+      : "Recorded. Save it as a film or as data.");
+  },
+  code: ({code}) => { waitingForCode?.(code); note(`A code of ${code.length} letters: whoever plays it sees this session.`); },
+  branches: (m) => { expectBranches = m; note("Choose a future to go on there."); },
+  file: (m) => {
+    const link = document.createElement("a");
+    link.href = new URL(`play/files/${m.token}/${m.name}`, document.baseURI);
+    link.download = `cwm_jax_${m.name}`;
+    link.textContent = link.download;
+    note("Saved: ");
+    $("note").append(link);
+    link.click();
+  },
+};
+
+function hear(message) {
+  heard[message.say]?.(message);
+}
+
+/* ---- pictures ---- */
+
+function paint(canvas, bytes, offset) {
+  const context = canvas.getContext("2d", {alpha: false});
+  const image = context.createImageData(SIZE, SIZE), to = image.data;
+  for (let i = 0, from = offset; i < to.length; from += 3) {
+    to[i++] = bytes[from]; to[i++] = bytes[from + 1]; to[i++] = bytes[from + 2]; to[i++] = 255;
+  }
+  context.putImageData(image, 0, 0);
+}
+
+function see(buffer) {
+  const bytes = new Uint8Array(buffer);
+  if (bytes[0] === 2) { showFutures(bytes); return; }
+  const view = new DataView(buffer);
+  paint($("screen"), bytes, HEADER);
+  const steps = view.getUint16(2, true), window_ = view.getUint16(4, true);
+  place = view.getUint32(8, true);
+  total = view.getUint32(12, true);
+  const stamp = view.getFloat64(16, true);
+  const now = performance.now();
+  if (stamp > 0) { delays.push(now - stamp); if (delays.length > 100) delays.shift(); }
+  arrivals.push(now);
+  window.playFrames = (window.playFrames ?? 0) + 1;
+  $("scrub").max = total - 1;
+  $("scrub").value = place;
+  $("place").textContent = `${place + 1} / ${total}`;
+  $("r-steps").textContent = steps || "given";
+  $("r-window").textContent = window_ > 64 ? "–" : `${window_} frame${window_ === 1 ? "" : "s"}`;
+}
+
+function readOut() {
+  const now = performance.now();
+  while (arrivals.length && now - arrivals[0] > 2000) arrivals.shift();
+  const span = arrivals.length > 1 ? arrivals.at(-1) - arrivals[0] : 0;
+  $("r-fps").textContent = span > 300 ? ((arrivals.length - 1) / span * 1000).toFixed(1) : "–";
+  if (delays.length) {
+    const sorted = [...delays].sort((a, b) => a - b);
+    const at = (share) => Math.round(sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))]);
+    $("r-latency").textContent = `${at(.5)} · ${at(.95)} ms`;
+  }
+}
+
+/* ---- what if ---- */
+
+function showFutures(bytes) {
+  const {actions, frames} = expectBranches;
+  closeFutures();
+  const grid = $("futures-grid");
+  actions.forEach((action, branch) => {
+    const button = document.createElement("button"), canvas = document.createElement("canvas");
+    canvas.width = canvas.height = SIZE;
+    button.append(canvas, ARROWS[action] ?? `action ${action}`);
+    button.onclick = () => { closeFutures(); note(""); send({do: "choose", branch}); };
+    grid.append(button);
+  });
+  const canvases = [...grid.querySelectorAll("canvas")];
+  let t = 0;
+  const draw = () => {
+    canvases.forEach((canvas, i) => paint(canvas, bytes, 1 + (i * frames + Math.min(t, frames - 1)) * FRAME_BYTES));
+    t = (t + 1) % (frames + 5);  // the last picture stands a little
+  };
+  draw();
+  futureTimer = setInterval(draw, 110);
+  $("futures").hidden = false;
+}
+
+function closeFutures() {
+  clearInterval(futureTimer);
+  $("futures").hidden = true;
+  $("futures-grid").replaceChildren();
+}
+
+/* ---- keys, buttons, gamepad ---- */
+
+function held() {
+  return new Set([...sources.keyboard, ...sources.touch.values(), ...sources.gamepad]);
+}
+
+function actionOf(keys) {  // 0 … 8: left, none, right, each with down, none, up
+  const x = keys.has("right") - keys.has("left"), y = keys.has("up") - keys.has("down");
+  return (x + 1) * 3 + y + 1;
+}
+
+function sendKeys(force = false) {
+  const keys = held(), action = actionOf(keys);
+  for (const button of document.querySelectorAll(".pad [data-key]"))
+    button.classList.toggle("held", keys.has(button.dataset.key));
+  if (action === lastSent && !force) return;
+  lastSent = action;
+  if (action !== 4) closeFutures();
+  send({do: "keys", action, stamp: action === 4 ? 0 : performance.now()});
+}
+
+function rewindBy(frames) {
+  const to = Math.max(0, Math.min(total - 1, place + frames));
+  if (to !== place) rewindTo(to);
+}
+
+function rewindTo(to) {
+  setAuto(false, false);
+  place = to;
+  send({do: "rewind", to});
+}
+
+function typing(target) {
+  return target.closest?.("input:not([type=range]):not([type=radio]), textarea, select, [contenteditable=true]");
+}
+
+function onKey(event, down) {
+  if (typing(event.target) || event.ctrlKey || event.metaKey || event.altKey) return;
+  const key = CODES[event.code];
+  if (key) {
+    event.preventDefault();
+    event.stopPropagation();
+    sources.keyboard[down ? "add" : "delete"](event.code === "Space" ? "up" : key);
+    if (!event.repeat) sendKeys();
+  } else if (down) {
+    const act = {KeyZ: () => rewindBy(-1), KeyX: () => rewindBy(1), Period: () => send({do: "wait"}),
+      KeyP: () => event.repeat || setAuto(!auto), KeyF: () => event.repeat || whatIf(), Escape: closeFutures}[event.code];
+    if (act) { event.preventDefault(); act(); }
+  }
+}
+
+function releaseAll() {
+  for (const source of Object.values(sources)) source.clear();
+  sendKeys();
+}
+
+function pollGamepad() {
+  const pads = navigator.getGamepads?.() ?? [];
+  const now = new Set();
+  for (const pad of pads) {
+    if (!pad) continue;
+    const [x = 0, y = 0] = pad.axes, on = (i) => pad.buttons[i]?.pressed;
+    if (x < -.4 || on(14)) now.add("left");
+    if (x > .4 || on(15)) now.add("right");
+    if (y < -.5 || on(12) || on(0)) now.add("up");
+    if (y > .5 || on(13)) now.add("down");
+  }
+  if (now.size || sources.gamepad.size) { sources.gamepad = now; sendKeys(); }
+  requestAnimationFrame(pollGamepad);
+}
+
+function wirePads() {
+  for (const button of document.querySelectorAll(".pad [data-key]")) {
+    button.addEventListener("pointerdown", (event) => {
+      event.preventDefault();
+      button.setPointerCapture?.(event.pointerId);
+      sources.touch.set(event.pointerId, button.dataset.key);
+      sendKeys();
+    });
+    for (const end of ["pointerup", "pointercancel", "lostpointercapture"])
+      button.addEventListener(end, (event) => { sources.touch.delete(event.pointerId); sendKeys(); });
+    button.addEventListener("contextmenu", (event) => event.preventDefault());
+  }
+}
+
+/* ---- what Gradio's controls call ---- */
+
+function setAuto(on, tell = true) {
+  auto = on;
+  $("auto").setAttribute("aria-pressed", on);
+  if (tell) send({do: "settings", auto: on});
+}
+
+function setMode(value) {
+  mode = value;
+  send({do: "settings", step_mode: value === "Step"});
+  setAuto(value === "Auto-run");
+}
+
+function whatIf() {
+  releaseAll();
+  setAuto(false, false);
+  send({do: "what_if", frames: 8});
+}
+
+function showRecording() {
+  $("live").hidden = !recording;
+  const button = document.querySelector("#play-record");
+  if (button) button.textContent = recording ? "■ Stop" : "● Record";
+}
+
+function setCode(code) {
+  const area = document.querySelector("#play-code textarea");
+  if (!area) return;
+  area.value = code;
+  area.dispatchEvent(new Event("input", {bubbles: true}));
+}
+
+function pickPicture() {
+  const input = document.createElement("input");
+  input.type = "file";
+  input.accept = "image/*";
+  input.onchange = () => sendPicture(input.files[0]);
+  input.click();
+}
+
+async function sendPicture(file) {
+  if (!file) return;
+  if (file.size > 4 << 20) { note(`That file has ${(file.size / 1e6).toFixed(1)} MB; at most 4 MB are taken.`, true); return; }
+  socket.send(await file.arrayBuffer());
+}
+
+window.play = {
+  start: (clip, prompt) => { note(""); send({do: "start", clip: clip ?? 0, prompt}); focusStage(); },
+  startRandom: (prompt) => { note(""); send({do: "start", clip: null, prompt}); focusStage(); },
+  pickPicture,
+  sendPicture,
+  setFps: (fps) => send({do: "settings", fps}),
+  setSteps: (steps) => send({do: "settings", steps: steps === "auto" ? 0 : Number(steps)}),
+  setMode,
+  record: () => send({do: "record", on: !recording}),
+  clear: () => send({do: "clear"}),
+  saveFilm: () => send({do: "save", kind: "mp4"}),
+  saveNumbers: () => send({do: "save", kind: "npz"}),
+  share: () => new Promise((resolve) => {
+    waitingForCode = (code) => { waitingForCode = null; resolve(code); };
+    send({do: "share"});
+  }),
+  replay: (code) => { note("Drawing the session again …"); send({do: "replay", code}); focusStage(); },
+};
+
+function focusStage() {
+  $("screen").focus({preventScroll: true});
+}
+
+/* ---- start, once Gradio has put the stage in place ---- */
+
+function begin() {
+  addEventListener("keydown", (event) => onKey(event, true), true);
+  addEventListener("keyup", (event) => onKey(event, false), true);
+  addEventListener("blur", releaseAll);
+  document.addEventListener("visibilitychange", () => document.hidden && releaseAll());
+  wirePads();
+  $("auto").onclick = () => setAuto(!auto);
+  $("whatif").onclick = whatIf;
+  $("futures-close").onclick = closeFutures;
+  $("back").onclick = () => rewindBy(-1);
+  $("forth").onclick = () => rewindBy(1);
+  $("scrub").oninput = () => rewindTo(Number($("scrub").value));
+  $("cover-button").onclick = connect;
+  setInterval(readOut, 250);
+  requestAnimationFrame(pollGamepad);
+  connect();
+}
+
+const looking = setInterval(() => {
+  if ($("screen") && document.querySelector("#play-record")) { clearInterval(looking); begin(); }
+}, 50);

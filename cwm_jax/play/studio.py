@@ -1,0 +1,87 @@
+"""What all players share: the device, the prompts, the places, and how far the start has come."""
+
+import dataclasses
+import secrets
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # JAX and Grain take seconds to import, and the page needs neither
+    from cwm_jax.play.player import Player
+    from cwm_jax.play.prompts import ClipPrompts
+    from cwm_jax.play.scheduler import Scheduler
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What the person at the command line chose."""
+
+    fps: int = 15  # frames a second, unless a player asks for another rate
+    players: int = 8  # places
+    idle_seconds: float = 300.0  # a place is given up after so long without a message
+    steps: tuple[int, ...] = (10, 4, 2, 1)  # numbers of DDIM steps to choose from
+
+
+class Studio:
+    """`open` is called when the device is there; until then `stage` says what goes on."""
+
+    def __init__(self, rules: Rules):
+        self.rules = rules
+        self.stage = "Starting …"
+        self.fault = ""  # why it will never open
+        self.title = ""  # what is played: the checkpoint and its step
+        self.demo = False
+        self.scheduler: Scheduler | None = None
+        self.prompts: ClipPrompts | None = None
+        self.players: dict[str, Player] = {}  # by token, which only the player's page knows
+
+    def open(
+        self, scheduler: "Scheduler", prompts: "ClipPrompts", *, title: str, demo: bool
+    ) -> None:
+        self.prompts, self.title, self.demo = prompts, title, demo
+        self.scheduler = scheduler
+
+    @property
+    def is_open(self) -> bool:
+        return self.scheduler is not None and self.scheduler.first_program.is_set()
+
+    def enter(self, player: "Player") -> str | None:
+        """A token for this player, or None where every place is taken."""
+        if len(self.players) >= self.rules.players:
+            return None
+        token = secrets.token_urlsafe(16)
+        self.players[token] = player
+        if self.scheduler:
+            self.scheduler.want_lanes(len(self.players))
+        return token
+
+    def leave(self, token: str) -> None:
+        self.players.pop(token, None)
+
+
+class Downloads:
+    """The files that one session has made, in a folder that goes with it."""
+
+    _KEPT = 4
+
+    def __init__(self):
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._paths: dict[str, Path] = {}
+
+    def new(self, name: str) -> Path:
+        """Where to write a file that is to be downloaded under this name."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="cwm_jax_")
+        while len(self._paths) >= self._KEPT:
+            self._paths.pop(next(iter(self._paths))).unlink(missing_ok=True)
+        self._paths[name] = Path(self._folder.name) / name
+        return self._paths[name]
+
+    def find(self, name: str) -> Path | None:
+        path = self._paths.get(name)
+        return path if path and path.is_file() else None
+
+    def close(self) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._paths = {}

@@ -1,0 +1,105 @@
+"""Steps in progress: their metrics and pace, and what is done about one that went wrong."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from cwm_jax.errors import UserError
+from cwm_jax.files import written_whole
+from cwm_jax.report import Reporter
+
+FOLDER = "post-mortem"
+
+
+class Progress:
+    """Looks at each step's metrics when the next step is under way: the device never waits for us.
+
+    Args:
+        workdir: gets `post-mortem/step_0000123.json` for every update that was passed over
+            because its loss or gradient was not finite.
+        clips_of: where the clips of a step's batch lie in the files.
+        frames_per_step: for the frame rate.
+        skipped: updates passed over before; more than `max_skipped` stop the run.
+    """
+
+    def __init__(
+        self,
+        reporter: Reporter,
+        workdir: Path,
+        clips_of: Callable[[int], list[dict]],
+        *,
+        frames_per_step: int,
+        skipped: int,
+        max_skipped: int,
+    ):
+        self._reporter, self._workdir, self._clips_of = reporter, workdir, clips_of
+        self._pace = _Pace(frames_per_step)
+        self._skipped, self._max_skipped = skipped, max_skipped
+        self._waiting = None
+
+    def after(self, step: int, metrics: dict[str, jax.Array], *, told: bool) -> None:
+        """Takes the metrics of a step just begun; those with `told` are reported.
+
+        Raises `UserError` if the step before was one unsound update too many.
+        """
+        self.catch_up()
+        self._waiting = step, metrics, told
+
+    def catch_up(self) -> None:
+        """Waits for the last step; raises `UserError` as `after` does."""
+        if self._waiting is None:
+            return
+        (step, metrics, told), self._waiting = self._waiting, None
+        skipped = int(metrics["train/skipped"])
+        if skipped > self._skipped:
+            self._skipped = skipped
+            self._unsound(step, jax.device_get(metrics))
+        if told:
+            self._reporter.scalars(step, jax.device_get(metrics) | self._pace.since_last(step))
+
+    def restart(self, step: int) -> None:
+        """Leaves the time since the last step out of the pace."""
+        self._pace.restart(step)
+
+    def _unsound(self, step: int, metrics: dict) -> None:
+        path = self._workdir / FOLDER / f"step_{step:07d}.json"
+        loss = float(metrics["train/loss"])
+        if jax.process_index() == 0:
+            values = {name: repr(float(value)) for name, value in metrics.items()}
+            record = {"step": step, "metrics": values, "clips": self._clips_of(step)}
+            with written_whole(path) as temporary:
+                temporary.write_text(json.dumps(record, indent=1) + "\n")
+        what = f"loss {loss}" if not math.isfinite(loss) else "an infinite gradient"
+        told = f"step {step} has {what}; its update was passed over, and its clips are in {path}"
+        if self._skipped > self._max_skipped:
+            raise UserError(
+                f"{told}\nStopped, as config.max_skipped_updates={self._max_skipped}. The last "
+                f"checkpoint is sound. A lower config.lr may help, or allow some such updates."
+            )
+        count = f"{self._skipped} of at most {self._max_skipped}"
+        print(f"warning: {told} ({count})", file=sys.stderr, flush=True)
+
+
+class _Pace:
+    """How fast training goes, its pauses not counted."""
+
+    def __init__(self, frames_per_step: int):
+        self._frames = frames_per_step
+        self._step, self._time = None, 0.0
+
+    def restart(self, step: int) -> None:
+        self._step, self._time = step, time.perf_counter()
+
+    def since_last(self, step: int) -> dict[str, float]:
+        """Rates since the last call or `restart`; none before there is one (that time compiles)."""
+        last, then = self._step, self._time
+        self.restart(step)
+        if last is None or last == step:
+            return {}
+        rate = (step - last) / (self._time - then)
+        return {"perf/steps_per_sec": rate, "perf/frames_per_sec": rate * self._frames}

@@ -1,0 +1,51 @@
+"""Whether a run may go on from a checkpoint that was saved under another config."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cwm_jax.errors import UserError
+
+# Settings that make it another run. Of the rest, some change the curve (`lr`), and are said.
+_FIXED = (
+    *("seed", "model.hidden_size", "model.depth", "model.num_heads", "model.patch_size"),
+    *("model.image_size", "model.num_actions", "model.max_frames", "data.clip_len", "data.stride"),
+)
+
+
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between a checkpoint's config and this run's, a line for each setting.
+
+    Raises:
+        UserError: naming every setting without which the checkpoint cannot be gone on from.
+    """
+    before, after = dict(_flat(saved)), dict(_flat(now))
+    differing = {
+        key: f"config.{key}={after.get(key)!r}, was {before.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+    fixed = [
+        text
+        for key, text in differing.items()
+        if key in _FIXED or _has_lost_average(key, after, before)
+    ]
+    if fixed:
+        told = "\n".join(f"  {text}" for text in fixed)
+        raise UserError(
+            f"the checkpoint belongs to another run:\n{told}\n"
+            f"Use the old values to go on, or another --workdir to start anew."
+        )
+    return list(differing.values())
+
+
+def _has_lost_average(key: str, after: Mapping, before: Mapping) -> bool:
+    """Whether only one of the two keeps a moving average, which cannot start midway."""
+    return key == "ema_decay" and bool(after.get(key)) != bool(before.get(key))
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

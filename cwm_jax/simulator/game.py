@@ -1,0 +1,177 @@
+"""The parent's side of the simulator: recordings as they are played, and replays of levels."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
+from cwm_jax.episodes import FRAME_BYTES, Episode
+from cwm_jax.errors import UserError
+
+_WORKER = Path(__file__).with_name("worker.py")
+GAMES = (
+    *("bigfish", "bossfight", "caveflyer", "chaser", "climber", "coinrun", "dodgeball"),
+    *("fruitbot", "heist", "jumper", "leaper", "maze", "miner", "ninja", "plunder", "starpilot"),
+)
+POLICIES = ("random", "sticky")
+DIFFICULTIES = ("easy", "hard")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What one worker is to play.
+
+    Fields:
+        game: one of `GAMES`.
+        first_level, num_levels: level seeds first_level … first_level + num_levels − 1.
+        policy: weight of each policy; an episode is played by one, drawn by weight.
+        seed: of the choice of levels and of all actions.
+        records: chunks to record.
+        chunk: frames in a chunk; an episode is cut into such chunks from its start.
+        min_chunk: a shorter rest of an episode is dropped.
+        num_envs: episodes played at once. Few, so that a shard holds whole episodes and not
+            only their beginnings.
+    """
+
+    game: str
+    first_level: int
+    num_levels: int
+    policy: Mapping[str, float]
+    seed: Sequence[int]
+    records: int
+    chunk: int = 160
+    min_chunk: int = 32
+    num_envs: int = 8
+    difficulty: str = "hard"
+
+
+class Chunk(NamedTuple):
+    """A piece of one episode, and what the simulator knew besides."""
+
+    episode: Episode
+    rewards: np.ndarray  # float32 [T], what action i earned
+    done: np.ndarray  # bool [T], whether action i ended the level
+    level_seed: int
+    start: int  # the frame of its level that the chunk starts with
+
+
+class Replay(NamedTuple):
+    """A level played with given actions."""
+
+    frames: np.ndarray  # uint8 [n + 1, 64, 64, 3], the level's first frame and one an action
+    rewards: np.ndarray  # float32 [n], or [n + 1] where the last action ended the level
+    ended: bool  # the level ended; actions after that were not played
+
+
+class Simulator:
+    """A process that plays; a context manager, which ends it. For one thread at a time.
+
+    It has a session of its own, so that Ctrl-C at the terminal reaches the parent alone, which
+    then ends it here.
+
+    Args:
+        python: of the simulator's environment, see `environment.ensure`.
+    """
+
+    def __init__(self, python: Path):
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self._worker = subprocess.Popen(
+            [str(python), "-I", str(_WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> "Simulator":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._worker.kill()
+        self._worker.wait()
+        with contextlib.suppress(BrokenPipeError):  # a job that the process did not live to read
+            self._worker.stdin.close()
+        self._worker.stdout.close()
+        self._said.close()
+
+    def record(self, recording: Recording) -> Iterator[Chunk]:
+        """Plays a recording; the same one gives the same chunks. To be gone through to its end.
+
+        Raises:
+            UserError: the process broke down, with its last words.
+        """
+        self._ask({"do": "record", **dataclasses.asdict(recording)})
+        for _ in range(recording.records):
+            yield self._chunk(json.loads(self._line()))
+
+    def replay(
+        self, game: str, runs: Sequence[tuple[int, Sequence[int]]], *, difficulty: str = "hard"
+    ) -> list[Replay]:
+        """Plays levels from their start: what really happens under these actions.
+
+        Args:
+            game: one of `GAMES`.
+            runs: (level seed, actions 0…14) of each.
+
+        Raises:
+            UserError: for a game or an action that does not exist, or a process that broke down.
+        """
+        check_game(game)
+        for _, actions in runs:
+            if wrong := [a for a in actions if not 0 <= a < NUM_ACTIONS]:
+                raise UserError(f"action {wrong[0]}: {game} has 0…{NUM_ACTIONS - 1}")
+        plain = [{"level_seed": int(s), "actions": [int(a) for a in acts]} for s, acts in runs]
+        self._ask({"do": "replay", "game": game, "difficulty": difficulty, "runs": plain})
+        with np.load(io.BytesIO(self._bytes(int(self._line())))) as arrays:
+            return [
+                Replay(arrays[f"frames_{i}"], arrays[f"rewards_{i}"], bool(arrays[f"ended_{i}"]))
+                for i in range(len(runs))
+            ]
+
+    def _ask(self, job: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it is dead; reading its answer will say why
+            self._worker.stdin.write(json.dumps(job).encode() + b"\n")
+            self._worker.stdin.flush()
+
+    def _chunk(self, head: dict[str, Any]) -> Chunk:
+        size = head["frames"]
+        raw, at = self._bytes(size * (FRAME_BYTES + 8)), size * FRAME_BYTES
+        frames = np.frombuffer(raw, np.uint8, at).reshape(size, *FRAME_SHAPE)
+        actions = np.frombuffer(raw, np.int32, size, offset=at)
+        rewards = np.frombuffer(raw, np.float32, size, offset=at + 4 * size)
+        done = np.zeros(size, bool)
+        done[-1] = head["ended"]
+        return Chunk(Episode(frames, actions), rewards, done, head["level_seed"], head["start"])
+
+    def _line(self) -> bytes:
+        line = self._worker.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise self._broken()
+        return line
+
+    def _bytes(self, size: int) -> bytes:
+        raw = self._worker.stdout.read(size)
+        if len(raw) != size:
+            raise self._broken()
+        return raw
+
+    def _broken(self) -> UserError:
+        code = self._worker.wait()
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").strip().splitlines()
+        return UserError(
+            f"the simulator's process ended with code {code}: {(lines or ['it said nothing'])[-1]}"
+        )
+
+
+def check_game(game: str) -> None:
+    if game not in GAMES:
+        raise UserError(f"Procgen has no game {game!r}; it has {', '.join(GAMES)}")

@@ -1,0 +1,207 @@
+"""Reads every record of a data folder and tells what is wrong with it.
+
+    python -m cwm_jax.tools.check data/coinrun
+    python -m cwm_jax.tools.check data/mine --repair data/mended
+
+Bad records are named by shard and index; so are records that hold the same episode twice. The
+exit code is 1 where there are any. `--repair` writes the good ones anew, each once; broken off,
+the same command does it again.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cwm_jax import controls, episodes, files, shards
+from cwm_jax.clips import clip_counts
+from cwm_jax.controls import Controls
+from cwm_jax.episodes import BadRecord
+from cwm_jax.errors import UserError, shown_to_user
+
+
+@dataclasses.dataclass
+class Shard:
+    """What reading one shard found."""
+
+    path: Path
+    lengths: dict[int, int]  # frames of each good record, by its index
+    digests: dict[int, bytes]  # of frames and actions of each
+    sizes: dict[int, int]  # bytes of each
+    actions: np.ndarray  # how often each action was pressed
+    bad: list[BadRecord]
+    unreadable: str = ""  # why nothing of it could be read
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A record, or a whole shard, that should not be trained on."""
+
+    shard: Path
+    index: int | None  # None: the whole shard
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}{'' if self.index is None else f', record {self.index}'}: " + (
+            self.reason
+        )
+
+
+def read_shard(path: Path, num_actions: int) -> Shard:
+    """Decodes every record of a shard; its faults are part of the answer."""
+    found = Shard(path, {}, {}, {}, np.zeros(num_actions, int), [])
+    try:
+        reader = shards.open_shard(path)
+        sizes = shards.record_sizes(path)
+        if sizes is not None:
+            shards.check_sizes(path, sizes)
+    except UserError as error:
+        found.unreadable = str(error).removeprefix(f"{path}")
+        return found
+    for index in range(reader.num_records()):
+        try:
+            record = shards.read_record(reader, path, index)
+            episode = episodes.decode(record, num_actions=num_actions)
+        except BadRecord as bad:
+            found.bad.append(BadRecord(bad.reason, path, index))
+            continue
+        digest = hashlib.sha256(episode.frames.data)
+        digest.update(episode.actions.data)
+        found.lengths[index], found.sizes[index] = len(episode), len(record)
+        found.digests[index] = digest.digest()
+        found.actions += np.bincount(episode.actions, minlength=num_actions)
+    return found
+
+
+def faults(found: Sequence[Shard]) -> list[Fault]:
+    """All that is wrong, over all splits: an episode in two splits is a fault of the second."""
+    seen: dict[bytes, str] = {}
+    frames_of_size: dict[tuple[Path, int], int] = {}
+    wrong = []
+    for shard in found:
+        if shard.unreadable:
+            wrong.append(Fault(shard.path, None, f"unreadable{shard.unreadable}"))
+        wrong += [Fault(shard.path, bad.index, bad.reason) for bad in shard.bad]
+        for index, digest in shard.digests.items():
+            length, size = shard.lengths[index], (shard.path.parent, shard.sizes[index])
+            if (first := seen.setdefault(digest, f"{shard.path}, record {index}")) and (
+                first != f"{shard.path}, record {index}"
+            ):
+                wrong.append(Fault(shard.path, index, f"the same episode as {first}"))
+            elif frames_of_size.setdefault(size, length) != length:
+                reason = f"{size[1]} bytes for {length} frames; others have {frames_of_size[size]}"
+                wrong.append(Fault(shard.path, index, reason))
+    return wrong
+
+
+def read_folder(folder: Path, *, jobs: int) -> tuple[Controls, list[Shard]]:
+    """Every shard of every split that is there, read in parallel.
+
+    Raises:
+        UserError: there are no shards at all.
+    """
+    known = controls.read(folder)
+    paths = [p for split in shards.SPLITS for p in sorted((folder / split).glob(shards.PATTERN))]
+    if not paths:
+        shards.find_shards(folder, "train")  # which says what is missing and how to get it
+    with ThreadPoolExecutor(jobs) as pool:
+        read = pool.map(lambda path: read_shard(path, known.num_values), paths)
+        return known, list(tqdm(read, "Reading", len(paths), unit=" shards"))
+
+
+def summary(
+    known: Controls, found: Sequence[Shard], *, clip_len: int, stride: int
+) -> Iterator[str]:
+    """The report's lines, split by split."""
+    for split in shards.SPLITS:
+        mine = [shard for shard in found if shard.path.parent.name == split]
+        lengths = np.array([n for shard in mine for n in shard.lengths.values()], int)
+        if not mine:
+            yield f"{split}: no shards"
+            continue
+        clips = int(clip_counts(lengths, clip_len, stride).sum())
+        yield (
+            f"{split}: {len(mine)} shards, {len(lengths)} readable records, "
+            f"{lengths.sum()} frames, {clips} clips of {clip_len} frames"
+        )
+        counts = collections.Counter(lengths.tolist()).most_common(8)
+        yield "  lengths: " + ", ".join(f"{n} × {length} frames" for length, n in counts)
+        yield "  actions: " + _histogram(known, sum(shard.actions for shard in mine))
+
+
+def _histogram(known: Controls, counts: np.ndarray) -> str:
+    total = max(1, counts.sum())
+    used = sorted(np.nonzero(counts)[0], key=lambda action: -counts[action])[:16]
+    return ", ".join(f"{known.name(int(a))} {100 * counts[a] / total:.1f} %" for a in used)
+
+
+def repair(
+    folder: Path, out: Path, found: Iterable[Shard], wrong: Sequence[Fault], *, jobs: int
+) -> int:
+    """Writes all records but the faulty to `out`, shard by shard; returns how many.
+
+    Raises:
+        UserError: `out` is the folder that is read, or cannot be written.
+    """
+    taken = {folder.resolve(), *((folder / split).resolve() for split in shards.SPLITS)}
+    if out.resolve() in taken:
+        raise UserError(f"--repair {out}: name a folder of its own, not one of {folder}")
+    dropped = {(fault.shard, fault.index) for fault in wrong}
+
+    def write(shard: Shard) -> int:
+        kept = [i for i in shard.lengths if (shard.path, i) not in dropped]
+        if kept:
+            reader = shards.open_shard(shard.path)
+            target = out / shard.path.parent.name / shard.path.name
+            with files.written_whole(target) as temporary:
+                good = (shards.read_record(reader, shard.path, i) for i in kept)
+                shards.write_shard(temporary, good)
+        return len(kept)
+
+    found = list(found)
+    with ThreadPoolExecutor(jobs) as pool:
+        written = sum(tqdm(pool.map(write, found), "Writing", len(found), unit=" shards"))
+    if (folder / controls.METADATA).is_file():
+        shutil.copyfile(folder / controls.METADATA, out / controls.METADATA)
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="data folder with train/, val/, test/")
+    add("--repair", type=Path, metavar="OUT", help="write the good records to this folder")
+    add("--clip-len", type=int, default=32, help="frames, to count clips (%(default)s)")
+    add("--stride", type=int, default=8, help="frames between clips (%(default)s)")
+    add("--jobs", type=int, default=os.cpu_count(), help="shards at a time (one for each core)")
+    args = parser.parse_args(argv)
+    with shown_to_user():
+        for flag in ("clip_len", "stride", "jobs"):
+            if getattr(args, flag) < 1:
+                raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
+        known, found = read_folder(args.folder, jobs=args.jobs)
+        wrong = faults(found)
+        for line in summary(known, found, clip_len=args.clip_len, stride=args.stride):
+            print(line)
+        for fault in wrong:
+            print(f"BAD {fault}")
+        print(f"{len(wrong)} faults" if wrong else "no faults")
+        if args.repair:
+            written = repair(args.folder, args.repair, found, wrong, jobs=args.jobs)
+            print(f"{written} good records → {args.repair}")
+    if wrong and not args.repair:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

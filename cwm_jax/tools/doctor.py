@@ -1,0 +1,234 @@
+"""Looks this machine over, and names the command that mends what is wrong.
+
+    python -m cwm_jax.tools.doctor --data data/coinrun
+
+`ok` is well, `note` is worth knowing, `BAD` keeps something from working. The exit code is 1
+where anything is bad.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import huggingface_hub
+import jax
+from packaging.requirements import Requirement
+
+from cwm_jax import shards, wandb_run
+from cwm_jax.errors import UserError
+from cwm_jax.simulator import environment
+
+OK, NOTE, BAD = "ok", "note", "BAD"
+_ROOT = Path(__file__).resolve().parents[2]
+_GB = 1e9
+_FILES_WANTED = 8192  # a reader holds a file open for each shard; the public dataset has 6,129
+_SHARED_WANTED = 1 * _GB  # batches of reading processes lie there
+
+
+class Finding(NamedTuple):
+    """What one check found: its status, what it saw, and the command that mends it."""
+
+    status: str
+    what: str
+    mend: str = ""
+
+
+def python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
+    shown = ".".join(map(str, version))
+    if version < (3, 11):
+        return Finding(BAD, f"Python {shown}; 3.11 or newer is needed", "make PYTHON=python3.12")
+    return Finding(OK, f"Python {shown}")
+
+
+def requirements() -> list[str]:
+    """What the package asks for: as it was installed, or as its checkout says."""
+    try:
+        asked = importlib.metadata.requires("cwm_jax") or []
+        return [line for line in asked if "extra ==" not in line]
+    except importlib.metadata.PackageNotFoundError:
+        return tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+
+
+def packages(asked: Sequence[str]) -> Finding:
+    wrong = []
+    for requirement in map(Requirement, asked):
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement} is missing")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement} is {version}")
+    if wrong:
+        return Finding(
+            BAD, "; ".join(wrong), "make install  (or pip install -e . -c constraints.txt)"
+        )
+    shown = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return Finding(OK, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in shown))
+
+
+def devices() -> Finding:
+    """Where JAX will compute. A GPU that JAX does not see is bad; a machine without one is not."""
+    driver = nvidia_driver()
+    try:
+        found = jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        return Finding(BAD, f"JAX has no devices: {reason}", _mend_cuda(driver))
+    kinds = ", ".join(f"{d.platform} {d.device_kind}{_memory(d)}" for d in found)
+    if found[0].platform == "cpu" and driver:
+        what = f"an NVIDIA driver ({driver}) is here, but JAX computes on the CPU"
+        return Finding(BAD, what, _mend_cuda(driver))
+    if found[0].platform == "cpu":
+        return Finding(NOTE, f"no accelerator: {kinds}; training goes slowly")
+    return Finding(OK, f"{len(found)} × {kinds}" if len(found) == 1 else kinds)
+
+
+def nvidia_driver() -> str:
+    """The driver's version as `nvidia-smi` tells it; empty where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    return done.stdout.split("\n")[0].strip() if done.returncode == 0 else ""
+
+
+def _mend_cuda(driver: str) -> str:
+    newer = driver.split(".")[0].isdigit() and int(driver.split(".")[0]) >= 580
+    return f'pip install -U "cwm_jax[{"cuda13" if newer else "cuda12"}]"; unset JAX_PLATFORMS'
+
+
+def _memory(device: jax.Device) -> str:
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return f" ({limit / _GB:.0f} GB for JAX)" if limit else ""
+
+
+def cudnn(versions: Callable[[str], str] = importlib.metadata.version) -> Finding:
+    for name in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"):
+        try:
+            return Finding(OK, f"cuDNN {versions(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if jax.default_backend() == "gpu":
+        return Finding(NOTE, "cuDNN comes from the system", 'pip install -U "cwm_jax[cuda12]"')
+    return Finding(OK, "cuDNN is not needed without a GPU")
+
+
+def codecs(available: Iterable[str] = av.codecs_available) -> Finding:
+    if missing := {"libx264", "h264"} - set(available):
+        what = f"PyAV {av.__version__} lacks {', '.join(sorted(missing))}: no films"
+        return Finding(BAD, what, "pip install --force-reinstall --only-binary :all: av")
+    return Finding(OK, f"PyAV {av.__version__} writes and reads H.264")
+
+
+def data_folder(folder: Path) -> Finding:
+    """Whether every split has shards, and the first of each is whole; `check` reads them all."""
+    counts = {}
+    for split in shards.SPLITS:
+        try:
+            found = shards.find_shards(folder, split)
+            shards.open_shard(found[0])
+            counts[split] = len(found)
+        except UserError as error:
+            mend = f"python -m cwm_jax.tools.hub download --to {folder}"
+            return Finding(BAD, str(error).splitlines()[0], mend)
+    return Finding(OK, f"{folder}: shards {counts}")
+
+
+def wandb_login() -> Finding:
+    if wandb_run.has_api_key():
+        return Finding(OK, "a Weights & Biases key is configured")
+    return Finding(NOTE, "no Weights & Biases key: runs are kept on this machine", "wandb login")
+
+
+def hub_login() -> Finding:
+    if huggingface_hub.get_token():
+        return Finding(OK, "logged in to the Hugging Face Hub")
+    return Finding(NOTE, "not logged in to the hub; only uploading needs it", "hf auth login")
+
+
+def disk(folder: Path = Path()) -> Finding:
+    free = shutil.disk_usage(folder).free
+    what = f"{free / _GB:.0f} GB free in {folder.absolute()}"
+    if free < _GB:
+        return Finding(BAD, what, "free some, or name a workdir on another disk")
+    return Finding(NOTE if free < 20 * _GB else OK, what)
+
+
+def cores(count: int | None = os.cpu_count()) -> Finding:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Finding(OK, f"{count} CPU cores, {memory / _GB:.0f} GB of memory")
+
+
+def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    what = f"{free / _GB:.1f} GB of shared memory"
+    if free < _SHARED_WANTED:
+        mend = "mount -o remount,size=8G /dev/shm, docker run --shm-size=8g, or data.num_workers=0"
+        return Finding(NOTE, f"{what}: reading processes may run out", mend)
+    return Finding(OK, what)
+
+
+def open_files(limit: int = resource.getrlimit(resource.RLIMIT_NOFILE)[1]) -> Finding:
+    if limit != resource.RLIM_INFINITY and limit < _FILES_WANTED:
+        what = f"at most {limit} open files: many shards are read more slowly"
+        return Finding(NOTE, what, f"ulimit -Hn {_FILES_WANTED}  (as root)")
+    return Finding(OK, "enough open files")
+
+
+def simulator(folder: Path | None = None) -> Finding:
+    folder = folder or environment.default_folder()
+    if environment.is_ready(folder):
+        return Finding(OK, f"the Procgen simulator is in {folder}")
+    return Finding(NOTE, "no Procgen simulator; recording makes it", "make install-procgen")
+
+
+def examine(folder: Path) -> list[tuple[str, Finding]]:
+    """Every check by name, in the order of the report."""
+    return [
+        ("python", python()),
+        ("packages", packages(requirements())),
+        ("devices", devices()),
+        ("cudnn", cudnn()),
+        ("video", codecs()),
+        ("data", data_folder(folder)),
+        ("simulator", simulator()),
+        ("wandb", wandb_login()),
+        ("hub", hub_login()),
+        ("disk", disk()),
+        ("cores", cores()),
+        ("shared memory", shared_memory()),
+        ("open files", open_files()),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    embedded = _ROOT / "assets" / "coinrun"
+    parser.add_argument("--data", type=Path, default=embedded, help="data folder (the embedded)")
+    args = parser.parse_args(argv)
+    found = examine(args.data)
+    for name, (status, what, mend) in found:
+        print(f"{status:>4}  {name:<13}  {what}")
+        if mend:
+            print(f"{'':21}→ {mend}")
+    bad = [name for name, finding in found if finding.status == BAD]
+    print(f"not well: {', '.join(bad)}" if bad else "all well")
+    if bad:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Exports a trained model: its parameters alone, or a bundle that runs without the model code.
+
+    python -m cwm_jax.tools.export runs/small --format safetensors --output small.safetensors
+    python -m cwm_jax.tools.export runs/small --format orbax --dtype bfloat16 --output exports/small
+    python -m cwm_jax.tools.export runs/small --format bundle --output exports/small-bundle
+
+The moving average is exported where the run keeps one. `sample.py --checkpoint` takes all three.
+How a bundle draws (steps, window) is fixed here. An export is there whole or not at all.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import ShapeDtypeStruct
+from tqdm import tqdm
+
+from cwm_jax import __version__, bundle, checkpoint, data, model, sampler, weights, world
+from cwm_jax.checkpoint import Trained
+from cwm_jax.coinrun import to_model
+from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.model import DiTConfig, FrameKV, Modulations, Params
+from cwm_jax.sampler import SamplerConfig, Tables
+from cwm_jax.world import World
+
+FORMATS = ("orbax", "safetensors", "bundle")
+DTYPES = ("float32", "bfloat16")
+_EMBEDDED = Path(__file__).parents[2] / "assets" / "coinrun"
+_EXAMPLE_FRAMES = 4
+
+
+def write_orbax(trained: Trained, out: Path) -> None:
+    """A folder that `checkpoint.load` reads: parameters and config, without the optimizer."""
+    if out.exists():
+        raise UserError(f"{out} is there already; name a new folder")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        params = ocp.args.StandardSave(trained.params)
+        args = ocp.args.Composite(params=params, meta=ocp.args.JsonSave(_meta(trained)))
+        writer.save(out.absolute(), args)
+
+
+def _meta(trained: Trained) -> dict[str, Any]:
+    return {"format": 1, "step": trained.step, "config": trained.config}
+
+
+def write_safetensors(trained: Trained, out: Path) -> None:
+    """One file with parameters and config, which `samplers.open_sampler` reads."""
+    if out.suffix != weights.SUFFIX:
+        raise UserError(f"--output {out}: a safetensors file must end in {weights.SUFFIX}")
+    weights.write(out, trained.params, _meta(trained))
+
+
+def programs(network: DiTConfig, config: SamplerConfig) -> dict[str, Callable]:
+    """The functions of a bundle, with dicts of arrays where the model code has its own types."""
+
+    def tabulate(params):
+        steps, context = sampler.tabulate(model.bind(network, params), config)
+        return {"steps": steps._asdict(), "context": context._asdict()}
+
+    def start(params, tables, frames_u8_BMHWC, actions_BM, count):
+        net, frames_BMHWC = model.bind(network, params), to_model(frames_u8_BMHWC)
+        context = Modulations(**tables["context"])
+        return _fields(world.start(net, context, frames_BMHWC, actions_BM, count))
+
+    def draw(params, tables, fields, action_B, key_data):
+        net, state = model.bind(network, params), _world(fields)
+        key = jax.random.fold_in(jax.random.wrap_key_data(key_data), state.count)
+        noise, step_key = sampler.frame_noise(key, state.frames_BMHWC[:, 0].shape)
+        both = Tables(**{name: Modulations(**table) for name, table in tables.items()})
+        return sampler.draw_frame(net, both, state, action_B, noise, step_key, config)
+
+    def append(params, tables, fields, action_B, frame_BHWC):
+        net, context = model.bind(network, params), Modulations(**tables["context"])
+        older = world.advance(net, context, _world(fields), frame_BHWC, action_B, config.window)
+        return _fields(older)
+
+    return {"tabulate": tabulate, "start": start, "draw": draw, "append": append}
+
+
+def _fields(state: World) -> dict[str, Any]:
+    """A world as `bundle.State` has it."""
+    return {
+        "frames_BMHWC": state.frames_BMHWC,
+        "actions_BM": state.actions_BM,
+        "keys": state.kv.keys,
+        "values": state.kv.values,
+        "first": state.first,
+        "count": state.count,
+    }
+
+
+def _world(fields: dict[str, Any]) -> World:
+    kv = FrameKV(tuple(fields["keys"]), tuple(fields["values"]))
+    frames, actions = fields["frames_BMHWC"], fields["actions_BM"]
+    return World(frames, actions, kv, first=fields["first"], count=fields["count"])
+
+
+def lower(network: DiTConfig, config: SamplerConfig, params: Params) -> dict[str, bytes]:
+    """The programs in StableHLO, for any number B of worlds and every platform of a bundle."""
+    (batch,) = jax.export.symbolic_shape("B")
+    made = programs(network, config)
+    size, slots = network.image_size, network.max_frames - 1
+    params = jax.tree.map(lambda x: ShapeDtypeStruct(x.shape, x.dtype), params)
+    tables = jax.eval_shape(made["tabulate"], params)
+    prompt = (
+        ShapeDtypeStruct((batch, slots, size, size, 3), np.uint8),
+        ShapeDtypeStruct((batch, slots), np.int32),
+        ShapeDtypeStruct((), np.int32),
+    )
+    state = jax.eval_shape(made["start"], params, tables, *prompt)
+    action = ShapeDtypeStruct((batch,), np.int32)
+    frame = ShapeDtypeStruct((batch, size, size, 3), np.float32)
+    key_data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    arguments = {
+        "tabulate": (params,),
+        "start": (params, tables, *prompt),
+        "draw": (params, tables, state, action, key_data),
+        "append": (params, tables, state, action, frame),
+    }
+    lowered = {}
+    for name in tqdm(bundle.PROGRAMS, "exporting", unit=" programs"):
+        export = jax.export.export(jax.jit(made[name]), platforms=bundle.PLATFORMS)
+        lowered[name] = bytes(export(*arguments[name]).serialize())
+    return lowered
+
+
+def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str, dir: str) -> None:
+    """A folder for `bundle.Bundle`; `dir` is the data folder that the example comes from."""
+    network = dataclasses.replace(trained.network, dtype=dtype)
+    params = {name: jax.numpy.asarray(p, dtype) for name, p in trained.params.items()}
+    example = _example(network, params, config, dir)
+    with _folder_written_whole(out) as folder:
+        for name, program in lower(network, config, params).items():
+            (folder / f"{name}.stablehlo").write_bytes(program)
+        weights.write(folder / bundle.PARAMS, params, _meta(trained))
+        np.savez_compressed(folder / bundle.EXAMPLE, **example)
+        drawing = {name: getattr(config, name) for name in bundle.Drawing._fields}
+        sizes = {f.name: getattr(network, f.name) for f in dataclasses.fields(bundle.Network)}
+        manifest = {
+            "format": bundle.FORMAT,
+            "made_with": {"cwm_jax": __version__, "jax": jax.__version__},
+            "platforms": bundle.PLATFORMS,
+            "step": trained.step,
+            "dtype": dtype,
+            "parameters": model.parameter_count(params),
+            "network": sizes,
+            "drawing": drawing,
+            "config": trained.config,
+            "files": {p.name: bundle.digest(p) for p in sorted(folder.iterdir())},
+        }
+        (folder / bundle.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _example(network: DiTConfig, params: Params, config: SamplerConfig, dir: str) -> dict:
+    """A real frame, real actions, and what the model draws after them with the key of seed 0."""
+    shape = data.DataConfig(dir=dir)
+    episodes = data.open_episodes(shape, "val", num_actions=network.action_values)
+    (number,) = data.pick_episodes(episodes, count=1, length=_EXAMPLE_FRAMES + 1)
+    clip = data.load_clips(episodes, [number], length=_EXAMPLE_FRAMES + 1)
+    prompt, led_in = clip["frames"][:, :1], clip["actions"][:, :1]
+    drawer = sampler.Sampler(network, params, config)
+    state = drawer.start(prompt, led_in)
+    _, drawn = drawer.rollout(state, clip["actions"][:, 1:], jax.random.key(0))
+    asked = {"prompt": prompt, "led_in": led_in, "actions": clip["actions"][:, 1:], "seed": 0}
+    return asked | {"frames": np.asarray(drawn)}
+
+
+@contextlib.contextmanager
+def _folder_written_whole(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out`, whole, in place of an earlier bundle."""
+    if out.exists() and not bundle.is_bundle(out):
+        raise UserError(f"{out} is there and is no bundle; name another folder")
+    temporary = out.with_name(f".{out.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _flags().parse_args(argv)
+    with shown_to_user():
+        trained = checkpoint.load(args.checkpoint, step=args.step)
+        if args.format == "bundle":
+            levels = sampler.ddim_levels(args.ddim_steps)
+            config = SamplerConfig(levels=levels, window=args.window, unroll=args.unroll)
+            write_bundle(trained, args.output, config, args.dtype, args.data)
+        else:
+            cast = jax.tree.map(lambda x: x.astype(args.dtype), trained.params)
+            write = write_orbax if args.format == "orbax" else write_safetensors
+            write(trained._replace(params=cast), args.output)
+        print(f"step {trained.step} of {args.checkpoint} → {args.output}")
+
+
+def _flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a run's workdir, or one checkpoint of it")
+    add("--output", type=Path, required=True, help="folder, or file.safetensors, to make")
+    add("--format", default="bundle", choices=FORMATS, help="(%(default)s)")
+    add("--step", type=int, help="which checkpoint of the run (the newest)")
+    add("--dtype", default="float32", choices=DTYPES, help="of the parameters (%(default)s)")
+    add("--ddim-steps", type=int, default=10, help="bundle: denoising steps a frame (10)")
+    add("--window", default="exact", choices=sampler.WINDOWS, help="bundle: (%(default)s)")
+    add("--unroll", action="store_true", help="bundle: quicker on a GPU, larger programs")
+    add("--data", default=str(_EMBEDDED), help="bundle: where its example comes from")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

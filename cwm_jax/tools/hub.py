@@ -1,0 +1,335 @@
+"""Gets the dataset and models from the Hugging Face Hub, and puts trained models there.
+
+    python -m cwm_jax.tools.hub download --to data/coinrun --shards 1
+    python -m cwm_jax.tools.hub upload runs/small --repo you/coinrun-world-model --folder small
+    python -m cwm_jax.tools.hub fetch you/coinrun-world-model --folder small --to models
+
+Every file is checked against the hub's checksum. Broken off, the same command goes on with what
+is missing. The token is that of `hf auth login` or of the variable HF_TOKEN; it is never shown.
+"""
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from tqdm import tqdm
+
+from cwm_jax import bundle, checkpoint, shards, weights
+from cwm_jax.errors import UserError, shown_to_user
+
+DATASET = "p-doom/coinrun-dataset"
+_SPARE_BYTES = 100 << 20  # left free on the disk
+
+
+def download(
+    api: HfApi, repo: str, folder: Path, *, splits: Sequence[str], count: int | None, jobs: int
+) -> list[Path]:
+    """Downloads a dataset: the first `count` shards of each split, or all.
+
+    Raises:
+        UserError: offline, unauthorised, no such dataset, too small a disk, or a damaged file.
+    """
+    revision, listed = listing(api, repo, "dataset")
+    wanted = [file for file in listed if "/" not in file.path and file.path.endswith(".json")]
+    for split in splits:
+        mine = [f for f in listed if PurePosixPath(f.path).match(f"{split}/{shards.PATTERN}")]
+        if not mine:
+            raise UserError(f"{repo} has no {split}/{shards.PATTERN} files")
+        wanted += sorted(mine, key=lambda file: file.path)[:count]
+    return get(api, repo, "dataset", revision, wanted, folder, jobs=jobs)
+
+
+def fetch(api: HfApi, repo: str, folder: Path, *, subfolder: str, jobs: int) -> Path:
+    """Downloads a model, or one folder of its repository; returns where it lies.
+
+    Raises:
+        UserError: as `download`, or there is no such folder.
+    """
+    revision, listed = listing(api, repo, "model")
+    prefix = f"{subfolder}/" if subfolder else ""
+    wanted = [f for f in listed if f.path.startswith(prefix) and f.path != ".gitattributes"]
+    if not wanted:
+        held = sorted({f.path.split("/")[0] for f in listed if "/" in f.path})
+        raise UserError(f"{repo} has no folder {subfolder!r}; it has {', '.join(held) or 'none'}")
+    get(api, repo, "model", revision, wanted, folder, jobs=jobs)
+    return folder / subfolder
+
+
+def listing(api: HfApi, repo: str, kind: str) -> tuple[str, list[RepoFile]]:
+    """The newest revision of a repository and the files in it."""
+    with _told(api, repo):
+        revision = api.repo_info(repo, repo_type=kind).sha
+        tree = api.list_repo_tree(repo, repo_type=kind, revision=revision, recursive=True)
+        return revision, [entry for entry in tree if isinstance(entry, RepoFile)]
+
+
+def get(api, repo, kind, revision, wanted: list[RepoFile], folder: Path, *, jobs) -> list[Path]:
+    """Downloads files, those that are there and whole aside, and checks each."""
+    missing = [file for file in wanted if not _is_whole(folder / file.path, file)]
+    _check_space(folder, sum(file.size for file in missing))
+
+    def one(file: RepoFile) -> None:
+        path = folder / file.path
+        place = dict(repo_type=kind, revision=revision, local_dir=folder)
+        for _ in range(2):  # a file that came damaged is asked for once more
+            with _told(api, repo):
+                api.hf_hub_download(repo, file.path, **place, force_download=path.exists())
+            if _is_whole(path, file):
+                bar.update(file.size)
+                return
+        path.unlink()
+        raise UserError(f"{file.path} of {repo} arrives damaged: its checksum is not the hub's")
+
+    total = sum(file.size for file in missing)
+    with (
+        _quiet(),
+        tqdm(desc=repo, total=total, unit="B", unit_scale=True) as bar,
+        ThreadPoolExecutor(jobs) as pool,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(pool.shutdown, cancel_futures=True)
+        collections.deque(pool.map(one, missing), maxlen=0)
+    return [folder / file.path for file in wanted]
+
+
+def _is_whole(path: Path, file: RepoFile) -> bool:
+    """Whether the file has the hub's size and checksum: SHA-256, or git's for small files."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    if file.lfs is not None:
+        return bundle.digest(path) == file.lfs.sha256
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.blob_id
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    free = shutil.disk_usage(folder).free
+    if needed + _SPARE_BYTES > free:
+        raise UserError(
+            f"{needed / 1e9:.1f} GB to download, but {folder} has {free / 1e9:.1f} GB free: ask "
+            "for fewer shards (--shards), or name a folder on a larger disk"
+        )
+
+
+def upload(
+    api: HfApi, source: Path, repo: str, *, folder: str, step: int | None, private: bool
+) -> str:
+    """Puts a run's checkpoints, or an export, in a model repository, with a card; returns its URL.
+
+    Raises:
+        UserError: there is nothing to upload, offline, or not allowed to write there.
+    """
+    contents, card = gather(source, step)
+    prefix = f"{folder.strip('/')}/" if folder.strip("/") else ""
+    contents = {prefix + name: path for name, path in contents.items()}
+    if not get_token():
+        raise UserError("uploading needs a token: hf auth login, or set HF_TOKEN")
+    with _told(api, repo):
+        url = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
+        readme = f"{prefix}README.md"
+        operations = [CommitOperationAdd(name, path) for name, path in contents.items()]
+        operations.append(CommitOperationAdd(readme, card(repo, prefix).encode()))
+        if prefix and not api.file_exists(repo, "README.md", repo_type="model"):
+            operations.append(CommitOperationAdd("README.md", card(repo, prefix).encode()))
+        message = f"Upload {source.name}"
+        api.create_commit(repo, operations, commit_message=message, repo_type="model")
+    return str(url)
+
+
+def gather(source: Path, step: int | None) -> tuple[dict[str, Path], Callable[[str, str], str]]:
+    """What there is to upload by its name in the repository, and what makes its model card."""
+    if source.suffix == weights.SUFFIX:
+        _, meta = weights.read(source)
+        contents = {source.name: source}
+    elif bundle.is_bundle(source):
+        meta = bundle.read_manifest(source)
+        contents = _all_files(source, "")
+    else:
+        meta, contents = _gather_run(source, step)
+    numbers = _last_metrics(source / "metrics.jsonl")
+    return contents, lambda repo, prefix: model_card(repo, prefix, meta, numbers)
+
+
+def _gather_run(source: Path, step: int | None) -> tuple[dict[str, Any], dict[str, Path]]:
+    trained = checkpoint.load(source, step=step)
+    meta = {"step": trained.step, "config": trained.config}
+    root = source / checkpoint.FOLDER
+    if not root.is_dir():  # one checkpoint, or an export of its parameters
+        return meta, _all_files(trained.path, "")
+    steps = [trained.path] if step is not None else [p for p in root.iterdir() if p.name.isdigit()]
+    contents = {}
+    for path in sorted(steps):
+        contents |= _all_files(path, f"{checkpoint.FOLDER}/{path.name}/")
+    for name in ("config.json", "metrics.jsonl", "curves.png"):
+        if (source / name).is_file():
+            contents[name] = source / name
+    return meta, contents
+
+
+def _all_files(folder: Path, prefix: str) -> dict[str, Path]:
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {prefix + path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _last_metrics(path: Path) -> dict[str, float]:
+    """The last value of each number that a run reported."""
+    last: dict[str, float] = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            last |= {k: v for k, v in record.items() if isinstance(v, float)}
+    return last
+
+
+def model_card(repo: str, prefix: str, meta: dict[str, Any], numbers: dict[str, float]) -> str:
+    """A README with the front matter that the hub reads, filled from config and metrics."""
+    network, rest = meta["config"].get("model", {}), meta["config"]
+    plain = {k: v for k, v in rest.items() if not isinstance(v, dict)}
+    table = lambda rows: "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    rounded = {name: f"{value:.5g}" for name, value in numbers.items() if "perf/" not in name}
+    where = f" --folder {prefix.rstrip('/')}" if prefix else ""
+    return f"""---
+library_name: cwm_jax
+tags: [jax, world-model, diffusion, coinrun]
+datasets: [{DATASET}]
+---
+
+# {repo}
+
+A playable world model: given frames and the buttons pressed, it draws the next frame. Trained
+with `cwm_jax` for {meta["step"]} steps.
+
+    python -m cwm_jax.tools.hub fetch {repo}{where} --to models
+    python sample.py --checkpoint models/{prefix.rstrip("/")}
+
+## Network
+
+| | |
+|---|---|
+{table(network)}
+
+## Training
+
+| | |
+|---|---|
+{table(plain)}
+
+## Last numbers
+
+| | |
+|---|---|
+{table(rounded) if rounded else "| none reported | |"}
+"""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """One progress bar is enough: the library's own, one a file, are off."""
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _told(api: HfApi, repo: str) -> Iterator[None]:
+    """Turns what goes wrong with the hub into one clear sentence."""
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise UserError(f"{repo} is gated: ask for access on {api.endpoint}/{repo}") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"the hub knows no {repo}, or hides it from you: check the name, and log in if it is "
+            "private (hf auth login, or HF_TOKEN)"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        code = error.response.status_code
+        if code in (401, 403):
+            raise UserError(
+                f"the hub does not allow this on {repo} ({code}): log in with a token that may "
+                "(hf auth login, or HF_TOKEN)"
+            ) from None
+        raise UserError(f"the hub answered {code} for {repo}; try again later") from None
+    except errors.LocalEntryNotFoundError as error:  # no answer, and nothing kept from before
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            with _told(api, repo):
+                raise error.__cause__ from None
+        raise UserError(_OFFLINE.format(api.endpoint)) from None
+    except (errors.HTTPError, errors.OfflineModeIsEnabled, errors.FileMetadataError):
+        raise UserError(_OFFLINE.format(api.endpoint)) from None
+    except errors.HFValidationError as error:
+        raise UserError(f"{repo!r} is no name of a repository: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot store what comes from {repo}: {error.strerror or error}") from None
+
+
+_OFFLINE = "cannot reach {}: is this machine online? What is there already is kept."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _flags().parse_args(argv)
+    with shown_to_user():
+        if getattr(args, "jobs", 1) < 1 or (getattr(args, "shards", None) or 1) < 1:
+            raise UserError("--jobs and --shards must be 1 or more")
+        api = HfApi()
+        try:
+            print(_run(api, args))
+        except KeyboardInterrupt:
+            raise UserError("broken off; the same command goes on from here") from None
+
+
+def _run(api: HfApi, args: argparse.Namespace) -> str:
+    if args.job == "download":
+        count = dict(splits=args.splits, count=args.shards, jobs=args.jobs)
+        got = download(api, args.repo, args.to, **count)
+        return f"{len(got)} files of {args.repo} in {args.to}, all checked"
+    if args.job == "fetch":
+        path = fetch(api, args.repo, args.to, subfolder=args.folder.strip("/"), jobs=args.jobs)
+        return f"{path}: python sample.py --checkpoint {path}"
+    kind = dict(folder=args.folder, step=args.step, private=args.private)
+    return f"{args.source} → {upload(api, args.source, args.repo, **kind)}"
+
+
+def _flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    jobs = parser.add_subparsers(dest="job", required=True)
+    add = jobs.add_parser("download", help="a dataset").add_argument
+    add("--to", type=Path, default=Path("data/coinrun"), help="(%(default)s)")
+    add("--repo", default=DATASET, help="(%(default)s)")
+    add("--shards", type=int, help="the first so many of each split (all)")
+    add("--splits", nargs="+", default=shards.SPLITS, choices=shards.SPLITS, help="(all three)")
+    add("--jobs", type=int, default=8, help="files at a time (%(default)s)")
+    add = jobs.add_parser("fetch", help="a model to sample from or play").add_argument
+    add("repo", help="such as you/coinrun-world-model")
+    add("--folder", default="", help="one folder of it (everything)")
+    add("--to", type=Path, default=Path("models"), help="(%(default)s)")
+    add("--jobs", type=int, default=8, help="files at a time (%(default)s)")
+    add = jobs.add_parser("upload", help="a run's checkpoints, or an export").add_argument
+    add("source", type=Path, help="a run's workdir, an export, or a bundle")
+    add("--repo", required=True, help="such as you/coinrun-world-model; made if it is not there")
+    add("--folder", default="", help="where in the repository (its top)")
+    add("--step", type=int, help="one checkpoint of the run (all that it keeps)")
+    add("--private", action="store_true", help="make the repository a private one")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

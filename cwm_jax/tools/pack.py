@@ -1,0 +1,209 @@
+"""Packs recordings of any game into a data folder to train on.
+
+    python -m cwm_jax.tools.pack recordings --keys keys.toml --output data/mygame
+
+RECORDINGS holds films (or folders of PNGs) with their actions beside them:
+
+    run1.mp4 run1.csv    a row for each frame: `action`, or 0 and 1 under each button's name
+    run2/    run2.jsonl  {"action": "LEFT"} or {"buttons": ["A", "LEFT"]} for each frame
+    run3.mkv run3.npz    `actions`: whole numbers [T], or 0 and 1 [T, buttons]
+
+KEYS.toml tells what the actions are:
+
+    game = "my game"
+    action_encoding = "one_hot"        # or "buttons": any of them held together, 8 at most
+    [[actions]]
+    name = "LEFT"
+    keys = ["ArrowLeft"]               # as browsers name keys (KeyboardEvent.code)
+
+Frames become 64×64. Whole recordings go to one split each; where there are fewer than three, the
+end of each is held back. Broken off, the same command does it again.
+"""
+
+import argparse
+import collections
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from cwm_jax import controls, episodes, files, recordings, shards
+from cwm_jax.controls import Controls
+from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.recordings import Recording
+
+
+class Piece(NamedTuple):
+    """One record to write: some frames of a recording."""
+
+    split: str
+    start: int  # counted in kept frames
+    length: int
+
+
+class Cut(NamedTuple):
+    """How recordings are cut into records."""
+
+    chunk: int
+    min_chunk: int
+    every: int
+    fit: str
+    val: float
+    test: float
+    seed: int
+
+
+def plan(lengths: Sequence[int], cut: Cut) -> list[list[Piece]]:
+    """The pieces of each recording of so many kept frames, in order.
+
+    Raises:
+        UserError: there is too little for three splits.
+    """
+    chunks = [list(_chunks(length, cut)) for length in lengths]
+    if len(lengths) >= 3:
+        splits = recordings.split_of(len(lengths), val=cut.val, test=cut.test, seed=cut.seed)
+        return [
+            [Piece(split, *chunk) for chunk in mine]
+            for split, mine in zip(splits, chunks, strict=True)
+        ]
+    pieces = []
+    for mine in chunks:
+        splits = recordings.split_of(len(mine), val=cut.val, test=cut.test, seed=0)
+        ordered = sorted(splits, key=("train", "val", "test").index)
+        pieces.append([Piece(s, *chunk) for s, chunk in zip(ordered, mine, strict=True)])
+    return pieces
+
+
+def _chunks(length: int, cut: Cut) -> Iterator[tuple[int, int]]:
+    for start in range(0, length, cut.chunk):
+        size = min(cut.chunk, length - start)
+        if size >= cut.min_chunk:
+            yield start, size
+
+
+def pack(folder: Path, out: Path, known: Controls, cut: Cut, *, jobs: int) -> dict[str, int]:
+    """Packs every recording of `folder`, `jobs` at a time; returns the records of each split.
+
+    Raises:
+        UserError: for a recording that cannot be used, naming file and fault.
+    """
+    found = recordings.find(folder)
+    actions = [recordings.read_actions(r.actions, known) for r in found]
+    pieces = plan([len(a[:: cut.every]) for a in actions], cut)
+    _claim(out, folder, known)
+    counts: collections.Counter[str] = collections.Counter()
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(desc="packing", total=sum(map(len, pieces)), unit=" records") as bar,
+    ):
+        write = lambda *job: _write_recording(out, *job, known, cut, bar)
+        for written in pool.map(write, range(len(found)), found, actions, pieces):
+            counts.update(written)
+    return {split: counts[split] for split in shards.SPLITS}
+
+
+def _claim(out: Path, folder: Path, known: Controls) -> None:
+    """Writes the metadata of an empty folder, or of one that was packed from the same source."""
+    path, source = out / controls.METADATA, folder.name
+    if path.is_file():
+        if json.loads(path.read_text()).get("source") != source:
+            raise UserError(f"{out} holds other data; name a new folder")
+    elif out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} holds something that was not packed; name a new folder")
+    said = known.to_json() | {"source": source, "frame_shape": [64, 64, 3]}
+    with files.written_whole(path) as temporary:
+        temporary.write_text(json.dumps(said, indent=1) + "\n")
+
+
+def _write_recording(out, number, recording: Recording, actions, pieces, known, cut, bar):
+    """Writes one shard for each split of a recording; returns its records by split."""
+    frames = _counted(recording, len(actions), cut)
+    kept, at = actions[:: cut.every], 0
+    for split in dict.fromkeys(piece.split for piece in pieces):
+
+        def records(split=split) -> Iterator[bytes]:
+            nonlocal at
+            for piece in (piece for piece in pieces if piece.split == split):
+                for _ in range(piece.start - at):
+                    next(frames)
+                shown = np.stack([next(frames) for _ in range(piece.length)])
+                at = piece.start + piece.length
+                record = episodes.encode(episodes.Episode(shown, kept[piece.start : at]))
+                episodes.decode(record, num_actions=known.num_values)  # as training will
+                bar.update()
+                yield record
+
+        target = out / split / f"data_{number:04d}.array_record"
+        with files.written_whole(target) as temporary:
+            shards.write_shard(temporary, records())
+    collections.deque(frames, maxlen=0)  # to its end, which tells whether the counts agree
+    return collections.Counter(piece.split for piece in pieces)
+
+
+def _counted(recording: Recording, wanted: int, cut: Cut) -> Iterator[np.ndarray]:
+    """The frames; an error where they are not as many as the actions.
+
+    One action less than frames will do: the last frame's leads nowhere.
+    """
+    kept = len(range(0, wanted, cut.every))
+    seen = 0
+    for frame in recordings.read_frames(recording.frames, fit=cut.fit, every=cut.every):
+        seen += 1
+        if seen <= kept:
+            yield frame
+    if not kept <= seen <= kept + 1:
+        raise UserError(
+            f"{recording.frames} has {'more' if seen > kept else 'fewer'} frames than "
+            f"{recording.actions} has actions ({wanted}): there must be one action a frame"
+        )
+
+
+def config_lines(known: Controls, out: Path) -> str:
+    """The flags that make training read this folder."""
+    flags = f"--config.data.dir={out} --config.model.num_actions={len(known.controls)}"
+    if known.encoding != "one_hot":
+        flags += f" --config.model.action_encoding={known.encoding}"
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _flags().parse_args(argv)
+    with shown_to_user():
+        for flag in ("chunk", "min_chunk", "every", "jobs"):
+            if getattr(args, flag) < 1:
+                raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
+        if not (0 < args.val < 1 and 0 < args.test < 1 and args.val + args.test < 1):
+            raise UserError(f"--val {args.val} --test {args.test}: shares above 0, below 1 in all")
+        known = recordings.read_key_map(args.keys)
+        cut = Cut(*(getattr(args, field) for field in Cut._fields))
+        counts = pack(args.folder, args.output, known, cut, jobs=args.jobs)
+        print(f"{args.output}: {', '.join(f'{n} records of {s}' for s, n in counts.items())}")
+        print(f"train with: {config_lines(known, args.output)}")
+
+
+def _flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="RECORDINGS", help="films or folders of PNGs, and actions")
+    add("--keys", type=Path, required=True, help="the key map, a TOML file")
+    add("--output", type=Path, required=True, help="data folder to make")
+    add("--fit", default="stretch", choices=recordings.FITS, help="to 64×64 (%(default)s)")
+    add("--every", type=int, default=1, help="keep every so-manieth frame, say 4 of 60 fps (1)")
+    add("--chunk", type=int, default=160, help="frames in a record (%(default)s)")
+    add("--min-chunk", type=int, default=32, help="shorter rests are dropped (%(default)s)")
+    add("--val", type=float, default=0.1, help="share of recordings for val (%(default)s)")
+    add("--test", type=float, default=0.1, help="share of recordings for test (%(default)s)")
+    add("--seed", type=int, default=0, help="of which recordings those are (%(default)s)")
+    add("--jobs", type=int, default=os.cpu_count(), help="recordings at a time (one a core)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

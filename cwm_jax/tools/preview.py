@@ -1,0 +1,222 @@
+"""Shows what is in a data folder: a film of episodes with keys, a sheet of stills, a page of facts.
+
+    python -m cwm_jax.tools.preview --data data/coinrun --n-episodes 5 --output preview.mp4
+    python -m cwm_jax.tools.preview --shard data/coinrun/train/data_0001.array_record --fps 15
+
+Beside the film come rows of stills (preview.png) and a page (preview.html) with the lengths of
+the episodes, how often each action was pressed, and the mean of all frames.
+"""
+
+import argparse
+import base64
+import collections
+import html
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from cwm_jax import controls, files, keyboard, shards, sheet, video
+from cwm_jax.clips import Episodes
+from cwm_jax.coinrun import ACTION_NAMES, FPS
+from cwm_jax.controls import Controls
+from cwm_jax.episodes import Episode
+from cwm_jax.errors import UserError, shown_to_user
+
+_EMBEDDED = Path(__file__).parents[2] / "assets" / "coinrun"
+_STILLS = 10  # in a row of the sheet
+_HEADER = 30
+_CAP = 22  # height of a key in pixels
+
+
+class Facts(NamedTuple):
+    """What a page tells of some episodes."""
+
+    lengths: dict[int, int]  # how many episodes have so many frames
+    actions: np.ndarray  # how often each action was pressed, int [A]
+    mean_frame: np.ndarray  # uint8 [H, W, C]
+
+
+def facts(episodes: Episodes, numbers: Sequence[int], known: Controls) -> Facts:
+    """Counts over the episodes with these numbers."""
+    lengths, total, frames = collections.Counter(), 0.0, 0
+    actions = np.zeros(known.num_values, int)
+    for number in tqdm(numbers, "counting", unit=" episodes"):
+        episode = episodes[number]
+        lengths[len(episode)] += 1
+        actions += np.bincount(episode.actions, minlength=known.num_values)
+        total = total + episode.frames.sum(axis=0, dtype=np.float64)
+        frames += len(episode)
+    return Facts(dict(sorted(lengths.items())), actions, (total / frames).round().astype(np.uint8))
+
+
+def film(
+    episodes: Episodes, numbers: Sequence[int], known: Controls, *, scale: int
+) -> Iterator[np.ndarray]:
+    """The images of a film: each frame under its place, over the keys pressed at it."""
+    for number in numbers:
+        episode = episodes[number]
+        for t in range(len(episode)):
+            place = f"episode {number}   frame {t + 1} / {len(episode)}"
+            yield _film_image(episode, t, known, place, scale)
+
+
+def _film_image(episode: Episode, t: int, known: Controls, place: str, scale: int) -> np.ndarray:
+    picture = sheet.enlarged(episode.frames[t], scale)
+    width = picture.shape[1]
+    header = Image.new("RGB", (width, _HEADER), keyboard.BACKDROP)
+    spot = (width / 2, _HEADER / 2)
+    ImageDraw.Draw(header).text(spot, place, keyboard.BRIGHT, keyboard.font(14), anchor="mm")
+    panel = keys_panel(known, int(episode.actions[t]), width=width)
+    return np.concatenate([np.array(header), picture, panel])
+
+
+def keys_panel(known: Controls, action: int, *, width: int) -> np.ndarray:
+    """The game's keys with the held ones lit, and the action's name: uint8 [even, width, 3]."""
+    if tuple(c.name for c in known.controls) == ACTION_NAMES:
+        return keyboard.keyboard_panel(action, width=width)
+    lines = _cap_lines(known, width)
+    panel = Image.new("RGB", (width, len(lines) * (_CAP + 4) + 30), keyboard.BACKDROP)
+    draw, held = ImageDraw.Draw(panel), known.held(action)
+    for row, line in enumerate(lines):
+        for left, right, control in line:
+            lit = control in held
+            top = 4 + row * (_CAP + 4)
+            fill = keyboard.ACCENT if lit else keyboard.KEY_FACE
+            draw.rounded_rectangle((left, top, right, top + _CAP), 4, fill, keyboard.KEY_EDGE)
+            ink = keyboard.BACKDROP if lit else keyboard.DIM
+            spot = ((left + right) / 2, top + _CAP / 2)
+            draw.text(spot, control.name, ink, keyboard.font(11), anchor="mm")
+    spot = (width / 2, panel.height - 12)
+    draw.text(spot, known.name(action), keyboard.BRIGHT, keyboard.font(13), anchor="mm")
+    return np.array(panel)
+
+
+def _cap_lines(known: Controls, width: int) -> list[list[tuple[float, float, controls.Control]]]:
+    """Where each key stands, left and right, in lines as wide as the film."""
+    lines, left = [[]], 4.0
+    for control in known.controls:
+        right = left + keyboard.font(11).getlength(control.name) + 12
+        if right > width - 4 and lines[-1]:
+            lines.append([])
+            left, right = 4.0, right - left + 4
+        lines[-1].append((left, right, control))
+        left = right + 4
+    return lines
+
+
+def contact_sheet(
+    episodes: Episodes, numbers: Sequence[int], known: Controls, *, scale: int = 2
+) -> np.ndarray:
+    """A row of stills at even distances for each episode: uint8 [H, W, 3]."""
+    rows = []
+    for number in numbers:
+        episode = episodes[number]
+        times = np.linspace(0, len(episode) - 1, min(len(episode), _STILLS)).round().astype(int)
+        tiles = [_still(episode, t, known, scale) for t in times]
+        blank = np.full_like(tiles[0], keyboard.BACKDROP)
+        rows.append(np.concatenate(tiles + [blank] * (_STILLS - len(tiles)), axis=1))
+        title = Image.new("RGB", (rows[0].shape[1], 22), keyboard.BACKDROP)
+        text = f"episode {number}, {len(episode)} frames"
+        ImageDraw.Draw(title).text((6, 11), text, keyboard.BRIGHT, keyboard.font(12), anchor="lm")
+        rows.insert(-1, np.array(title))
+    return np.concatenate(rows)
+
+
+def _still(episode: Episode, t: int, known: Controls, scale: int) -> np.ndarray:
+    picture = sheet.enlarged(episode.frames[t], scale)
+    tile = Image.new("RGB", (picture.shape[1] + 6, picture.shape[0] + 20), keyboard.BACKDROP)
+    tile.paste(Image.fromarray(picture), (3, 0))
+    text = f"{t + 1} {known.name(int(episode.actions[t]))}"
+    spot = (tile.width / 2, tile.height - 10)
+    ImageDraw.Draw(tile).text(spot, text, keyboard.DIM, keyboard.font(10), anchor="mm")
+    return np.array(tile)
+
+
+def page(found: Facts, known: Controls, *, source: str, of: int) -> str:
+    """The facts as one HTML page that needs no other file."""
+    count = sum(found.lengths.values())
+    frames = sum(length * n for length, n in found.lengths.items())
+    png = io.BytesIO()
+    Image.fromarray(sheet.enlarged(found.mean_frame, 4)).save(png, format="PNG")
+    mean = base64.b64encode(png.getvalue()).decode()
+    lengths = _bars({f"{length} frames": n for length, n in found.lengths.items()})
+    pressed = np.argsort(-found.actions, kind="stable")[:64]
+    actions = _bars({known.name(int(a)): int(found.actions[a]) for a in pressed})
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(source)}</title><style>
+body {{ font: 15px system-ui, sans-serif; margin: 2rem auto; max-width: 52rem;
+  background: #12141a; color: #e2e6ee }}
+td {{ padding: .1rem .6rem }} img {{ image-rendering: pixelated }}
+b {{ display: inline-block; height: .8em; background: #f7b942 }}
+</style></head><body>
+<h1>{html.escape(known.game)}: {html.escape(source)}</h1>
+<p>{count} of {of} episodes, {frames} frames.</p>
+<h2>Mean frame</h2><img alt="mean of all frames" src="data:image/png;base64,{mean}">
+<h2>Actions</h2>{actions}
+<h2>Lengths</h2>{lengths}
+</body></html>
+"""
+
+
+def _bars(counts: dict[str, int]) -> str:
+    total, most = max(1, sum(counts.values())), max(1, *counts.values())
+    rows = (
+        f"<tr><td>{html.escape(name)}</td><td>{n}</td><td>{100 * n / total:.1f} %</td>"
+        f'<td><b style="width:{300 * n / most:.0f}px"></b></td></tr>'
+        for name, n in counts.items()
+    )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, default=_EMBEDDED, help="data folder (the embedded one)")
+    add("--split", default="train", choices=shards.SPLITS, help="(%(default)s)")
+    add("--shard", type=Path, help="show this one file instead")
+    add("--n-episodes", type=int, default=3, help="episodes to film (%(default)s)")
+    add("--first", type=int, default=0, help="number of the first of them (%(default)s)")
+    add("--count-episodes", type=int, default=500, help="episodes behind the page's facts (500)")
+    add("--fps", type=int, default=FPS, help="frames a second of the film (%(default)s)")
+    add("--scale", type=int, default=6, help="enlargement of the film's frames (%(default)s)")
+    add("--output", type=Path, default=Path("preview.mp4"), help="the film (%(default)s)")
+    with shown_to_user():
+        write(parser.parse_args(argv))
+
+
+def write(args: argparse.Namespace) -> None:
+    """Writes film, sheet and page as the flags say."""
+    for flag in ("n_episodes", "count_episodes", "fps", "scale"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
+    if args.shard and not args.shard.is_file():
+        raise UserError(f"there is no file {args.shard}")
+    known = controls.read(args.shard.parent.parent if args.shard else args.data)
+    paths = [args.shard] if args.shard else shards.find_shards(args.data, args.split)
+    found = Episodes(paths, num_actions=known.num_values)
+    if not 0 <= args.first < len(found):
+        raise UserError(f"--first {args.first}: there are episodes 0…{len(found) - 1}")
+    numbers = range(len(found))[args.first :][: args.n_episodes]
+
+    total = int(found.lengths[numbers.start : numbers.stop].sum())
+    images = tqdm(film(found, numbers, known, scale=args.scale), "filming", total, unit=" frames")
+    video.write_mp4(args.output, images, fps=args.fps)
+    stills, facts_page = args.output.with_suffix(".png"), args.output.with_suffix(".html")
+    video.write_png(stills, contact_sheet(found, numbers, known))
+    counted = np.linspace(0, len(found) - 1, min(len(found), args.count_episodes)).astype(int)
+    source = str(args.shard or args.data / args.split)
+    text = page(facts(found, counted.tolist(), known), known, source=source, of=len(found))
+    with files.written_whole(facts_page) as temporary:
+        temporary.write_text(text)
+    print(f"{args.output}, {stills}, {facts_page}")
+
+
+if __name__ == "__main__":
+    main()

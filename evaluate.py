@@ -1,0 +1,172 @@
+"""Measures how good a world model is, and gathers numbers and pictures in one page.
+
+    python evaluate.py --checkpoint runs/small --data data/coinrun --output metrics.json
+    python evaluate.py compare small.json large.json
+    python evaluate.py closed-loop --checkpoint runs/small --output closed_loop.mp4
+
+docs/evaluation.md says what each number means.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+from cwm_jax import checkpoint, data, sampler, shards, video
+from cwm_jax.coinrun import FPS
+from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.evaluation import (
+    closed_loop,
+    comparison,
+    drawing,
+    full,
+    intervals,
+    page,
+    probe,
+    protocol,
+    quality,
+)
+from cwm_jax.simulator import environment, game
+
+_EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
+
+
+def main() -> None:
+    with shown_to_user():
+        match sys.argv[1:2]:
+            case ["compare"]:
+                compare(sys.argv[2:])
+            case ["closed-loop"]:
+                close_the_loop(sys.argv[2:])
+            case _:
+                measure(_flags().parse_args())
+
+
+def measure(args: argparse.Namespace) -> None:
+    plan = full.Plan(
+        split=args.split,
+        clips=args.clips,
+        horizon=args.horizon,
+        n_prompt=_numbers(args.n_prompt),
+        drift_frames=args.drift_frames,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    trained = checkpoint.load(args.checkpoint, step=args.step)
+    config = data.DataConfig(
+        dir=args.data,
+        clip_len=min(trained.network.max_frames, data.DataConfig.clip_len),
+    )
+    measured = full.measure(
+        trained.network,
+        trained.params,
+        _sampler_config(args),
+        config,
+        plan,
+        probes=args.probes or probe.cache_folder(),
+        watched=True,
+    )
+    results = measured.results
+    results["checkpoint"] = dict(
+        path=str(args.checkpoint),
+        step=trained.step,
+        fingerprint=protocol.fingerprint(trained.params),
+    )
+    results["code"] = protocol.code_version()
+    results["device"] = jax.devices()[0].device_kind
+    full.write_json(args.output, results)
+    report = args.report or args.output.parent / f"{args.output.stem}_report"
+    page.write(report, measured, plan)
+    used = results["clips"]
+    print(
+        f"{used['used']} of {used['records']} records of {args.data}/{args.split} used "
+        f"({used['too_short']} have fewer than {plan.frames} frames)\n"
+        f"{comparison.table([(args.output.name, results)])}\n"
+        f"numbers → {args.output}\npictures → {report / page.FILE}"
+    )
+
+
+def compare(names: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py compare", description="A table of measurements made under one protocol."
+    )
+    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.json files")
+    paths = parser.parse_args(names).metrics
+    print(comparison.table([(str(path), comparison.read(path)) for path in paths]))
+
+
+def close_the_loop(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py closed-loop",
+        description="Plays the real game (Procgen) and the model under the same keys, and films "
+        "both with PSNR over time.",
+    )
+    add = parser.add_argument
+    add("--levels", type=int, default=4, help="how many levels to play (%(default)s)")
+    add("--first-level", type=int, default=2_000_000_000, help="seed of the first (%(default)s)")
+    add("--frames", type=int, default=64, help="length with the prompt (%(default)s)")
+    add("--n-prompt", type=int, default=1, help="real frames to start from (%(default)s)")
+    add("--output", type=Path, default=Path("closed_loop.mp4"), help="(%(default)s)")
+    add("--simulator", type=Path, help="folder of its environment (.venv-procgen; made if absent)")
+    _add_drawing_flags(add)
+    args = parser.parse_args(words)
+    trained = checkpoint.load(args.checkpoint, step=args.step)
+    drawing.check_size(trained.network)
+    draw = drawing.by_sampler(
+        sampler.Sampler(trained.network, trained.params, _sampler_config(args))
+    )
+    levels = range(args.first_level, args.first_level + args.levels)
+    keys = closed_loop.random_keys(args.levels, args.frames - 1, seed=args.seed)
+    with game.Simulator(environment.ensure(args.simulator)) as simulator:
+        replay = lambda runs: [run.frames for run in simulator.replay("coinrun", runs)]
+        loop = closed_loop.play(draw, replay, levels, keys, n_prompt=args.n_prompt, seed=args.seed)
+    video.write_mp4(args.output, closed_loop.film(loop), fps=FPS)
+    psnr = intervals.of_mean(quality.capped(loop.scores.psnr).mean(1))
+    print(
+        f"{len(loop.levels)} of {args.levels} levels lasted {args.frames} frames\n"
+        f"PSNR {psnr} dB (mean over frames and levels) → {args.output}"
+    )
+
+
+def _flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    default = full.Plan()
+    _add_drawing_flags(add)
+    add("--data", default=str(_EMBEDDED), help="folder with train/, val/, test/ (the embedded one)")
+    add("--output", type=Path, default=Path("metrics.json"), help="(%(default)s)")
+    add("--report", type=Path, help="folder of report.html (beside the output, OUTPUT_report)")
+    add("--split", default=default.split, choices=shards.SPLITS, help="(%(default)s)")
+    add("--clips", type=int, default=default.clips, help="0: all that are long enough (0)")
+    add("--horizon", type=int, default=default.horizon, help="frames to draw (%(default)s)")
+    add("--n-prompt", default="1,4", help="real frames to start from (%(default)s)")
+    add("--drift-frames", type=int, default=default.drift_frames, help="(%(default)s)")
+    add("--batch-size", type=int, default=default.batch_size, help="clips at once (%(default)s)")
+    add("--probes", type=Path, help="folder where trained probes are kept (~/.cache/cwm_jax)")
+    return parser
+
+
+def _add_drawing_flags(add) -> None:
+    add("--checkpoint", type=Path, required=True, help="a run's workdir, or one checkpoint of it")
+    add("--step", type=int, help="which checkpoint of the run (the newest)")
+    add("--ddim-steps", type=int, default=10, help="denoising steps a frame, 1…1000 (%(default)s)")
+    add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")
+    add("--seed", type=int, default=0, help="of noise and random actions (%(default)s)")
+
+
+def _sampler_config(args: argparse.Namespace) -> sampler.SamplerConfig:
+    return sampler.SamplerConfig(levels=sampler.ddim_levels(args.ddim_steps), window=args.window)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--n-prompt {text}: wanted numbers of frames, such as 1,4") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Play inside a trained world model, in the browser.
+
+    python play.py --checkpoint runs/small          then open http://127.0.0.1:7860
+
+Without --checkpoint the pocket checkpoint of the repository is played, where there is one; with
+--demo the page replays real clips, so that it can be seen without any model.
+"""
+
+import argparse
+from pathlib import Path
+
+from cwm_jax.errors import UserError, shown_to_user
+
+_ROOT = Path(__file__).parent
+_EMBEDDED = _ROOT / "assets" / "coinrun"
+_POCKET = _ROOT / "checkpoints" / "pocket"
+
+
+def main() -> None:
+    args = _flags().parse_args()
+    with shown_to_user():
+        from cwm_jax.play import launch  # light: the heavy libraries load behind the first page
+
+        launch.serve(
+            launch.Options(
+                checkpoint=None if args.demo else _checkpoint(args.checkpoint),
+                step=args.step,
+                data=args.data or _EMBEDDED,
+                host=args.host,
+                port=args.port,
+                share=args.share,
+                auth=_auth(args.auth),
+                fps=args.fps,
+                players=args.players,
+                idle_minutes=args.idle_minutes,
+            )
+        )
+
+
+def _flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="a run's workdir, or one checkpoint of it")
+    add("--step", type=int, help="which checkpoint of the run (the newest)")
+    add("--demo", action="store_true", help="no model: replay real clips, to see the page")
+    add("--data", type=Path, help="folder with val/, where sessions start (the embedded one)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="0.0.0.0 to be reached from other machines (%(default)s)",
+    )
+    add("--port", type=int, default=7860, help="0: any that is free (%(default)s)")
+    add("--share", action="store_true", help="also make a public link, through Gradio's relay")
+    add("--auth", metavar="USER:PASSWORD", help="ask everyone for these first")
+    add("--fps", type=int, default=15, help="frames a second to aim at, 1…60 (%(default)s)")
+    add("--players", type=int, default=8, help="people at once (%(default)s)")
+    add("--idle-minutes", type=float, default=5, help="then a place is given up (%(default)s)")
+    return parser
+
+
+def _checkpoint(named: Path | None) -> Path:
+    if named is None and not _POCKET.is_dir():
+        raise UserError(
+            "there is no checkpoint to play. Train one in minutes with\n"
+            "    python train.py --config configs/debug.py --workdir runs/debug\n"
+            "and play it with --checkpoint runs/debug; or look at the page alone with --demo"
+        )
+    path = named or _POCKET
+    if not path.is_dir():
+        raise UserError(f"no checkpoint folder at {path}")
+    return path
+
+
+def _auth(text: str | None) -> tuple[str, str] | None:
+    if text is None:
+        return None
+    user, colon, password = text.partition(":")
+    if not (user and colon and password):
+        raise UserError("--auth takes USER:PASSWORD, neither of them empty")
+    return user, password
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""One life of a small training run: a process of its own, to be killed, starved and lied to.
+
+Processes come from a fork server that has imported everything, so a life begins in a moment;
+what is compiled is kept in a folder that all lives share.
+"""
+
+import faulthandler
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from configs import base
+from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
+from cwm_jax.episodes import Episode, encode
+from cwm_jax.shards import write_shard
+
+STEPS = 25
+MEASURED = ("train", "val", "epoch")  # what an undisturbed run would have said too
+PATIENCE = 240  # seconds; a life that takes longer hangs
+_LENGTHS = {"train": ((11, 12), (14,)), "val": ((11, 9),)}  # 10 clips: 5 steps an epoch
+_processes = multiprocessing.get_context("forkserver")
+
+
+def write_data(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for split, shards in _LENGTHS.items():
+        (folder / split).mkdir(parents=True)
+        for i, lengths in enumerate(shards):
+            episodes = (
+                Episode(
+                    rng.integers(0, 256, (length, *FRAME_SHAPE), np.uint8),
+                    rng.integers(0, NUM_ACTIONS, length, np.int32),
+                )
+                for length in lengths
+            )
+            write_shard(folder / split / f"data_{i:04d}.array_record", map(encode, episodes))
+    return folder
+
+
+def config_of(data: Path, **changes) -> dict:
+    """A run of `STEPS` steps in which much happens; `changes` by dotted name."""
+    config = base.get_config()
+    config.model.update(hidden_size=24, depth=1, num_heads=3, patch_size=16, max_frames=5)
+    config.data.update(dir=str(data), clip_len=5, stride=3, num_workers=0, num_threads=1)
+    config.wandb.mode = "disabled"
+    config.update(
+        batch_size=2,
+        epochs=STEPS // 5,
+        lr=1e-3,
+        warmup_steps=3,
+        ema_decay=0.9,
+        log_every_steps=2,
+        val_every_steps=4,
+        val_batches=1,
+        rollout_every_steps=11,
+        ckpt_every_steps=3,
+        ddim_steps=1,
+        rollout_frames=6,
+        n_rollout_samples=1,
+    )
+    for name, value in changes.items():
+        *sections, key = name.split(".")
+        place = config
+        for section in sections:
+            place = place[section]
+        place[key] = value
+    return config.to_dict()
+
+
+class Life:
+    """A process that trains in `workdir`; what it prints is in `log`."""
+
+    def __init__(self, workdir: Path, config: dict, *, sabotage: tuple = (), environment=()):
+        self.workdir = workdir
+        self.log = workdir.with_name(f"{workdir.name}.{time.time_ns()}.log")
+        cache = workdir.parent / "compiled"
+        arguments = workdir, config, self.log, cache, sabotage, dict(environment)
+        self._process = _processes.Process(target=_live, args=arguments)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        if self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+    def wait(self, seconds: float = PATIENCE) -> int | None:
+        """The exit code, negative where a signal ended it; None where it still runs."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def until(self, ready: Callable[[], bool]) -> None:
+        """Waits until `ready()`, or the end of the life."""
+        end = time.monotonic() + PATIENCE
+        while self._process.is_alive() and not ready() and time.monotonic() < end:
+            time.sleep(0.005)
+
+    def end(self) -> int | None:
+        """As `wait`, and makes an end of a life that hangs."""
+        code = self.wait()
+        if code is None:
+            self.kill()
+            self.wait()
+        return code
+
+    @property
+    def words(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def get_ready() -> None:
+    """Starts the fork server with all that a life imports."""
+    _processes.set_forkserver_preload(["cwm_jax.loop", "tests.faults.sabotage"])
+
+
+def _live(workdir, config, log, cache, sabotage, environment) -> None:
+    _print_to(log)
+    faulthandler.enable()
+    os.environ.update(environment)
+    import jax
+    from absl import logging
+
+    from cwm_jax import curves, loop, stopping
+    from cwm_jax.errors import shown_to_user
+    from cwm_jax.settings import Settings
+    from tests.faults.sabotage import Sabotage
+
+    logging.set_verbosity(logging.WARNING)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    curves.curves = lambda *_: None  # half of such a short run's time
+    if sabotage:
+        Sabotage(*sabotage).prepare()
+    try:
+        with shown_to_user():
+            state = loop.train(Settings.from_config(config), workdir, config=config)
+    except stopping.Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(stopping.EXIT_CODE) from None
+    (workdir / "end.json").write_text(json.dumps(_digest(state)))
+
+
+def _print_to(log: Path) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+
+
+def _digest(state) -> str:
+    import jax
+
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(state):
+        digest.update(f"{path}{leaf.dtype}{leaf.shape}".encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def ending(workdir: Path) -> str | None:
+    """The digest of all parameters and optimizer state at the end of the run."""
+    path = workdir / "end.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def measured(workdir: Path) -> list[tuple]:
+    """(step, name, value) of everything in metrics.jsonl but speeds and places, in order."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        (record["step"], name, value)
+        for record in map(json.loads, lines)
+        for name, value in record.items()
+        if name.split("/")[0] in MEASURED
+    ]
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps whose checkpoints are complete."""
+    folder = workdir / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(p.name) for p in found if p.name.isdigit() and (p / "SHA256SUMS").exists())

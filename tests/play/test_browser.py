@@ -1,0 +1,242 @@
+"""Play in a real browser: headless Chromium, driven by selenium, against a server of its own."""
+
+import re
+import shutil
+import threading
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import uvicorn
+
+from cwm_jax.play import opening, server
+from cwm_jax.play.studio import Rules, Studio
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here"),
+    pytest.mark.xdist_group("browser"),
+]
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --disable-dev-shm-usage "
+    "--window-size=1280,900"
+)
+STEADY = 30  # seconds that anything may take on a busy machine
+
+
+@pytest.fixture(scope="module")
+def address(scheduler, clips):
+    studio = Studio(Rules(fps=15, steps=(2, 1)))
+    studio.open(scheduler, clips, title="tiny", demo=False)
+    config = uvicorn.Config(
+        opening.Opening(lambda: server.make_app(studio), pytest.fail),
+        log_level="error",
+        timeout_graceful_shutdown=1,
+    )
+    with opening.bind("127.0.0.1", 0) as listener:
+        running = uvicorn.Server(config)
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        running.should_exit = True
+        thread.join(timeout=10)
+
+
+def launched(folder):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"):
+        options.add_argument(flag)
+    downloads = {"download.default_directory": str(folder), "download.prompt_for_download": False}
+    options.add_experimental_option("prefs", downloads)
+    return webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    driver = launched(tmp_path_factory.mktemp("browser"))
+    yield driver
+    driver.quit()
+
+
+class Person:
+    """Somebody in front of one tab."""
+
+    def __init__(self, browser, address):
+        self.browser = browser
+        browser.switch_to.new_window("tab")
+        self.tab = browser.current_window_handle
+        browser.get(address)
+        self.until("return window.playFrames > 0")
+
+    def run(self, script, *args):
+        self.browser.switch_to.window(self.tab)
+        return self.browser.execute_script(script, *args)
+
+    def until(self, script):
+        deadline = time.monotonic() + STEADY
+        while not (result := self.run(script)):
+            assert time.monotonic() < deadline, f"{script}: {self.note}"
+            time.sleep(0.05)
+        return result
+
+    def click(self, name):
+        self.run(f"document.querySelector('#{name}').click()")
+
+    def key(self, code, down):
+        kind = "keydown" if down else "keyup"
+        script = "window.dispatchEvent(new KeyboardEvent(arguments[0], {code: arguments[1]}))"
+        self.run(script, kind, code)
+
+    def hold(self, code, frames):
+        goal = self.run("return window.playFrames") + frames
+        self.key(code, True)
+        self.until(f"return window.playFrames >= {goal}")
+        self.key(code, False)
+        time.sleep(0.3)  # what was on its way arrives
+
+    @property
+    def note(self):
+        return self.run("return document.querySelector('#note')?.textContent")
+
+    @property
+    def place(self):
+        return self.run("return document.querySelector('#place').textContent")
+
+    @property
+    def picture(self):
+        return self.run("return document.querySelector('#screen').toDataURL()")
+
+    def start(self, clip):
+        frames = self.run("return window.playFrames")
+        self.run(f"window.play.start({clip}, 1)")
+        self.until(f"return window.playFrames > {frames}")
+        self.until("return document.querySelector('#place').textContent == '1 / 1'")
+
+
+@pytest.fixture
+def person(browser, address):
+    one = Person(browser, address)
+    yield one
+    browser.switch_to.window(one.tab)
+    browser.close()
+    browser.switch_to.window(browser.window_handles[0])
+
+
+def test_the_page_asks_nobody_else_for_anything(person, address):
+    names = person.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert len(names) > 5
+    assert [name for name in names if not name.startswith((address, "data:", "blob:"))] == []
+
+
+def test_a_held_key_draws_frames_until_it_is_let_go(person):
+    person.start(5)
+    first = person.picture
+    person.hold("ArrowRight", 8)
+    now, total = map(int, person.place.split("/"))
+    assert now == total >= 9
+    assert person.picture != first
+    time.sleep(0.4)
+    assert person.place == f"{now} / {total}"
+    assert "ms" in person.until("return document.querySelector('#r-latency').textContent")
+
+
+def test_rewind_branch_and_a_share_code_there_and_back(person):
+    person.start(5)
+    person.hold("KeyD", 6)
+    total = int(person.place.split("/")[1])
+    person.run("const s = document.querySelector('#scrub'); s.value = 3; s.oninput()")
+    person.until(f"return document.querySelector('#place').textContent == '4 / {total}'")
+    person.hold("ArrowUp", 2)
+    branched = person.place
+    assert int(branched.split("/")[1]) < total + 1
+    picture = person.picture
+
+    person.click("play-share")
+    code = person.until("return document.querySelector('#play-code textarea').value")
+    assert code.startswith("CWM1-")
+    person.start(9)
+    assert person.picture != picture
+    person.run("window.play.replay(arguments[0])", code)
+    person.until("return document.querySelector('#note').textContent.includes('very same')")
+    assert (person.picture, person.place) == (picture, branched)
+    person.run("window.play.replay(arguments[0])", code[:-3] + "AAA")
+    person.until("return document.querySelector('#note.bad')?.textContent.includes('damaged')")
+
+
+def test_what_if_is_shown_and_chosen(person):
+    person.start(5)
+    person.click("whatif")
+    person.until("return document.querySelectorAll('#futures-grid canvas').length == 6")
+    person.run("document.querySelectorAll('#futures-grid button')[4].click()")
+    person.until("return document.querySelector('#place').textContent == '9 / 9'")
+
+
+def test_record_and_download(person, tmp_path):
+    person.start(5)
+    person.click("play-record")
+    person.until("return !document.querySelector('#live').hidden")
+    person.hold("ArrowRight", 4)
+    person.click("play-record")
+    person.until("return document.querySelector('#live').hidden")
+    for button, suffix in (("play-npz", "npz"), ("play-mp4", "mp4")):
+        person.click(button)
+        link = person.until(f"return document.querySelector('#note a[download$={suffix}]')?.href")
+        raw = urllib.request.urlopen(link).read()
+        assert len(raw) > 1000
+        if suffix == "npz":
+            (tmp_path / "a.npz").write_bytes(raw)
+            with np.load(tmp_path / "a.npz") as saved:
+                assert set(saved["actions"][1:].tolist()) == {7}
+
+
+def test_two_players_have_their_own_worlds(person, browser, address, tmp_path):
+    """In two windows: a hidden tab lets go of its keys."""
+    other = launched(tmp_path)
+    try:
+        second = Person(other, address)
+        person.start(5)
+        second.start(80)
+        person.key("ArrowRight", True)
+        second.key("ArrowLeft", True)
+        for one in (person, second):
+            one.until("return Number(document.querySelector('#scrub').max) >= 8")
+        person.key("ArrowRight", False)
+        second.key("ArrowLeft", False)
+        assert person.picture != second.picture
+    finally:
+        other.quit()
+
+
+def test_touch_buttons_work_and_the_page_fits_a_phone(person, browser):
+    size = dict(width=390, height=844, deviceScaleFactor=2, mobile=True)
+    browser.switch_to.window(person.tab)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    person.start(5)
+    assert person.run("return document.documentElement.scrollWidth <= innerWidth")
+    boxes = person.run(
+        "return [...document.querySelectorAll('#stage button, #stage canvas')]"
+        ".filter((e) => e.offsetParent).map((e) => e.getBoundingClientRect().right)"
+    )
+    assert max(boxes) <= 390
+    press = (
+        "document.querySelector('[data-key=right]').dispatchEvent("
+        "new PointerEvent(arguments[0], {pointerId: 1, bubbles: true}))"
+    )
+    person.run(press, "pointerdown")
+    person.until("return Number(document.querySelector('#scrub').max) >= 3")
+    person.run(press, "pointerup")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_bad_picture_is_told_on_the_page(person):
+    person.run("window.play.sendPicture(new File(['hello'], 'a.png'))")
+    person.until("return /no picture/.test(document.querySelector('#note.bad')?.textContent)")
+    person.run("window.play.sendPicture(new File([new Uint8Array(5e6)], 'a.png'))")
+    person.until("return /at most 4 MB/.test(document.querySelector('#note.bad')?.textContent)")
+    assert re.search(r"\d", person.place)
+    person.hold("ArrowRight", 2)

@@ -1,0 +1,97 @@
+"""Two staggered caches remember what one pass over the same frames would, and nothing else."""
+
+import jax
+import numpy as np
+import pytest
+
+from cwm_jax import model, sampler, world
+from cwm_jax.coinrun import to_model
+from cwm_jax.play import memory as memories
+from cwm_jax.play.engine import Lane
+from cwm_jax.sampler import SamplerConfig
+
+
+@pytest.fixture(scope="module")
+def story():
+    """29 frames of noise, and the actions that led into them."""
+    rng = np.random.default_rng(3)
+    return rng.integers(0, 256, (29, 64, 64, 3), np.uint8), rng.integers(0, 15, 29)
+
+
+def told(engine, story, stop, start=0):
+    memory = engine.fresh()
+    for frame, action in zip(story[0][start:stop], story[1][start:stop], strict=True):
+        memory = engine.remember(memory, frame, int(action))
+    return memory
+
+
+@pytest.fixture(scope="module")
+def draw_from_window(engine, params):
+    """The frame after a window that was encoded in one pass, as `cwm_jax.sampler` draws it."""
+    config = SamplerConfig(levels=sampler.ddim_levels(2))
+
+    @jax.jit
+    def draw(frames_u8_MHWC, actions_M, count, action, seed, number):
+        net = model.bind(engine.network, params)
+        tables = sampler.tabulate(net, config)
+        state = world.start(
+            net, tables.context, to_model(frames_u8_MHWC)[None], actions_M[None], count
+        )
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        noise, step_key = sampler.frame_noise(key, (1, 64, 64, 3))
+        frame = sampler.draw_frame(net, tables, state, action[None], noise, step_key, config)
+        return sampler.to_pixels(frame[0])
+
+    return draw
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 11, 12, 23, 29])
+def test_the_next_frame_is_drawn_as_from_its_window_alone(engine, story, draw_from_window, length):
+    first = memories.first_remembered(length, engine.slots)
+    drawn = engine.draw([Lane(told(engine, story, length), 7, 11, length)], 2, 1)[0]
+    frames = np.zeros((engine.slots, 64, 64, 3), np.uint8)
+    actions = np.full(engine.slots, -1)
+    frames[: length - first] = story[0][first:length]
+    actions[: length - first] = story[1][first:length]
+    numbers = (np.int32(n) for n in (length - first, 7, 11, length))
+    expected = np.asarray(draw_from_window(frames, actions, *numbers))
+    assert np.abs(expected.astype(int) - drawn).max() <= 1  # rounding may fall either way
+
+
+def test_windows_slide_by_half_and_are_never_empty():
+    slots = 7
+    windows = [n - memories.first_remembered(n, slots) for n in range(1, 100)]
+    assert windows[:slots] == list(range(1, slots + 1))
+    assert set(windows[slots:]) == set(range(slots - memories.stride(slots) + 1, slots + 1))
+
+
+@pytest.mark.parametrize("length", [5, 8, 15, 29])
+def test_a_memory_of_the_window_is_the_memory_of_all_bit_for_bit(engine, story, length):
+    first = memories.first_remembered(length, engine.slots)
+    later, full = told(engine, story, length, first), told(engine, story, length)
+    for number in range(length, length + 9):  # past the next changes of caches
+        action = int(number) % 15
+        ours = engine.draw([Lane(full, action, 5, number)], 2, 1)
+        theirs = engine.draw([Lane(later, action, 5, number)], 2, 1)
+        assert np.array_equal(ours, theirs)
+        full = engine.remember(full, ours[0], action)
+        later = engine.remember(later, theirs[0], action)
+
+
+def test_a_lane_does_not_depend_on_its_neighbours(engine, story):
+    engine.compile(2, 4)
+    lanes = [Lane(told(engine, story, n), n % 15, n, n) for n in (3, 9, 14, 20)]
+    together = engine.draw(lanes, 2, 4)
+    for index in (0, 3):
+        alone = engine.draw([lanes[index]], 2, 4)[0]
+        assert np.array_equal(alone, together[index])
+    assert not np.array_equal(together[0], together[1])
+
+
+def test_the_frame_depends_on_seed_number_and_action(engine, story):
+    memory = told(engine, story, 5)
+    draw = lambda *rest: engine.draw([Lane(memory, *rest)], 2, 1)
+    base = draw(7, 1, 5)
+    assert np.array_equal(base, draw(7, 1, 5))
+    for other in ((1, 1, 5), (7, 2, 5), (7, 1, 6)):
+        assert not np.array_equal(base, draw(*other))

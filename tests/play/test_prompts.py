@@ -1,0 +1,89 @@
+"""What a session may start from, and what is refused before it can do harm."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cwm_jax.coinrun import NO_ACTION
+from cwm_jax.errors import UserError
+from cwm_jax.play import prompts
+from cwm_jax.play.demo import RealClips
+from cwm_jax.play.engine import Lane
+from cwm_jax.play.prompts import ClipSource, PictureSource
+
+
+def file_of(pixels, kind="PNG", **options):
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, kind, **options)
+    return out.getvalue()
+
+
+def noise(height, width):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_a_64_by_64_picture_is_taken_as_it_is():
+    pixels = noise(64, 64)
+    prompt = prompts.from_picture(file_of(pixels))
+    assert np.array_equal(prompt.frames_PHWC[0], pixels)
+    assert prompt.actions_P.tolist() == [NO_ACTION]
+
+
+def test_a_larger_picture_gives_its_middle():
+    pixels = np.zeros((128, 256, 3), np.uint8)
+    pixels[:, 64:192] = 200
+    assert (prompts.from_picture(file_of(pixels)).frames_PHWC == 200).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "WEBP", "BMP"])
+def test_common_formats_are_read(kind):
+    assert prompts.from_picture(file_of(noise(64, 64), kind)).frames_PHWC.shape == (1, 64, 64, 3)
+
+
+def test_what_is_no_picture_or_too_large_is_refused(monkeypatch):
+    unpacked = []
+    monkeypatch.setattr(Image.Image, "convert", lambda *a: unpacked.append(a))
+    with pytest.raises(UserError, match="4000×4000 pixels"):
+        prompts.from_picture(file_of(np.zeros((4000, 4000, 3), np.uint8)))
+    assert not unpacked  # refused by its header
+    monkeypatch.undo()
+    whole = file_of(noise(64, 64))
+    for raw in (b"", b"hello", whole[: len(whole) // 2], b"%PDF-1.7", b"\x89PNG\r\n\x1a\n" * 9):
+        with pytest.raises(UserError, match="no picture"):
+            prompts.from_picture(raw)
+    with pytest.raises(UserError, match="bytes; at most"):
+        prompts.from_picture(bytes(prompts.MAX_PICTURE_BYTES + 1))
+
+
+def test_clips_are_found_by_number(clips):
+    prompt = clips.load(ClipSource(23, 32))
+    assert prompt.frames_PHWC.shape == (32, 64, 64, 3)
+    assert (prompt.actions_P[0], len(prompt.actions_P)) == (-1, 32)
+    assert prompt.checksum != clips.load(ClipSource(24, 32)).checksum
+    for source, message in (
+        (ClipSource(len(clips), 1), "no clip"),
+        (ClipSource(-1, 1), "no clip -1"),
+        (ClipSource(0, 33), "choose 1…32"),
+        (ClipSource(0, 0), "choose 1…32"),
+        (PictureSource(file_of(noise(32, 32))), "is \\(32, 32\\)"),
+        (PictureSource(b"none"), "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            clips.load(source)
+
+
+def test_the_demonstration_replays_the_real_episode(clips):
+    drawer = RealClips(clips)
+    number = 40
+    episode, start = clips.clips.locate(number)
+    real = clips.episodes[episode].frames
+    prompt = clips.load(ClipSource(number, 3))
+    memory = drawer.fresh()
+    for frame in prompt.frames_PHWC:
+        memory = drawer.remember(memory, frame, 0)
+    for offset in range(3, 12):
+        frame = drawer.draw([Lane(memory, 7, 0, offset)], 1, 1)[0]
+        assert np.array_equal(frame, real[(start + offset) % len(real)])
+        memory = drawer.remember(memory, frame, 7)

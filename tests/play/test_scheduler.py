@@ -1,0 +1,165 @@
+"""The device is shared fairly, and the governor holds the rate."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from cwm_jax.play.governor import Governor
+from cwm_jax.play.scheduler import Scheduler
+
+
+class Counting:
+    """Draws nothing, slowly; notes which players' frames it drew together."""
+
+    steps, slots, fingerprint = (4, 1), 7, b"counting"
+
+    def __init__(self, ready=(1, 2, 4), seconds=0.002):
+        self.batches, self._ready, self._seconds = [], ready, seconds
+        self.compiled = []
+
+    def ready(self, steps):
+        return self._ready
+
+    def compile(self, steps, lanes):
+        self.compiled.append((steps, lanes))
+
+    def fresh(self):
+        return 0
+
+    def remember(self, memory, frame, action):
+        return memory + 1
+
+    def draw(self, wanted, steps, lanes):
+        time.sleep(self._seconds)
+        self.batches.append(([lane.seed for lane in wanted], steps, lanes))
+        return np.zeros((len(wanted), 64, 64, 3), np.uint8)
+
+
+def order(scheduler, player, number=0, steps=1, lanes=None, action=lambda: 7):
+    return scheduler.draw(0, action, seed=player, number=number, steps=steps, lanes=lanes)
+
+
+def test_those_who_wait_together_are_drawn_together_and_nobody_starves():
+    drawer = Counting()
+    with Scheduler(drawer) as scheduler:
+        counts = dict.fromkeys(range(8), 0)
+        stop = time.monotonic() + 0.6
+
+        def play(player):
+            while time.monotonic() < stop:
+                order(scheduler, player).result(timeout=5)
+                counts[player] += 1
+
+        threads = [threading.Thread(target=play, args=(player,)) for player in counts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert max(counts.values()) <= 1.5 * min(counts.values())
+    assert max(len(players) for players, *_ in drawer.batches) == 4
+    assert all(len(players) <= lanes for players, _, lanes in drawer.batches)
+
+
+def test_different_steps_and_recorded_lanes_are_not_mixed():
+    drawer = Counting(seconds=0.05)
+    with Scheduler(drawer) as scheduler:
+        first = order(scheduler, 0)
+        time.sleep(0.02)  # the others wait meanwhile
+        rest = [order(scheduler, 1), order(scheduler, 2, steps=4), order(scheduler, 3)]
+        rest += [order(scheduler, 4, lanes=4), order(scheduler, 5)]
+        for future in (first, *rest):
+            future.result(timeout=5)
+    assert drawer.batches == [([0], 1, 1), ([1, 3, 5], 1, 4), ([2], 4, 1), ([4], 1, 4)]
+
+
+def test_until_larger_batches_are_compiled_smaller_ones_serve():
+    drawer = Counting(ready=(1,))
+    with Scheduler(drawer) as scheduler:
+        futures = [order(scheduler, player) for player in range(3)]
+        assert {future.result(timeout=5).program.lanes for future in futures} == {1}
+        scheduler.want_lanes(3)
+        scheduler.want_lanes(3)
+        time.sleep(0.1)
+    assert sorted(drawer.compiled) == [(1, 1), (1, 4), (4, 1), (4, 4)]
+
+
+def test_the_latest_key_counts():
+    drawer = Counting(seconds=0.05)
+    pressed = [1]
+    with Scheduler(drawer) as scheduler:
+        first = order(scheduler, 0)
+        time.sleep(0.02)
+        second = order(scheduler, 1, action=lambda: pressed[0])
+        pressed[0] = 8  # after the order, before the drawing
+        assert second.result(timeout=5).action == 8
+        first.result(timeout=5)
+
+
+def test_one_who_has_left_is_not_drawn():
+    drawer = Counting(seconds=0.05)
+    with Scheduler(drawer) as scheduler:
+        first = order(scheduler, 0)
+        time.sleep(0.02)
+        gone = order(scheduler, 1)
+        gone.cancel()
+        last = order(scheduler, 2)
+        first.result(timeout=5)
+        last.result(timeout=5)
+    assert [players for players, *_ in drawer.batches][-1] in ([2], [1, 2])
+
+
+def test_a_fault_reaches_those_it_hit_and_the_device_goes_on():
+    drawer = Counting()
+    drawer.draw, good = None, drawer.draw  # calling it raises TypeError
+    with Scheduler(drawer) as scheduler:
+        with pytest.raises(TypeError):
+            order(scheduler, 0).result(timeout=5)
+        drawer.draw = good
+        assert order(scheduler, 1).result(timeout=5).memory == 1
+
+
+def test_a_program_that_cannot_be_compiled_is_told():
+    drawer = Counting()
+
+    def fails(steps, lanes):
+        raise MemoryError("no room")
+
+    drawer.compile = fails
+    with Scheduler(drawer) as scheduler:
+        assert scheduler.first_program.wait(timeout=5)
+        assert isinstance(scheduler.fault, MemoryError)
+
+
+def governed(pass_seconds, fps, seconds=20.0):
+    """The steps in use after a while on a device that needs so long for a pass."""
+    now = [0.0]
+    governor = Governor((10, 4, 2, 1), clock=lambda: now[0])
+    changes = [governor.steps]
+    while now[0] < seconds:
+        steps = governor.choose(fps)
+        took = pass_seconds * (steps + 2)
+        now[0] += max(took, 1 / fps)
+        governor.note(steps=steps, seconds=took)
+        if steps != changes[-1]:
+            changes.append(steps)
+    return governor, changes
+
+
+@pytest.mark.parametrize(
+    ("pass_ms", "expected"), [(0.1, 10), (3.5, 10), (7.5, 4), (12, 2), (19, 1), (90, 1)]
+)
+def test_the_governor_takes_the_most_steps_that_hold_the_rate(pass_ms, expected):
+    governor, changes = governed(pass_ms / 1000, fps=15)
+    assert governor.steps == expected
+    assert len(changes) <= 2  # it does not waver
+
+
+def test_the_governor_follows_the_load():
+    governor, _ = governed(0.0035, fps=15)
+    assert governor.steps == 10
+    for _ in range(30):
+        governor.note(steps=10, seconds=0.3)
+    governor._clock = lambda: 100.0
+    assert governor.choose(15) < 10

@@ -1,0 +1,402 @@
+"""The server as a program at the other end of the socket sees it, of good will or ill."""
+
+import contextlib
+import dataclasses
+import json
+import struct
+import time
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+from test_prompts import file_of, noise
+
+from cwm_jax.errors import UserError
+from cwm_jax.play import launch, opening, server
+from cwm_jax.play.player import Player
+from cwm_jax.play.studio import Rules, Studio
+
+HEADER = struct.Struct("<BbHHHIId")
+
+
+class Guest:
+    """A player who reads what the server says."""
+
+    def __init__(self, socket):
+        self.socket = socket
+        self.number = self.total = self.action = None
+
+    def send(self, what, **fields):
+        self.socket.send_text(json.dumps({"do": what, **fields}))
+
+    def next(self):
+        message = self.socket.receive()
+        if message["type"] == "websocket.close":
+            raise WebSocketDisconnect(message["code"])
+        if message.get("text") is not None:
+            return json.loads(message["text"])
+        return message["bytes"]
+
+    def say(self, what):
+        """The next message of this name; frames before it are passed over."""
+        while True:
+            message = self.next()
+            if isinstance(message, dict):
+                assert what == message["say"] or message["say"] != "error", message
+                if message["say"] == what:
+                    return message
+
+    def frame(self):
+        """Pixels of the next frame."""
+        while isinstance(message := self.next(), dict):
+            assert message["say"] not in ("error", "fault"), message
+        assert message[0] == 1
+        _, self.action, self.steps, self.window, _, self.number, self.total, self.stamp = (
+            HEADER.unpack_from(message)
+        )
+        return np.frombuffer(message, np.uint8, offset=HEADER.size).reshape(64, 64, 3)
+
+    def draw(self, action, count=1):
+        """Frames drawn while a key is held."""
+        self.send("keys", action=action)
+        frames = [self.frame() for _ in range(count)]
+        self.send("keys", action=4)
+        return frames
+
+    def halt(self):
+        """Waits until the world stands still."""
+        self.send("settings", auto=False)
+        self.send("clear")
+        self.say("recording")
+
+
+@pytest.fixture
+def house(scheduler, clips):
+    """house(…rules, auth=…): a test client of a server that is open."""
+    with contextlib.ExitStack() as stack:
+
+        def build(*, auth=None, opened=True, **rules):
+            studio = Studio(Rules(**{"fps": 60, "steps": (2, 1), **rules}))
+            if opened:
+                studio.open(scheduler, clips, title="tiny", demo=False)
+            client = TestClient(server.make_app(studio, auth=auth))
+            client.studio = studio
+            return stack.enter_context(client)
+
+        yield build
+
+
+@contextlib.contextmanager
+def guest(client, **headers):
+    with client.websocket_connect("/play/socket", headers=headers) as socket:
+        one = Guest(socket)
+        hello = one.say("hello")
+        assert hello["token"] in client.studio.players
+        one.token = hello["token"]
+        yield one
+
+
+@contextlib.contextmanager
+def started(client, clip=5, prompt=2, seed=9):
+    with guest(client) as one:
+        one.frame()  # of the random clip that everyone is given
+        one.send("start", clip=clip, prompt=prompt, seed=seed)
+        assert one.say("started") == dict(say="started", seed=seed, clip=clip, given=prompt)
+        one.frame()
+        yield one
+
+
+def test_the_page_and_what_it_needs_are_served(house):
+    client = house()
+    page = client.get("/")
+    assert page.status_code == 200
+    assert "play.js" in page.text
+    for name in ("play.js", "play.css", "stage.html"):
+        assert client.get(f"/play/static/{name}").status_code == 200
+    assert client.get("/play/static/../player.py").status_code == 404
+
+
+def test_held_keys_draw_frames_and_the_stamp_comes_back_once(house):
+    with started(house()) as one:
+        one.send("keys", action=7, stamp=123.5)
+        one.frame()
+        assert (one.action, one.stamp, one.number) == (7, 123.5, 2)
+        one.frame()
+        assert (one.action, one.stamp, one.number) == (7, 0, 3)
+        one.send("keys", action=4)
+        one.halt()
+        one.send("settings", auto=True)
+        one.frame()
+        assert one.action == 4
+
+
+def test_a_tap_that_is_over_before_the_frame_begins_counts_for_one_frame(house):
+    with started(house()) as one:
+        one.send("settings", fps=1)
+        one.draw(7, 1)
+        one.halt()
+        before = one.total
+        one.send("keys", action=5)
+        one.send("keys", action=4)
+        while one.total == before:
+            one.frame()
+        assert one.action in (5, 7)
+
+
+def test_step_mode_draws_one_frame_for_one_press(house):
+    with started(house()) as one:
+        one.send("settings", step_mode=True)
+        for number in (2, 3):
+            one.send("keys", action=8)
+            one.frame()
+            assert (one.number, one.action) == (number, 8)
+            one.halt()
+        one.send("keys", action=0)
+        one.frame()
+        assert (one.number, one.action) == (4, 0)
+        one.halt()
+        one.send("wait")
+        one.frame()
+        assert (one.number, one.action) == (5, 4)
+
+
+def test_pinned_steps_are_used(house):
+    with started(house()) as one:
+        for steps in (1, 2):
+            one.send("settings", steps=steps)
+            one.send("settings", step_mode=True)
+            one.send("keys", action=7)
+            one.frame()
+            assert one.steps == steps
+
+
+def test_rewind_share_and_replay_over_the_wire(house):
+    client = house()
+    with started(client) as one, started(client, clip=80, seed=1) as other:
+        frames = one.draw(7, 6)
+        one.halt()
+        one.send("rewind", to=4)
+        assert np.array_equal(one.frame(), frames[2])
+        one.draw(1, 3)
+        one.halt()
+        one.send("rewind", to=7)
+        last = one.frame()
+        one.send("share")
+        code = one.say("code")["code"]
+        other.send("replay", code=code)
+        other.say("started")
+        shown = [other.frame() for _ in range(7)]
+        assert np.array_equal(shown[-1], last)
+        assert np.array_equal(shown[3], frames[2])
+        assert "very same" in other.say("replayed")["text"]
+
+
+def test_what_if_and_choosing(house):
+    with started(house()) as one:
+        one.draw(7, 2)
+        one.halt()
+        one.send("what_if", frames=3)
+        said = one.say("branches")
+        raw = one.next()
+        assert raw[0] == 2
+        futures = np.frombuffer(raw, np.uint8, offset=1).reshape(6, 3, 64, 64, 3)
+        one.send("choose", branch=4)
+        assert np.array_equal(one.frame(), futures[4, -1])
+        assert one.action == said["actions"][4]
+
+
+def test_files_of_a_session_are_its_own_and_end_with_it(house):
+    client = house()
+    with started(client) as one, started(client) as other:
+        one.draw(7, 3)
+        one.halt()
+        one.send("record", on=True)
+        one.say("recording")
+        one.draw(7, 3)
+        one.halt()
+        one.send("record", on=True)
+        one.say("recording")
+        links = []
+        for kind in ("npz", "mp4"):
+            one.send("save", kind=kind)
+            said = one.say("file")
+            links.append(f"/play/files/{said['token']}/{said['name']}")
+            answer = client.get(links[-1])
+            assert answer.status_code == 200
+            assert "attachment" in answer.headers["content-disposition"]
+        assert client.get(links[0].replace(one.token, other.token)).status_code == 404
+        for name in ("../../../etc/passwd", "..%2f..%2fpyproject.toml", "session9.mp4", ""):
+            assert client.get(f"/play/files/{one.token}/{name}").status_code == 404
+    deadline = time.monotonic() + 5
+    while client.studio.players and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert client.get(links[0]).status_code == 404
+
+
+def test_gradio_serves_no_files_of_this_machine(house):
+    client = house()
+    for name in ("pyproject.toml", "play.py", "../../etc/passwd"):
+        assert client.get(f"/gradio_api/file={name}").status_code in (403, 404)
+
+
+def test_a_picture_starts_a_world(house):
+    with started(house()) as one:
+        pixels = noise(64, 64)
+        one.socket.send_bytes(file_of(pixels))
+        assert one.say("started")["clip"] is None
+        assert np.array_equal(one.frame(), pixels)
+        one.draw(7, 2)
+
+
+BAD = [
+    ("not json", "makes no sense"),
+    ("[" * 30_000, "makes no sense"),
+    ("[1, 2]", "makes no sense"),
+    ("{}", "makes no sense"),
+    ('"do"', "makes no sense"),
+    ('{"do": null}', "no command 'None'"),
+    ('{"do": "__class__"}', "no command"),
+    ('{"do": {"a": 1}}', "no command"),
+    ("x" * 70_000, "70,000 letters"),
+    ('{"do": "keys"}', "action is 'None'"),
+    ('{"do": "keys", "action": 15}', "action is '15'; it must be a whole number 0…14"),
+    ('{"do": "keys", "action": -1}', "whole number 0…14"),
+    ('{"do": "keys", "action": true}', "whole number"),
+    ('{"do": "keys", "action": 7, "stamp": "now"}', "must be a number"),
+    ('{"do": "keys", "action": 7, "stamp": NaN}', "must be a number"),
+    ('{"do": "start", "clip": 99999}', "clip is '99999'"),
+    ('{"do": "start", "clip": 1, "prompt": 33}', "prompt is '33'"),
+    ('{"do": "start", "clip": 1, "seed": -1}', "seed is '-1'"),
+    ('{"do": "start", "speed": 1}', "unexpected keyword argument 'speed'"),
+    ('{"do": "settings", "fps": 0}', "fps is '0'"),
+    ('{"do": "settings", "steps": 3}', "3 DDIM steps: choose of"),
+    ('{"do": "settings", "steps": [1]}', "DDIM steps: choose of"),
+    ('{"do": "rewind", "to": 999}', "no frame 999"),
+    ('{"do": "rewind", "to": -1}', "to is '-1'"),
+    ('{"do": "what_if", "frames": 1000}', "frames is '1000'"),
+    ('{"do": "choose", "branch": 0}', "no branch 0"),
+    ('{"do": "replay", "code": "CWM1-abc"}', "damaged"),
+    ('{"do": "replay", "code": 5}', "no share code"),
+    ('{"do": "save", "kind": "exe"}', "mp4 or npz"),
+    ('{"do": "picture", "raw": "abc"}', "as bytes"),
+]
+
+
+def test_bad_messages_are_answered_and_play_goes_on(house):
+    with started(house()) as one:
+        for text, answer in BAD:
+            one.socket.send_text(text)
+            assert answer in one.say("error")["text"], text
+        for raw, answer in (
+            (b"", "no picture"),
+            (file_of(np.zeros((4000, 4000, 3), np.uint8)), "4000×4000"),
+        ):
+            one.socket.send_bytes(raw)
+            assert answer in one.say("error")["text"]
+        one.draw(7, 2)
+
+
+def test_a_flood_of_commands_is_cut_off_and_rewinds_are_not_one():
+    player = Player(None, Studio(Rules()))
+    for to in range(1000):
+        player._take({"text": json.dumps({"do": "rewind", "to": to})})
+    for _ in range(31):
+        player._take({"text": '{"do": "share"}'})
+    with pytest.raises(UserError, match="too many"):
+        player._take({"text": '{"do": "share"}'})
+
+
+def test_a_full_house_says_so_and_has_room_again(house):
+    client = house(players=1)
+    with guest(client), client.websocket_connect("/play/socket") as socket:
+        assert json.loads(socket.receive_text()) == dict(say="full", text="All 1 places are taken.")
+        with pytest.raises(WebSocketDisconnect):
+            socket.receive_text()
+    deadline = time.monotonic() + 5
+    while client.studio.players and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with guest(client) as one:
+        one.frame()
+
+
+def test_the_idle_lose_their_place_but_not_their_session(house, scheduler, clips):
+    client = house(idle_seconds=0.3)
+    with started(client) as one:
+        one.draw(7, 2)
+        code = one.say("idle")["code"]
+        with pytest.raises(WebSocketDisconnect):
+            one.next()
+    assert not client.studio.players
+    with guest(house()) as again:
+        again.frame()
+        again.send("replay", code=code)
+        assert again.say("replayed")
+
+
+def test_players_who_drop_out_mid_frame_leave_nothing(house):
+    client = house()
+    for _ in range(5):
+        with guest(client) as one:
+            one.frame()
+            one.send("settings", auto=True)
+            one.frame()
+    deadline = time.monotonic() + 10
+    while client.studio.players and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not client.studio.players
+
+
+def test_other_sites_and_strangers_get_no_socket(house):
+    client = house()
+    with pytest.raises(WebSocketDisconnect), guest(client, origin="http://evil.example"):
+        pass
+    with guest(client, origin="http://testserver") as one:
+        one.frame()
+
+    client = house(auth=("anna", "secret"))
+    with pytest.raises(WebSocketDisconnect), guest(client):
+        pass
+    assert client.post("/login", data=dict(username="anna", password="no")).status_code == 400
+    assert client.post("/login", data=dict(username="anna", password="secret")).status_code == 200
+    with guest(client) as one:
+        one.frame()
+
+
+def test_until_it_is_open_the_stage_is_told_and_a_fault_too(house):
+    client = house(opened=False)
+    client.studio.stage = "Loading the checkpoint …"
+    with client.websocket_connect("/play/socket") as socket:
+        one = Guest(socket)
+        assert one.say("progress")["text"] == "Loading the checkpoint …"
+        client.studio.fault = "it does not fit"
+        assert one.say("fault")["text"] == "it does not fit"
+
+
+def test_a_port_in_use_and_wrong_wishes_are_told():
+    with opening.bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port}.*--port"):
+            opening.bind("127.0.0.1", port)
+    with pytest.raises(UserError, match="cannot listen on no"):
+        opening.bind("no.such.host", 0)
+    wishes = dict(
+        checkpoint=None, step=None, data=None, host="", port=0, share=False, auth=None, fps=15,
+        players=8, idle_minutes=5.0,
+    )  # fmt: skip
+    launch.Options(**wishes)
+    for change in (dict(fps=0), dict(players=0), dict(port=70_000), dict(idle_minutes=0.0)):
+        with pytest.raises(UserError, match=next(iter(change)).replace("_", "-")):
+            launch.Options(**wishes | change)
+
+
+def test_a_checkpoint_that_does_not_fit_is_told(engine):
+    launch.check_fits(engine.network, "here")
+    for change in (
+        dict(image_size=32),
+        dict(num_actions=4),
+        dict(action_encoding="buttons", num_actions=8),
+        dict(max_frames=1),
+    ):
+        with pytest.raises(UserError, match="here has"):
+            launch.check_fits(dataclasses.replace(engine.network, **change), "here")

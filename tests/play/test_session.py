@@ -1,0 +1,289 @@
+"""A session is its frames and actions: it can be rewound, branched, shared and drawn again."""
+
+import asyncio
+import base64
+import zlib
+
+import numpy as np
+import pytest
+
+from cwm_jax.coinrun import MEANINGFUL_ACTIONS
+from cwm_jax.errors import UserError
+from cwm_jax.play import saving, session, share
+from cwm_jax.play.engine import Engine
+from cwm_jax.play.prompts import ClipSource
+from cwm_jax.play.scheduler import Scheduler
+from cwm_jax.play.session import Session
+from cwm_jax.video import read_mp4
+
+
+@pytest.fixture
+def new(scheduler, clips):
+    """new(seed=…): a session that starts from three frames of a clip."""
+    opened = []
+
+    def make(*, seed=5, clip=17, frames=3):
+        prompt = clips.load(ClipSource(clip, frames))
+        opened.append(Session(scheduler, prompt, seed=seed))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def play(one, actions, steps=2):
+    async def run():
+        return [(await one.step(lambda a=a: a, steps=steps)).frame for a in actions]
+
+    return asyncio.run(run())
+
+
+def frames_of(one):
+    return np.stack(list(one.history.frames(0, len(one.history))))
+
+
+def replayed(scheduler, clips, code):
+    async def run():
+        again = Session.from_recipe(scheduler, clips, share.decode(code))
+        while again.to_replay:
+            await again.replay_step()
+        return again
+
+    return asyncio.run(run())
+
+
+STORY = [7, 7, 8, 4, 1, 2, 5, 7, 8, 8, 0, 3, 6, 14, 9, 4, 7, 5, 2]
+
+
+def test_a_session_begins_with_its_prompt_and_grows_by_its_actions(new, clips):
+    one = new()
+    drawn = play(one, STORY)
+    assert len(one.history) == 3 + len(STORY)
+    assert np.array_equal(frames_of(one)[:3], clips.load(ClipSource(17, 3)).frames_PHWC)
+    assert np.array_equal(frames_of(one)[3:], drawn)
+    assert one.history.actions[3:] == STORY
+    assert one.history.actions[0] == -1
+    assert len({frame.tobytes() for frame in drawn}) == len(STORY)
+
+
+@pytest.mark.parametrize("to", [2, 3, 8, 9, 20])
+def test_rewound_and_played_alike_it_has_the_same_frames(new, to):
+    one = new()
+    play(one, STORY)
+    before = frames_of(one)
+    assert np.array_equal(one.rewind(to), before[to])
+    assert np.array_equal(frames_of(one), before)  # nothing is forgotten by looking back
+    play(one, STORY[to - 2 :])
+    assert np.array_equal(frames_of(one), before)
+
+
+def test_a_branch_forgets_what_came_after(new):
+    one = new()
+    play(one, STORY)
+    before = frames_of(one)
+    one.rewind(9)
+    play(one, [1])
+    assert len(one.history) == 11
+    assert np.array_equal(frames_of(one)[:10], before[:10])
+    assert not np.array_equal(one.history.frame(10), before[10])
+
+
+def test_rewinding_never_cuts_the_prompt(new):
+    one = new()
+    play(one, [7])
+    one.rewind(0)
+    assert one.at == 2
+    play(one, [7])
+    assert len(one.history) == 4
+
+
+def test_a_frame_that_is_not_there_is_refused(new):
+    with pytest.raises(UserError, match="no frame 3: they count 0…2"):
+        new().rewind(3)
+
+
+def test_prompts_longer_than_the_window_work(new, scheduler, clips):
+    one = new(frames=32)
+    play(one, [7, 8])
+    assert np.array_equal(
+        frames_of(replayed(scheduler, clips, one.recipe().encoded)), frames_of(one)
+    )
+
+
+def test_a_share_code_draws_the_same_frames_again(new, scheduler, clips):
+    one = new(seed=2**32 - 1)
+    play(one, STORY[:9])
+    play(one, STORY[9:], steps=1)  # the governor may change its mind on the way
+    one.rewind(17)
+    play(one, [4, 4], steps=2)
+    again = replayed(scheduler, clips, one.recipe().encoded)
+    assert np.array_equal(frames_of(again), frames_of(one))
+    assert again.history.actions == one.history.actions
+    assert again.history.programs == one.history.programs
+    assert again.recipe().encoded == one.recipe().encoded
+
+
+def test_frames_drawn_in_company_are_drawn_again_alone(new, scheduler, clips):
+    scheduler.drawer.compile(2, 2)
+    ones = [new(seed=1), new(seed=2, clip=90)]
+
+    async def together():
+        for action in STORY:
+            await asyncio.gather(*(one.step(lambda a=action: a, steps=2) for one in ones))
+
+    asyncio.run(together())
+    lanes = {program.lanes for one in ones for program in one.history.programs[3:]}
+    assert 2 in lanes
+    for one in ones:
+        again = replayed(scheduler, clips, one.recipe().encoded)
+        assert np.array_equal(frames_of(again), frames_of(one))
+
+
+def test_what_if_shows_each_future_and_a_choice_goes_on_in_it(new, scheduler, clips):
+    one = new()
+    play(one, STORY[:7])
+    branches = asyncio.run(one.what_if(4, steps=2))
+    assert [branch.action for branch in branches] == list(MEANINGFUL_ACTIONS)
+    assert len({branch.frames[-1].tobytes() for branch in branches}) == len(branches)
+    assert len(one.history) == 10  # so far nothing happened
+    one.choose(2)
+    assert one.history.actions[10:] == [MEANINGFUL_ACTIONS[2]] * 4
+    assert np.array_equal(frames_of(one)[10:], branches[2].frames)
+    play(one, [7])
+    again = replayed(scheduler, clips, one.recipe().encoded)
+    assert np.array_equal(frames_of(again), frames_of(one))
+    with pytest.raises(UserError, match="no branch 2"):
+        one.choose(2)
+
+
+def test_a_code_for_something_else_is_refused(new, scheduler, clips):
+    one = new()
+    play(one, STORY[:3])
+    recipe = one.recipe()
+    for change, message in (
+        (dict(fingerprint=b"8 bytes."), "is for checkpoint"),
+        (dict(prompt_checksum=1), "another clip 17"),
+        (dict(programs=[(7, 1)] * 3), "wants 7 DDIM steps"),
+        (dict(source=ClipSource(10**6, 3)), "no clip 1000000"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Session.from_recipe(scheduler, clips, recipe._replace(**change))
+    with pytest.raises(UserError, match="not to the very same frames"):
+        replayed(scheduler, clips, recipe._replace(last_frame=1).encoded)
+
+
+def test_another_network_has_another_fingerprint(engine, params):
+    name = sorted(params)[0]
+    other = Engine(engine.network, {**params, name: params[name] + 1e-6}, steps=(1,))
+    assert other.fingerprint != engine.fingerprint
+
+
+def test_a_session_has_an_end(new, monkeypatch):
+    monkeypatch.setattr(session, "MAX_FRAMES", 4)
+    one = new()
+    play(one, [7] * 4)
+    with pytest.raises(UserError, match="at most 4 frames"):
+        play(one, [7])
+    with pytest.raises(UserError, match="at most 4 frames"):
+        asyncio.run(one.what_if(1, steps=2))
+    one.rewind(4)
+    play(one, [7])
+
+
+def test_after_a_fault_of_the_device_the_session_goes_on(new, scheduler, monkeypatch):
+    one, twin = new(), new()
+    play(one, STORY[:5])
+    good = scheduler.drawer.draw
+
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(scheduler.drawer, "draw", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        play(one, [1])
+    monkeypatch.setattr(scheduler.drawer, "draw", good)
+    play(one, STORY[5:])
+    play(twin, STORY)
+    assert np.array_equal(frames_of(one), frames_of(twin))
+
+
+def test_orders_of_a_stopped_device_fail_at_once(engine, clips):
+    with Scheduler(engine) as stopped:
+        pass
+    one = Session(stopped, clips.load(ClipSource(0, 1)))
+    with pytest.raises(RuntimeError, match="handed back"):
+        play(one, [7])
+
+
+def test_saved_files_hold_the_session(new, tmp_path):
+    one = new()
+    play(one, STORY[:5])
+    saving.write_numbers(one, tmp_path / "a.npz", start=1, stop=8)
+    with np.load(tmp_path / "a.npz") as saved:
+        assert np.array_equal(saved["frames"], frames_of(one)[1:8])
+        assert saved["actions"].tolist() == one.history.actions[1:8]
+        assert (saved["seed"], saved["n_prompt"], saved["first_frame"]) == (5, 2, 1)
+    saving.write_film(one, tmp_path / "a.mp4", start=1, stop=8, fps=15)
+    film = read_mp4(tmp_path / "a.mp4")
+    assert len(film) == 7
+    assert film.shape[1] > 64 * 6  # the picture enlarged, and the keys below
+
+
+def test_history_keeps_its_file_to_itself_and_cuts_it(new):
+    one = new()
+    play(one, STORY[:4])
+    one.history.cut(5)
+    assert len(one.history) == len(one.history.programs) == 5
+    with pytest.raises(IndexError):
+        one.history.frame(5)
+    one.history.cut(0)
+    assert len(one.history) == one.history.given == 3
+
+
+def test_codes_are_short_and_any_change_is_noticed(new):
+    one = new()
+    play(one, [7] * 30 + [8] * 10)
+    code = one.recipe().encoded
+    assert len(code) < 100
+    assert share.decode(f" {code[:20]}\n{code[20:]} ") == one.recipe()
+    for at in range(5, len(code)):
+        other = "A" if code[at] != "A" else "B"
+        with pytest.raises(UserError, match="damaged"):
+            share.decode(code[:at] + other + code[at + 1 :])
+    for cut in (code[:-1], code[:30], "CWM1-", code + "AAAA", "CWM1-é", "CWM1-" + "A" * 5000):
+        with pytest.raises(UserError, match="damaged"):
+            share.decode(cut)
+    for other in ("", "hello", code[1:]):
+        with pytest.raises(UserError, match="no share code"):
+            share.decode(other)
+
+
+def sealed(body):
+    """A code with a right checksum around any body, as only a person of ill will makes one."""
+    packed = zlib.compress(body)
+    text = base64.urlsafe_b64encode(share._checksum(packed) + packed)
+    return "CWM1-" + text.decode().rstrip("=")
+
+
+def test_a_forged_code_is_refused_and_cannot_fill_the_memory(new):
+    one = new()
+    play(one, [7, 8])
+    body = share._body(one.recipe())
+    assert share.decode(sealed(body)) == one.recipe()
+    for forged in (
+        b"",
+        body[:-1],
+        body + b"\0",
+        body[:20],
+        bytes(50_000_000),
+        body[:12] + b"\xff" * 40,
+    ):
+        with pytest.raises(UserError, match="damaged"):
+            share.decode(sealed(forged))
+    long = one.recipe()._replace(actions=[7] * 20_000, programs=[(2, 1)] * 20_000)
+    with pytest.raises(UserError, match="damaged"):
+        share.decode(long.encoded)
+    many = one.recipe()._replace(actions=[7] * 17, programs=[(n, 1) for n in range(1, 18)])
+    with pytest.raises(UserError, match="holds 16"):
+        _ = many.encoded

@@ -1,0 +1,48 @@
+"""A pad of buttons: bits of an action become inputs of the network, and reach every room."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cwm_jax import model, sampler
+from cwm_jax.coinrun import NO_ACTION
+from cwm_jax.errors import UserError
+from cwm_jax.model import DiTConfig
+
+TINY = dict(hidden_size=16, depth=1, num_heads=2, patch_size=32, image_size=64, max_frames=3)
+PAD = DiTConfig(**TINY, num_actions=3, dtype="float32", action_encoding="buttons")
+
+
+def test_each_button_is_an_input_of_its_own():
+    actions = jnp.array([NO_ACTION, 0, 1, 5, 7])
+    wanted = [[0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 0, 1], [1, 1, 1]]
+    np.testing.assert_array_equal(model.action_vectors(PAD, actions), wanted)
+    single = DiTConfig(**TINY, num_actions=3, dtype="float32")
+    wanted = [[0, 0, 0], [1, 0, 0], [0, 0, 1]]
+    actions = jnp.array([NO_ACTION, 0, 2])
+    np.testing.assert_array_equal(model.action_vectors(single, actions), wanted)
+
+
+def test_a_sampler_takes_every_combination_and_no_other():
+    assert PAD.action_values == 8
+    rng = np.random.default_rng(1)  # fresh parameters have zero gates, which would hide actions
+    params = {
+        name: rng.normal(size=leaf.shape, scale=0.2).astype(np.float32)
+        for name, leaf in model.shapes(PAD).items()
+    }
+    config = sampler.SamplerConfig(levels=(999,), window="cached")
+    drawer = sampler.Sampler(PAD, params, config)
+    start = lambda: drawer.start(np.zeros((8, 1, 64, 64, 3), np.uint8), np.full((8, 1), NO_ACTION))
+    _, frames = drawer.step(start(), np.arange(8), jax.random.key(0))
+    drawn = np.asarray(frames)
+    assert len({frame.tobytes() for frame in drawn}) == 8
+    with pytest.raises(UserError, match=r"actions are 0…7"):
+        drawer.step(start(), np.arange(1, 9), jax.random.key(0))
+
+
+@pytest.mark.parametrize("changed", [{"action_encoding": "bits"}, {"num_actions": 9}])
+def test_the_setting_is_checked(changed):
+    settings = dict(num_actions=3, dtype="float32", action_encoding="buttons") | changed
+    with pytest.raises(UserError, match=r"action_encoding|at most 8 buttons"):
+        DiTConfig(**TINY, **settings)

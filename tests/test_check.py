@@ -1,0 +1,78 @@
+"""The checker finds every kind of bad record, and mends a folder by leaving them out."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from cwm_jax import shards
+from cwm_jax.data import DataConfig, open_episodes
+from cwm_jax.episodes import encode
+from cwm_jax.tools import check
+
+
+@pytest.fixture
+def spoiled(make_data, marked_episode):
+    """Good records, and one of each fault."""
+    folder = make_data(train=[[40, 33], [37]], val=[[41]], test=[[43]])
+    good = encode(marked_episode(7, 35))
+    extra = encode(marked_episode(8, 34), {"padding": np.zeros(12288 + 4 - 30, np.uint8)})
+    extra = encode(  # as long in bytes as an episode of 35 frames
+        marked_episode(8, 34),
+        {"padding": np.zeros(12288 + 4 - 30 + len(good) - len(extra), np.uint8)},
+    )
+    assert len(extra) == len(good)
+    wrong_action = marked_episode(9, 36)
+    wrong_action.actions[5] = 15
+    records = [good, b"no pickle", encode(marked_episode(0, 40)), encode(wrong_action), extra]
+    shards.write_shard(folder / "train" / "data_0002.array_record", records)
+    shards.write_shard(folder / "val" / "data_0001.array_record", [encode(marked_episode(1, 33))])
+    whole = (folder / "test" / "data_0000.array_record").read_bytes()
+    (folder / "test" / "data_0001.array_record").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def test_every_fault_is_named_by_its_place(spoiled, capsys):
+    with pytest.raises(SystemExit) as ended:
+        check.main([str(spoiled), "--jobs", "2"])
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    bad = [line for line in said.splitlines() if line.startswith("BAD")]
+    place = lambda split, shard: f"{spoiled}/{split}/data_{shard:04d}.array_record"
+    wanted = [
+        f"{place('train', 2)}, record 1: it uses the instruction",
+        f"{place('train', 2)}, record 3: its action at frame 5 is 15",
+        f"{place('train', 2)}, record 2: the same episode as {place('train', 0)}, record 0",
+        f"{place('train', 2)}, record 4: ",
+        f"{place('val', 1)}, record 0: the same episode as {place('train', 0)}, record 1",
+        f"{place('test', 1)}: unreadable",
+    ]
+    assert len(bad) == len(wanted)
+    for line, start in zip(bad, wanted, strict=True):
+        assert line.startswith(f"BAD {start}"), line
+    assert "train: 3 shards, 6 readable records, 219 frames, 8 clips of 32 frames" in said
+    assert "6 faults" in said
+
+
+def test_a_mended_folder_is_healthy_and_holds_the_rest(spoiled, tmp_path, capsys):
+    out = tmp_path / "mended"
+    check.main([str(spoiled), "--repair", str(out)])
+    check.main([str(out)])
+    assert capsys.readouterr().out.endswith("no faults\n")
+    assert open_episodes(DataConfig(dir=str(out)), "train").lengths.tolist() == [40, 33, 37, 35]
+    shutil.rmtree(out / "val")
+    check.main([str(spoiled), "--repair", str(out)])  # broken off and done again
+    assert open_episodes(DataConfig(dir=str(out)), "val").lengths.tolist() == [41]
+
+
+def test_faults_of_the_call_are_told(make_data, tmp_path, capsys):
+    folder = make_data(train=[[40]])
+    for argv, fault in (
+        ([str(tmp_path / "none")], "does not exist"),
+        ([str(folder), "--repair", str(folder / "train")], "of its own"),
+        ([str(folder), "--jobs", "0"], "--jobs"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            check.main(argv)
+        assert ended.value.code == 2
+        assert fault in capsys.readouterr().err

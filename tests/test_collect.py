@@ -1,0 +1,216 @@
+"""Recording: real levels of the real game, and a folder that survives being broken off."""
+
+import itertools
+import json
+import pickle
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from cwm_jax import controls, episodes, shards
+from cwm_jax.errors import UserError
+from cwm_jax.simulator import environment, game
+from cwm_jax.tools import collect
+
+ENVIRONMENT = Path(__file__).parents[1] / ".venv-procgen"
+real_game = pytest.mark.skipif(
+    not environment.is_ready(ENVIRONMENT), reason="no simulator here: make install-procgen"
+)
+
+
+def recipe(**changed):
+    settings = dict(
+        game="coinrun",
+        policy={"random": 1.0},
+        difficulty="hard",
+        seed=5,
+        records={"train": 5, "val": 2, "test": 0},
+        records_per_shard=2,
+        chunk=40,
+        min_chunk=7,
+    )
+    return collect.Recipe(**settings | changed)
+
+
+def records(folder, split):
+    for shard in sorted((folder / split).glob("*.array_record")):
+        reader = shards.open_shard(shard)
+        for index in range(reader.num_records()):
+            yield shards.read_record(reader, shard, index)
+
+
+class FakeSimulator:
+    """Plays at once, and breaks down at the recording it is told to."""
+
+    fails_at: ClassVar = None
+    played: ClassVar = []
+
+    def __init__(self, python):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def record(self, recording):
+        self.played.append(tuple(recording.seed))
+        for i in range(recording.records):
+            if (len(self.played), i) == self.fails_at:
+                raise UserError("the simulator's process ended")
+            level = recording.first_level + i
+            frames = np.full((recording.chunk, 64, 64, 3), level % 251, np.uint8)
+            actions = np.arange(recording.chunk, dtype=np.int32) % 15
+            zeros = np.zeros(recording.chunk)
+            episode = episodes.Episode(frames, actions)
+            yield game.Chunk(episode, zeros.astype(np.float32), zeros.astype(bool), level, 0)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(game, "Simulator", FakeSimulator)
+    monkeypatch.setattr(FakeSimulator, "played", [])
+    monkeypatch.setattr(FakeSimulator, "fails_at", None)
+    return FakeSimulator
+
+
+def test_what_is_missing_is_recorded_and_what_is_there_is_kept(tmp_path, fake, monkeypatch):
+    run = lambda: collect.collect(tmp_path / "data", recipe(), python=Path(), jobs=1)
+    monkeypatch.setattr(fake, "fails_at", (2, 1))
+    with pytest.raises(UserError, match="ended"):
+        run()
+    names = lambda: sorted(p.name for p in tmp_path.rglob("*.array_record"))
+    assert names() == ["data_0000.array_record"]  # the shard in work left nothing
+    assert json.loads((tmp_path / "data/metadata.json").read_text())["splits"]["train"] == {
+        "records": 2,
+        "wanted": 5,
+        "frames": 80,
+        "lengths": {"40": 2},
+        "action_histogram": [6] * 10 + [4] * 5,
+        "level_seeds": [0, collect.LEVELS - 1],
+    }
+    first = (tmp_path / "data/train/data_0000.array_record").read_bytes()
+    monkeypatch.setattr(fake, "fails_at", None)
+    fake.played.clear()
+    run()
+    assert [seed[2] for seed in fake.played] == [1, 2, 0]
+    assert (tmp_path / "data/train/data_0000.array_record").read_bytes() == first
+    assert len(list(records(tmp_path / "data", "train"))) == 5
+    fake.played.clear()
+    run()
+    assert not fake.played
+    (tmp_path / "data/val/data_0000.array_record").unlink()
+    run()
+    assert len(fake.played) == 1
+
+
+def test_another_recipe_or_a_strange_folder_is_refused(tmp_path, fake):
+    make = lambda **changed: collect.collect(
+        tmp_path / "data", recipe(**changed), python=Path(), jobs=2
+    )
+    make()
+    with pytest.raises(UserError, match="seed=5, not 6"):
+        make(seed=6)
+    (tmp_path / "data/metadata.json").unlink()
+    with pytest.raises(UserError, match="was not recorded"):
+        make()
+
+
+@pytest.mark.parametrize("text", ["", "best", "random=-1", "random,sticky=x", "random=0"])
+def test_a_policy_must_be_known_and_weighted(text):
+    with pytest.raises(UserError, match="--policy"):
+        collect.parse_policy(text)
+
+
+def test_mixes_are_read():
+    assert collect.parse_policy("random=1,sticky=3") == {"random": 1, "sticky": 3}
+
+
+def test_recipes_are_checked():
+    for field, value in (("game", "pong"), ("chunk", 3), ("records_per_shard", 0)):
+        with pytest.raises(UserError):
+            recipe(**{field: value})
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    with game.Simulator(environment.ensure(ENVIRONMENT)) as simulator:
+        yield simulator
+
+
+def recording(**changed):
+    settings = dict(first_level=1000, num_levels=7, seed=(1, 2), records=11, chunk=43, num_envs=3)
+    return game.Recording(**dict(game="coinrun", policy={"random": 1.0}) | settings | changed)
+
+
+@real_game
+def test_a_recorded_level_can_be_played_again(simulator):
+    chunks = list(simulator.record(recording()))
+    assert len(chunks) == 11
+    assert {c.level_seed for c in chunks} <= set(range(1000, 1007))
+    begun = [c for c in chunks if c.start == 0]
+    runs = [(c.level_seed, c.episode.actions) for c in begun]
+    for chunk, again in zip(begun, simulator.replay("coinrun", runs), strict=True):
+        size = len(chunk.episode)
+        np.testing.assert_array_equal(again.frames[:size], chunk.episode.frames)
+        np.testing.assert_array_equal(again.rewards[:size], chunk.rewards)
+        assert again.ended == bool(chunk.done[-1])
+    follows = [(a, b) for a, b in itertools.pairwise(chunks) if a.level_seed == b.level_seed]
+    assert follows or len(begun) < len(chunks)
+
+
+@real_game
+def test_the_same_recording_gives_the_same_chunks_and_another_seed_others(simulator):
+    first, same, other = (
+        [c.episode.frames.tobytes() for c in simulator.record(recording(records=3, seed=seed))]
+        for seed in ((1,), (1,), (2,))
+    )
+    assert first == same
+    assert first != other
+
+
+@real_game
+def test_sticky_players_hold_their_keys_and_run_to_the_right(simulator):
+    def play(policy):
+        chunks = simulator.record(recording(policy={policy: 1.0}, records=9, chunk=160))
+        return [c.episode.actions for c in chunks]
+
+    held = lambda runs: np.mean(np.concatenate([np.diff(a) == 0 for a in runs]))
+    right = lambda runs: np.mean(np.isin(np.concatenate(runs), (6, 7, 8)))
+    random, sticky = play("random"), play("sticky")
+    assert held(random) < 0.15 < 0.75 < held(sticky)
+    assert right(random) < 0.3 < 0.5 < right(sticky)
+
+
+@real_game
+def test_a_worker_that_breaks_says_why(simulator):
+    with (
+        game.Simulator(environment.ensure(ENVIRONMENT)) as broken,
+        pytest.raises(UserError, match="process ended with code -6"),
+    ):
+        list(broken.record(recording(game="no_such_game")))
+    with pytest.raises(UserError, match="action 15"):
+        simulator.replay("coinrun", [(3, [1, 15])])
+
+
+@real_game
+def test_the_program_makes_a_folder_that_training_can_read(tmp_path):
+    argv = "--game maze --policy random,sticky --train 3 --val 2 --test 2 --chunk 33 --jobs 2"
+    folder = tmp_path / "maze"
+    extra = ["--output", str(folder), "--environment", str(ENVIRONMENT)]
+    collect.main([*argv.split(), "--records-per-shard", "2", *extra])
+    assert controls.read(folder).game == "maze"
+    seeds = {}
+    for split in shards.SPLITS:
+        fields = [pickle.loads(record) for record in records(folder, split)]
+        seeds[split] = {int(seed) for f in fields for seed in np.unique(f["level_seeds"])}
+        for f, record in zip(fields, records(folder, split), strict=True):
+            episode = episodes.decode(record)
+            assert len(episode) == len(f["rewards"]) == len(f["done"]) == f["sequence_length"]
+            assert episode.frames.std() > 0
+    assert not seeds["train"] & seeds["val"]
+    assert not seeds["train"] & seeds["test"]
+    assert not seeds["val"] & seeds["test"]

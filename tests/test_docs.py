@@ -1,0 +1,121 @@
+"""The pages say what is true: marked commands run, and every other has flags that exist."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import base
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```sh(?P<run> run)?\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+ORDER = ("doctor", "get-data", "train", "sample", "share")
+
+# As the pages say, but short and small.
+_NETWORK = ["hidden_size=16", "depth=1", "num_heads=1", "patch_size=32", "max_frames=4"]
+_REST = "max_steps=1 batch_size=2 data.clip_len=4 val_batches=1 rollout_frames=2 ddim_steps=1"
+SHORT = {
+    "train.py": [f"--config.model.{size}" for size in _NETWORK]
+    + [f"--config.{setting}" for setting in f"{_REST} n_rollout_samples=1".split()],
+    "sample.py": ["--frames", "3", "--n-samples", "1", "--ddim-steps", "1"],
+    "cwm_jax.tools.export": ["--ddim-steps", "1"],
+}
+
+
+def commands(page, *, marked):
+    for block in BLOCK.finditer(page.read_text()):
+        if bool(block["run"]) == marked:
+            yield from filter(None, block["body"].splitlines())
+
+
+def program(words):
+    """(what is run, its words) of a command; None where it is none of ours."""
+    while words and "=" in words[0] and not words[0].startswith("-"):
+        words = words[1:]
+    if words[:1] != ["python"]:
+        return None
+    return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+
+
+@pytest.mark.timeout(900)
+def test_marked_commands_run(tmp_path):
+    """In order, in a folder of their own; nothing is asked of the network."""
+    for name in ("cwm_jax", "configs", "assets", "train.py", "sample.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "WANDB_MODE": "disabled"}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    pages = [ROOT / "docs" / f"{name}.md" for name in ORDER]
+    assert set(pages) >= {page for page in PAGES if any(commands(page, marked=True))}
+    said = ""
+    for page in pages:
+        for command in commands(page, marked=True):
+            name, _ = program(shlex.split(command))
+            line = f"{command} {' '.join(SHORT.get(name, ()))}"
+            environment = os.environ | cache | {"PATH": path}
+            done = subprocess.run(
+                line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{page.name}: {line}\n{done.stdout}\n{done.stderr}"
+            said += done.stdout
+    for made in ("preview.html", "generated.mp4", "generated.png", "bundle.mp4"):
+        assert (tmp_path / made).exists(), made
+    assert said.count("continuing from step 1 of 1") == 1  # the second training was a resumption
+
+
+def help_text(name, words, monkeypatch, capsys):
+    """What `--help` prints; for a program with subcommands, that of the one in use."""
+    sub = words[:1] if name.endswith(".hub") else []
+    monkeypatch.setattr(sys, "argv", [name, *sub, "--help"])
+    module = importlib.import_module(name.removesuffix(".py"))
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def exists_in_config(flag):
+    settings = base.get_config()
+    for part in flag.removeprefix("--config").lstrip(".").split("."):
+        if part and part not in settings:
+            return False
+        settings = settings[part] if part else settings
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_flag_exists(page, monkeypatch, capsys):
+    for command in [*commands(page, marked=False), *commands(page, marked=True)]:
+        name, words = program(shlex.split(command)) or ("", [])
+        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+        if name == "train.py":
+            wrong = [f for f in flags if f != "--workdir" and not exists_in_config(f)]
+        else:
+            known = help_text(name, words, monkeypatch, capsys) if name else ""
+            wrong = [f for f in flags if not re.search(rf"{f}\b(?!-)", known)]
+        assert not wrong, f"{page.name}: {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_make_targets_lead_somewhere(page):
+    text, makefile = page.read_text(), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).is_file(), target
+    for target in re.findall(r"`make ([\w-]+)", text):
+        assert f"\n{target}:" in makefile, target
+
+
+def test_the_checks_catch_what_is_wrong():
+    assert exists_in_config("--config.model.num_actions")
+    assert not exists_in_config("--config.model.no_such_thing")
+    assert program(shlex.split("A=1 python -m cwm_jax.tools.check x --jobs 2")) == (
+        "cwm_jax.tools.check",
+        ["x", "--jobs", "2"],
+    )
+    assert program(["make", "install"]) is None

@@ -1,0 +1,96 @@
+"""The doctor sees each illness, names its cure, and says so by its exit code."""
+
+import importlib.metadata
+from types import SimpleNamespace
+
+import pytest
+
+from cwm_jax.tools import doctor
+from cwm_jax.tools.doctor import BAD, NOTE, OK
+
+
+def test_a_healthy_machine_passes(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "devices", lambda: doctor.Finding(OK, "1 × gpu"))
+    doctor.main([])
+    said = capsys.readouterr().out
+    assert said.endswith("all well\n")
+    assert "ok  python" in said
+    assert "BAD" not in said
+
+
+def test_what_is_bad_decides_the_exit_code(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        doctor.main(["--data", str(tmp_path / "none")])
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "not well: data" in said
+    assert f"→ python -m cwm_jax.tools.hub download --to {tmp_path / 'none'}" in said
+
+
+def test_old_pythons_and_packages_are_bad():
+    assert doctor.python((3, 10, 4)).status == BAD
+    assert doctor.python((3, 12, 1)).status == OK
+    found = doctor.packages(["numpy>=99", "no-such-package-at-all", "jax>=0.1"])
+    assert found.status == BAD
+    assert "numpy>=99 is" in found.what
+    assert "no-such-package-at-all is missing" in found.what
+    assert "jax" not in found.what
+    assert len(doctor.requirements()) > 15
+    assert doctor.packages(doctor.requirements()).status == OK
+
+
+def test_a_gpu_that_jax_does_not_use_is_bad(monkeypatch):
+    cpu = SimpleNamespace(platform="cpu", device_kind="cpu", memory_stats=lambda: None)
+    gpu = SimpleNamespace(
+        platform="gpu", device_kind="H", memory_stats=lambda: {"bytes_limit": 72e9}
+    )
+    monkeypatch.setattr(doctor.jax, "devices", lambda: [cpu])
+    for driver, status, mend in (
+        ("", NOTE, ""),
+        ("570.1", BAD, "cuda12"),
+        ("580.2", BAD, "cuda13"),
+    ):
+        monkeypatch.setattr(doctor, "nvidia_driver", lambda driver=driver: driver)
+        found = doctor.devices()
+        assert found.status == status
+        assert mend in found.mend
+    monkeypatch.setattr(doctor.jax, "devices", lambda: [gpu])
+    assert doctor.devices() == (OK, "1 × gpu H (72 GB for JAX)", "")
+
+    def broken():
+        raise RuntimeError("no driver\nmore")
+
+    monkeypatch.setattr(doctor.jax, "devices", broken)
+    assert doctor.devices().status == BAD
+
+
+def test_the_rest_is_looked_at(monkeypatch, tmp_path):
+    assert doctor.codecs(["h264"]).status == BAD
+    assert "libx264" in doctor.codecs(["h264"]).what
+    usage = lambda free: lambda _: SimpleNamespace(free=free)
+    for free, status in ((5e8, BAD), (5e9, NOTE), (5e10, OK)):
+        monkeypatch.setattr(doctor.shutil, "disk_usage", usage(free))
+        assert doctor.disk().status == status
+    monkeypatch.setattr(doctor.shutil, "disk_usage", usage(6e7))
+    assert doctor.shared_memory(tmp_path).status == NOTE
+    assert doctor.open_files(1024).status == NOTE
+    assert doctor.open_files(-1).status == OK
+    assert doctor.simulator(tmp_path).status == NOTE
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    assert doctor.cudnn(absent).status == OK  # there is no GPU in the tests
+    assert doctor.cudnn(lambda name: "9.1").what == "cuDNN 9.1"
+
+
+def test_logins_are_seen_and_never_shown(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name, value, status in (("", "", NOTE), ("k" * 40, "hf_" + "x" * 30, OK)):
+        monkeypatch.setenv("WANDB_API_KEY", name)
+        monkeypatch.setenv("HF_TOKEN", value)
+        monkeypatch.setattr(doctor.huggingface_hub, "get_token", lambda value=value: value or None)
+        found = [doctor.wandb_login(), doctor.hub_login()]
+        assert [f.status for f in found] == [status, status]
+        assert not any(secret and secret in str(found) for secret in (name, value))

@@ -1,0 +1,448 @@
+"""The evaluators on cases whose answers are known."""
+
+import jax
+import numpy as np
+import pytest
+
+from cwm_jax import model
+from cwm_jax.coinrun import NO_ACTION
+from cwm_jax.data import DataConfig
+from cwm_jax.errors import UserError
+from cwm_jax.evaluation import (
+    comparison,
+    control,
+    drawing,
+    drift,
+    full,
+    held_out,
+    intervals,
+    page,
+    probe,
+    protocol,
+    quality,
+    quick,
+    reading,
+)
+from cwm_jax.evaluation.held_out import HeldOut
+from cwm_jax.evaluation.scores import score
+from cwm_jax.model import DiTConfig
+from cwm_jax.sampler import Sampler, SamplerConfig
+
+CLIPS, LENGTH = 5, 24
+EMBEDDED = DataConfig(dir="assets/coinrun")
+TINY = DiTConfig(
+    hidden_size=8,
+    depth=1,
+    num_heads=2,
+    patch_size=8,
+    image_size=64,
+    num_actions=15,
+    max_frames=7,
+    dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def clips() -> HeldOut:
+    return held_out.load(EMBEDDED, "test", frames=LENGTH, clips=CLIPS)
+
+
+def replaying(clips: HeldOut) -> drawing.Draw:
+    """An oracle: draws what really came, whatever the actions."""
+
+    def draw(prompt_BPHWC, actions_BT, key):
+        given, length = prompt_BPHWC.shape[1], actions_BT.shape[1]
+        rows = [np.argmax((clips.frames[:, 0] == p).all((1, 2, 3))) for p in prompt_BPHWC[:, 0]]
+        return clips.frames[rows, given:length]
+
+    return draw
+
+
+def obeying(prompt_BPHWC, actions_BT, key):
+    """A fake game: the picture moves to the right or left with the actions; no noise."""
+    frame, frames = prompt_BPHWC[:, -1], []
+    for action_B in actions_BT[:, prompt_BPHWC.shape[1] :].T:
+        steps = np.select([action_B < 3, (action_B > 5) & (action_B < 9)], [-2, 2], 0)
+        frame = np.stack([np.roll(f, s, axis=1) for f, s in zip(frame, steps, strict=True)])
+        frames.append(frame)
+    return np.stack(frames, axis=1)
+
+
+def guessing(prompt_BPHWC, actions_BT, key):
+    """A model that ignores actions: the prompt under its own noise."""
+    frames = np.repeat(prompt_BPHWC[:, -1:], actions_BT.shape[1] - prompt_BPHWC.shape[1], axis=1)
+    noise = 20 * np.asarray(jax.random.normal(key, frames.shape))
+    return (frames + noise).clip(0, 255).astype(np.uint8)
+
+
+# Quality
+
+
+def test_identical_rollouts_have_infinite_psnr_and_an_ssim_of_one(clips):
+    scores = score(clips.frames[:, 1:], clips.frames[:, 1:], clips.frames[:, 0])
+    assert np.isinf(scores.psnr).all()
+    np.testing.assert_allclose(scores.ssim, 1, atol=1e-6)
+    found = quality.summary(scores, (1, LENGTH - 1))
+    assert found["identical"] == {"1": 1.0, str(LENGTH - 1): 1.0}
+    assert found["psnr"]["mean"]["1"] == dict.fromkeys(("mean", "low", "high"), quality.PSNR_CAP)
+
+
+def test_copying_the_last_frame_of_a_still_clip_is_perfect_and_nothing_moves(clips):
+    still = np.repeat(clips.frames[:, :1], LENGTH, axis=1)
+    copied = quality.copy_last(still[:, :3], LENGTH - 3)
+    scores = score(copied, still[:, 3:], still[:, 2])
+    assert np.isinf(scores.psnr).all()
+    assert np.isnan(scores.psnr_motion).all()
+    assert np.isnan(quality.summary(scores, (4,))["psnr_motion"]["at"]["4"]["mean"])
+
+
+def test_motion_counts_only_the_pixels_that_changed_since_the_prompt():
+    given = np.full((1, 64, 64, 3), 100, np.uint8)
+    real = np.repeat(given[:, None], 2, axis=1)
+    real[:, 1, :8, :8] = 151  # 51 / 255 = 0.2 from the given colour
+    drawn = np.repeat(given[:, None], 2, axis=1)
+    drawn[:, :, 40:] += 100  # wrong where nothing moves
+    (motion,) = score(drawn, real, given).psnr_motion
+    assert np.isnan(motion[0])
+    assert motion[1] == pytest.approx(-20 * np.log10(0.2), abs=1e-4)
+
+
+def test_scores_do_not_depend_on_the_number_of_clips_scored_at_once(clips):
+    many = np.concatenate([clips.frames] * 5)  # 25: two calls, the second not full
+    noisy = np.asarray(guessing(many[:, :1], np.zeros((len(many), 4), int), jax.random.key(0)))
+    whole = score(noisy, many[:, 1:4], many[:, 0])
+    for first, last in ((0, 7), (19, 25)):
+        part = score(noisy[first:last], many[first:last, 1:4], many[first:last, 0])
+        for a, b in zip(part, whole, strict=True):
+            np.testing.assert_allclose(a, b[first:last], rtol=1e-5)
+
+
+def test_an_untrained_network_reconstructs_what_the_lowest_label_leaves(clips):
+    # Its last layer is zero, so v = 0 and x0 = ᾱ(0) · x: the frame itself but for rounding.
+    frames = quality.reconstruction(TINY, model.init(TINY, 0), clips.frames, clips.actions)
+    assert frames.shape == clips.frames.shape
+    assert np.abs(frames.astype(int) - clips.frames).max() <= 1
+
+
+# Intervals
+
+
+def test_an_interval_holds_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(5)
+    samples = rng.normal(loc=3, size=(200, 40))
+    held = [low <= 3 <= high for _, low, high in map(intervals.of_mean, samples)]
+    assert 0.90 <= np.mean(held) <= 0.985
+
+
+def test_an_interval_of_what_never_varies_is_a_point_and_of_nothing_is_nan():
+    assert intervals.of_mean([2.0, 2.0, np.nan]) == (2.0, 2.0, 2.0)
+    assert np.isnan(intervals.of_mean([np.nan, np.nan])).all()
+    assert intervals.of_median([1.0, 5.0, 5.0, 5.0, 9.0]).mean == 5
+
+
+# Control
+
+
+def delta(draw, clips, frames=12):
+    true = clips.actions[:, : 1 + frames]
+    random = control.random_actions(clips.actions, n_prompt=1, frames=frames, seed=1)
+    real = obeying(clips.frames[:, :1], true, None)
+    drawn = (
+        drawing.in_batches(draw, clips.frames[:, :1], actions, seed=0, batch_size=3)
+        for actions in (true, random)
+    )
+    scores = (score(frames, real, clips.frames[:, 0]) for frames in drawn)
+    return control.delta_psnr(*scores, (1, frames))["delta_psnr"]["mean"][str(frames)]
+
+
+def test_a_model_that_ignores_actions_has_no_delta_psnr(clips):
+    found = delta(guessing, clips)
+    assert found["low"] <= 0 <= found["high"]
+    assert found["mean"] == 0  # the same noise for both
+
+
+def test_a_model_that_obeys_has_a_delta_psnr_above_its_interval(clips):
+    found = delta(obeying, clips)
+    assert found["low"] > 5
+
+
+def test_random_actions_keep_the_prompt_and_grow_at_the_end(clips):
+    short, long = (
+        control.random_actions(clips.actions, n_prompt=4, frames=n, seed=0) for n in (5, 9)
+    )
+    np.testing.assert_array_equal(short, long[:, :9])
+    np.testing.assert_array_equal(short[:, :4], clips.actions[:, :4])
+    assert short[:, 4:].min() >= 0
+
+
+# The probe
+
+
+@pytest.fixture(scope="module")
+def obedient(clips):
+    """A probe that has seen the fake game, and clips of it that it has not seen."""
+    rng = np.random.default_rng(0)
+
+    def film(seed_frames, seed):
+        actions = np.random.default_rng(seed).integers(15, size=(len(seed_frames), 40))
+        actions[:, 0] = NO_ACTION
+        prompt = seed_frames[:, None]
+        frames = np.concatenate([prompt, obeying(prompt, actions, None)], axis=1)
+        return frames, actions.astype(np.int32)
+
+    pictures = clips.frames[rng.integers(CLIPS, size=40), rng.integers(LENGTH, size=40)]
+    return probe.train(*film(pictures, 1)), *film(clips.frames[:, -1], 2)
+
+
+def test_the_probe_learns_a_game_and_reads_it_from_other_clips(obedient):
+    reader, frames, actions = obedient
+    found = reading.summary(reader, frames, frames, actions)
+    confusion = np.array(found["real"]["groups"]["confusion"])
+    assert confusion.sum() == found["actions"] == 5 * 38
+    left, right = confusion[[0, 1]].sum(0), confusion[[4, 5]].sum(0)
+    assert left[[0, 1]].sum() > 0.9 * left.sum()  # jumping cannot be seen in the fake game
+    assert right[[4, 5]].sum() > 0.9 * right.sum()
+    assert found["shuffled"]["groups"]["accuracy"]["high"] < 0.7
+
+
+def test_an_oracle_that_replays_the_clip_is_read_as_real_frames_are(obedient):
+    reader, frames, actions = obedient
+    oracle = replaying(HeldOut(frames, actions, 5, 0, ""))
+    drawn = np.concatenate([frames[:, :1], oracle(frames[:, :1], actions, None)], axis=1)
+    found = reading.summary(reader, drawn, frames, actions)
+    assert found["drawn"] == found["real"]
+    assert found["control"] == 1
+
+
+def test_a_world_that_stands_still_is_not_under_control(obedient):
+    reader, frames, actions = obedient
+    still = np.repeat(frames[:, :1], frames.shape[1], axis=1)
+    found = reading.summary(reader, still, frames, actions)
+    assert found["drawn"]["groups"]["balanced"] <= 1 / 6 + 1e-9
+    assert abs(found["control"]) < 0.2
+
+
+def test_groups_are_actions_that_do_the_same():
+    assert [probe.GROUP_NAMES[g] for g in probe.GROUPS[:9]] == [
+        *("left", "left", "jump left", "stand", "stand", "jump"),
+        *("right", "right", "jump right"),
+    ]
+    assert (probe.GROUPS[9:] == probe.GROUPS[4]).all()
+    mirrored = probe.GROUPS[probe._MIRRORED]
+    names = [probe.GROUP_NAMES[g].translate(str.maketrans("", "")) for g in mirrored]
+    swapped = [n.replace("left", "#").replace("right", "left").replace("#", "right") for n in names]
+    assert swapped == [probe.GROUP_NAMES[g] for g in probe.GROUPS]
+
+
+def test_a_cached_probe_is_the_trained_one_and_other_data_has_another(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "_EPOCHS", 1)
+    fresh = probe.cached_on(clips, tmp_path)
+    monkeypatch.setattr(probe, "train", lambda *_, **__: pytest.fail("trained again"))
+    again = probe.cached_on(clips, tmp_path)
+    np.testing.assert_array_equal(probe.read(fresh, clips.frames), probe.read(again, clips.frames))
+    other = clips._replace(digest="other")
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        probe.cached_on(other, tmp_path)
+
+
+def test_a_broken_cached_probe_is_named(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "_EPOCHS", 1)
+    path = tmp_path / f"probe_{probe.cached_on(clips, tmp_path).name}.npz"
+    path.write_bytes(b"no archive")
+    with pytest.raises(UserError, match=path.name):
+        probe.cached_on(clips, tmp_path)
+
+
+# Drift
+
+
+def test_a_rollout_that_stays_the_real_clip_never_collapses():
+    clips = held_out.load(EMBEDDED, "test", frames=120, clips=CLIPS)
+    found = drift.summary(clips.frames[:, :60], clips.frames)
+    assert found["survived"] == 1
+    assert found["frames_to_collapse"]["mean"] == 60
+    assert found["false_alarms"] <= 1 / CLIPS
+    assert np.mean(found["by_window"]["sharpness"]["mean"]) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("ruin", ["blur", "noise"])
+def test_a_rollout_that_is_ruined_collapses_when_it_is(ruin):
+    clips = held_out.load(EMBEDDED, "test", frames=120, clips=CLIPS)
+    frames = clips.frames[:, :80].copy()
+    worse = frames[:, 40:].astype(np.float32)
+    if ruin == "blur":
+        blocks = worse.reshape(CLIPS, 40, 8, 8, 8, 8, 3).mean((3, 5), keepdims=True)
+        worse = np.broadcast_to(blocks, (CLIPS, 40, 8, 8, 8, 8, 3)).reshape(worse.shape)
+    else:
+        worse = worse + np.random.default_rng(0).normal(scale=60, size=worse.shape)
+    frames[:, 40:] = worse.clip(0, 255).astype(np.uint8)
+    found = drift.summary(frames, clips.frames)
+    assert 40 - drift.WINDOW <= found["frames_to_collapse"]["mean"] <= 40
+    assert found["survived"] == 0
+    late = found["by_window"]["sharpness"]["mean"][-1]
+    assert late < 0.6 if ruin == "blur" else late > 1.5
+
+
+def test_the_frechet_distance_of_two_gaussians_is_the_known_one():
+    rng = np.random.default_rng(0)
+    a, b = (x @ x.T for x in rng.normal(size=(2, 5, 5)))
+    roots = np.linalg.eigvals(a @ b).real
+    wanted = 5 * 4 + np.trace(a + b) - 2 * np.sqrt(roots).sum()
+    found = drift.frechet(np.zeros((1, 5)), a[None], np.full((1, 5), 2.0), b[None])
+    assert found[0] == pytest.approx(wanted, rel=1e-8)
+    assert drift.frechet(np.ones(5), a, np.ones(5), a) == pytest.approx(0, abs=1e-8)
+
+
+def test_one_bad_window_is_no_collapse():
+    beyond = np.zeros((1, 20), bool)
+    beyond[0, 3] = True
+    assert drift.frames_to_collapse(beyond, 90) == [90]
+    beyond[0, 10:] = True
+    assert drift.frames_to_collapse(beyond, 90) == [40]
+
+
+# Drawing
+
+
+def test_batches_share_one_shape_and_noise_hangs_on_nothing_but_seed_and_place(clips):
+    seen = []
+
+    def draw(prompt, actions, key):
+        seen.append((prompt.shape, actions.shape))
+        return guessing(prompt, actions, key)
+
+    args = clips.frames[:, :2], clips.actions[:, :6]
+    a, b = (drawing.in_batches(draw, *args, seed=4, batch_size=3) for _ in range(2))
+    assert a.shape == (CLIPS, 4, 64, 64, 3)
+    assert len(set(seen)) == 1
+    np.testing.assert_array_equal(a, b)
+    other = drawing.in_batches(draw, *args, seed=5, batch_size=3)
+    assert (a != other).any()
+
+
+def test_a_sampler_that_draws_nan_is_found_out(clips):
+    params = model.init(TINY, 0)
+    params["patch_out.bias"] = params["patch_out.bias"].at[0].set(np.nan)
+    draw = drawing.by_sampler(Sampler(TINY, params, SamplerConfig(levels=(999, 499))))
+    with pytest.raises(UserError, match="not finite"):
+        draw(clips.frames[:2, :1], clips.actions[:2, :4], jax.random.key(0))
+
+
+def test_a_network_of_another_frame_size_is_refused_with_both_sizes():
+    with pytest.raises(UserError, match=r"32×32.*64×64"):
+        drawing.check_size(full.dataclasses.replace(TINY, image_size=32))
+
+
+# Clips
+
+
+def test_records_that_are_too_short_are_counted_and_left_out(make_data):
+    folder = make_data(test=[[40, 12, 33], [160]])
+    held = held_out.load(DataConfig(dir=str(folder)), "test", frames=33)
+    assert (len(held), held.records, held.too_short) == (3, 4, 1)
+    assert held.frames[:, 0, 0, 0, 0].tolist() == [0, 2, 3]
+    with pytest.raises(UserError, match="3 of 4 records"):
+        held_out.load(DataConfig(dir=str(folder)), "test", frames=33, clips=4)
+    with pytest.raises(UserError, match="longest has 160"):
+        held_out.load(DataConfig(dir=str(folder)), "test", frames=161)
+
+
+def test_the_digest_tells_clips_apart_by_content(clips):
+    assert clips.digest == held_out.digest(clips.frames, clips.actions)
+    other = clips.actions.copy()
+    other[2, 3] += 1
+    assert clips.digest != held_out.digest(clips.frames, other)
+
+
+# The whole
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    plan = full.Plan(
+        split="test", clips=3, horizon=6, n_prompt=(1, 2), drift_frames=16, batch_size=2
+    )
+    params = model.init(TINY, 0)
+    sampler = SamplerConfig(levels=(999, 499))
+    config = DataConfig(dir="assets/coinrun", clip_len=7, stride=80)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "_EPOCHS", 1)
+        patch.setattr(probe, "_CLIPS", 4)
+        probes = tmp_path_factory.mktemp("probes")
+        found = full.measure(TINY, params, sampler, config, plan, probes=probes)
+    found.results.update(
+        checkpoint=dict(path="runs/<tiny>", step=7, fingerprint=protocol.fingerprint(params)),
+        code=protocol.code_version(),
+        device="none",
+    )
+    return found, plan
+
+
+def test_the_whole_measurement_bears_its_protocol_and_compares(measured, tmp_path):
+    results = measured[0].results
+    assert results["protocol"]["clips"] == 3
+    assert results["protocol"]["horizons"] == [1, 2, 3, 4, 5, 6]
+    assert set(results["single_step"]) == {"epoch/val_loss", "epoch/psnr", "epoch/ssim"}
+    path = tmp_path / "a.json"
+    full.write_json(path, results)
+    again = comparison.read(path)
+    again["checkpoint"]["fingerprint"] = again["code"] = "another"
+    table = comparison.table([("a", results), ("b", again)])
+    row = next(line for line in table.splitlines() if line.startswith("ΔPSNR"))
+    one, other = [cell.strip() for cell in row.split("  ") if cell.strip()][1:]
+    assert one == other
+    labels = [label for label, _ in comparison.rows(results)]
+    assert len(labels) == len(set(labels))
+    again["protocol"]["seed"] = 1
+    again["protocol"]["window"] = "cached"
+    with pytest.raises(UserError, match=r"seed: 0 and 1\s+window: exact and cached"):
+        comparison.table([("a", results), ("b", again)])
+
+
+def test_what_is_no_measurement_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    for content in ("{", "[1]", '{"psnr": 3}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"x\.json"):
+            comparison.read(path)
+    with pytest.raises(UserError, match="cannot read"):
+        comparison.read(tmp_path / "none.json")
+
+
+def test_the_page_holds_everything_itself(measured, tmp_path):
+    page.write(tmp_path, *measured)
+    text = (tmp_path / page.FILE).read_text()
+    assert "runs/&lt;tiny&gt;" in text
+    assert text.count("data:video/mp4;base64,") == 3
+    assert text.count("data:image/png;base64,") == 3 + 2 * 4
+    for way_out in ("http:", "https:", 'src="/', "url("):
+        assert way_out not in text
+    for name in ("quality", "control_dark", "drift", "confusion", "best", "worst"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+def test_a_fingerprint_changes_with_any_parameter():
+    params = model.init(TINY, 0)
+    before = protocol.fingerprint(params)
+    assert before == protocol.fingerprint(model.init(TINY, 0))
+    params["patch_in.bias"] = params["patch_in.bias"].at[0].add(1e-6)
+    assert before != protocol.fingerprint(params)
+
+
+def test_a_plan_that_cannot_be_is_refused():
+    for wrong in (dict(horizon=1), dict(clips=-1), dict(drift_frames=100), dict(n_prompt=(0,))):
+        with pytest.raises(UserError):
+            full.Plan(**wrong)
+
+
+# The quick form
+
+
+def test_the_quick_form_scores_an_oracle_above_copying_and_tells_that_it_ignores_keys():
+    few = quick.prepare(EMBEDDED, "val", clips=3, frames=9, num_actions=15, seed=0)
+    clips = HeldOut(few.frames, few.actions, 20, 0, "")
+    found = dict(quick.run(replaying(clips), few))
+    assert found["eval/psnr"] == quality.PSNR_CAP
+    assert found["eval/copy_last_psnr"] < quality.PSNR_CAP
+    assert found["eval/delta_psnr"] == 0
+    assert found["eval/copy_last_psnr_motion"] < found["eval/copy_last_psnr"]

@@ -1,0 +1,161 @@
+"""Exports hold what was trained: every form draws the same frames, a bundle without model code."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cwm_jax import bundle, checkpoint, model, samplers, training, weights
+from cwm_jax.errors import UserError
+from cwm_jax.model import DiTConfig
+from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
+from cwm_jax.tools import export
+
+ROOT = Path(__file__).parents[1]
+NETWORK = DiTConfig(
+    **dict(hidden_size=16, depth=1, num_heads=2, patch_size=16, image_size=64),
+    **dict(num_actions=15, max_frames=4, dtype="float32"),
+)
+DRAWING = SamplerConfig(levels=ddim_levels(2), window="cached")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's workdir; its parameters are noise, so that every input matters."""
+    workdir = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(2)
+    params = {
+        name: jax.numpy.asarray(0.2 * rng.normal(size=leaf.shape), np.float32)
+        for name, leaf in model.shapes(NETWORK).items()
+    }
+    config = {"model": {k: getattr(NETWORK, k) for k in DiTConfig.__dataclass_fields__}}
+    step, loss = jax.numpy.int32(7), jax.numpy.zeros(2)
+    state = training.TrainState(step, params, opt_state=(), ema=None, epoch_loss=loss)
+    with checkpoint.Checkpoints(workdir, retention=checkpoint.Retention(1)) as saved:
+        saved.save(state, data_position="", config=config)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def made(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bundle") / "bundle"
+    flags = "--format bundle --ddim-steps 2 --window cached"
+    export.main([str(run), "--output", str(out), *flags.split()])
+    return out
+
+
+def film(sampler, worlds=2):
+    """Frames drawn from a prompt, past the window, with given actions."""
+    rng = np.random.default_rng(4)
+    prompt = rng.integers(256, size=(worlds, 2, 64, 64, 3), dtype=np.uint8)
+    led_in = np.array([[-1, 7]] * worlds)
+    actions = rng.integers(15, size=(worlds, 5))
+    state = sampler.start(prompt, led_in)
+    frames = []
+    for action in actions[:, :-1].T:
+        state, frame = sampler.step(state, action, jax.random.key(3))
+        frames.append(np.asarray(frame)[:, None])
+    _, last = sampler.rollout(state, actions[:, -1:], jax.random.key(3))
+    return np.concatenate([*frames, np.asarray(last)], axis=1)
+
+
+@pytest.fixture(scope="module")
+def wanted(run):
+    trained = checkpoint.load(run)
+    return film(Sampler(trained.network, trained.params, DRAWING))
+
+
+def test_a_bundle_draws_what_the_model_draws(made, wanted):
+    opened = samplers.open_sampler(made)
+    assert isinstance(opened.sampler, bundle.Bundle)
+    assert opened.step == 7
+    drawn = film(opened.sampler)
+    assert drawn.shape == (2, 5, 64, 64, 3)
+    assert np.abs(drawn.astype(int) - wanted).max() <= 1
+    assert wanted.std() > 10
+
+
+def test_a_bundle_runs_where_there_is_no_model_code(made):
+    script = f"""
+import sys
+for room in ("model", "sampler", "world", "diffusion", "attention", "checkpoint", "training"):
+    sys.modules["cwm_jax." + room] = None  # importing it fails from here on
+import jax, numpy as np
+from cwm_jax.bundle import Bundle
+bundle, example = Bundle({str(made)!r}), np.load({str(made / bundle.EXAMPLE)!r})
+state = bundle.start(example["prompt"], example["led_in"])
+state, frames = bundle.rollout(state, example["actions"], jax.random.key(int(example["seed"])))
+assert np.abs(np.asarray(frames).astype(int) - example["frames"]).max() <= 1
+try:
+    import cwm_jax.model
+except ImportError:
+    print("drawn without the model code")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "drawn without the model code\n", done.stderr
+
+
+def test_a_damaged_or_unfit_bundle_is_refused(made, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy)
+    with pytest.raises(UserError, match="levels="):
+        samplers.open_sampler(copy, config=SamplerConfig(window="cached"))
+    state = bundle.Bundle(copy).start(np.zeros((1, 1, 64, 64, 3), np.uint8), [[-1]])
+    with pytest.raises(UserError, match=r"action 15: actions are 0…14"):
+        bundle.Bundle(copy).step(state, [15], jax.random.key(0))
+    program = copy / "draw.stablehlo"
+    program.write_bytes(program.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"draw.stablehlo is damaged"):
+        bundle.Bundle(copy)
+    program.unlink()
+    with pytest.raises(UserError, match="missing"):
+        bundle.Bundle(copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        bundle.Bundle(copy)
+
+
+@pytest.mark.parametrize("dtype", export.DTYPES)
+@pytest.mark.parametrize(("format", "name"), [("orbax", "out"), ("safetensors", "o.safetensors")])
+def test_parameters_alone_keep_every_bit_that_fits(run, tmp_path, format, name, dtype):
+    out = tmp_path / name
+    export.main([str(run), "--output", str(out), "--format", format, "--dtype", dtype])
+    read = (
+        checkpoint.load(out).params
+        if format == "orbax"
+        else {k: v.astype("float32") for k, v in weights.read(out)[0].items()}
+    )
+    for key, value in checkpoint.load(run).params.items():
+        np.testing.assert_array_equal(read[key], value.astype(dtype).astype("float32"))
+    if format == "safetensors":
+        whole = weights.read(out)[0]
+        assert {str(v.dtype) for v in whole.values()} == {dtype}
+
+
+def test_a_safetensors_file_is_opened_to_draw(run, tmp_path, wanted):
+    out = tmp_path / "m.safetensors"
+    export.main([str(run), "--output", str(out), "--format", "safetensors"])
+    np.testing.assert_array_equal(film(samplers.open_sampler(out, config=DRAWING).sampler), wanted)
+
+
+def test_faults_are_told(run, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "bad.safetensors").write_bytes(b"no")
+    for argv, fault in (
+        (["--format", "safetensors", "--output", str(tmp_path / "x.bin")], "must end in"),
+        (["--format", "orbax", "--output", str(tmp_path / "other")], "is there already"),
+        (["--output", str(tmp_path / "other")], "is no bundle"),
+        (["--output", str(tmp_path / "new"), "--data", str(tmp_path)], "no *.array_record"),
+    ):
+        with pytest.raises(SystemExit):
+            export.main([str(run), *argv])
+        assert fault in capsys.readouterr().err
+    with pytest.raises(UserError, match="not a readable safetensors"):
+        samplers.open_sampler(tmp_path / "bad.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.safetensors", "other"]

@@ -1,0 +1,255 @@
+"""The hub's tools against a stand-in for its HTTP interface, on this machine alone."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import HfApi
+
+from cwm_jax.tools import hub
+
+SHA = "a" * 40
+TOKEN = "hf_secretOfTheUser"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the interface as listing, downloading and committing needs."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, code, body=b"", **headers):
+        body = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def refused(self):
+        state = self.server.state
+        if state.needs_token and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.reply(401, {"error": "Unauthorized"}, X_Error_Message="Invalid credentials")
+            return True
+        return False
+
+    def do_GET(self):
+        state, path = self.server.state, unquote(urlsplit(self.path).path)
+        if self.refused():
+            return
+        kind, _, rest = path.removeprefix("/api/").partition("/")
+        if "/resolve/" in path:
+            self.send_file(re.split(r"/resolve/[^/]+/", path)[1])
+        elif kind not in ("datasets", "models") or not rest.startswith("them/things"):
+            self.reply(404, {"error": "no"}, X_Error_Code="RepoNotFound")
+        elif "/tree/" in path:
+            self.reply(200, [entry(name, content) for name, content in state.files.items()])
+        else:
+            self.reply(200, {"id": "them/things", "sha": SHA, "siblings": []})
+
+    do_HEAD = do_GET
+
+    def send_file(self, name):
+        state = self.server.state
+        if name not in state.files:
+            self.reply(404, X_Error_Code="EntryNotFound")
+            return
+        content = state.files[name]
+        etag = hashlib.sha256(content).hexdigest()
+        if self.command == "GET":
+            state.sent.append(name)
+            if state.damaged.get(name, 0):
+                state.damaged[name] -= 1
+                content = content[:-1] + b"?"
+        self.reply(200, content, ETag=f'"{etag}"', X_Repo_Commit=SHA)
+
+    def do_POST(self):
+        state = self.server.state
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.refused():
+            return
+        if self.path.endswith("/validate-yaml"):
+            self.reply(200, {"errors": [], "warnings": []})
+        elif self.path.endswith("/repos/create"):
+            state.created.append(json.loads(body)["name"])
+            self.reply(200, {"url": f"{state.url}/them/things"})
+        elif "/preupload/" in self.path:
+            asked = json.loads(body)["files"]
+            modes = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked
+            ]
+            self.reply(200, {"files": modes})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    state.files[value["path"]] = base64.b64decode(value["content"])
+            where = {"commitUrl": f"{state.url}/them/things/commit/{SHA}", "commitOid": SHA}
+            self.reply(200, where | {"pullRequestUrl": None, "hookOutput": "", "success": True})
+        else:
+            self.reply(404, {"error": self.path})
+
+
+def entry(name, content):
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    said = {"type": "file", "path": name, "size": len(content), "oid": blob}
+    if name.endswith(".array_record"):
+        sha = hashlib.sha256(content).hexdigest()
+        said["lfs"] = {"size": len(content), "oid": sha, "pointerSize": 130}
+    return said
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A hub on the loopback interface; nothing here talks to any other."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    url = f"http://127.0.0.1:{server.server_port}"
+    state = dict(url=url, files={}, sent=[], damaged={}, created=[], needs_token=False)
+    server.state = SimpleNamespace(**state)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint=url))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server.state
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def dataset(stand_in):
+    for split in ("train", "val", "test"):
+        for number in range(3):
+            name = f"{split}/data_{number:04d}.array_record"
+            stand_in.files[name] = f"{split} {number}".encode() * 99
+    stand_in.files["metadata.json"] = b"{}"
+    stand_in.files["README.md"] = b"hello"
+    return stand_in
+
+
+def names(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def data_names(folder):
+    return [name for name in names(folder) if not name.startswith(".cache")]
+
+
+def download(folder, *more):
+    hub.main(["download", "--repo", "them/things", "--to", str(folder), "--jobs", "2", *more])
+
+
+def test_the_first_shards_come_and_then_the_rest(dataset, tmp_path, capsys):
+    download(tmp_path, "--shards", "1")
+    first = [f"{split}/data_0000.array_record" for split in ("test", "train", "val")]
+    assert data_names(tmp_path) == sorted(["metadata.json", *first])
+    assert "4 files of them/things" in capsys.readouterr().out
+    dataset.sent.clear()
+    (tmp_path / "val/data_0000.array_record").write_bytes(b"cut short")
+    download(tmp_path)
+    again = [name for name in dataset.files if name.endswith("_0000.array_record")]
+    assert sorted(dataset.sent) == sorted(
+        [n for n in dataset.files if n not in again and n.endswith("record")] + [again[1]]
+    )
+    for name, content in dataset.files.items():
+        if name != "README.md":
+            assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_damaged_file_is_asked_for_again_and_then_refused(dataset, tmp_path, capsys):
+    name = "train/data_0001.array_record"
+    dataset.damaged[name] = 1
+    download(tmp_path)
+    assert dataset.sent.count(name) == 2
+    assert (tmp_path / name).read_bytes() == dataset.files[name]
+    dataset.damaged["metadata.json"] = 9
+    (tmp_path / "metadata.json").unlink()
+    with pytest.raises(SystemExit):
+        download(tmp_path)
+    assert "metadata.json of them/things arrives damaged" in capsys.readouterr().err
+    assert not (tmp_path / "metadata.json").exists()
+
+
+def test_faults_are_told_and_the_token_never_is(dataset, tmp_path, monkeypatch, capsys):
+    def fails(*argv):
+        with pytest.raises(SystemExit) as ended:
+            hub.main([*argv, "--to", str(tmp_path / "new")])
+        assert ended.value.code == 2
+        said = capsys.readouterr()
+        assert TOKEN not in said.out + said.err
+        return said.err
+
+    assert "knows no them/nothing" in fails("download", "--repo", "them/nothing")
+    assert "no name of a repository" in fails("download", "--repo", "a/b/c")
+    assert "no folder 'x'; it has test, train, val" in fails(
+        "fetch", "them/things", "--folder", "x"
+    )
+    assert "must be 1 or more" in fails("download", "--shards", "-1")
+    usage = SimpleNamespace(free=2 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub.shutil, "disk_usage", lambda _: usage)
+        assert "GB free" in fails("download", "--repo", "them/things")
+    dataset.needs_token = True
+    monkeypatch.setenv("HF_TOKEN", TOKEN + "Old")
+    assert "log in" in fails("download", "--repo", "them/things")
+    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    assert "cannot reach http://127.0.0.1:9" in fails("download", "--repo", "them/things")
+    assert not (tmp_path / "new").exists() or data_names(tmp_path / "new") == []
+
+
+def export(folder, rest):
+    """A bundle's files as far as uploading looks at them."""
+    folder.mkdir()
+    (folder / "draw.stablehlo").write_bytes(b"program")
+    said = {"format": 1, "step": 70, "platforms": ["cpu", "cuda"], "config": rest}
+    digest = hashlib.sha256(b"program").hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(said | {"files": {"draw.stablehlo": digest}}))
+
+
+def test_a_model_goes_up_with_a_card_and_comes_back(stand_in, tmp_path, capsys):
+    export(tmp_path / "mine", {"lr": 0.25, "model": {"hidden_size": 48}})
+    metrics = '{"step": 9, "val/loss": 0.5}\n{"step": 70, "val/loss": 0.125}\ncut'
+    (tmp_path / "mine" / "metrics.jsonl").write_text(metrics)
+    upload = ["upload", str(tmp_path / "mine"), "--repo", "them/things", "--folder", "pocket"]
+    stand_in.needs_token = True
+    hub.main(upload)
+    assert stand_in.created == ["things"]
+    assert stand_in.files["pocket/draw.stablehlo"] == b"program"
+    card = stand_in.files["README.md"].decode()
+    assert card == stand_in.files["pocket/README.md"].decode()
+    for line in ("| hidden_size | 48 |", "| lr | 0.25 |", "| val/loss | 0.125 |", "for 70 steps"):
+        assert line in card
+    assert "fetch them/things --folder pocket --to models" in card
+
+    stand_in.files["README.md"] = b"my own words"
+    hub.main(upload)
+    assert stand_in.files["README.md"] == b"my own words"
+    capsys.readouterr()
+    hub.main(["fetch", "them/things", "--folder", "pocket", "--to", str(tmp_path / "got")])
+    assert (tmp_path / "got/pocket/draw.stablehlo").read_bytes() == b"program"
+    said = capsys.readouterr().out
+    assert f"sample.py --checkpoint {tmp_path / 'got/pocket'}" in said
+    assert TOKEN not in said + card
+
+
+def test_uploading_needs_a_token_that_may_write(stand_in, tmp_path, monkeypatch, capsys):
+    export(tmp_path / "mine", {})
+    upload = ["upload", str(tmp_path / "mine"), "--repo", "them/things"]
+    stand_in.needs_token = True
+    for token, fault in (("", "uploading needs a token"), ("hf_other", "log in")):
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(hub, "get_token", lambda token=token: token or None)
+        with pytest.raises(SystemExit):
+            hub.main(upload)
+        assert fault in capsys.readouterr().err
+    assert not stand_in.files

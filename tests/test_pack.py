@@ -1,0 +1,219 @@
+"""Own games: films and pictures with their actions become records, and the model takes them."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from cwm_jax import clips, controls, data, model, recordings, shards, training, video
+from cwm_jax.controls import Control, Controls
+from cwm_jax.errors import UserError
+from cwm_jax.model import DiTConfig
+from cwm_jax.simulator import environment, game
+from cwm_jax.tools import check, pack
+
+SIMULATOR = Path(__file__).parents[1] / ".venv-procgen"
+PAD_KEYS = """
+game = "pad game"
+action_encoding = "buttons"
+actions = [{name = "A", keys = ["KeyX"]}, {name = "LEFT", keys = ["ArrowLeft"]}, {name = "RIGHT"}]
+"""
+PAD = Controls("pad game", "buttons", tuple(map(Control, ("A", "LEFT", "RIGHT"))))
+DICE = Controls("dice", "one_hot", tuple(map(Control, ("STAY", "ROLL"))))
+
+
+def shade(t):
+    """Brightness of frame t; steps of 3 survive a film's compression."""
+    return 3 * (t % 80)
+
+
+@pytest.fixture
+def films(tmp_path):
+    """Three films of 160×96 with a csv each, and their key map."""
+    folder = tmp_path / "films"
+    folder.mkdir()
+    (tmp_path / "keys.toml").write_text(PAD_KEYS)
+    for number, length in enumerate((79, 47, 53)):
+        times = range(27 * number, 27 * number + length)
+        frames = (np.full((96, 160, 3), shade(t), np.uint8) for t in times)
+        video.write_mp4(folder / f"run{number}.mp4", frames, fps=15)
+        rows = [f"{t & 1},{t >> 1 & 1},{t >> 2 & 1}" for t in times]
+        (folder / f"run{number}.csv").write_text("\n".join(["A,LEFT,RIGHT", *rows, ""]))
+    return folder
+
+
+def run(folder, *more):
+    keys, out = folder.parent / "keys.toml", folder.parent / "packed"
+    pack.main([str(folder), "--keys", str(keys), "--output", str(out), "--jobs", "2", *more])
+    return out
+
+
+def every_episode(folder, known):
+    for split in shards.SPLITS:
+        found = clips.Episodes(shards.find_shards(folder, split), num_actions=known.num_values)
+        yield from ((split, found[i]) for i in range(len(found)))
+
+
+def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
+    out = run(films, "--chunk", "40", "--min-chunk", "7")
+    said = capsys.readouterr().out
+    assert "--config.model.num_actions=3 --config.model.action_encoding=buttons" in said
+    assert controls.read(out).controls[0] == Control("A", ("KeyX",))
+    check.main([str(out), "--clip-len", "5"])
+    lengths = sorted(len(e) for _, e in every_episode(out, PAD))
+    assert lengths == [7, 13, 39, 40, 40, 40]  # 79 = 40 + 39, 47 = 40 + 7, 53 = 40 + 13
+    for _, episode in every_episode(out, PAD):
+        times = round(episode.frames[0].mean() / 3) + np.arange(len(episode))
+        np.testing.assert_array_equal(episode.actions, times % 8)
+        assert np.abs(episode.frames.mean((1, 2, 3)) - shade(times)).max() < 1.5
+
+    network = DiTConfig(
+        **dict(hidden_size=8, depth=1, num_heads=1, patch_size=32, image_size=64, max_frames=5),
+        **dict(num_actions=3, action_encoding="buttons", dtype="float32"),
+    )
+    config = data.DataConfig(dir=str(out), clip_len=5, num_threads=1)
+    batches = data.train_batches(config, batch_size=2, seed=0, num_actions=network.action_values)
+    batch, t = next(batches), np.full((2, 5), 500)
+    params = {name: np.full(x.shape, 0.1, x.dtype) for name, x in model.shapes(network).items()}
+    noise = np.zeros(batch["frames"].shape, np.float32)
+    loss = jax.jit(training.clip_loss, static_argnames="network")
+    assert batch["actions"].max() > 3  # more than there are buttons: combinations
+    assert np.isfinite(loss(params, *batch.values(), t, noise, network=network))
+    batches.close()
+
+
+@pytest.mark.skipif(
+    not environment.is_ready(SIMULATOR), reason="no simulator here: make install-procgen"
+)
+def test_a_second_procgen_game_goes_through_films_into_training_batches(tmp_path):
+    """Maze, filmed as a person would, comes back as the same game with the same actions."""
+    (tmp_path / "films").mkdir()
+    keys = controls.procgen("maze").to_json()
+    rows = [f"{{name = {a['name']!r}, keys = {a['keys']!r}}}" for a in keys["actions"]]
+    (tmp_path / "keys.toml").write_text(f'game = "maze"\nactions = [{", ".join(rows)}]')
+    with game.Simulator(environment.ensure(SIMULATOR)) as simulator:
+        actions = np.random.default_rng(0).integers(15, size=(3, 41))
+        runs = [(seed, row.tolist()) for seed, row in zip((3, 5, 7), actions, strict=True)]
+        played = simulator.replay("maze", runs)
+    for (seed, pressed), run_ in zip(runs, played, strict=True):
+        name = tmp_path / "films" / f"level{seed}"
+        video.write_mp4(name.with_suffix(".mp4"), run_.frames, fps=15)
+        names = [keys["actions"][a]["name"] for a in pressed[: len(run_.frames) - 1]]
+        name.with_suffix(".csv").write_text("\n".join(["action", *names, ""]))
+    out = run(tmp_path / "films")
+    known = controls.read(out)
+    assert known == controls.procgen("maze")
+    config = data.DataConfig(dir=str(out), num_threads=1)
+    batch = data.eval_batches(config, "train", batch_size=1)[0]
+    (one,) = (
+        r
+        for (_, pressed), r in zip(runs, played, strict=True)
+        if np.array_equal(pressed[:31], batch["actions"][0, 1:])
+    )
+    assert np.abs(batch["frames"][0].astype(int) - one.frames[:32]).mean() < 8  # H.264 blurs
+
+
+def test_packing_again_gives_the_same_and_strange_folders_are_left_alone(films, tmp_path):
+    out = run(films)
+    before = {p: p.read_bytes() for p in sorted(out.rglob("*.array_record"))}
+    assert len(before) == 3
+    before_one = next(iter(before))
+    before_one.unlink()
+    run(films)
+    assert {p: p.read_bytes() for p in sorted(out.rglob("*.array_record"))} == before
+    (out / "metadata.json").write_text(json.dumps(DICE.to_json()))
+    with pytest.raises(SystemExit):
+        run(films)
+
+
+def test_pictures_with_named_actions(tmp_path):
+    for name, length in (("a", 19), ("b", 17), ("c", 23)):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for t in range(length):
+            picture = Image.new("RGB", (32, 64), (10 * t, 0, 0))
+            picture.save(tmp_path / "in" / name / f"{t:03d}.png")
+        rows = [json.dumps({"action": ["STAY", 1][t % 2]}) for t in range(length)]
+        (tmp_path / "in" / f"{name}.jsonl").write_text("\n".join(rows))
+    cut = pack.Cut(chunk=7, min_chunk=2, every=2, fit="pad", val=0.1, test=0.1, seed=3)
+    counts = pack.pack(tmp_path / "in", tmp_path / "out", DICE, cut, jobs=1)
+    assert sum(counts.values()) == 2 + 2 + 2  # 10 = 7 + 3, 9 = 7 + 2, 12 = 7 + 5
+    for _, episode in every_episode(tmp_path / "out", DICE):
+        assert (episode.actions == 0).all()  # every second frame is one where it stays
+        red = episode.frames[:, :, 32, 0].astype(int)
+        assert (np.diff(red, axis=0) == 20).all()
+        assert (episode.frames[:, :, :16] == 0).all()  # the black bars
+        assert (episode.frames[:, :, 48:] == 0).all()
+
+
+def test_few_recordings_are_split_in_time():
+    cut = pack.Cut(chunk=10, min_chunk=5, every=1, fit="crop", val=0.2, test=0.1, seed=0)
+    (pieces,) = pack.plan([104], cut)
+    assert [p.split for p in pieces] == ["train"] * 7 + ["val"] * 2 + ["test"]
+    assert [p.start for p in pieces] == list(range(0, 100, 10))
+    with pytest.raises(UserError, match="too few"):
+        pack.plan([20], cut)
+
+
+@pytest.mark.parametrize("share", [(0.1, 0.1), (0.3, 0.2)])
+def test_every_split_gets_its_share(share):
+    splits = recordings.split_of(17, val=share[0], test=share[1], seed=1)
+    assert splits.count("val") == max(1, round(17 * share[0]))
+    assert splits.count("test") == max(1, round(17 * share[1]))
+    assert len(splits) == 17
+
+
+def write_npz(path, actions):
+    np.savez(path, actions=actions)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "known", "fault"),
+    [
+        ("x.csv", "action\n1\n2\n", DICE, "line 3: the action is '2'; it must be 0…1"),
+        ("x.csv", "actions\n1\n", DICE, "line 2: the action is None"),
+        ("x.csv", "A,LEFT\n1,0\n", PAD, "'RIGHT' is None"),
+        ("x.csv", "A,LEFT,RIGHT\n1,0,2\n", PAD, "'RIGHT' is '2'; it must be 0 or 1"),
+        ("x.csv", "action\n", DICE, "no actions"),
+        ("x.jsonl", '{"action": "HOP"}', DICE, "line 1: the action is 'HOP'"),
+        ("x.jsonl", "[3]", DICE, "line 1 is no JSON object"),
+        ("x.jsonl", '{"buttons": ["A", "B"]}', PAD, "there are A, LEFT, RIGHT"),
+        ("x.npz", np.array([0, 1, 8]), PAD, "action 8; they must be 0…7"),
+        ("x.npz", np.array([[0, 1]]), PAD, "3 buttons need"),
+        ("x.npz", np.array([0.5]), DICE, "float64"),
+    ],
+)
+def test_wrong_actions_are_named(tmp_path, name, content, known, fault):
+    path = tmp_path / name
+    write_npz(path, content) if name.endswith("npz") else path.write_text(content)
+    with pytest.raises(UserError) as error:
+        recordings.read_actions(path, known)
+    assert fault in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_all_forms_of_button_actions_agree(tmp_path):
+    (tmp_path / "a.csv").write_text("RIGHT,A,LEFT\n0,0,0\n1,1,0\n0,0,1\n")
+    (tmp_path / "b.jsonl").write_text('{"buttons": []}\n{"buttons": ["A", "RIGHT"]}\n{"action": 2}')
+    write_npz(tmp_path / "c.npz", np.array([[0, 0, 0], [1, 0, 1], [0, 1, 0]], bool))
+    write_npz(tmp_path / "d.npz", np.array([0, 5, 2], np.uint8))
+    for name in ("a.csv", "b.jsonl", "c.npz", "d.npz"):
+        assert recordings.read_actions(tmp_path / name, PAD).tolist() == [0, 5, 2], name
+
+
+def test_recordings_that_do_not_fit_together_are_named(films, capsys):
+    csv = films / "run1.csv"
+    whole = csv.read_text()
+    for text, fault in (
+        (whole.rsplit("\n", 4)[0], "run1.mp4 has more frames"),
+        (whole + whole.split("\n", 1)[1], "run1.mp4 has fewer frames"),
+        (None, "'run1' needs its actions"),
+    ):
+        csv.unlink() if text is None else csv.write_text(text)
+        with pytest.raises(SystemExit):
+            run(films)
+        assert fault in capsys.readouterr().err
+    csv.write_text(whole.strip().rsplit("\n", 1)[0])  # no action for the last frame
+    run(films)

@@ -1,0 +1,67 @@
+"""Signals: the first is noted, the second ends the process; and what a config's change means."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from cwm_jax import resume
+from cwm_jax.errors import UserError
+from cwm_jax.stopping import Stop, StopAsked
+
+TWO_SIGNALS = """
+import os, signal, sys, time
+from cwm_jax.stopping import Stop
+with Stop() as stop:
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    assert stop.asked(1) and stop.signal == sys.argv[1]
+    os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+    time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_is_noted_and_handlers_come_back(name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with Stop() as stop:
+        assert not stop.asked(1)
+        assert list(stop.until(range(3))) == [0, 1, 2]
+        os.kill(os.getpid(), number)
+        assert stop.asked(2)
+        assert stop.signal == name
+        with pytest.raises(StopAsked):
+            list(stop.until(range(3)))
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_ends_the_process():
+    words = [sys.executable, "-c", TWO_SIGNALS, "SIGTERM", "SIGTERM"]
+    ended = subprocess.run(words, timeout=100, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGTERM, ended.stderr
+    assert "Once more stops at once" in ended.stderr
+
+
+OLD = {"lr": 1e-3, "seed": 0, "ema_decay": 0.9, "model": {"depth": 2, "dtype": "float32"}}
+
+
+def test_what_may_change_is_told():
+    now = OLD | {"lr": 2e-3, "model": {"depth": 2, "dtype": "bfloat16"}, "new": 1}
+    assert resume.compare(OLD, OLD) == []
+    assert resume.compare(OLD, now) == [
+        "config.lr=0.002, was 0.001",
+        "config.model.dtype='bfloat16', was 'float32'",
+        "config.new=1, was None",
+    ]
+
+
+def test_every_setting_that_makes_it_another_run_is_named():
+    now = {"lr": 2e-3, "seed": 1, "ema_decay": 0.0, "model": {"depth": 3, "dtype": "float32"}}
+    with pytest.raises(UserError) as told:
+        resume.compare(OLD, now)
+    for line in ("seed=1, was 0", "ema_decay=0.0, was 0.9", "model.depth=3, was 2"):
+        assert f"config.{line}" in str(told.value)
+    assert "lr" not in str(told.value)
+    assert resume.compare(OLD, OLD | {"ema_decay": 0.99})
