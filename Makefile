@@ -10,7 +10,8 @@ TORCH_VERSION := 2.13.0
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-torch install-procgen demo play test test-torch-extra faults lint format lock clean
+.PHONY: help install install-torch install-procgen demo play test test-torch-extra faults bench-gpu
+.PHONY: lint format lock clean
 
 help:  ## List what make can do here
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -56,6 +57,9 @@ test-torch-extra: install-torch  ## Run the whole suite with PyTorch present: th
 
 faults: $(STAMP)  ## Kill, starve and mislead training runs for MINUTES=10, and tell what survived
 	$(BIN)/python -m tests.faults --minutes $(or $(MINUTES),10)
+
+bench-gpu:  ## Measure parity, attention, training and sampling on this GPU in 8 minutes (PYTHON=…)
+	$(PYTHON) -m benchmarks.gpu
 
 lint: $(STAMP)  ## Check format and lint, change nothing
 	$(BIN)/ruff format --check .

@@ -14,8 +14,8 @@ _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "afte
 _CALLS = {"call", "while", "conditional", "async-start"}
 
 _INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<shape>\([^=]*?\)|\S+) (?P<op>[\w-]+)\((?P<args>[^)]*)\)"
-    r"(?P<rest>.*)$"
+    r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<shape>\([^=]*?\)|\S+) (?P<op>[\w-]+)"
+    r"\((?P<args>[^)]*)\)(?P<rest>.*)$"
 )
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{\s*$")
 

@@ -1,24 +1,10 @@
-"""What a figure depends on besides our code: the machine, its speed, and the versions."""
+"""What stands beside a figure: the machine, the versions, the memory, and tables of them."""
 
 import platform
 import resource
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-
-# Sizes of the configs (`configs/NAME.py` says the same, and a test holds them together), so that
-# benchmarks run where only jax, flax, optax and orbax are installed.
-SIZES = {
-    "debug": {"hidden_size": 256, "depth": 2, "num_heads": 4, "max_frames": 16},
-    "pocket": {"hidden_size": 192, "depth": 4, "num_heads": 4, "max_frames": 32},
-    "small": {"hidden_size": 512, "depth": 6, "num_heads": 8, "max_frames": 32},
-    "large": {"hidden_size": 640, "depth": 8, "num_heads": 8, "max_frames": 32},
-}
-COMMON = {"patch_size": 8, "image_size": 64, "num_actions": 15}
 
 
 def description() -> dict[str, str]:
@@ -35,25 +21,6 @@ def description() -> dict[str, str]:
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
-
-
-def seconds(call: Callable[[], object], *, repeats: int = 3, at_least: float = 0.2) -> float:
-    """Median seconds of a call that has been made once before (so that it is compiled)."""
-    jax.block_until_ready(call())
-    taken = []
-    while len(taken) < repeats or sum(taken) < at_least:
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
-
-
-def matmul_flops_per_second(dtype, size: int | None = None) -> float:
-    """Measured speed of a large square matrix product on random data, operations a second."""
-    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
-    a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    return 2 * size**3 / seconds(lambda: product(a, b))
 
 
 def peak_bytes() -> int:

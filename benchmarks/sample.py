@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import machine
-from cwm_jax import diffusion, model, sampler
+from benchmarks import machine, sizes
+from cwm_jax import diffusion, model, sampler, speed
 from cwm_jax.model import DiTConfig
 
 KEY = jax.random.key(0)
@@ -57,7 +57,7 @@ class Bench:
     def __init__(self, config: DiTConfig):
         self.config = config
         self.params = model.init(config, 0)
-        self.speed = machine.matmul_flops_per_second(config.compute_dtype)
+        self.speed = speed.matmul_flops(config.compute_dtype)
 
     def row(self, window: str, batch: int, steps: int, context: int) -> dict:
         """Milliseconds and frames/s after so many context frames; a full window of them slides."""
@@ -127,7 +127,8 @@ class Bench:
         began = time.perf_counter()
         jax.block_until_ready(draw(cast, frames, actions, x))
         compiled = time.perf_counter() - began
-        return machine.seconds(lambda: draw(cast, frames, actions, x), repeats=1), compiled
+        once = speed.best_time(draw, cast, frames, actions, x, rounds=1, calls=1)
+        return once, compiled
 
 
 def cached_compile_seconds(config: DiTConfig, params) -> tuple[float, float]:
@@ -154,7 +155,7 @@ def main() -> None:
     )
     numbers = lambda text: [int(word) for word in text.split(",")]
     add = parser.add_argument
-    add("--size", default="small", choices=machine.SIZES)
+    add("--size", default="small", choices=sizes.SIZES)
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
     add("--batch", type=numbers, default=[1, 4, 16, 64], help="players or clips at once")
     add("--steps", type=numbers, default=[1, 4, 10], help="DDIM steps a frame")
@@ -162,7 +163,7 @@ def main() -> None:
     add("--window", default="plain,exact,cached,hop", help="which ways, by comma")
     add("--json", type=Path, help="also write everything to this file")
     args = parser.parse_args()
-    network = DiTConfig(**machine.COMMON, **machine.SIZES[args.size], dtype=args.dtype)
+    network = sizes.network(args.size, dtype=args.dtype)
     bench = Bench(network)
     about = machine.description() | {"size": args.size, "dtype": str(network.compute_dtype)}
     print(about | {"matmul TFLOP/s": round(bench.speed / 1e12, 3)})

@@ -4,6 +4,8 @@ from cwm_jax.model import DiTConfig
 
 SIZES = {
     "tiny": dict(hidden_size=64, depth=2, num_heads=2),  # to try the benchmarks themselves
+    "debug": dict(hidden_size=256, depth=2, num_heads=4, max_frames=16),
+    "pocket": dict(hidden_size=192, depth=4, num_heads=4),  # a shape to start from, no config yet
     "small": dict(hidden_size=512, depth=6, num_heads=8),
     "large": dict(hidden_size=640, depth=8, num_heads=8),
     "1b": dict(hidden_size=1536, depth=14, num_heads=16),  # no config yet; for docs/scaling.md
@@ -12,4 +14,4 @@ _SAME = dict(patch_size=8, image_size=64, num_actions=15, max_frames=32)
 
 
 def network(size: str, *, dtype: str = "auto", attention: str = "auto") -> DiTConfig:
-    return DiTConfig(**SIZES[size], **_SAME, dtype=dtype, attention=attention)
+    return DiTConfig(**(_SAME | SIZES[size]), dtype=dtype, attention=attention)

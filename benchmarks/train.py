@@ -39,7 +39,7 @@ def measure(
     *,
     clips: int,
     frames: int = 32,
-    step: StepConfig = StepConfig(),
+    step: StepConfig,
     steps: int = 10,
     machine: dict[str, float] | None = None,
 ) -> dict[str, float | str]:
@@ -129,8 +129,8 @@ def show(found: dict) -> str:
             f"floor        {floor[0]:.4g} s for the arithmetic, {floor[1]:.4g} s for the bytes",
             f"measured     {found['step_s']:.4g} s a step (best {found['step_best_s']:.4g}; "
             f"{found['step_cpu_s']:.4g} s of processors), compiled in {found['compile_s']:.1f} s",
-            f"rate         {1 / found['step_s']:.3g} steps/s, {found['frames_per_s']:.5g} frames/s, "
-            f"MFU {found['mfu']:.1%}",
+            f"rate         {1 / found['step_s']:.3g} steps/s, {found['frames_per_s']:.5g} "
+            f"frames/s, MFU {found['mfu']:.1%}",
         ]
     )
 

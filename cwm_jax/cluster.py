@@ -53,15 +53,17 @@ def find_place(launcher: str, *, wait_seconds: int = 300) -> Place:
     # late for a roll call.
     from jax._src.clusters import ClusterEnv
 
-    found = ClusterEnv.auto_detect_unset_distributed_params(
-        None, None, None, None, _METHODS[launcher], wait_seconds
-    )
-    if None in found[:3]:
+    method = _METHODS[launcher]
+    [environment] = [env for env in ClusterEnv._cluster_types if env.name == method]
+    if not environment.is_env_present():
         raise UserError(
             f"--launcher={launcher}, but this process was not started by it (its variables are not "
             f"in the environment); use --launcher=flags, or none for a single process"
         )
-    return Place(coordinator=found[0], count=found[1], index=found[2], local_devices=found[3])
+    coordinator, count, index, devices = environment.auto_detect_unset_distributed_params(
+        None, None, None, None, method, wait_seconds
+    )
+    return Place(coordinator=coordinator, count=count, index=index, local_devices=devices)
 
 
 def join(place: Place, *, wait_seconds: int = 300) -> None:

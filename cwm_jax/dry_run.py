@@ -121,7 +121,7 @@ def _tell_time(settings: Settings, asked: float, compiled) -> None:
 
 
 def _steps(settings: Settings) -> int | None:
-    """Updates in the whole run; None, which is told, where that takes data that is not here."""
+    """Updates in the whole run; None where only data that is not here could tell."""
     clips = parallel.global_batch_size(settings.batch_size, settings.global_batch_size)
     try:
         per_epoch = len(data.open_clips(settings.data, "train")) // clips

@@ -9,7 +9,6 @@ half-split planes (see `cwm_jax.rope`).
 from collections.abc import Mapping
 
 import numpy as np
-from einops import rearrange
 
 from cwm_jax import rope
 from cwm_jax.errors import UserError
@@ -75,23 +74,26 @@ def frequencies(config: DiTConfig) -> dict[str, np.ndarray]:
 
 def _to_half_split(kernel: np.ndarray, num_heads: int) -> np.ndarray:
     """Reorders query and key columns of a qkv kernel [D, 3 · D]; values stay."""
-    kernel = rearrange(kernel, "d (i n k p) -> i d n k p", i=3, n=num_heads, p=2)
-    split = rearrange(kernel[:2], "i d n k p -> d (i n p k)")
-    return np.concatenate([split, rearrange(kernel[2], "d n k p -> d (n k p)")], axis=-1)
+    return _swapped(kernel, (len(kernel), 3, num_heads, -1, 2))
 
 
 def _to_interleaved(kernel: np.ndarray, num_heads: int) -> np.ndarray:
     """The inverse of `_to_half_split`."""
-    kernel = rearrange(kernel, "d (i n p k) -> i d n p k", i=3, n=num_heads, p=2)
-    pairs = rearrange(kernel[:2], "i d n p k -> d (i n k p)")
-    return np.concatenate([pairs, rearrange(kernel[2], "d n p k -> d (n p k)")], axis=-1)
+    return _swapped(kernel, (len(kernel), 3, num_heads, 2, -1))
+
+
+def _swapped(kernel: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The kernel, its columns taken as (q, k, v; head; two axes), with the last two exchanged."""
+    columns = kernel.reshape(shape)
+    queries_and_keys = columns[:, :2].swapaxes(-1, -2).reshape(len(kernel), -1)
+    return np.concatenate([queries_and_keys, columns[:, 2].reshape(len(kernel), -1)], axis=-1)
 
 
 def _weight_in(name: str, value: np.ndarray, num_heads: int) -> np.ndarray:
     if name.endswith("bias"):
         return value
     if name == "patch_in.kernel":
-        return rearrange(value, "d c p q -> (p q c) d")
+        return value.transpose(2, 3, 1, 0).reshape(-1, len(value))
     kernel = value.T
     return _to_half_split(kernel, num_heads) if name.endswith("qkv.kernel") else kernel
 
@@ -101,7 +103,7 @@ def _weight_out(name: str, value: np.ndarray, config: DiTConfig) -> np.ndarray:
         return value
     if name == "patch_in.kernel":
         size = config.patch_size
-        return rearrange(value, "(p q c) d -> d c p q", p=size, q=size)
+        return value.reshape(size, size, 3, -1).transpose(3, 2, 0, 1)
     kernel = _to_interleaved(value, config.num_heads) if name.endswith("qkv.kernel") else value
     return kernel.T
 

@@ -58,6 +58,9 @@ class StepConfig:
             raise UserError(f"config.accumulate_steps={self.accumulate_steps}: must be 1 or more")
 
 
+_PLAIN = StepConfig()
+
+
 class TrainState(NamedTuple):
     """What a run is, but for its place in the data."""
 
@@ -141,7 +144,7 @@ def update(
     *,
     network: DiTConfig,
     optim: OptimizerConfig,
-    step: StepConfig = StepConfig(),
+    step: StepConfig = _PLAIN,
     mesh: Mesh | None = None,
 ):
     """One AdamW update with given labels and noise: (next state, metrics).
@@ -193,7 +196,7 @@ def train_step(
     *,
     network: DiTConfig,
     optim: OptimizerConfig,
-    step: StepConfig = StepConfig(),
+    step: StepConfig = _PLAIN,
     mesh: Mesh | None = None,
 ):
     """One update on a batch of uint8 clips: (next state, metrics as device scalars).

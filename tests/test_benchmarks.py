@@ -1,5 +1,6 @@
 """Benchmarks run on small sizes, count right, and know the configs' sizes."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -7,20 +8,44 @@ import sys
 import pytest
 from conftest import TINY
 
-from benchmarks import machine, sample
-from cwm_jax.model import DiTConfig
+from benchmarks import hlo, sample, sizes
+from cwm_jax import flops
+
+PROGRAM = """HloModule made_up
+
+%fused (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %n = f32[8,4]{1,0} negate(%p)
+}
+
+%body (t: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %t = (s32[], f32[8,4]{1,0}) parameter(0)
+  %x = f32[8,4]{1,0} get-tuple-element(%t), index=1
+  %loop_fusion = f32[8,4]{1,0} fusion(%x), kind=kLoop, calls=%fused
+  ROOT %out = (s32[], f32[8,4]{1,0}) tuple(%i, %loop_fusion)
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %w = bf16[4,4]{1,0} parameter(1)
+  %g = (f32[8,4]{1,0}, s8[4096]{0}) custom-call(%a, %w), custom_call_target="__cublas$gemm"
+  %c = (s32[], f32[8,4]{1,0}) tuple(%z, %a)
+  %l = (s32[], f32[8,4]{1,0}) while(%c), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %copy.1 = f32[8,4]{1,0} copy(%a)
+}
+"""
 
 
 @pytest.mark.parametrize("name", ["debug", "small", "large"])
 def test_sizes_are_those_of_the_configs(name):
     config = importlib.import_module(f"configs.{name}").get_config().model
-    sizes = machine.SIZES[name] | machine.COMMON
-    assert {k: config[k] for k in sizes} == sizes
+    known = dataclasses.asdict(sizes.network(name))
+    assert {k: config[k] for k in known} == known
 
 
 def test_operations_of_a_pass():
     """By hand, for one block: 24 D² per token and half, attention over space and time, patches."""
-    config = DiTConfig(**machine.COMMON, **machine.SIZES["small"], dtype="float32")
+    config = sizes.network("small")
     tokens, size = 64, 512
     linears = tokens * 6 * 2 * 24 * size**2
     patches = tokens * 2 * 2 * size * 192
@@ -32,11 +57,9 @@ def test_operations_of_a_pass():
 
 
 def test_the_sampling_benchmark_runs(tmp_path, monkeypatch, capsys):
-    sizes = {k: getattr(TINY, k) for k in ("hidden_size", "depth", "num_heads", "max_frames")}
-    monkeypatch.setitem(machine.SIZES, "debug", sizes)
-    monkeypatch.setitem(machine.COMMON, "patch_size", TINY.patch_size)
+    monkeypatch.setattr(sizes, "network", lambda size, dtype: TINY)
     out = tmp_path / "sample.json"
-    words = f"--size debug --batch 2 --steps 2 --context 1,5 --dtype float32 --json {out}"
+    words = f"--size tiny --batch 2 --steps 2 --context 1,5 --dtype float32 --json {out}"
     monkeypatch.setattr(sys, "argv", ["sample", *words.split()])
     sample.main()
     rows = json.loads(out.read_text())["rows"]
@@ -45,3 +68,21 @@ def test_the_sampling_benchmark_runs(tmp_path, monkeypatch, capsys):
     ]
     assert all(r["ms/frame"] > 0 and r["frames/s"] > 0 for r in rows)
     assert "filled compilation cache" in capsys.readouterr().out
+
+
+def test_kernels_of_a_program():
+    found = hlo.kernels(PROGRAM)
+    assert found.count == {"matmul (cuBLAS)": 1, "fusion": 5, "copy or transpose": 1}
+    assert found.bytes == {
+        "matmul (cuBLAS)": 128 + 32 + 128,  # its workspace not counted
+        "fusion": 5 * 256,
+        "copy or transpose": 256,
+    }
+
+
+def test_arithmetic_of_a_step():
+    """61 TFLOP for 128 clips of the small network, nearly all in the linears of its tokens."""
+    found = flops.train_step(sizes.network("small", dtype="float32"), clips=128, frames=32)
+    assert found.total == pytest.approx(60.9e12, rel=1e-3)
+    assert found.linears == 3 * 24 * 512**2 * 12 * 64 * 128 * 32
+    assert found.conditioning < 0.01 * found.total

@@ -117,7 +117,6 @@ def _engine(options: Options, steps):
     import jax
 
     from cwm_jax import checkpoint
-    from cwm_jax.coinrun import IMAGE_SIZE, NUM_ACTIONS
     from cwm_jax.play.engine import Engine
 
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -125,16 +124,23 @@ def _engine(options: Options, steps):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     trained = checkpoint.load(options.checkpoint, step=options.step)
     network = trained.network
-    if (network.image_size, network.num_actions) != (IMAGE_SIZE, NUM_ACTIONS):
+    check_fits(network, trained.path)
+    title = f"{options.checkpoint.name} · step {trained.step}"
+    return Engine(network, trained.params, steps=steps), title
+
+
+def check_fits(network, path: Path) -> None:
+    """Raises a `UserError` where a network was trained on something else than CoinRun."""
+    from cwm_jax.coinrun import IMAGE_SIZE, NUM_ACTIONS
+
+    has = network.image_size, network.num_actions, network.action_encoding
+    if has != (IMAGE_SIZE, NUM_ACTIONS, "one_hot"):
         raise UserError(
-            f"{trained.path} has image_size {network.image_size} and {network.num_actions} "
-            f"actions; CoinRun has {IMAGE_SIZE} and {NUM_ACTIONS}"
+            f"{path} has image_size {has[0]}, num_actions {has[1]}, action_encoding {has[2]}; "
+            f"play is of CoinRun: {IMAGE_SIZE}, {NUM_ACTIONS}, one_hot"
         )
     if network.max_frames < 2:
-        raise UserError(f"{trained.path} has max_frames 1: a world needs a window of 2 or more")
-    return Engine(
-        network, trained.params, steps=steps
-    ), f"{options.checkpoint.name} · step {trained.step}"
+        raise UserError(f"{path} has max_frames 1: a world needs a window of 2 or more")
 
 
 def _share(host: str, port: int, options: Options) -> None:

@@ -1,6 +1,7 @@
 """The server as a program at the other end of the socket sees it, of good will or ill."""
 
 import contextlib
+import dataclasses
 import json
 import struct
 import time
@@ -387,3 +388,15 @@ def test_a_port_in_use_and_wrong_wishes_are_told():
     for change in (dict(fps=0), dict(players=0), dict(port=70_000), dict(idle_minutes=0.0)):
         with pytest.raises(UserError, match=next(iter(change)).replace("_", "-")):
             launch.Options(**wishes | change)
+
+
+def test_a_checkpoint_that_does_not_fit_is_told(engine):
+    launch.check_fits(engine.network, "here")
+    for change in (
+        dict(image_size=32),
+        dict(num_actions=4),
+        dict(action_encoding="buttons", num_actions=8),
+        dict(max_frames=1),
+    ):
+        with pytest.raises(UserError, match="here has"):
+            launch.check_fits(dataclasses.replace(engine.network, **change), "here")

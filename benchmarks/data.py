@@ -1,0 +1,94 @@
+"""How fast clips come from disk, against what reading alone would allow.
+
+    python -m benchmarks.data --dir assets/coinrun --batch 128 --seconds 8
+
+Three rates, in clips a second, each in total and for each second of a processor: the training
+batches, shuffled over the whole dataset; the same records read and thrown away undecoded (the
+floor); and one clip from each record, read and decoded in order of the records.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cwm_jax import data
+from cwm_jax.data import DataConfig
+from cwm_jax.shards import find_shards, open_shard, read_record
+
+
+def rate(counts: Iterator[int], seconds: float) -> dict[str, float]:
+    """Clips a second from an iterator of numbers of clips; the first item is not counted.
+
+    Processors are those of this process, so `per_core` means nothing with reading processes.
+    """
+    next(counts)
+    clips, start, cpu = 0, time.perf_counter(), time.process_time()
+    for count in counts:
+        clips += count
+        if time.perf_counter() - start > seconds:
+            break
+    took, used = time.perf_counter() - start, time.process_time() - cpu
+    return {"clips_per_s": clips / took, "per_core": clips / used, "cores": used / took}
+
+
+def batches(config: DataConfig, batch: int) -> Iterator[int]:
+    source = data.train_batches(config, batch_size=batch, seed=0)
+    try:
+        for found in source:
+            yield len(found["frames"])
+    finally:
+        source.close()
+
+
+def records_alone(config: DataConfig) -> Iterator[int]:
+    """Each record, undecoded, in a random order for ever; each is one clip's worth of reading."""
+    shards = find_shards(config.dir, "train")
+    readers = [open_shard(shard) for shard in shards]
+    places = [(s, i) for s, reader in enumerate(readers) for i in range(reader.num_records())]
+    rng = np.random.default_rng(0)
+    while True:
+        for place in rng.permutation(len(places)):
+            shard, index = places[place]
+            read_record(readers[shard], shards[shard], index)
+            yield 1
+
+
+def one_clip_of_each_record(config: DataConfig) -> Iterator[int]:
+    episodes = data.open_episodes(config, "train")
+    long_enough = np.flatnonzero(episodes.lengths >= config.clip_len)
+    for number in itertools.cycle(long_enough):
+        data.load_clips(episodes, [number], length=config.clip_len)
+        yield 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dir", default="assets/coinrun")
+    parser.add_argument("--batch", type=int, default=128, help="clips")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each of the rates")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0, help="reading processes; 0: threads")
+    parser.add_argument("--output", type=Path, help="gets the numbers as JSON")
+    args = parser.parse_args()
+    config = DataConfig(dir=args.dir, num_threads=args.threads, num_workers=args.workers)
+    counts = {
+        "training batches, global shuffle": batches(config, args.batch),
+        "records read, not decoded": records_alone(config),
+        "one clip of each record, in order": one_clip_of_each_record(config),
+    }
+    found = {name: rate(source, args.seconds) for name, source in counts.items()}
+    print(f"{os.cpu_count()} cores, {args.threads} threads, {args.workers} reading processes")
+    for name, numbers in found.items():
+        print(f"{name:36} {numbers['clips_per_s']:7.0f} clips/s, {numbers['per_core']:7.0f} a core")
+    if args.output:
+        args.output.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

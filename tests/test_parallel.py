@@ -1,0 +1,170 @@
+"""Devices and processes: the same batch gives the same losses however many share it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cwm_jax import cluster, parallel
+from cwm_jax.cluster import Place
+from cwm_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+# Trains three steps, saves, and goes on from `restore_from`, each printed as a line of losses.
+SCRIPT = """
+import dataclasses, json, sys
+from pathlib import Path
+import jax
+sys.path[:0] = [".", "tests"]
+from cwm_jax import checkpoint, cluster, parallel, training
+port, count, index, fsdp, folder, restore_from = sys.argv[1:]
+if int(count) > 1:
+    cluster.join(cluster.Place(coordinator="localhost:" + port, count=int(count), index=int(index)))
+from conftest import TINY
+from test_training import KEY, batch_of, settings
+cluster.check_same({"a": {"b": 1}})
+try:
+    cluster.check_same({"a": {"b": jax.process_index()}})
+except Exception as error:
+    print("refused", error)
+mesh, optim = parallel.make_mesh(int(fsdp)), settings(ema_decay=0.5)
+network = dataclasses.replace(TINY, depth=1)
+batch, mine = batch_of(4), 4 // jax.process_count()
+mine = {k: v[jax.process_index() * mine :][:mine] for k, v in batch.items()}
+fresh = lambda: training.init_state(network, optim, 0)
+shapes = jax.eval_shape(fresh)
+run = jax.tree_util.Partial(training.train_step, network=network, optim=optim, mesh=mesh)
+
+def train(state):
+    losses = []
+    for _ in range(3):
+        state, metrics = run(state, parallel.to_devices(mine, mesh), KEY)
+        losses.append([float(metrics[k]) for k in ("train/loss", "train/grad_norm")])
+    print(json.dumps(losses))
+    return state
+
+state = train(jax.jit(fresh, out_shardings=parallel.placement(shapes, mesh))())
+kept = state.params["blocks.0.spatial.qkv.kernel"].addressable_shards[0].data.size
+print("part", kept / state.params["blocks.0.spatial.qkv.kernel"].size)
+with checkpoint.Checkpoints(Path(folder), keep=1) as run_folder:
+    run_folder.save(state, data_position="", config={})
+if restore_from:
+    with checkpoint.Checkpoints(Path(restore_from), keep=1) as run_folder:
+        state, _ = run_folder.restore(parallel.abstract(shapes, mesh))
+    train(state)
+"""
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def launch(folder, *, processes, devices, fsdp=1, restore_from=""):
+    """The lines that each of `processes` processes, of `devices` devices each, prints."""
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, "-c", SCRIPT, str(free_port()), str(processes)]
+    started = [
+        subprocess.Popen(
+            [*command, str(i), str(fsdp), str(folder), str(restore_from)],
+            env=os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+    outputs = [process.communicate(timeout=200) for process in started]
+    for process, (_, error) in zip(started, outputs, strict=True):
+        assert process.returncode == 0, error
+    ours = ("[[", "part", "refused")  # gloo speaks too
+    return [[line for line in out.splitlines() if line.startswith(ours)] for out, _ in outputs]
+
+
+def test_one_device_four_devices_and_two_processes_train_alike(tmp_path):
+    """… with parameters whole or in parts; and each goes on from another's checkpoint."""
+    one, four, two = tmp_path / "1x1", tmp_path / "1x4", tmp_path / "2x2"
+    [alone] = launch(one, processes=1, devices=1)
+    [shared] = launch(four, processes=1, devices=4, fsdp=4, restore_from=one)
+    hosts = launch(two, processes=2, devices=2, fsdp=2, restore_from=four)
+    expected = json.loads(alone[0])
+    assert alone[1] == "part 1.0"
+    assert shared[1] == "part 0.25"
+    assert hosts[0][1:] == hosts[1][1:]  # both processes know all
+    assert "config.a.b is 0 at process 0 and 1 at process 1" in hosts[0][0]
+    np.testing.assert_allclose(json.loads(shared[0]), expected, rtol=2e-5)
+    np.testing.assert_allclose(json.loads(hosts[0][1]), expected, rtol=2e-5)
+    assert hosts[0][2] == "part 0.5"
+    later = json.loads(shared[2])
+    assert later[0] != expected[0]
+    np.testing.assert_allclose(json.loads(hosts[0][3]), later, rtol=2e-5)
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_missing_process_is_named(index):
+    """Of three processes the second never comes; the others both say so, and do not wait on."""
+    coordinator = f"localhost:{free_port()}"
+    code = (
+        "import sys; from cwm_jax import cluster\n"
+        f"place = cluster.Place(coordinator='{coordinator}', count=3, index={2 - index})\n"
+        "try: cluster.join(place, wait_seconds=3)\n"
+        "except cluster.UserError as error: print(error)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    start = time.monotonic()
+    with pytest.raises(UserError, match="process 1"):
+        cluster.join(Place(coordinator=coordinator, count=3, index=index), wait_seconds=9)
+    assert time.monotonic() - start < 60
+    assert b"process" in other.communicate(timeout=60)[0]
+
+
+def test_a_process_that_finds_no_coordinator_says_so():
+    place = Place(coordinator=f"localhost:{free_port()}", count=2, index=1)
+    with pytest.raises(UserError, match="missing: process 0"):
+        cluster.join(place, wait_seconds=0.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (dict(coordinator="here"), "--coordinator"),
+        (dict(index=2), "--process_id"),
+    ],
+)
+def test_a_place_that_cannot_be_is_named(wrong, told):
+    with pytest.raises(UserError, match=told):
+        Place(**(dict(coordinator="here:1", count=2, index=0) | wrong))
+
+
+def test_slurm_tells_the_place(monkeypatch):
+    with pytest.raises(UserError, match="--launcher=slurm"):
+        cluster.find_place("slurm")
+    told = dict(JOB_ID=4097, STEP_NODELIST="node[03-04]", NTASKS=2, PROCID=1, LOCALID=0)
+    for name, value in told.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    place = cluster.find_place("slurm")
+    assert place == Place(coordinator="node03:61441", count=2, index=1, local_devices=[0])
+
+
+def test_batches_that_cannot_be_shared_out_are_refused():
+    assert parallel.global_batch_size(6, 0, parts=3) == 6
+    with pytest.raises(UserError, match="accumulate_steps=4 does not divide the 6 clips"):
+        parallel.global_batch_size(6, 0, parts=4)
+    with pytest.raises(UserError, match="fsdp=3 does not divide"):
+        parallel.make_mesh(3)
+
+
+def test_arrays_are_cut_along_their_longest_axis_that_can_be():
+    mesh = jax.sharding.AbstractMesh((2, 3), parallel.AXES)
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((6, 9), (12, 9), (7, 5), ())]
+    specs = [tuple(place.spec) for place in parallel.placement(shapes, mesh)]
+    assert specs == [(None, "fsdp"), ("fsdp",), (), ()]
