@@ -12,7 +12,6 @@ renamed to STEP.damaged when a run continues from the one before it.
 
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from cwm_jax import checksums, model
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, tell
 from cwm_jax.model import DiTConfig, Params
 from cwm_jax.training import TrainState
 
@@ -269,7 +268,7 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
         told = f"{folder} is not a whole checkpoint: {fault}"
         if folder == candidates[-1]:
             raise UserError(told)
-        print(f"warning: {told}; trying the one before it", file=sys.stderr)
+        tell(f"warning: {told}; trying the one before it")
     raise AssertionError("there is at least one candidate")
 
 
@@ -309,7 +308,7 @@ def _find(path: Path, step: int | None) -> list[Path]:
 
 def _shout(text: str) -> None:
     rule = "=" * 78
-    print(f"{rule}\n{text}\n{rule}", file=sys.stderr, flush=True)
+    tell(f"{rule}\n{text}\n{rule}")
 
 
 def _first_line(error: Exception) -> str:

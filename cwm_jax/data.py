@@ -10,7 +10,6 @@ import hashlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from absl import flags
 from cwm_jax.clips import Batch, Clips, Episodes, cut
 from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.episodes import BadRecord
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, tell
 from cwm_jax.shards import find_shards
 
 ON_BAD_RECORD = ("stop", "skip")
@@ -109,10 +108,8 @@ class _Tally:
                 f"{told}\nThat is bad record number {count} of this split, and "
                 f"data.max_bad_records={self._limit}: mend the data, or allow more."
             )
-        print(
+        tell(
             f"warning: {told}; skipped ({count} of at most {self._limit})",
-            file=sys.stderr,
-            flush=True,
         )
 
 
@@ -159,11 +156,9 @@ class TrainBatches(Iterator[Batch]):
                 if "terminated unexpectedly" not in str(error):
                     raise
                 self.close()
-                print(
+                tell(
                     f"warning: a process that reads data has died ({error}); starting all of them "
                     f"again at batch {self._taken} ({life + 1} of {_WORKER_LIVES} tries)",
-                    file=sys.stderr,
-                    flush=True,
                 )
         raise UserError(
             f"processes that read data died {_WORKER_LIVES} times at batch {self._taken}. If they "

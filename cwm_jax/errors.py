@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and how a program shows it."""
+"""The one exception for what a user can mend, and how programs speak to people."""
 
 import contextlib
 import sys
@@ -13,11 +13,17 @@ class UserError(Exception):
     """
 
 
+def tell(text: str) -> None:
+    """Prints to stderr. Where that is a file on a full disk, nothing is said and nothing stops."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def shown_to_user() -> Iterator[None]:
     """Turns a `UserError` into one clear message on stderr and exit code 2, without a traceback."""
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         raise SystemExit(2) from None

@@ -1,7 +1,6 @@
 """The training loop: batches to steps, and at their times logs, validation, rollouts, saves."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from cwm_jax import (
     training,
     video,
 )
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import drawing, quick, single_step
 from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
@@ -290,7 +289,7 @@ def _attempt(what: str, action: Callable[[], None]) -> None:
     try:
         action()
     except (OSError, UserError) as error:
-        print(f"WARNING: cannot {what}: {error}", file=sys.stderr, flush=True)
+        tell(f"WARNING: cannot {what}: {error}")
 
 
 def _make_workdir(workdir: Path) -> None:

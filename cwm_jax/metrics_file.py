@@ -8,13 +8,12 @@ such a value is written as null. Pictures and films are there by path.
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, tell
 from cwm_jax.files import written_whole
 
 
@@ -75,11 +74,9 @@ class MetricsFile:
             self._warned = False
         except OSError as error:
             if not self._warned:
-                print(
+                tell(
                     f"WARNING: cannot write {self._path} ({error.strerror}); its lines wait in "
                     f"memory until it can be written again",
-                    file=sys.stderr,
-                    flush=True,
                 )
             self._warned = True
 
@@ -120,6 +117,6 @@ def _records(text: bytes, path: Path) -> Iterator[tuple[bytes, dict]]:
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             if line.strip() and number < len(lines):  # the last has no newline: it was cut short
-                print(f"warning: {path}, line {number} is no record; left out", file=sys.stderr)
+                tell(f"warning: {path}, line {number} is no record; left out")
             continue
         yield line, record

@@ -2,14 +2,13 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, tell
 from cwm_jax.files import written_whole
 from cwm_jax.report import Reporter
 
@@ -82,7 +81,7 @@ class Progress:
                 f"checkpoint is sound. A lower config.lr may help, or allow some such updates."
             )
         count = f"{self._skipped} of at most {self._max_skipped}"
-        print(f"warning: {told} ({count})", file=sys.stderr, flush=True)
+        tell(f"warning: {told} ({count})")
 
 
 class _Pace:

@@ -149,8 +149,9 @@ class Terminal:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         in_training = "train/loss" in values
         if in_training and not self._bar.disable:
-            self._bar.set_postfix_str(f"loss {values['train/loss']:.4f}", refresh=False)
-            self._bar.update(step - self._bar.n)
+            with contextlib.suppress(OSError):  # as in _say
+                self._bar.set_postfix_str(f"loss {values['train/loss']:.4f}", refresh=False)
+                self._bar.update(step - self._bar.n)
             return
         words = [f"{name} {value:.4g}" for name, value in values.items()]
         pace = values.get("perf/steps_per_sec", 0)
@@ -166,4 +167,5 @@ class Terminal:
 
     def _say(self, step: int, words: str) -> None:
         width = len(str(self._total))
-        tqdm.write(f"step {step:>{width}}/{self._total}  {words}", file=self._stream)
+        with contextlib.suppress(OSError):  # a log on a full disk: training goes on
+            tqdm.write(f"step {step:>{width}}/{self._total}  {words}", file=self._stream)

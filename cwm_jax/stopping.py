@@ -1,12 +1,13 @@
 """Being asked to stop: by a scheduler's SIGTERM, or by Ctrl-C."""
 
 import signal
-import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import jax
 from jax.experimental import multihost_utils
+
+from cwm_jax.errors import tell
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: no failure, start it again
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -61,8 +62,6 @@ class Stop:
         self.signal = signal.Signals(number).name
         for each in _SIGNALS:  # the system itself ends the process, even amid a long compilation
             signal.signal(each, signal.SIG_DFL)
-        print(
+        tell(
             f"\n{self.signal}: finishing this step, then saving. Once more stops at once.",
-            file=sys.stderr,
-            flush=True,
         )

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "cwm_jax"
 
 # From the ground up. A room imports only from floors strictly below its own.
 FLOORS = (
-    ("compile_cache", "errors", "speed", "stopping"),
-    ("cluster", "coinrun", "files", "resume", "rope", "safe_pickle"),
+    ("compile_cache", "errors", "speed"),
+    ("cluster", "coinrun", "files", "resume", "rope", "safe_pickle", "stopping"),
     (
         "attention",
         "checksums",

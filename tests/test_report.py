@@ -2,12 +2,14 @@
 
 import io
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from cwm_jax.errors import tell
 from cwm_jax.report import Reporter, Terminal, open_reporter
 from cwm_jax.wandb_run import WandbConfig
 
@@ -148,3 +150,15 @@ def test_a_log_file_gets_whole_lines():
         "step  60/100  val/loss nan",
         "step  60/100  rollout/video → film.mp4",
     ]
+
+
+def test_a_log_on_a_full_disk_stops_nothing(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    terminal = Terminal(10, stream=Full())
+    terminal.scalars(1, {"train/loss": 0.5})
+    terminal.media(1, "rollout/video", Path("film.mp4"), "video")
+    monkeypatch.setattr("sys.stderr", Full())
+    tell("WARNING: nobody hears this")

@@ -86,10 +86,12 @@ class Arena:
             trial.expect(False, f"other metrics: missing {missing[:4]}, extra {extra[:4]}")
         return trial
 
-    def finish(self, trial: Trial, workdir: Path, reference: tuple, config: dict) -> Trial:
+    def finish(
+        self, trial: Trial, workdir: Path, reference: tuple, config: dict, **options
+    ) -> Trial:
         """Starts the run once more, lets it end, and judges it."""
         before = life.saved_steps(workdir)
-        run = Life(workdir, config)
+        run = Life(workdir, config, **options)
         code = run.end()
         trial.expect(code == 0, f"ended with {code}: {run.words[-400:]}")
         if before:
@@ -235,15 +237,16 @@ def disk_full(arena: Arena, rng: random.Random) -> Trial:
         workdir, config = disk / "run", arena.config()
         begin = rng.randrange(4, 20)
         end = rng.choice((None, rng.randrange(begin + 1, STEPS + 1)))
-        run = Life(workdir, config, sabotage=("fill_disk", begin, (str(disk), end)))
+        sabotage = "fill_disk", begin, (str(disk), end)
+        run = Life(workdir, config, sabotage=sabotage, home=arena.folder)
         code = run.end()
         shouted = "could not be saved" in run.words or "cannot write" in run.words
         if end is None:
             trial.moments.append("full to the end")
             trial.expect(code == 2 and shouted, f"ended with {code}: {run.words[-400:]}")
             (disk / "filler").unlink()
-            trial.redone = STEPS - life.saved_steps(workdir)[-1]
-            return arena.finish(trial, workdir, reference, config)
+            trial.redone = STEPS - max(life.saved_steps(workdir), default=0)
+            return arena.finish(trial, workdir, reference, config, home=arena.folder)
         trial.moments.append("full for some steps")
         trial.expect(code == 0, f"ended with {code}: {run.words[-400:]}")
         return arena.judge(trial, workdir, reference) if code == 0 else trial

@@ -81,10 +81,20 @@ def config_of(data: Path, **changes) -> dict:
 class Life:
     """A process that trains in `workdir`; what it prints is in `log`."""
 
-    def __init__(self, workdir: Path, config: dict, *, sabotage: tuple = (), environment=()):
+    def __init__(
+        self,
+        workdir: Path,
+        config: dict,
+        *,
+        sabotage: tuple = (),
+        environment=(),
+        home: Path | None = None,
+    ):
+        """`home` is where the log and compiled programs go; beside the workdir by default."""
+        home = home or workdir.parent
         self.workdir = workdir
-        self.log = workdir.with_name(f"{workdir.name}.{time.time_ns()}.log")
-        cache = workdir.parent / "compiled"
+        self.log = home / f"{workdir.name}.{time.time_ns()}.log"
+        cache = home / "compiled"
         arguments = workdir, config, self.log, cache, sabotage, dict(environment)
         self._process = _processes.Process(target=_live, args=arguments)
         self._process.start()
