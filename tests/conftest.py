@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_network import TINY
 
 from cwm_jax import model
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
@@ -51,18 +52,6 @@ def make_data(tmp_path) -> Callable[..., Path]:
         return tmp_path
 
     return make
-
-
-TINY = DiTConfig(
-    hidden_size=24,
-    depth=2,
-    num_heads=3,
-    patch_size=16,
-    image_size=64,
-    num_actions=NUM_ACTIONS,
-    max_frames=5,
-    dtype="float32",
-)
 
 
 @pytest.fixture(scope="session")

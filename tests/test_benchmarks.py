@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from conftest import TINY
+from tiny_network import TINY
 
 from benchmarks import hlo, sample, sizes
 from cwm_jax import flops

@@ -8,7 +8,7 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import TINY
+from tiny_network import TINY
 
 from cwm_jax import checkpoint, checksums, training
 from cwm_jax.checkpoint import Checkpoints, Retention

@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     }
     config = {"model": {k: getattr(NETWORK, k) for k in DiTConfig.__dataclass_fields__}}
     step, loss = jax.numpy.int32(7), jax.numpy.zeros(2)
-    state = training.TrainState(step, params, opt_state=(), ema=None, epoch_loss=loss)
+    state = training.TrainState(step, params, opt_state=(), ema=None, epoch_loss=loss, skipped=step)
     with checkpoint.Checkpoints(workdir, retention=checkpoint.Retention(1)) as saved:
         saved.save(state, data_position="", config=config)
     return workdir

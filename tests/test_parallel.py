@@ -28,7 +28,7 @@ from cwm_jax import checkpoint, cluster, parallel, training
 port, count, index, fsdp, folder, restore_from = sys.argv[1:]
 if int(count) > 1:
     cluster.join(cluster.Place(coordinator="localhost:" + port, count=int(count), index=int(index)))
-from conftest import TINY
+from tiny_network import TINY
 from test_training import KEY, batch_of, settings
 cluster.check_same({"a": {"b": 1}})
 try:
@@ -54,11 +54,11 @@ def train(state):
 state = train(jax.jit(fresh, out_shardings=parallel.placement(shapes, mesh))())
 kept = state.params["blocks.0.spatial.qkv.kernel"].addressable_shards[0].data.size
 print("part", kept / state.params["blocks.0.spatial.qkv.kernel"].size)
-with checkpoint.Checkpoints(Path(folder), keep=1) as run_folder:
+with checkpoint.Checkpoints(Path(folder), retention=checkpoint.Retention(1)) as run_folder:
     run_folder.save(state, data_position="", config={})
 if restore_from:
-    with checkpoint.Checkpoints(Path(restore_from), keep=1) as run_folder:
-        state, _ = run_folder.restore(parallel.abstract(shapes, mesh))
+    with checkpoint.Checkpoints(Path(restore_from), retention=checkpoint.Retention(1)) as run_folder:
+        state = run_folder.restore(parallel.abstract(shapes, mesh))
     train(state)
 """
 

@@ -47,7 +47,8 @@ def test_facts_are_counted(bright):
     facts = preview.facts(found, [0, 1], preview.controls.read(bright))
     assert facts.lengths == {5: 1, 7: 1}
     assert facts.actions.sum() == 12
-    assert facts.actions[7] == 2  # episode 0 presses 0…4, episode 1 presses 7…13
+    pressed = [*range(5), *range(7, 14)]  # episode 0 presses 0…4, episode 1 presses 7…13
+    assert (facts.actions[pressed] == 1).all()
     assert facts.actions[6] == 0
     assert (facts.mean_frame == round((100 + 210) / 12)).all()
 
