@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax import ShapeDtypeStruct
 from tqdm import tqdm
 
-from cwm_jax import __version__, bundle, checkpoint, data, model, sampler, weights, world
+from cwm_jax import __version__, bundle, checkpoint, checksums, data, model, sampler, weights, world
 from cwm_jax.checkpoint import Trained
 from cwm_jax.coinrun import to_model
 from cwm_jax.errors import UserError, shown_to_user
@@ -46,6 +46,7 @@ def write_orbax(trained: Trained, out: Path) -> None:
         params = ocp.args.StandardSave(trained.params)
         args = ocp.args.Composite(params=params, meta=ocp.args.JsonSave(_meta(trained)))
         writer.save(out.absolute(), args)
+    checksums.write(out)
 
 
 def _meta(trained: Trained) -> dict[str, Any]:
