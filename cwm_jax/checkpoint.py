@@ -10,6 +10,7 @@ A checkpoint gets its name when it is complete, checksums and all. One that is f
 renamed to STEP.damaged when a run continues from the one before it.
 """
 
+import contextlib
 import json
 import shutil
 import time
@@ -98,7 +99,10 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self.settle()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:  # what a failed save left behind; the save was told of
+            tell(f"warning: closing the checkpoints: {_first_line(error)}")
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's step."""
@@ -162,6 +166,9 @@ class Checkpoints:
         if jax.process_index() == 0:  # what was written may be what fills the disk
             for half in self._manager.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
+        for remains in (self._manager.wait_until_finished, self._manager.check_for_errors):
+            with contextlib.suppress(Exception):  # else it would count against the next save
+                remains()
         self._manager.reload()
 
     def newest(self) -> Saved | None:

@@ -57,8 +57,8 @@ print("part", kept / state.params["blocks.0.spatial.qkv.kernel"].size)
 with checkpoint.Checkpoints(Path(folder), retention=checkpoint.Retention(1)) as run_folder:
     run_folder.save(state, data_position="", config={})
 if restore_from:
-    with checkpoint.Checkpoints(Path(restore_from), retention=checkpoint.Retention(1)) as run_folder:
-        state = run_folder.restore(parallel.abstract(shapes, mesh))
+    with checkpoint.Checkpoints(Path(restore_from), retention=checkpoint.Retention(1)) as run:
+        state = run.restore(parallel.abstract(shapes, mesh))
     train(state)
 """
 
