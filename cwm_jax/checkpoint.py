@@ -128,7 +128,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return time.perf_counter() - began
-        meta = dict(format=_FORMAT, **Saved(step, data_position, config, pause_due)._asdict())
+        meta = meta_of(Saved(step, data_position, config, pause_due))
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
         self._saving = step
@@ -240,6 +240,11 @@ def _set_damaged_aside(root: Path) -> None:
         aside = root / f"{step}.damaged"
         shutil.rmtree(aside, ignore_errors=True)
         (root / str(step)).rename(aside)
+
+
+def meta_of(saved: Saved) -> dict[str, Any]:
+    """What goes into a checkpoint's `meta`, as JSON."""
+    return dict(format=_FORMAT, **saved._asdict())
 
 
 def _meta(folder: Path) -> Saved:

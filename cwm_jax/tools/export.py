@@ -25,7 +25,7 @@ from jax import ShapeDtypeStruct
 from tqdm import tqdm
 
 from cwm_jax import __version__, bundle, checkpoint, checksums, data, model, sampler, weights, world
-from cwm_jax.checkpoint import Trained
+from cwm_jax.checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.model import DiTConfig, FrameKV, Modulations, Params
@@ -44,7 +44,9 @@ def write_orbax(trained: Trained, out: Path) -> None:
         raise UserError(f"{out} is there already; name a new folder")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         params = ocp.args.StandardSave(trained.params)
-        args = ocp.args.Composite(params=params, meta=ocp.args.JsonSave(_meta(trained)))
+        saved = Saved(trained.step, data_position="", config=trained.config, pause_due=False)
+        meta = ocp.args.JsonSave(checkpoint.meta_of(saved))
+        args = ocp.args.Composite(params=params, meta=meta)
         writer.save(out.absolute(), args)
     checksums.write(out)
 
