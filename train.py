@@ -20,8 +20,6 @@ from cwm_jax.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, configs/NAME.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, films and metrics go.")
-
-
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "Tell the run's memory and time; train nothing.")
 _CACHE = flags.DEFINE_string(
     "compile_cache", "auto", "Folder of compiled programs; auto: the user's cache; empty: none."

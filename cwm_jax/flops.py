@@ -28,18 +28,21 @@ class Flops(NamedTuple):
         return Flops(*(factor * part for part in self))
 
 
-def forward(config: DiTConfig, *, clips: int, frames: int) -> Flops:
-    """Of one pass over clips of so many frames."""
+def frame(config: DiTConfig, *, in_view: float) -> Flops:
+    """Of one pass over one frame that looks on `in_view` frames in time, itself included."""
     size, halves, tokens = config.hidden_size, 2 * config.depth, config.tokens
     pixels = 3 * config.patch_size**2
-    seen = tokens + (frames + 1) / 2  # by each token in a block: its frame; its past, on average
-    of_a_frame = Flops(
+    return Flops(
         linears=2 * (3 + 1 + 2 * MLP_RATIO) * size**2 * halves * tokens,
-        attention=4 * size * seen * config.depth * tokens,
+        attention=4 * size * (tokens + in_view) * config.depth * tokens,
         conditioning=2 * size * ((6 * halves + 2) * size + SINUSOID + size + config.num_actions),
         patches=2 * 2 * pixels * size * tokens,
     )
-    return of_a_frame * (clips * frames)
+
+
+def forward(config: DiTConfig, *, clips: int, frames: int) -> Flops:
+    """Of one pass over clips of so many frames, each of which sees those before it."""
+    return frame(config, in_view=(frames + 1) / 2) * (clips * frames)
 
 
 def train_step(config: DiTConfig, *, clips: int, frames: int) -> Flops:

@@ -211,10 +211,13 @@ class _Run:
             results = dict(single_step.validation(settings.model, weights, batches, self.mesh))
             val_loss = results["val/loss"]
             self.reporter.scalars(step, results)
-        if step % settings.eval_every_steps == 0 or last:
-            _attempt("score rollouts", lambda: self._evaluate(step, weights))
-        if step % settings.rollout_every_steps == 0 or last:
-            _attempt("draw a rollout", lambda: self._draw(step, weights))
+        scores = step % settings.eval_every_steps == 0 or last
+        films = step % settings.rollout_every_steps == 0 or last
+        sampler = self._sampler(weights) if scores or films else None
+        if scores and sampler:
+            _attempt("score rollouts", lambda: self._evaluate(step, sampler))
+        if films and sampler:
+            _attempt("draw a rollout", lambda: self._draw(step, sampler))
         if self._ends_epoch(step):
             batches = stop.until(self.whole_validation)
             results = single_step.epoch_end(settings.model, weights, batches, self.mesh)
@@ -259,22 +262,20 @@ class _Run:
             if any(name.endswith("loss") for name in series):  # not so before the first log
                 curves.curves(series, self.workdir / "curves.png")
 
-    def _evaluate(self, step: int, weights) -> None:
-        """The quick form of the evaluation, by the first process alone."""
+    def _sampler(self, weights) -> Sampler | None:
+        """Draws with the weights, in the first process alone; every process must come by here."""
         weights = parallel.whole(weights, self.mesh)
         if jax.process_index():
-            return
-        settings = self.settings
-        sampler = Sampler(settings.model, parallel.local(weights), settings.sampler)
+            return None
+        return Sampler(self.settings.model, parallel.local(weights), self.settings.sampler)
+
+    def _evaluate(self, step: int, sampler: Sampler) -> None:
+        """The quick form of the evaluation."""
         self.reporter.scalars(step, dict(quick.run(drawing.by_sampler(sampler), self.quick)))
 
-    def _draw(self, step: int, weights) -> None:
-        """A rollout from validation clips, as a film and a sheet; by the first process alone."""
-        weights = parallel.whole(weights, self.mesh)
-        if jax.process_index():
-            return
+    def _draw(self, step: int, sampler: Sampler) -> None:
+        """A rollout from validation clips, as a film and a sheet."""
         settings, name = self.settings, f"rollout_{step:07d}"
-        sampler = Sampler(settings.model, parallel.local(weights), settings.sampler)
         mp4 = self.workdir / "rollouts" / f"{name}.mp4"
         key = jax.random.key(settings.seed)
         frames = rollouts.write(sampler, self.script, mp4, key=key)
