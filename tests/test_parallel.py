@@ -54,11 +54,11 @@ def train(state):
 state = train(jax.jit(fresh, out_shardings=parallel.placement(shapes, mesh))())
 kept = state.params["blocks.0.spatial.qkv.kernel"].addressable_shards[0].data.size
 print("part", kept / state.params["blocks.0.spatial.qkv.kernel"].size)
-with checkpoint.Checkpoints(Path(folder), retention=checkpoint.Retention(1)) as run_folder:
-    run_folder.save(state, data_position="", config={})
+with checkpoint.Checkpoints(Path(folder), retention=checkpoint.Retention(1)) as kept_in:
+    kept_in.save(state, data_position="", config={})
 if restore_from:
-    with checkpoint.Checkpoints(Path(restore_from), retention=checkpoint.Retention(1)) as run:
-        state = run.restore(parallel.abstract(shapes, mesh))
+    with checkpoint.Checkpoints(Path(restore_from), retention=checkpoint.Retention(1)) as kept_in:
+        state = kept_in.restore(parallel.abstract(shapes, mesh))
     train(state)
 """
 
