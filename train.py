@@ -8,6 +8,7 @@ trains nothing, and tells how much memory and time the run will take. Over sever
 docs/scaling.md.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -73,10 +74,22 @@ def _parse(argv: list[str]) -> list[str]:
             rest = app.parse_flags_with_usage(argv)
             _CONFIG.value.to_dict()  # a file that did not load says so only now
         except (AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:
-            given = [word for word in argv if word.startswith("--config.")]
-            words = " ".join(str(error.args[0]).split())
-            raise UserError(f"the config or {given or '--config'} is wrong: {words}") from None
+            raise UserError(_told(error, argv)) from None
     return rest
+
+
+def _told(error: Exception, argv: list[str]) -> str:
+    """What is wrong with the config; of an unknown key ml_collections names one part alone."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+    for word in argv:
+        name = word.removeprefix("--").partition("=")[0]
+        if name.startswith("config.") and any(f"'{k}'" in reason for k in name.split(".")[1:]):
+            meant = re.search(r'Did you mean "(\w+)"', reason)
+            hint = f" (did you mean {meant[1]}?)" if meant else ""
+            return f"there is no setting {name}{hint}; see configs/base.py for all"
+    return f"--config does not name a config file that can be read: {reason}"
 
 
 if __name__ == "__main__":

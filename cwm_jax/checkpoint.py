@@ -274,7 +274,7 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
     candidates = _find(Path(path).absolute(), step)
     for folder in candidates:
         item = "ema" if (folder / "ema").is_dir() else "params"
-        fault = checksums.fault(folder, within=("meta", item))
+        fault = checksums.fault(folder, within=("meta", "ema", item))  # an average may be lost
         if fault is None:
             return _loaded(folder, item)
         told = f"{folder} is not a whole checkpoint: {fault}"
