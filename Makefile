@@ -6,7 +6,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 PLAYED = $(firstword $(CHECKPOINT) $(wildcard checkpoints/pocket $(DEMO)))
-TORCH_VERSION := 2.13.0
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
@@ -71,8 +70,7 @@ format: $(STAMP)  ## Format the code and mend what ruff can mend
 
 lock:  ## Choose the pinned versions anew (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
-	  --custom-compile-command 'make lock' --extra dev pyproject.toml --output-file constraints.txt
-	echo 'torch==$(TORCH_VERSION)  # held for the extra "torch"; nothing else asks for it' >> constraints.txt
+	  --custom-compile-command 'make lock' --all-extras pyproject.toml --output-file constraints.txt
 
 clean:  ## Remove .venv, the demo, caches and build leftovers
 	rm -rf $(VENV) $(VENV)-procgen $(VENV)-procgen.lock $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -233,7 +233,8 @@ def program(*words, cwd=ROOT, devices=1):
     [
         (["--config", "configs/small.py"], "--workdir"),
         (["--config", "configs/none.py", "--workdir", "W"], "configs/none.py"),
-        (["--config", "configs/debug.py", "--workdir", "W", "--config.lrr=1"], "lrr"),
+        (["--config", "configs/debug.py", "--workdir", "W", "--config.lrr=1"], "config.lrr (did"),
+        (["--config", "configs/debug.py", "--workdir", "W", "--config.data.d=1"], "config.data.d;"),
         (["--config", "configs/debug.py", "--workdir", "W", "--config.lr=fast"], "lr"),
         (["--config", "configs/debug.py", "--workdir", "W", "--config.data.dir=no"], "no"),
         (["--config", "configs/debug.py", "--workdir", "W", "--config.global_batch_size=3"], "3"),
