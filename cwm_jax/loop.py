@@ -211,7 +211,7 @@ class _Run:
             results = dict(single_step.validation(settings.model, weights, batches, self.mesh))
             val_loss = results["val/loss"]
             self.reporter.scalars(step, results)
-        scores = step % settings.eval_every_steps == 0 or last
+        scores = step % settings.eval_every_steps == 0
         films = step % settings.rollout_every_steps == 0 or last
         sampler = self._sampler(weights) if scores or films else None
         if scores and sampler:

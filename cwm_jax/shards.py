@@ -23,8 +23,9 @@ PATTERN = "*.array_record"
 MAX_RECORD_BYTES = 1 << 30  # 87,000 frames; a longer claim is a fault, or an attack on memory
 
 _HOW_TO_GET_DATA = """\
-Use the small dataset that comes with the project (assets/coinrun), or download the public one:
-    hf download --repo-type dataset p-doom/coinrun-dataset --local-dir data/coinrun"""
+Name the small dataset that comes with the project, assets/coinrun, or download the public one
+(60 GB; with --shards 1 only the first file of each split):
+    python -m cwm_jax.tools.hub download --to data/coinrun"""
 
 
 def find_shards(dir: str | os.PathLike, split: str) -> list[Path]:

@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(line)
         for fault in wrong:
             print(f"BAD {fault}")
-        print(f"{len(wrong)} faults" if wrong else "no faults")
+        print(f"{len(wrong) or 'no'} fault{'' if len(wrong) == 1 else 's'}")
         if args.repair:
             written = repair(args.folder, args.repair, found, wrong, jobs=args.jobs)
             print(f"{written} good records → {args.repair}")
