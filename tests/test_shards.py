@@ -136,9 +136,9 @@ def test_shards_are_found_in_order(tmp_path):
 
 
 def test_missing_data_is_explained(tmp_path):
-    with pytest.raises(UserError, match=r"(?s)nowhere does not exist.*assets/coinrun.*hub download"):
+    with pytest.raises(UserError, match=r"(?s)nowhere does not exist.*assets/coinrun.*hub down"):
         find_shards(tmp_path / "nowhere", "train")
-    with pytest.raises(UserError, match=r"(?s)no \*\.array_record files in train, val, test.*hub d"):
+    with pytest.raises(UserError, match=r"(?s)no \*\.array_record files in train, val, test.*hub "):
         find_shards(tmp_path, "train")
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a.array_record").touch()
