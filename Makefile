@@ -39,7 +39,8 @@ install-procgen: $(STAMP)  ## Make .venv-procgen with the real game, to record d
 demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagines
 	rm -rf $(DEMO)
 	$(BIN)/python train.py --config configs/debug.py --workdir $(DEMO)
-	$(BIN)/python sample.py --checkpoint $(DEMO) --output $(DEMO)/sample.mp4 --grid $(DEMO)/grid.png
+	$(BIN)/python sample.py --checkpoint $(DEMO) --ddim-steps 1 \
+	  --output $(DEMO)/sample.mp4 --grid $(DEMO)/grid.png
 	@echo; echo "The demo is done. Look at:"
 	@for file in sample.mp4 grid.png curves.png metrics.jsonl; do \
 	  test -s $(DEMO)/$$file || { echo "error: $(DEMO)/$$file is missing or empty" >&2; exit 1; }; \
