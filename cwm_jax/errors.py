@@ -21,9 +21,15 @@ def tell(text: str) -> None:
 
 @contextlib.contextmanager
 def shown_to_user() -> Iterator[None]:
-    """Turns a `UserError` into one clear message on stderr and exit code 2, without a traceback."""
+    """Turns a `UserError` into one clear message on stderr and exit code 2, without a traceback.
+
+    Ctrl-C ends the program as quietly, with exit code 130.
+    """
     try:
         yield
     except UserError as error:
         tell(f"error: {error}")
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        tell("\nbroken off")
+        raise SystemExit(130) from None

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+import train
 from configs import base
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-BLOCK = re.compile(r"^```sh(?P<run> run)?\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(?:ba)?sh(?P<run> run)?\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^    (python .*)$", re.MULTILINE)
+SUBCOMMANDS = ("evaluate.py", "cwm_jax.tools.hub")
 ORDER = ("doctor", "get-data", "train", "sample", "share")
 
 # As the pages say, but short and small.
@@ -29,16 +32,20 @@ SHORT = {
 
 
 def commands(page, *, marked):
-    for block in BLOCK.finditer(page.read_text()):
+    text = page.read_text()
+    for block in BLOCK.finditer(text):
         if bool(block["run"]) == marked:
-            yield from filter(None, block["body"].splitlines())
+            yield from filter(None, block["body"].replace("\\\n", " ").splitlines())
+    if not marked:
+        yield from INDENTED.findall(text)
 
 
-def program(words):
+def program(command):
     """(what is run, its words) of a command; None where it is none of ours."""
+    words = shlex.split(command, comments=True)
     while words and "=" in words[0] and not words[0].startswith("-"):
         words = words[1:]
-    if words[:1] != ["python"]:
+    if not words or Path(words[0]).name != "python":
         return None
     return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
 
@@ -56,7 +63,7 @@ def test_marked_commands_run(tmp_path):
     said = ""
     for page in pages:
         for command in commands(page, marked=True):
-            name, _ = program(shlex.split(command))
+            name, _ = program(command)
             line = f"{command} {' '.join(SHORT.get(name, ()))}"
             environment = os.environ | cache | {"PATH": path}
             done = subprocess.run(
@@ -71,9 +78,11 @@ def test_marked_commands_run(tmp_path):
 
 def help_text(name, words, monkeypatch, capsys):
     """What `--help` prints; for a program with subcommands, that of the one in use."""
-    sub = words[:1] if name.endswith(".hub") else []
+    sub = [word for word in words[:1] if name in SUBCOMMANDS and not word.startswith("-")]
     monkeypatch.setattr(sys, "argv", [name, *sub, "--help"])
-    module = importlib.import_module(name.removesuffix(".py"))
+    module = importlib.import_module(
+        "tests.faults.__main__" if name == "tests.faults" else name.removesuffix(".py")
+    )
     with pytest.raises(SystemExit) as ended:
         module.main()
     assert ended.value.code == 0
@@ -92,10 +101,10 @@ def exists_in_config(flag):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_flag_exists(page, monkeypatch, capsys):
     for command in [*commands(page, marked=False), *commands(page, marked=True)]:
-        name, words = program(shlex.split(command)) or ("", [])
+        name, words = program(command) or ("", [])
         flags = [word.partition("=")[0] for word in words if word.startswith("--")]
         if name == "train.py":
-            wrong = [f for f in flags if f != "--workdir" and not exists_in_config(f)]
+            wrong = [f for f in flags if f[2:] not in train.flags.FLAGS and not exists_in_config(f)]
         else:
             known = help_text(name, words, monkeypatch, capsys) if name else ""
             wrong = [f for f in flags if not re.search(rf"{f}\b(?!-)", known)]
@@ -114,8 +123,8 @@ def test_links_and_make_targets_lead_somewhere(page):
 def test_the_checks_catch_what_is_wrong():
     assert exists_in_config("--config.model.num_actions")
     assert not exists_in_config("--config.model.no_such_thing")
-    assert program(shlex.split("A=1 python -m cwm_jax.tools.check x --jobs 2")) == (
+    assert program("A=1 .venv/bin/python -m cwm_jax.tools.check x --jobs 2  # or 3") == (
         "cwm_jax.tools.check",
         ["x", "--jobs", "2"],
     )
-    assert program(["make", "install"]) is None
+    assert program("make install") is None
