@@ -42,7 +42,7 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="a run's workdir, or one checkpoint of it")
+    add("--checkpoint", type=Path, help="a run, a checkpoint of it, or an export")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--demo", action="store_true", help="no model: replay real clips, to see the page")
     add("--data", type=Path, help="folder with val/, where sessions start (the embedded one)")
@@ -68,8 +68,8 @@ def _checkpoint(named: Path | None) -> Path:
             "and play it with --checkpoint runs/debug; or look at the page alone with --demo"
         )
     path = named or _POCKET
-    if not path.is_dir():
-        raise UserError(f"no checkpoint folder at {path}")
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}")
     return path
 
 

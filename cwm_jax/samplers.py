@@ -1,12 +1,13 @@
-"""Opens whatever holds a model to draw with: a run, an export of one, or a bundle."""
+"""Opens whatever holds a model: a run, an export of one, or a bundle."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from cwm_jax import checkpoint, model, weights
+from cwm_jax import bundle, checkpoint, model, weights
 from cwm_jax.bundle import Bundle, Drawing, is_bundle
+from cwm_jax.checkpoint import Trained
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig
@@ -37,19 +38,33 @@ def open_sampler(
     """
     path = Path(path)
     if is_bundle(path):
-        bundle = Bundle(path)
-        _check_drawing(path, bundle.config, config)
-        return Opened(bundle, bundle.manifest["config"], bundle.manifest["step"], path)
-    if path.suffix == weights.SUFFIX:
-        params, meta = weights.read(path)
-        network = DiTConfig(**meta["config"]["model"])
-        model.check_params(network, params)
-        params = jax.tree.map(lambda x: x.astype("float32"), params)
-        trained = checkpoint.Trained(network, params, meta["config"], meta["step"], path)
-    else:
-        trained = checkpoint.load(path, step=step)
+        opened = Bundle(path)
+        _check_drawing(path, opened.config, config)
+        return Opened(opened, opened.manifest["config"], opened.manifest["step"], path)
+    trained = load(path, step=step)
     sampler = Sampler(trained.network, trained.params, config or SamplerConfig())
     return Opened(sampler, trained.config, trained.step, trained.path)
+
+
+def load(path: Path | str, *, step: int | None = None) -> Trained:
+    """The network and its parameters in float32, of whatever `open_sampler` opens.
+
+    Raises:
+        UserError: there is no model at `path`, or it is damaged.
+    """
+    path = Path(path)
+    if is_bundle(path):
+        bundle.read_manifest(path)  # whose checksums must hold
+        return _from_file(path / bundle.PARAMS)
+    return _from_file(path) if path.suffix == weights.SUFFIX else checkpoint.load(path, step=step)
+
+
+def _from_file(path: Path) -> Trained:
+    params, meta = weights.read(path)
+    network = DiTConfig(**meta["config"]["model"])
+    model.check_params(network, params)
+    params = jax.tree.map(lambda x: x.astype("float32"), params)
+    return Trained(network, params, meta["config"], meta["step"], path)
 
 
 def _check_drawing(path: Path, fixed: Drawing, wanted: SamplerConfig | None) -> None:

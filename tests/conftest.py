@@ -1,7 +1,12 @@
 """Fixtures shared by the tests."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+# Tiny networks take far longer to compile than to run, here and in the programs that tests start;
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np

@@ -28,6 +28,14 @@ CONFIG = DiTConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def compiled_as_users_do():
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def arrays(name):
     """A golden file's arrays; noise is kept there in half precision, but stands for float32."""
     with np.load(FOLDER / f"{name}.npz") as file:

@@ -116,13 +116,13 @@ def _load(studio, options: Options):
 def _engine(options: Options, steps):
     import jax
 
-    from cwm_jax import checkpoint
+    from cwm_jax import samplers
     from cwm_jax.play.engine import Engine
 
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(home / "cwm_jax" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    trained = checkpoint.load(options.checkpoint, step=options.step)
+    trained = samplers.load(options.checkpoint, step=options.step)
     network = trained.network
     check_fits(network, trained.path)
     title = f"{options.checkpoint.name} · step {trained.step}"
