@@ -30,7 +30,7 @@ CONFIG = DiTConfig(
 
 @pytest.fixture(autouse=True)
 def compiled_as_users_do():
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
