@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax import data, sheet, video
+from cwm_jax import controls, data, sheet, video
 from cwm_jax.coinrun import FPS
+from cwm_jax.controls import Controls
 from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.sampler import Sampler
@@ -26,6 +27,7 @@ class Script(NamedTuple):
     real: np.ndarray | None  # uint8 [B, T, H, W, C]; None where the records are shorter than T
     prompt: np.ndarray  # uint8 [B, n_prompt, H, W, C]
     actions: np.ndarray  # int32 [B, T], the action that leads into each frame
+    known: Controls  # what the game is played with
 
     @property
     def n_prompt(self) -> int:
@@ -72,7 +74,7 @@ def write_script(
         chosen = _chosen(source, (count, frames - n_prompt), pattern, num_actions, seed)
         actions = np.concatenate([led_in, chosen], axis=1)
     real = clips["frames"] if length == frames else None
-    return Script(real, clips["frames"][:, :n_prompt], actions)
+    return Script(real, clips["frames"][:, :n_prompt], actions, controls.read(config.dir))
 
 
 def _chosen(source: str, shape, pattern, num_actions: int, seed: int) -> np.ndarray:
@@ -126,7 +128,9 @@ def film(script: Script, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Film images for `video.write_mp4`: real on top, drawn below, the pressed keys under each."""
     samples, length = script.actions.shape
     shape = script.prompt.shape[2:4]
-    page = sheet.Sheet.fitting(samples, shape, with_real=script.real is not None)
+    page = sheet.Sheet.fitting(
+        samples, shape, with_real=script.real is not None, known=script.known
+    )
     for t, frame_BHWC in enumerate(frames):
         yield page.draw(
             frame_BHWC,

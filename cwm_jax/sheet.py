@@ -9,8 +9,10 @@ import numpy as np
 from einops import repeat
 from PIL import Image, ImageDraw
 
+from cwm_jax import controls, key_panel
+from cwm_jax.controls import Controls
 from cwm_jax.errors import UserError
-from cwm_jax.keyboard import ACCENT, BACKDROP, BRIGHT, DIM, LINE, font, keyboard_panel, panel_height
+from cwm_jax.keyboard import ACCENT, BACKDROP, BRIGHT, DIM, LINE, font
 
 GAP = 6  # pixels around every picture; the border that marks a prompt frame is drawn in it
 BORDER = 2
@@ -19,6 +21,7 @@ FOOTER = 28
 MAX_SIDE = 4096  # pixels; hardware decoders of H.264 commonly stop here
 FEW = 8  # up to so many samples stand in one row
 _TEXT = 12
+_COINRUN = controls.procgen("coinrun")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Sheet:
         with_real: whether real frames are shown.
         scale: whole number by which frames are enlarged.
         columns: samples in one row of the grid.
+        known: what the game is played with, whose keys are shown.
     """
 
     samples: int
@@ -41,10 +45,17 @@ class Sheet:
     with_real: bool
     scale: int
     columns: int
+    known: Controls = _COINRUN
 
     @classmethod
     def fitting(
-        cls, samples: int, frame_shape: tuple[int, int], *, with_real: bool, scale: int = 3
+        cls,
+        samples: int,
+        frame_shape: tuple[int, int],
+        *,
+        with_real: bool,
+        scale: int = 3,
+        known: Controls = _COINRUN,
     ) -> "Sheet":
         """The sheet for so many samples, at `scale` or as much less as `MAX_SIDE` demands.
 
@@ -54,11 +65,11 @@ class Sheet:
         if scale < 1:
             raise UserError(f"frames cannot be enlarged by {scale}; use 1 or more")
         for smaller in range(scale, 0, -1):
-            tile_height, tile_width = cls(1, frame_shape, with_real, smaller, 1)._tile
+            tile_height, tile_width = cls(1, frame_shape, with_real, smaller, 1, known)._tile
             wide = round(math.sqrt(samples * 16 / 9 * tile_height / tile_width))
             widest = (MAX_SIDE - GUTTER) // tile_width
             columns = min(samples if samples <= FEW else wide, samples, widest)
-            sheet = cls(samples, frame_shape, with_real, smaller, max(columns, 1))
+            sheet = cls(samples, frame_shape, with_real, smaller, max(columns, 1), known)
             if max(sheet.shape[:2]) <= MAX_SIDE:
                 return sheet
         raise UserError(
@@ -105,7 +116,8 @@ class Sheet:
             if given:
                 _border(film, y, x, frame_height, frame_width)
             _paste(film, enlarged(generated_BHWC[sample], self.scale), y, x)
-            panel = keyboard_panel(int(actions_B[sample]), width=max(frame_width, 64))
+            action = int(actions_B[sample])
+            panel = key_panel.draw(self.known, action, width=max(frame_width, 64))
             _paste(film, panel, y + frame_height + GAP, x)
         _paste(film, _footer(film.shape[1], caption, given), film.shape[0] - FOOTER, 0)
         return film
@@ -114,7 +126,7 @@ class Sheet:
     def _tile(self) -> tuple[int, int]:
         """Height and width one sample takes, with the gaps after it."""
         height, width = (side * self.scale for side in self.frame_shape)
-        panel = panel_height(max(width, 64))
+        panel = key_panel.height(self.known, max(width, 64))
         return (height + GAP) * (1 + self.with_real) + panel + GAP, max(width, 64) + GAP
 
     def _corner(self, sample: int) -> tuple[int, int]:

@@ -29,6 +29,7 @@ FLOORS = (
         "wandb_run",
         "weights",
     ),
+    ("key_panel",),
     ("metrics", "model", "shards", "recordings", "sheet", "simulator", "video", "curves"),
     ("bundle", "clips", "flops", "torch_format", "world"),
     ("data", "sampler"),

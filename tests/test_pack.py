@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwm_jax import clips, controls, data, model, recordings, shards, training, video
+from cwm_jax import (
+    clips,
+    controls,
+    data,
+    key_panel,
+    model,
+    recordings,
+    rollouts,
+    shards,
+    sheet,
+    training,
+    video,
+)
 from cwm_jax.controls import Control, Controls
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig
@@ -83,6 +95,15 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
     assert batch["actions"].max() > 3  # more than there are buttons: combinations
     assert np.isfinite(loss(params, *batch.values(), t, noise, network=network))
     batches.close()
+
+    script = rollouts.write_script(
+        config, "val", count=1, frames=7, n_prompt=1, num_actions=network.action_values
+    )
+    for t, picture in enumerate(rollouts.film(script, np.moveaxis(script.real, 1, 0))):
+        panel = key_panel.draw(controls.read(out), int(script.actions[0, t]), width=192)
+        below, right = sheet.GAP + 2 * (192 + sheet.GAP), sheet.GUTTER
+        shown = picture[below:, right:][: len(panel), :192]
+        np.testing.assert_array_equal(shown, panel)
 
 
 @pytest.mark.skipif(

@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from cwm_jax import controls, files, keyboard, shards, sheet, video
+from cwm_jax import controls, files, key_panel, keyboard, shards, sheet, video
 from cwm_jax.clips import Episodes
-from cwm_jax.coinrun import ACTION_NAMES, FPS
+from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
 from cwm_jax.episodes import Episode
 from cwm_jax.errors import UserError, shown_to_user
@@ -30,7 +30,6 @@ from cwm_jax.errors import UserError, shown_to_user
 _EMBEDDED = Path(__file__).parents[2] / "assets" / "coinrun"
 _STILLS = 10  # in a row of the sheet
 _HEADER = 30
-_CAP = 22  # height of a key in pixels
 
 
 class Facts(NamedTuple):
@@ -71,42 +70,8 @@ def _film_image(episode: Episode, t: int, known: Controls, place: str, scale: in
     header = Image.new("RGB", (width, _HEADER), keyboard.BACKDROP)
     spot = (width / 2, _HEADER / 2)
     ImageDraw.Draw(header).text(spot, place, keyboard.BRIGHT, keyboard.font(14), anchor="mm")
-    panel = keys_panel(known, int(episode.actions[t]), width=width)
+    panel = key_panel.draw(known, int(episode.actions[t]), width=width)
     return np.concatenate([np.array(header), picture, panel])
-
-
-def keys_panel(known: Controls, action: int, *, width: int) -> np.ndarray:
-    """The game's keys with the held ones lit, and the action's name: uint8 [even, width, 3]."""
-    if tuple(c.name for c in known.controls) == ACTION_NAMES:
-        return keyboard.keyboard_panel(action, width=width)
-    lines = _cap_lines(known, width)
-    panel = Image.new("RGB", (width, len(lines) * (_CAP + 4) + 30), keyboard.BACKDROP)
-    draw, held = ImageDraw.Draw(panel), known.held(action)
-    for row, line in enumerate(lines):
-        for left, right, control in line:
-            lit = control in held
-            top = 4 + row * (_CAP + 4)
-            fill = keyboard.ACCENT if lit else keyboard.KEY_FACE
-            draw.rounded_rectangle((left, top, right, top + _CAP), 4, fill, keyboard.KEY_EDGE)
-            ink = keyboard.BACKDROP if lit else keyboard.DIM
-            spot = ((left + right) / 2, top + _CAP / 2)
-            draw.text(spot, control.name, ink, keyboard.font(11), anchor="mm")
-    spot = (width / 2, panel.height - 12)
-    draw.text(spot, known.name(action), keyboard.BRIGHT, keyboard.font(13), anchor="mm")
-    return np.array(panel)
-
-
-def _cap_lines(known: Controls, width: int) -> list[list[tuple[float, float, controls.Control]]]:
-    """Where each key stands, left and right, in lines as wide as the film."""
-    lines, left = [[]], 4.0
-    for control in known.controls:
-        right = left + keyboard.font(11).getlength(control.name) + 12
-        if right > width - 4 and lines[-1]:
-            lines.append([])
-            left, right = 4.0, right - left + 4
-        lines[-1].append((left, right, control))
-        left = right + 4
-    return lines
 
 
 def contact_sheet(

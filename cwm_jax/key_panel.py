@@ -1,0 +1,69 @@
+"""The picture of what is pressed in any game: arrow keys for Procgen's, else every key by name."""
+
+import functools
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from cwm_jax import keyboard
+from cwm_jax.coinrun import ACTION_NAMES
+from cwm_jax.controls import Control, Controls
+
+_CAP = 22  # height of a key in pixels
+_PITCH = _CAP + 4
+_NAME = 30  # height of the line with the action's name
+
+
+@functools.lru_cache(maxsize=1024)
+def draw(known: Controls, action: int, *, width: int) -> np.ndarray:
+    """A game's keys with the held ones lit, and the action's name beneath.
+
+    Args:
+        action: as the data has it; `NO_ACTION` lights nothing.
+        width: pixels, at least 64.
+
+    Returns:
+        A read-only uint8 image [height(known, width), width, 3].
+    """
+    if _has_arrows(known):
+        return keyboard.keyboard_panel(action, width=width)
+    panel = Image.new("RGB", (width, height(known, width)), keyboard.BACKDROP)
+    picture, held = ImageDraw.Draw(panel), known.held(action)
+    for row, line in enumerate(_lines(known, width)):
+        top = 4 + row * _PITCH
+        for left, right, control in line:
+            lit = control in held
+            face = keyboard.ACCENT if lit else keyboard.KEY_FACE
+            ink = keyboard.BACKDROP if lit else keyboard.DIM
+            picture.rounded_rectangle((left, top, right, top + _CAP), 4, face, keyboard.KEY_EDGE)
+            spot = ((left + right) / 2, top + _CAP / 2)
+            picture.text(spot, control.name, ink, keyboard.font(11), anchor="mm")
+    spot = (width / 2, panel.height - 12)
+    picture.text(spot, known.name(action), keyboard.BRIGHT, keyboard.font(13), anchor="mm")
+    pixels = np.array(panel)
+    pixels.setflags(write=False)  # the cache hands the same array to every caller
+    return pixels
+
+
+def height(known: Controls, width: int) -> int:
+    """Pixels that a panel of this width is high; always even."""
+    if _has_arrows(known):
+        return keyboard.panel_height(width)
+    return len(_lines(known, width)) * _PITCH + _NAME
+
+
+def _has_arrows(known: Controls) -> bool:
+    return tuple(control.name for control in known.controls) == ACTION_NAMES
+
+
+def _lines(known: Controls, width: int) -> list[list[tuple[float, float, Control]]]:
+    """Where each key stands, left and right, in lines as wide as the panel."""
+    lines, left = [[]], 4.0
+    for control in known.controls:
+        right = left + keyboard.font(11).getlength(control.name) + 12
+        if right > width - 4 and lines[-1]:
+            lines.append([])
+            left, right = 4.0, right - left + 4
+        lines[-1].append((left, right, control))
+        left = right + 4
+    return lines
