@@ -7,6 +7,8 @@ Without --checkpoint the pocket checkpoint of the repository is played, where th
 """
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from cwm_jax.errors import UserError, shown_to_user
@@ -35,6 +37,8 @@ def main() -> None:
                 idle_minutes=args.idle_minutes,
             )
         )
+    sys.stdout.flush()
+    os._exit(0)  # a thread may be compiling, which nothing can interrupt; all else has ended
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -67,10 +71,11 @@ def _checkpoint(named: Path | None) -> Path:
             "    python train.py --config configs/debug.py --workdir runs/debug\n"
             "and play it with --checkpoint runs/debug; or look at the page alone with --demo"
         )
-    path = named or _POCKET
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}")
-    return path
+    if named is None:
+        print("Playing checkpoints/pocket, this repository's own; --checkpoint plays another")
+    elif not named.exists():
+        raise UserError(f"there is no checkpoint at {named}")
+    return named or _POCKET
 
 
 def _auth(text: str | None) -> tuple[str, str] | None:

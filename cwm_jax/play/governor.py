@@ -12,7 +12,7 @@ class Governor:
     """One for the device, since the players share its time.
 
     Args:
-        choices: numbers of steps that are compiled, in any order.
+        choices: numbers of steps, in any order.
         clock: seconds, rising.
     """
 
@@ -29,22 +29,23 @@ class Governor:
         before = each if self._pass_seconds is None else self._pass_seconds
         self._pass_seconds = before + _SMOOTHING * (each - before)
 
-    def choose(self, fps: float) -> int:
-        """The steps for the next frame where `fps` frames a second are wanted."""
+    def choose(self, fps: float, compiled: Sequence[int]) -> int:
+        """The steps for the next frame where `fps` frames a second are wanted.
+
+        Args:
+            compiled: the choices that need not be waited for.
+        """
         if self._pass_seconds is None or self._clock() - self._changed < _PATIENCE:
             return self.steps
-        budget = 1 / fps
+        within = lambda share: [n for n in compiled if self._seconds(n) <= share / fps]
         best = self.steps
-        if self._seconds(self.steps) > _FULL * budget:
-            best = max(self._within(_FULL * budget), default=self._choices[0])
-        elif roomy := [n for n in self._within(_ROOMY * budget) if n > self.steps]:
+        if self._seconds(self.steps) > _FULL / fps:
+            best = max(within(_FULL), default=min(compiled, default=self.steps))
+        elif roomy := [n for n in within(_ROOMY) if n > self.steps]:
             best = max(roomy)
         if best != self.steps:
             self.steps, self._changed = best, self._clock()
         return self.steps
-
-    def _within(self, seconds: float) -> list[int]:
-        return [n for n in self._choices if self._seconds(n) <= seconds]
 
     def _seconds(self, steps: int) -> float:
         return self._pass_seconds * (steps + _OVERHEAD)

@@ -1,5 +1,6 @@
 """From the command line's wishes to a running server."""
 
+import contextlib
 import dataclasses
 import os
 import secrets
@@ -46,7 +47,8 @@ def serve(options: Options) -> None:
 
     listener = opening.bind(options.host, options.port)
     host, port = listener.getsockname()[:2]
-    print(f"Play at http://{options.host}:{port}", flush=True)
+    shown = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"Play at http://{shown}:{port}", flush=True)
     faults: list[BaseException] = []
 
     def failed(error: BaseException) -> None:
@@ -61,7 +63,8 @@ def serve(options: Options) -> None:
     server = uvicorn.Server(config)
     if options.share:
         threading.Thread(target=_share, args=(host, port, options), daemon=True).start()
-    server.run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        server.run(sockets=[listener])
     if faults:
         raise faults[0]
 
@@ -88,7 +91,8 @@ def _open(studio, options: Options) -> None:
         if scheduler.fault:
             raise scheduler.fault
     except Exception as error:
-        studio.fault = str(error) if isinstance(error, UserError) else f"{type(error)}: {error}"
+        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        studio.fault = f"{name}{error}"
         print(f"error: {studio.fault}", flush=True)
         return
     print(f"{studio.title}: ready after {time.perf_counter() - began:.1f} s", flush=True)
@@ -116,11 +120,10 @@ def _load(studio, options: Options):
 def _engine(options: Options, steps):
     import jax
 
-    from cwm_jax import samplers
+    from cwm_jax import compile_cache, samplers
     from cwm_jax.play.engine import Engine
 
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "cwm_jax" / "compiled"))
+    compile_cache.enable()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     trained = samplers.load(options.checkpoint, step=options.step)
     network = trained.network
@@ -153,4 +156,5 @@ def _share(host: str, port: int, options: Options) -> None:
         link = networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
         print(f"Public link: {link}", flush=True)
     except Exception as error:  # no network, most often; the page here goes on without it
-        print(f"no public link: {error}. The page at this machine goes on", flush=True)
+        told = str(error).rstrip(".")
+        print(f"no public link: {told}. The page at this machine goes on", flush=True)

@@ -4,6 +4,7 @@ No control calls Python through Gradio's queue: each hands its value to `static/
 speaks to the player's socket, so that keys and commands keep their order.
 """
 
+import hashlib
 import importlib.resources
 
 import gradio as gr
@@ -23,12 +24,32 @@ def look() -> dict:
         font=_SYSTEM,
         font_mono=_MONO,
         radius_size=gr.themes.sizes.radius_lg,
-    )
+    ).set(**_colours())
+    version = hashlib.sha1((_STATIC / "play.js").read_bytes()).hexdigest()[:8]  # past old caches
     head = (
         '<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">'
-        '<script type="module" src="/play/static/play.js"></script>'
+        f'<script type="module" src="/play/static/play.js?{version}"></script>'
     )
     return dict(theme=theme, css=(_STATIC / "play.css").read_text(), head=head)
+
+
+def _colours() -> dict[str, str]:
+    """Calm grounds, so that the picture is the brightest thing on the page."""
+    chosen = {
+        "block_background_fill": ("#f1f2f4", "#1b1f27"),
+        "body_background_fill": ("#fbfbfa", "#0f1115"),
+        "border_color_primary": ("#e0e2e6", "#2c313c"),
+        "button_secondary_background_fill": ("#f1f2f4", "#1b1f27"),
+        "button_secondary_background_fill_hover": ("#f1f2f4", "#1b1f27"),
+        "checkbox_label_background_fill": ("#f1f2f4", "#1b1f27"),
+        "checkbox_label_background_fill_hover": ("#e9ebee", "#242934"),
+        "checkbox_background_color": ("#ffffff", "#0f1115"),
+        "background_fill_primary": ("#fbfbfa", "#0f1115"),
+        "background_fill_secondary": ("#f1f2f4", "#1b1f27"),
+        "input_background_fill": ("#f1f2f4", "#1b1f27"),
+    }
+    light = {name: pair[0] for name, pair in chosen.items()}
+    return light | {f"{name}_dark": pair[1] for name, pair in chosen.items()}
 
 
 def build(rules: Rules) -> gr.Blocks:
@@ -58,7 +79,7 @@ def _start_controls() -> None:
     with gr.Column(elem_classes="play-card", min_width=280):
         gr.Markdown("### Start")
         with gr.Row():
-            clip = gr.Number(0, label="Clip of the validation split", precision=0, minimum=0,
+            clip = gr.Number(0, label="Validation clip", precision=0, minimum=0,
                              min_width=120, elem_id="play-clip")  # fmt: skip
             frames = gr.Slider(1, 32, 1, step=1, label="Prompt frames", min_width=160,
                                buttons=[], elem_id="play-prompt")  # fmt: skip
@@ -76,20 +97,14 @@ def _pace_controls(rules: Rules) -> None:
     with gr.Column(elem_classes="play-card", min_width=280):
         gr.Markdown("### Pace")
         with gr.Row():
-            fps = gr.Slider(1, 30, rules.fps, step=1, label="Frames a second", min_width=200,
-                            buttons=[], elem_id="play-fps")  # fmt: skip
+            fps = gr.Slider(1, max(30, rules.fps), rules.fps, step=1, label="Frames a second",
+                            min_width=200, buttons=[], elem_id="play-fps")  # fmt: skip
             steps = gr.Radio(
                 ["auto", *map(str, rules.steps)], value="auto", label="DDIM steps", min_width=260,
                 elem_id="play-steps",
             )  # fmt: skip
-        mode = gr.Radio(
-            ["Hold keys", "Auto-run", "Step"], value="Hold keys", label="The world moves",
-            info="while keys are held · always · one frame for each press",
-            elem_id="play-mode",
-        )  # fmt: skip
     _call_on_change(fps, "setFps")
     _call_on_change(steps, "setSteps")
-    _call_on_change(mode, "setMode")
 
 
 def _call_on_change(control, method: str) -> None:
@@ -104,7 +119,8 @@ def _save_controls() -> None:
         gr.Markdown("### Record")
         with gr.Row():
             record = gr.Button("● Record", size="sm", min_width=90, elem_id="play-record")
-            clear = gr.Button("Clear", size="sm", min_width=70, elem_id="play-clear")
+            clear = gr.Button("Clear", size="sm", min_width=90, elem_id="play-clear")
+        with gr.Row():
             film = gr.Button("Film (mp4)", size="sm", min_width=90, elem_id="play-mp4")
             numbers = gr.Button("Data (npz)", size="sm", min_width=90, elem_id="play-npz")
     _call(record, "record")

@@ -40,6 +40,11 @@ class Keys:
         self.held, self.tapped = NOOP, None
         self._stamp = self.drawn_stamp = 0.0
 
+    @property
+    def down(self) -> bool:
+        """Whether a key is held, or was tapped since the last frame."""
+        return self.held != NOOP or self.tapped is not None
+
     def press(self, action: int, stamp: float) -> None:
         self.held, self._stamp = action, stamp
         if action != NOOP:
@@ -88,7 +93,7 @@ class Player:
         """Plays until the connection ends, however it ends; frees all that the player held."""
         self._token = self._studio.enter(self)
         if self._token is None:
-            await self._say("full", text=f"All {self._studio.rules.players} places are taken.")
+            await self._say("full", text=f"All places are taken ({self._studio.rules.players}).")
             await self._socket.close(1013)
             return
         reader = None
@@ -141,8 +146,7 @@ class Player:
         """Takes in messages until the connection ends or nothing comes for too long."""
         try:
             while True:
-                wait = self._studio.rules.idle_seconds
-                message = await asyncio.wait_for(self._socket.receive(), wait)
+                message = await self._next_message()
                 if message["type"] == "websocket.disconnect":
                     return
                 try:
@@ -157,6 +161,17 @@ class Player:
         finally:
             self._over = True
             self._wake.set()
+
+    async def _next_message(self) -> dict:
+        """Raises TimeoutError for one who sends nothing, holds no key and watches no replay."""
+        receiving = asyncio.ensure_future(self._socket.receive())
+        try:
+            while not (await asyncio.wait([receiving], timeout=self._studio.rules.idle_seconds))[0]:
+                if not (self._keys.down or (self._session and self._session.to_replay)):
+                    raise TimeoutError
+            return receiving.result()
+        finally:
+            receiving.cancel()
 
     def _take(self, message: dict) -> None:
         if (raw := message.get("bytes")) is not None:
@@ -190,20 +205,28 @@ class Player:
         self._commands.append((name, fields))
 
     async def _play(self) -> None:
+        clock = asyncio.get_running_loop().time
         while not self._over:
             if self._commands:
                 name, fields = self._commands.popleft()
                 await self._guarded(getattr(self, f"_do_{name}"), **fields)
-            elif self._session and self._session.to_replay:
-                await self._guarded(self._replay_frame)
-            elif self._session and self._wants_frame():
-                await self._guarded(self._frame)
+            elif not (self._session and (self._session.to_replay or self._wants_frame())):
+                await self._awakened(None)
+            elif (early := self._due - clock()) > 0:
+                await self._awakened(early)
             else:
-                self._wake.clear()
-                await self._wake.wait()
+                period = 1 / self._fps  # what a late frame lost is made up for, a pause is not
+                self._due = (self._due if -early < period else clock()) + period
+                await self._guarded(self._frame)
+
+    async def _awakened(self, seconds: float | None) -> None:
+        """Waits for a message, but no longer than so many seconds."""
+        self._wake.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), seconds)
 
     async def _guarded(self, act: Callable[..., Awaitable[None]], **fields) -> None:
-        """Tells the player of a mistake, or of a fault of the device, and goes on."""
+        """Tells the player of a mistake, or of a fault of device or disk, and goes on."""
         try:
             await act(**fields)
         except UserError as error:
@@ -212,23 +235,28 @@ class Player:
         except jax.errors.JaxRuntimeError as error:
             self._halt()
             await self._say("error", text=f"the device failed: {str(error).splitlines()[0][:200]}")
+        except OSError as error:
+            self._halt()
+            await self._say(
+                "error", text=f"nothing more can be kept on disk: {error.strerror or error}"
+            )
 
     def _halt(self) -> None:
         self._keys.release()
         self._auto = False
 
     def _wants_frame(self) -> bool:
-        if self._step_mode:
-            return self._keys.tapped is not None
-        return self._auto or self._keys.held != NOOP or self._keys.tapped is not None
+        return self._presses() or (self._auto and not self._step_mode)
+
+    def _presses(self) -> bool:
+        """Whether a key asks for a frame."""
+        return self._keys.tapped is not None if self._step_mode else self._keys.down
 
     async def _frame(self) -> None:
-        loop = asyncio.get_running_loop()
-        if (early := self._due - loop.time()) > 0:
-            await asyncio.sleep(early)
-            if not self._wants_frame() or self._commands:
-                return
-        self._due = max(self._due + 1 / self._fps, loop.time())
+        """The next frame of a replay, or, for whoever presses a key, one of their own."""
+        if self._session.to_replay and not self._presses():
+            await self._replay_frame()
+            return
         keys, ordered = self._keys, self._keys.held
         if self._step_mode:
             tap = keys.take_tap()
@@ -239,7 +267,7 @@ class Player:
         await self._show(drawn.frame)
 
     def _steps(self) -> int:
-        return self._pinned or self._studio.scheduler.governor.choose(self._fps)
+        return self._pinned or self._studio.scheduler.choose_steps(self._fps)
 
     async def _replay_frame(self) -> None:
         try:
@@ -264,6 +292,12 @@ class Player:
 
     async def _say(self, what: str, **fields) -> None:
         await self._socket.send_text(json.dumps({"say": what, **fields}))
+
+    @property
+    def _played(self) -> Session:
+        if self._session is None:
+            raise UserError("no world has begun yet: start one first")
+        return self._session
 
     async def _begin(self, session: Session) -> None:
         if self._session:
@@ -315,30 +349,31 @@ class Player:
     async def _do_rewind(self, to=0) -> None:
         """Shows an earlier (or later) frame and halts there."""
         self._halt()
-        self._session.rewind(_whole(dict(to=to), "to", 0, 2**31))
-        await self._show(self._session.history.frame(self._session.at))
+        self._played.rewind(_whole(dict(to=to), "to", 0, 2**31))
+        await self._show(self._played.history.frame(self._played.at))
 
     async def _do_what_if(self, frames=8) -> None:
         """The next frames under each meaningful action."""
         self._auto = False
         count = _whole(dict(frames=frames), "frames", 1, MAX_FUTURE)
         await self._say("thinking", text=f"Drawing {count} frames of each future …")
-        branches = await self._session.what_if(count, steps=self._steps())
+        branches = await self._played.what_if(count, steps=self._steps())
         await self._say("branches", actions=[b.action for b in branches], frames=count)
         pixels = b"".join(frame.tobytes() for branch in branches for frame in branch.frames)
         await self._socket.send_bytes(bytes([_BRANCHES]) + pixels)
 
     async def _do_choose(self, branch=0) -> None:
         """Goes on where a branch of what-if ended."""
-        self._session.choose(_whole(dict(branch=branch), "branch", 0, 99))
-        await self._show(self._session.history.frame(self._session.at))
+        self._played.choose(_whole(dict(branch=branch), "branch", 0, 99))
+        await self._show(self._played.history.frame(self._played.at))
 
     async def _do_share(self) -> None:
         """The session's share code, up to the frame that is shown."""
-        await self._say("code", code=self._session.recipe().encoded)
+        await self._say("code", code=self._played.recipe().encoded)
 
     async def _do_replay(self, code="") -> None:
         """A new session, drawn from a share code."""
+        self._halt()
         recipe = share.decode(str(code))
         session = await asyncio.to_thread(
             Session.from_recipe, self._studio.scheduler, self._studio.prompts, recipe
@@ -347,7 +382,7 @@ class Player:
 
     async def _do_record(self, on=True) -> None:
         """Marks where a recording begins or ends."""
-        at = self._session.at
+        at = self._played.at
         if on:
             self._recorded = at, None
         elif self._recorded:
@@ -364,7 +399,7 @@ class Player:
         if kind not in ("mp4", "npz"):
             raise UserError(f"a session is saved as mp4 or npz, not {str(kind)[:20]!r}")
         start, stop = self._recorded or (0, None)
-        total = len(self._session.history)
+        total = len(self._played.history)
         start, stop = min(start, total - 1), min(stop or total, total)
         stop = max(stop, start + 1)
         await self._say("thinking", text=f"Writing {stop - start} frames …")

@@ -75,7 +75,7 @@ class Scheduler:
         self._waiting: list[_Draw | _Recall] = []
         self._stopped = threading.Event()
         self.first_program = threading.Event()  # set when the first frame could be drawn
-        self.fault: BaseException | None = None  # why no program could be compiled, if so
+        self.fault: BaseException | None = None  # why the first program could not be compiled
         self._threads = [
             threading.Thread(target=target, name=f"play-{name}", daemon=True)
             for name, target in (("device", self._work), ("compiler", self._compile))
@@ -105,6 +105,11 @@ class Scheduler:
             if (steps, lanes) not in self._asked:
                 self._asked.add((steps, lanes))
                 self._to_compile.put((steps, lanes))
+
+    def choose_steps(self, fps: float) -> int:
+        """DDIM steps that hold so many frames a second, among those that are compiled."""
+        compiled = [steps for steps in self.drawer.steps if self.drawer.ready(steps)]
+        return self.governor.choose(fps, compiled)
 
     def draw(
         self,
@@ -141,7 +146,8 @@ class Scheduler:
             try:
                 self.drawer.compile(*wanted)
             except Exception as error:  # out of memory, most likely: play goes on with what is
-                self.fault = self.fault or error
+                if not self.first_program.is_set():
+                    self.fault = error
                 print(f"could not compile {wanted[1]} lanes of {wanted[0]} steps: {error}")
             self.first_program.set()
 

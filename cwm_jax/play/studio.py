@@ -43,7 +43,8 @@ class Studio:
 
     @property
     def is_open(self) -> bool:
-        return self.scheduler is not None and self.scheduler.first_program.is_set()
+        scheduler = self.scheduler
+        return bool(scheduler and scheduler.first_program.is_set() and not scheduler.fault)
 
     def enter(self, player: "Player") -> str | None:
         """A token for this player, or None where every place is taken."""

@@ -8,6 +8,7 @@ import pytest
 
 from cwm_jax.play.governor import Governor
 from cwm_jax.play.scheduler import Scheduler
+from cwm_jax.play.studio import Rules, Studio
 
 
 class Counting:
@@ -130,6 +131,26 @@ def test_a_program_that_cannot_be_compiled_is_told():
     with Scheduler(drawer) as scheduler:
         assert scheduler.first_program.wait(timeout=5)
         assert isinstance(scheduler.fault, MemoryError)
+        studio = Studio(Rules())
+        studio.open(scheduler, None, title="", demo=False)
+        assert not studio.is_open
+
+
+def test_a_later_program_that_cannot_be_compiled_ends_nothing():
+    drawer = Counting(ready=(1,))
+    with Scheduler(drawer) as scheduler:
+        assert scheduler.first_program.wait(timeout=5)
+        compiled = threading.Event()
+
+        def fails(steps, lanes):
+            compiled.set()
+            raise MemoryError("no room")
+
+        drawer.compile = fails
+        scheduler.want_lanes(8)
+        assert compiled.wait(timeout=5)
+        assert order(scheduler, 1).result(timeout=5)
+        assert scheduler.fault is None
 
 
 def governed(pass_seconds, fps, seconds=20.0):
@@ -138,7 +159,7 @@ def governed(pass_seconds, fps, seconds=20.0):
     governor = Governor((10, 4, 2, 1), clock=lambda: now[0])
     changes = [governor.steps]
     while now[0] < seconds:
-        steps = governor.choose(fps)
+        steps = governor.choose(fps, (10, 4, 2, 1))
         took = pass_seconds * (steps + 2)
         now[0] += max(took, 1 / fps)
         governor.note(steps=steps, seconds=took)
@@ -162,4 +183,18 @@ def test_the_governor_follows_the_load():
     for _ in range(30):
         governor.note(steps=10, seconds=0.3)
     governor._clock = lambda: 100.0
-    assert governor.choose(15) < 10
+    assert governor.choose(15, (10, 4, 2, 1)) < 10
+
+
+def test_the_governor_waits_for_no_program():
+    governor, _ = governed(0.019, fps=15)
+    for _ in range(30):
+        governor.note(steps=1, seconds=0.001)
+    governor._clock = lambda: 100.0
+    assert governor.choose(15, (4, 1)) == 4  # though 10 would do
+    for _ in range(30):
+        governor.note(steps=4, seconds=1.0)
+    governor._clock = lambda: 200.0
+    assert governor.choose(15, (10, 2)) == 2
+    governor._clock = lambda: 300.0
+    assert governor.choose(15, ()) == 2

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import struct
 import time
@@ -192,6 +193,24 @@ def test_rewind_share_and_replay_over_the_wire(house):
         assert "very same" in other.say("replayed")["text"]
 
 
+def test_a_key_takes_over_from_a_replay(house):
+    with started(house()) as one:
+        one.draw(7, 6)
+        one.halt()
+        last = one.total
+        one.send("share")
+        code = one.say("code")["code"]
+        one.send("settings", fps=1)
+        one.send("replay", code=code)
+        one.say("started")
+        one.frame()
+        one.send("keys", action=1)
+        while one.action != 1:
+            one.frame()
+        assert one.total < last
+        one.send("keys", action=4)
+
+
 def test_what_if_and_choosing(house):
     with started(house()) as one:
         one.draw(7, 2)
@@ -310,7 +329,9 @@ def test_a_flood_of_commands_is_cut_off_and_rewinds_are_not_one():
 def test_a_full_house_says_so_and_has_room_again(house):
     client = house(players=1)
     with guest(client), client.websocket_connect("/play/socket") as socket:
-        assert json.loads(socket.receive_text()) == dict(say="full", text="All 1 places are taken.")
+        assert json.loads(socket.receive_text()) == dict(
+            say="full", text="All places are taken (1)."
+        )
         with pytest.raises(WebSocketDisconnect):
             socket.receive_text()
     deadline = time.monotonic() + 5
@@ -332,6 +353,47 @@ def test_the_idle_lose_their_place_but_not_their_session(house, scheduler, clips
         again.frame()
         again.send("replay", code=code)
         assert again.say("replayed")
+
+
+def test_a_held_key_is_not_idle(house):
+    with started(house(idle_seconds=0.2)) as one:
+        one.send("settings", fps=10)
+        one.send("keys", action=7)
+        for _ in range(6):
+            one.frame()
+        one.send("keys", action=4)
+        assert one.say("idle")
+
+
+def test_a_full_disk_is_told_and_play_goes_on(house, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with started(house()) as one:
+        for place, command in (
+            ("saving.write_numbers", "save"),
+            ("history.History.append", "wait"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"cwm_jax.play.{place}", full)
+                one.send(command, **({"kind": "npz"} if command == "save" else {}))
+                while (said := one.next())["say"] != "error":
+                    pass
+                assert "No space left" in said["text"]
+        one.draw(7, 2)
+
+
+def test_where_no_world_could_begin_commands_are_refused(house, monkeypatch, clips):
+    def damaged(_source):
+        raise UserError("record 3 is damaged")
+
+    monkeypatch.setattr(clips, "load", damaged)
+    with guest(house()) as one:
+        for command in (None, "share", "save", "what_if", "rewind"):
+            if command:
+                one.send(command)
+            wanted = "no world has begun" if command else "damaged"
+            assert wanted in one.say("error")["text"]
 
 
 def test_players_who_drop_out_mid_frame_leave_nothing(house):

@@ -10,9 +10,12 @@ const $ = (id) => document.getElementById(id);
 
 /* ---- state ---- */
 
-let socket = null, token = null, over = false;
+let socket = null, over = false;
+let pending = null;  // what to begin with once there is a connection
+let standing = "";  // the note where there is nothing else to say
 let place = 0, total = 1;
-let auto = false, mode = "Hold keys", recording = false;
+let mode = "hold", recording = false, replaying = false;
+let pace = {};  // what was chosen of frames a second and DDIM steps
 let lastSent = 4;
 let expectBranches = null, futureTimer = 0;
 let waitingForCode = null;
@@ -38,6 +41,10 @@ function cover(title, text = "", button = "") {
 
 function send(message) {
   if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message));
+  else if (socket?.readyState === WebSocket.CLOSED && ["start", "replay"].includes(message.do)) {
+    pending = message;
+    connect();
+  }
 }
 
 function connect() {
@@ -63,32 +70,36 @@ const heard = {
   fault: ({text}) => { over = true; cover("This cannot be played", text); },
   idle: ({text, code}) => {
     over = true;
-    cover("Paused", `${text} Nobody pressed a key for a while.`, "Start anew");
-    if (code) { setCode(code); note("Its share code is in the field “Share code”: play it to go on."); }
+    cover("Paused", `${text} Its share code is in the field below “Share”: play it to go on from there.`, "Start anew");
+    if (code) setCode(code);
   },
   hello: (m) => {
-    token = m.token;
     $("title").textContent = m.title;
     cover("");
-    if (m.demo) note("No model is loaded: these are real recordings, and the keys change nothing.");
-    sendKeys(true);
+    standing = m.demo ? "No model is loaded: these are real recordings, and the keys change nothing." : "";
+    send({do: "settings", ...pace});
     setMode(mode);
+    sendKeys(true);
+    if (pending) send(pending);
+    pending = null;
   },
-  started: () => {
+  started: ({given}) => {
     closeFutures();
+    if (!replaying) note(standing);
+    $("scrub").min = given - 1;
     recording = false; showRecording();
     delays.length = arrivals.length = 0;
   },
-  error: ({text}) => { note(text, true); setAuto(false, false); waitingForCode?.(""); },
+  error: ({text}) => { note(text, true); replaying = false; halt(); waitingForCode?.(""); },
   thinking: ({text}) => note(text),
-  replayed: ({text}) => note(text),
+  replayed: ({text}) => { replaying = false; note(text); },
   recording: ({on, start}) => {
     recording = on; showRecording();
     note(on ? `Recording from frame ${start}.` : start === null ? "Nothing is marked: the whole session is saved."
       : "Recorded. Save it as a film or as data.");
   },
   code: ({code}) => { waitingForCode?.(code); note(`A code of ${code.length} letters: whoever plays it sees this session.`); },
-  branches: (m) => { expectBranches = m; note("Choose a future to go on there."); },
+  branches: (m) => { expectBranches = m; },
   file: (m) => {
     const link = document.createElement("a");
     link.href = new URL(`play/files/${m.token}/${m.name}`, document.baseURI);
@@ -157,7 +168,7 @@ function showFutures(bytes) {
     const button = document.createElement("button"), canvas = document.createElement("canvas");
     canvas.width = canvas.height = SIZE;
     button.append(canvas, ARROWS[action] ?? `action ${action}`);
-    button.onclick = () => { closeFutures(); note(""); send({do: "choose", branch}); };
+    button.onclick = () => { closeFutures(); send({do: "choose", branch}); };
     grid.append(button);
   });
   const canvases = [...grid.querySelectorAll("canvas")];
@@ -169,9 +180,11 @@ function showFutures(bytes) {
   draw();
   futureTimer = setInterval(draw, 110);
   $("futures").hidden = false;
+  note("Choose a future to go on there.");
 }
 
 function closeFutures() {
+  if (!$("futures").hidden) note(standing);
   clearInterval(futureTimer);
   $("futures").hidden = true;
   $("futures-grid").replaceChildren();
@@ -194,17 +207,22 @@ function sendKeys(force = false) {
     button.classList.toggle("held", keys.has(button.dataset.key));
   if (action === lastSent && !force) return;
   lastSent = action;
-  if (action !== 4) closeFutures();
+  if (action !== 4) {
+    closeFutures();
+    if (replaying) note("From here on it is yours.");
+    else if ($("note").classList.contains("bad")) note(standing);
+    replaying = false;
+  }
   send({do: "keys", action, stamp: action === 4 ? 0 : performance.now()});
 }
 
 function rewindBy(frames) {
-  const to = Math.max(0, Math.min(total - 1, place + frames));
+  const to = Math.max($("scrub").min, Math.min(total - 1, place + frames));
   if (to !== place) rewindTo(to);
 }
 
 function rewindTo(to) {
-  setAuto(false, false);
+  halt();
   place = to;
   send({do: "rewind", to});
 }
@@ -222,8 +240,8 @@ function onKey(event, down) {
     sources.keyboard[down ? "add" : "delete"](event.code === "Space" ? "up" : key);
     if (!event.repeat) sendKeys();
   } else if (down) {
-    const act = {KeyZ: () => rewindBy(-1), KeyX: () => rewindBy(1), Period: () => send({do: "wait"}),
-      KeyP: () => event.repeat || setAuto(!auto), KeyF: () => event.repeat || whatIf(), Escape: closeFutures}[event.code];
+    const act = {KeyZ: () => rewindBy(-1), KeyX: () => rewindBy(1), Period: oneFrame,
+      KeyP: () => event.repeat || setMode(mode === "auto" ? "hold" : "auto"), KeyF: () => event.repeat || whatIf(), Escape: closeFutures}[event.code];
     if (act) { event.preventDefault(); act(); }
   }
 }
@@ -264,21 +282,35 @@ function wirePads() {
 
 /* ---- what Gradio's controls call ---- */
 
-function setAuto(on, tell = true) {
-  auto = on;
-  $("auto").setAttribute("aria-pressed", on);
-  if (tell) send({do: "settings", auto: on});
+function setPace(chosen) {
+  Object.assign(pace, chosen);
+  send({do: "settings", ...chosen});
 }
 
 function setMode(value) {
   mode = value;
-  send({do: "settings", step_mode: value === "Step"});
-  setAuto(value === "Auto-run");
+  showMode();
+  send({do: "settings", auto: mode === "auto", step_mode: mode === "step"});
+}
+
+function showMode() {
+  for (const button of document.querySelectorAll("#modes button"))
+    button.setAttribute("aria-checked", button.dataset.mode === mode);
+}
+
+function halt() {  // the server has halted by itself
+  if (mode === "auto") mode = "hold";
+  showMode();
+}
+
+function oneFrame() {
+  closeFutures();
+  send({do: "wait"});
 }
 
 function whatIf() {
   releaseAll();
-  setAuto(false, false);
+  halt();
   send({do: "what_if", frames: 8});
 }
 
@@ -306,17 +338,23 @@ function pickPicture() {
 async function sendPicture(file) {
   if (!file) return;
   if (file.size > 4 << 20) { note(`That file has ${(file.size / 1e6).toFixed(1)} MB; at most 4 MB are taken.`, true); return; }
+  replaying = false;
   socket.send(await file.arrayBuffer());
 }
 
+function start(clip, prompt) {
+  replaying = false;
+  send({do: "start", clip, prompt});
+  focusStage();
+}
+
 window.play = {
-  start: (clip, prompt) => { note(""); send({do: "start", clip: clip ?? 0, prompt}); focusStage(); },
-  startRandom: (prompt) => { note(""); send({do: "start", clip: null, prompt}); focusStage(); },
+  start: (clip, prompt) => start(clip ?? 0, prompt),
+  startRandom: (prompt) => start(null, prompt),
   pickPicture,
   sendPicture,
-  setFps: (fps) => send({do: "settings", fps}),
-  setSteps: (steps) => send({do: "settings", steps: steps === "auto" ? 0 : Number(steps)}),
-  setMode,
+  setFps: (fps) => setPace({fps}),
+  setSteps: (steps) => setPace({steps: steps === "auto" ? 0 : Number(steps)}),
   record: () => send({do: "record", on: !recording}),
   clear: () => send({do: "clear"}),
   saveFilm: () => send({do: "save", kind: "mp4"}),
@@ -325,7 +363,13 @@ window.play = {
     waitingForCode = (code) => { waitingForCode = null; resolve(code); };
     send({do: "share"});
   }),
-  replay: (code) => { note("Drawing the session again …"); send({do: "replay", code}); focusStage(); },
+  replay: (code) => {
+    replaying = true;
+    halt();
+    note("Drawing the session again; press a key to take over.");
+    send({do: "replay", code});
+    focusStage();
+  },
 };
 
 function focusStage() {
@@ -340,7 +384,9 @@ function begin() {
   addEventListener("blur", releaseAll);
   document.addEventListener("visibilitychange", () => document.hidden && releaseAll());
   wirePads();
-  $("auto").onclick = () => setAuto(!auto);
+  for (const button of document.querySelectorAll("#modes button"))
+    button.onclick = () => { setMode(button.dataset.mode); focusStage(); };
+  $("wait").onclick = oneFrame;
   $("whatif").onclick = whatIf;
   $("futures-close").onclick = closeFutures;
   $("back").onclick = () => rewindBy(-1);
