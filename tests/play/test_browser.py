@@ -97,7 +97,11 @@ class Person:
         self.key(code, True)
         self.until(f"return window.playFrames >= {goal}")
         self.key(code, False)
-        time.sleep(0.3)  # what was on its way arrives
+        self.settle()
+
+    def settle(self):
+        """Until what was on its way has arrived: the server answers in order."""
+        return self.run("return window.play.share()")
 
     @property
     def note(self):
@@ -140,7 +144,7 @@ def test_a_held_key_draws_frames_until_it_is_let_go(person):
     now, total = map(int, person.place.split("/"))
     assert now == total >= 9
     assert person.picture != first
-    time.sleep(0.4)
+    person.settle()
     assert person.place == f"{now} / {total}"
     assert "ms" in person.until("return document.querySelector('#r-latency').textContent")
 
@@ -166,6 +170,38 @@ def test_rewind_branch_and_a_share_code_there_and_back(person):
     assert (person.picture, person.place) == (picture, branched)
     person.run("window.play.replay(arguments[0])", code[:-3] + "AAA")
     person.until("return document.querySelector('#note.bad')?.textContent.includes('damaged')")
+
+
+def test_modes_and_the_gamepad(person):
+    person.start(5)
+    mode = "return document.querySelector('#modes [aria-checked=true]').dataset.mode"
+    person.run("document.querySelector('[data-mode=auto]').click()")
+    person.until("return Number(document.querySelector('#scrub').max) >= 3")
+    person.click("back")
+    person.until(
+        "return document.querySelector('#scrub').value < document.querySelector('#scrub').max"
+    )
+    assert person.run(mode) == "hold"
+
+    person.run("document.querySelector('[data-mode=step]').click()")
+    for _ in range(2):
+        number = int(person.place.split("/")[0])
+        person.key("KeyW", True)
+        person.until(
+            f"return document.querySelector('#place').textContent.startsWith('{number + 1} ')"
+        )
+        person.key("KeyW", False)
+    person.click("wait")
+    person.until(f"return document.querySelector('#place').textContent.startsWith('{number + 2} ')")
+    assert person.run(mode) == "step"
+
+    person.run("document.querySelector('[data-mode=hold]').click()")
+    pad = "navigator.getGamepads = () => [{axes: [1, 0], buttons: [{pressed: arguments[0]}]}]"
+    person.run(pad, True)
+    person.until("return document.querySelectorAll('.pad .held').length == 2")
+    person.until(f"return Number(document.querySelector('#scrub').max) > {number + 3}")
+    person.run("navigator.getGamepads = () => [null]")
+    person.until("return !document.querySelector('.pad .held')")
 
 
 def test_what_if_is_shown_and_chosen(person):
