@@ -2,6 +2,7 @@
 
     python evaluate.py --checkpoint runs/small --data data/coinrun --output metrics.json
     python evaluate.py compare small.json large.json
+    python evaluate.py compare --across levels 1_step.json 4_steps.json 10_steps.json
     python evaluate.py closed-loop --checkpoint runs/small --output closed_loop.mp4
 
 docs/evaluation.md says what each number means.
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from cwm_jax import checkpoint, data, sampler, shards, video
+from cwm_jax import data, sampler, samplers, shards, video
 from cwm_jax.coinrun import FPS
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.evaluation import (
@@ -53,15 +54,15 @@ def measure(args: argparse.Namespace) -> None:
         seed=args.seed,
         batch_size=args.batch_size,
     )
-    trained = checkpoint.load(args.checkpoint, step=args.step)
+    opened = _open(args)
     config = data.DataConfig(
         dir=args.data,
-        clip_len=min(trained.network.max_frames, data.DataConfig.clip_len),
+        clip_len=min(opened.network.max_frames, data.DataConfig.clip_len),
     )
     measured = full.measure(
-        trained.network,
-        trained.params,
-        _sampler_config(args),
+        opened.network,
+        opened.params,
+        opened.sampler,
         config,
         plan,
         probes=args.probes or probe.cache_folder(),
@@ -70,8 +71,8 @@ def measure(args: argparse.Namespace) -> None:
     results = measured.results
     results["checkpoint"] = dict(
         path=str(args.checkpoint),
-        step=trained.step,
-        fingerprint=protocol.fingerprint(trained.params),
+        step=opened.step,
+        fingerprint=protocol.fingerprint(opened.params),
     )
     results["code"] = protocol.code_version()
     results["device"] = jax.devices()[0].device_kind
@@ -87,13 +88,19 @@ def measure(args: argparse.Namespace) -> None:
     )
 
 
-def compare(names: list[str]) -> None:
+def compare(words: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="evaluate.py compare", description="A table of measurements made under one protocol."
     )
     parser.add_argument("metrics", nargs="+", type=Path, help="metrics.json files")
-    paths = parser.parse_args(names).metrics
-    print(comparison.table([(str(path), comparison.read(path)) for path in paths]))
+    parser.add_argument(
+        "--across",
+        default="",
+        help="conditions that may differ: one or more of " + ",".join(protocol.VARIABLE),
+    )
+    args = parser.parse_args(words)
+    measured = [(str(path), comparison.read(path)) for path in args.metrics]
+    print(comparison.table(measured, across=[x for x in args.across.split(",") if x]))
 
 
 def close_the_loop(words: list[str]) -> None:
@@ -111,11 +118,9 @@ def close_the_loop(words: list[str]) -> None:
     add("--simulator", type=Path, help="folder of its environment (.venv-procgen; made if absent)")
     _add_drawing_flags(add)
     args = parser.parse_args(words)
-    trained = checkpoint.load(args.checkpoint, step=args.step)
-    drawing.check_size(trained.network)
-    draw = drawing.by_sampler(
-        sampler.Sampler(trained.network, trained.params, _sampler_config(args))
-    )
+    opened = _open(args)
+    drawing.check_game(opened.network)
+    draw = drawing.by_sampler(opened.sampler)
     levels = range(args.first_level, args.first_level + args.levels)
     keys = closed_loop.random_keys(args.levels, args.frames - 1, seed=args.seed)
     with game.Simulator(environment.ensure(args.simulator)) as simulator:
@@ -150,15 +155,17 @@ def _flags() -> argparse.ArgumentParser:
 
 
 def _add_drawing_flags(add) -> None:
-    add("--checkpoint", type=Path, required=True, help="a run's workdir, or one checkpoint of it")
+    add("--checkpoint", type=Path, required=True, help="a run, a checkpoint of it, or an export")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--ddim-steps", type=int, default=10, help="denoising steps a frame, 1…1000 (%(default)s)")
     add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")
     add("--seed", type=int, default=0, help="of noise and random actions (%(default)s)")
 
 
-def _sampler_config(args: argparse.Namespace) -> sampler.SamplerConfig:
-    return sampler.SamplerConfig(levels=sampler.ddim_levels(args.ddim_steps), window=args.window)
+def _open(args: argparse.Namespace) -> samplers.Opened:
+    levels = sampler.ddim_levels(args.ddim_steps)
+    config = sampler.SamplerConfig(levels=levels, window=args.window)
+    return samplers.open_sampler(args.checkpoint, step=args.step, config=config)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from cwm_jax import bundle, checkpoint, model, weights
 from cwm_jax.bundle import Bundle, Drawing, is_bundle
 from cwm_jax.checkpoint import Trained
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiTConfig
+from cwm_jax.model import DiTConfig, Params
 from cwm_jax.sampler import Sampler, SamplerConfig
 
 
@@ -17,6 +17,8 @@ class Opened(NamedTuple):
     """A model ready to draw, and what is known of it."""
 
     sampler: Sampler | Bundle
+    network: DiTConfig
+    params: Params  # float32
     config: dict[str, Any]  # the run's full config
     step: int
     path: Path
@@ -40,10 +42,9 @@ def open_sampler(
     if is_bundle(path):
         opened = Bundle(path)
         _check_drawing(path, opened.config, config)
-        return Opened(opened, opened.manifest["config"], opened.manifest["step"], path)
+        return Opened(opened, *_from_file(path / bundle.PARAMS)._replace(path=path))
     trained = load(path, step=step)
-    sampler = Sampler(trained.network, trained.params, config or SamplerConfig())
-    return Opened(sampler, trained.config, trained.step, trained.path)
+    return Opened(Sampler(trained.network, trained.params, config or SamplerConfig()), *trained)
 
 
 def load(path: Path | str, *, step: int | None = None) -> Trained:

@@ -1,5 +1,7 @@
 """The evaluators on cases whose answers are known."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from cwm_jax.evaluation import (
     quality,
     quick,
     reading,
+    sight,
 )
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.scores import score
@@ -197,12 +200,12 @@ def obedient(clips):
 def test_the_probe_learns_a_game_and_reads_it_from_other_clips(obedient):
     reader, frames, actions = obedient
     found = reading.summary(reader, frames, frames, actions)
-    confusion = np.array(found["real"]["groups"]["confusion"])
+    confusion = np.array(found["real"]["confusion"])
     assert confusion.sum() == found["actions"] == 5 * 38
     left, right = confusion[[0, 1]].sum(0), confusion[[4, 5]].sum(0)
     assert left[[0, 1]].sum() > 0.9 * left.sum()  # jumping cannot be seen in the fake game
     assert right[[4, 5]].sum() > 0.9 * right.sum()
-    assert found["shuffled"]["groups"]["accuracy"]["high"] < 0.7
+    assert found["shuffled"]["accuracy"]["high"] < 0.7
 
 
 def test_an_oracle_that_replays_the_clip_is_read_as_real_frames_are(obedient):
@@ -212,14 +215,50 @@ def test_an_oracle_that_replays_the_clip_is_read_as_real_frames_are(obedient):
     found = reading.summary(reader, drawn, frames, actions)
     assert found["drawn"] == found["real"]
     assert found["control"] == 1
+    assert found["keys_of_real"]["left"] == found["keys_of_real"]["right"] == 1
 
 
 def test_a_world_that_stands_still_is_not_under_control(obedient):
     reader, frames, actions = obedient
     still = np.repeat(frames[:, :1], frames.shape[1], axis=1)
     found = reading.summary(reader, still, frames, actions)
-    assert found["drawn"]["groups"]["balanced"] <= 1 / 6 + 1e-9
+    assert found["drawn"]["balanced"] <= 1 / 6 + 1e-9
     assert abs(found["control"]) < 0.2
+    assert abs(found["keys_of_real"]["left"]) < 0.2
+
+
+def test_readings_are_counted_by_group_by_action_and_by_key():
+    pressed = np.array([[0, 1, 2, 4], [9, 5, 7, 8]])  # two left, jump left; stand; …
+    read = np.array([[0, 2, 0, 0], [2, 3, 4, 4]])
+    found = reading._accuracies(read, pressed)
+    assert found["accuracy"]["mean"] == 4 / 8
+    known = {"left": 1 / 2, "jump left": 0, "stand": 1 / 2, "jump": 1, "right": 1, "jump right": 0}
+    assert found["by_group"] == known
+    assert found["balanced"] == 3 / 6
+    assert (found["by_action"]["LEFT+DOWN"], found["by_action"]["LEFT"]) == (1, 0)
+    assert np.isnan(found["by_action"]["RIGHT+DOWN"])
+    assert found["keys"]["left"] == {"read": 2 / 3, "false": 1 / 5}
+    assert found["keys"]["right"] == {"read": 1, "false": 0}
+    assert found["keys"]["jump"] == {"read": 1 / 3, "false": 0}
+    assert np.array(found["confusion"])[1].tolist() == [1, 0, 0, 0, 0, 0]
+
+
+def test_sight_finds_a_shift_and_a_mirror_turns_it_round(clips):
+    moved = np.roll(clips.frames[0, 0], (-7, 1), axis=(0, 1))  # the level goes up and right
+    seen = sight.look(np.stack([clips.frames[0, 0], moved])[None])
+    shift = lambda motion: np.divmod(motion.argmin(-1), 2 * sight.ACROSS + 1)
+    assert shift(seen.motion[0, 0]) == (sight.DOWN + 7, sight.ACROSS - 1)
+    flipped = sight.look(np.stack([clips.frames[0, 0], moved])[None, :, :, ::-1])
+    np.testing.assert_allclose(sight.mirrored(seen).motion, flipped.motion, atol=1e-4)
+    np.testing.assert_array_equal(sight.mirrored(seen).middle, flipped.middle)
+
+
+def test_sight_of_a_frame_is_what_led_to_it():
+    frames = np.arange(2 * 5).reshape(2, 5, 1, 1, 1)
+    whole = sight.Sight(np.arange(2 * 4).reshape(2, 4, 1), frames)
+    seen = sight.at(whole, np.array([0, 2, 3]))
+    assert seen.motion[..., 0].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert seen.middle.reshape(3, 2).tolist() == [[1, 2], [3, 4], [6, 7]]
 
 
 def test_groups_are_actions_that_do_the_same():
@@ -228,10 +267,11 @@ def test_groups_are_actions_that_do_the_same():
         *("right", "right", "jump right"),
     ]
     assert (probe.GROUPS[9:] == probe.GROUPS[4]).all()
-    mirrored = probe.GROUPS[probe._MIRRORED]
-    names = [probe.GROUP_NAMES[g].translate(str.maketrans("", "")) for g in mirrored]
-    swapped = [n.replace("left", "#").replace("right", "left").replace("#", "right") for n in names]
-    assert swapped == [probe.GROUP_NAMES[g] for g in probe.GROUPS]
+    mirrored = [probe.GROUP_NAMES[g] for g in probe._MIRRORED]
+    swap = lambda name: name.replace("left", "#").replace("right", "left").replace("#", "right")
+    assert tuple(map(swap, mirrored)) == probe.GROUP_NAMES
+    for key, groups in probe.KEYS.items():
+        assert groups == tuple(i for i, name in enumerate(probe.GROUP_NAMES) if key in name)
 
 
 def test_a_cached_probe_is_the_trained_one_and_other_data_has_another(clips, tmp_path, monkeypatch):
@@ -330,7 +370,12 @@ def test_a_sampler_that_draws_nan_is_found_out(clips):
 
 def test_a_network_of_another_frame_size_is_refused_with_both_sizes():
     with pytest.raises(UserError, match=r"32×32.*64×64"):
-        drawing.check_size(full.dataclasses.replace(TINY, image_size=32))
+        drawing.check_game(full.dataclasses.replace(TINY, image_size=32))
+
+
+def test_a_network_of_another_game_is_refused_by_its_actions():
+    with pytest.raises(UserError, match=r"num_actions 7.*15"):
+        drawing.check_game(full.dataclasses.replace(TINY, num_actions=7))
 
 
 # Clips
@@ -343,7 +388,7 @@ def test_records_that_are_too_short_are_counted_and_left_out(make_data):
     assert held.frames[:, 0, 0, 0, 0].tolist() == [0, 2, 3]
     with pytest.raises(UserError, match="3 of 4 records"):
         held_out.load(DataConfig(dir=str(folder)), "test", frames=33, clips=4)
-    with pytest.raises(UserError, match="longest has 160"):
+    with pytest.raises(UserError, match=r"longest has 160.*at least 1 frames fewer"):
         held_out.load(DataConfig(dir=str(folder)), "test", frames=161)
 
 
@@ -363,7 +408,7 @@ def measured(tmp_path_factory):
         split="test", clips=3, horizon=6, n_prompt=(1, 2), drift_frames=16, batch_size=2
     )
     params = model.init(TINY, 0)
-    sampler = SamplerConfig(levels=(999, 499))
+    sampler = Sampler(TINY, params, SamplerConfig(levels=(999, 499)))
     config = DataConfig(dir="assets/coinrun", clip_len=7, stride=80)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, "_EPOCHS", 1)
@@ -397,6 +442,12 @@ def test_the_whole_measurement_bears_its_protocol_and_compares(measured, tmp_pat
     again["protocol"]["window"] = "cached"
     with pytest.raises(UserError, match=r"seed: 0 and 1\s+window: exact and cached"):
         comparison.table([("a", results), ("b", again)])
+    with pytest.raises(UserError, match=r"differ in\s+seed: 0 and 1$"):
+        comparison.table([("a", results), ("b", again)], across=["window"])
+    table = comparison.table([("a", results), ("b", again)], across=["window", "seed"])
+    assert re.search(r"^window +exact +cached$", table, re.MULTILINE)
+    with pytest.raises(UserError, match="--across records"):
+        comparison.table([("a", results), ("b", again)], across=["records"])
 
 
 def test_what_is_no_measurement_is_refused(tmp_path):

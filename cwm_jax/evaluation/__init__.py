@@ -7,7 +7,7 @@ scores        PSNR, SSIM and motion-aware PSNR of every drawn frame, on the devi
 intervals     means with bootstrap intervals over clips
 quality       scores by horizon, and the floors beside them
 control       what the actions are worth: ΔPSNR
-probe         a network that reads actions back from frames
+sight, probe  a network that reads actions back from frames, and what it looks at
 reading       how well it does so on drawn frames, beside real ones and chance
 drift         whether long rollouts stay a game
 protocol      under which conditions all this was measured

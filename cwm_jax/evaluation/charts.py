@@ -84,7 +84,7 @@ def confusion(results: Mapping, theme: Theme) -> Figure:
     names = results["probe"]["groups"]
     shades = LinearSegmentedColormap.from_list("", [theme.paper, theme.model])
     for ax, (key, title) in zip(axes, (("drawn", "drawn"), ("real", "real")), strict=True):
-        counts = np.array(results["probe"][key]["groups"]["confusion"], float)
+        counts = np.array(results["probe"][key]["confusion"], float)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         ax.imshow(shares, cmap=shades, vmin=0, vmax=1)
         ax.set_title(f"read from {title} frames", color=theme.ink, fontsize=10, loc="left")

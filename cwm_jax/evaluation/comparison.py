@@ -1,11 +1,13 @@
 """Several measurements in one table, if they were made under the same conditions."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import protocol
+
+SIDES = {"drawn": "drawn frames", "real": "real frames", "shuffled": "chance"}
 
 
 def read(path: Path) -> dict:
@@ -25,20 +27,32 @@ def read(path: Path) -> dict:
     return results
 
 
-def table(named: Sequence[tuple[str, Mapping]]) -> str:
+def table(named: Sequence[tuple[str, Mapping]], *, across: Collection[str] = ()) -> str:
     """The headline numbers of measurements, one column each; floors stand among the rows.
 
+    Args:
+        across: conditions of `protocol.VARIABLE` that may differ, and stand in the table.
+
     Raises:
-        UserError: where protocols differ, naming what differs.
+        UserError: where protocols differ otherwise, naming what differs.
     """
+    if unknown := sorted(set(across) - set(protocol.VARIABLE)):
+        raise UserError(
+            f"--across {','.join(unknown)}: only how frames are drawn can be compared so: "
+            f"{', '.join(protocol.VARIABLE)}"
+        )
     (first_name, first), *others = named
     for name, results in others:
-        if found := protocol.differences(first["protocol"], results["protocol"]):
+        found = protocol.differences(first["protocol"], results["protocol"], across=across)
+        if found:
             raise UserError(
                 f"{first_name} and {name} were not measured alike, so their numbers do not "
                 "compare. They differ in\n  " + "\n  ".join(found)
             )
-    columns = [dict(rows(results)) for _, results in named]
+    columns = [
+        {name: condition(results["protocol"][name]) for name in across} | dict(rows(results))
+        for _, results in named
+    ]
     labels = list(dict.fromkeys(label for column in columns for label in column))
     cells = [["", *(name for name, _ in named)]]
     cells += [[label, *(column.get(label, "–") for column in columns)] for label in labels]
@@ -51,6 +65,13 @@ def table(named: Sequence[tuple[str, Mapping]]) -> str:
         for row in cells
     ]
     return "\n".join(lines)
+
+
+def condition(value) -> str:
+    """A condition in few words: of the noise labels of many steps, the ends and their number."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 4:
+        return f"{len(value)}: {value[0]} … {value[-1]}"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def rows(results: Mapping) -> Iterator[tuple[str, str]]:
@@ -71,9 +92,14 @@ def rows(results: Mapping) -> Iterator[tuple[str, str]]:
         value = results["control"]["delta_psnr"]["mean"][horizon]
         yield f"ΔPSNR frames 1…{horizon}, dB", interval(value)
     read = results["probe"]
-    for name, label in (("drawn", "drawn frames"), ("real", "real frames"), ("shuffled", "chance")):
-        value = read[name]["groups"]["accuracy"]
-        yield f"actions read back, {label}", interval(value)
+    for name, label in SIDES.items():
+        yield f"actions read back, {label}", interval(read[name]["accuracy"])
+    for key in read["keys_of_real"]:
+        for name, label in SIDES.items():
+            found = read[name]["keys"][key]
+            value = f"{number(found['read'])} (falsely {number(found['false'])})"
+            yield f"  {key} read where pressed, {label}", value
+        yield f"  {key}, of what real frames show", number(read["keys_of_real"][key])
     yield "control, 0 chance … 1 real", number(read["control"])
     drift = results["drift"]
     yield f"frames to collapse, of {drift['frames']}", interval(drift["frames_to_collapse"], 0)

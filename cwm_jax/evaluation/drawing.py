@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax.coinrun import IMAGE_SIZE
+from cwm_jax.bundle import Bundle
+from cwm_jax.coinrun import IMAGE_SIZE, NUM_ACTIONS
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig
 from cwm_jax.sampler import Sampler
@@ -25,17 +26,23 @@ class Draw(Protocol):
         """
 
 
-def check_size(network: DiTConfig) -> None:
-    """Raises a UserError for a network that draws frames of another size than the data has."""
+def check_game(network: DiTConfig) -> None:
+    """Raises a UserError for a network of another frame size, or of another game's actions."""
     if network.image_size != IMAGE_SIZE:
         raise UserError(
             f"this checkpoint draws frames of {network.image_size}×{network.image_size} pixels, "
             f"and the data has {IMAGE_SIZE}×{IMAGE_SIZE}: it cannot be measured against it"
         )
+    actions = network.num_actions, network.action_encoding
+    if actions != (NUM_ACTIONS, "one_hot"):
+        raise UserError(
+            f"this checkpoint has num_actions {actions[0]} and action_encoding {actions[1]}; only "
+            f"CoinRun is measured here, which has {NUM_ACTIONS} and one_hot"
+        )
 
 
-def by_sampler(sampler: Sampler) -> Draw:
-    """Draws with a sampler: all frames of a batch in one call of the device.
+def by_sampler(sampler: Sampler | Bundle) -> Draw:
+    """Draws with a sampler or a bundle: all frames of a batch in one call of the device.
 
     Raises:
         UserError: (when called) where a frame is not finite; pixels would hide it.

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from cwm_jax import data, parallel
+from cwm_jax.bundle import Bundle
+from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import (
@@ -29,7 +31,7 @@ from cwm_jax.evaluation.probe import Probe
 from cwm_jax.evaluation.scores import Scores, score
 from cwm_jax.files import written_whole
 from cwm_jax.model import DiTConfig, Params
-from cwm_jax.sampler import Sampler, SamplerConfig
+from cwm_jax.sampler import Sampler
 
 PROBED = 31  # frames whose actions are read back: what fits the window of the original
 
@@ -84,7 +86,7 @@ class Measured(NamedTuple):
 def measure(
     network: DiTConfig,
     params: Params,
-    sampler: SamplerConfig,
+    sampler: Sampler | Bundle,
     config: DataConfig,
     plan: Plan,
     *,
@@ -94,6 +96,7 @@ def measure(
     """Measures a network; the numbers are described in docs/evaluation.md.
 
     Args:
+        sampler: draws with this network and these parameters.
         config: where clips come from; the probe learns on its train split.
         probes: folder where trained probes are kept.
         watched: somebody waits at a terminal: show progress.
@@ -101,26 +104,20 @@ def measure(
     Raises:
         UserError: for data or a network that cannot be measured so.
     """
-    drawing.check_size(network)
-    clips = held_out.load(
-        config, plan.split, frames=plan.frames, clips=plan.clips, num_actions=network.num_actions
-    )
+    drawing.check_game(network)
+    clips = held_out.load(config, plan.split, frames=plan.frames, clips=plan.clips)
     reader = probe.cached(config, probes)
-    draw = drawing.by_sampler(Sampler(network, params, sampler))
-    drawn = draw_all(draw, clips, plan, num_actions=network.num_actions, watched=watched)
+    drawn = draw_all(drawing.by_sampler(sampler), clips, plan, watched=watched)
     rendered = quality.reconstruction(network, params, clips.frames, clips.actions)
     measured = judge(drawn, plan, rendered=rendered, reader=reader)
     mesh = parallel.make_mesh()
     batches = data.eval_batches(
-        config,
-        plan.split,
-        batch_size=_whole_batch(plan.batch_size),
-        num_actions=network.num_actions,
+        config, plan.split, batch_size=_whole_batch(plan.batch_size), num_actions=NUM_ACTIONS
     )
     measured.results["single_step"] = dict(single_step.epoch_end(network, params, batches, mesh))
     conditions = protocol.of(
         clips,
-        sampler,
+        sampler.config,
         split=plan.split,
         horizons=quality.horizons_to(plan.horizon),
         n_prompt=plan.n_prompt,
@@ -138,9 +135,7 @@ def _whole_batch(size: int) -> int:
     return math.ceil(size / jax.device_count()) * jax.device_count()
 
 
-def draw_all(
-    draw: drawing.Draw, clips: HeldOut, plan: Plan, *, num_actions: int, watched: bool = False
-) -> Rollouts:
+def draw_all(draw: drawing.Draw, clips: HeldOut, plan: Plan, *, watched: bool = False) -> Rollouts:
     """Draws everything that a plan needs: the longest rollout of each kind, once."""
 
     def batches(actions, given: int, label: str):
@@ -156,11 +151,7 @@ def draw_all(
     }
     given = plan.n_prompt[0]
     actions = control.random_actions(
-        clips.actions,
-        n_prompt=given,
-        frames=plan.drift_frames,
-        seed=plan.seed,
-        num_actions=num_actions,
+        clips.actions, n_prompt=given, frames=plan.drift_frames, seed=plan.seed
     )
     return Rollouts(clips, true, actions, batches(actions, given, "random actions"))
 

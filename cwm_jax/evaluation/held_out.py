@@ -40,9 +40,10 @@ def load(
     episodes = data.open_episodes(config, split, num_actions=num_actions)
     eligible = int((episodes.lengths >= frames).sum())
     if not eligible:
+        longest = int(episodes.lengths.max())
         raise UserError(
-            f"no record of {config.dir}/{split} has {frames} frames (the longest has "
-            f"{episodes.lengths.max()}): ask for a horizon of {episodes.lengths.max() - 1} or less"
+            f"no record of {config.dir}/{split} has {frames} frames (the longest has {longest}): "
+            f"draw at least {frames - longest} frames fewer"
         )
     if clips > eligible:
         raise UserError(

@@ -119,7 +119,7 @@ def tiles(results) -> list[tuple[str, str, str]]:
     psnr = lambda side: comparison.number(sides[side]["psnr"]["mean"][horizon]["mean"])
     delta = results["control"]["delta_psnr"]["mean"][horizon]
     read, drift = results["probe"], results["drift"]
-    percent = lambda name: f"{read[name]['groups']['accuracy']['mean']:.0%}"
+    percent = lambda name: f"{read[name]['accuracy']['mean']:.0%}"
     return [
         (
             f"PSNR, frames 1…{horizon}",

@@ -1,10 +1,10 @@
-"""An inverse-dynamics probe: a small network that reads the action back from three frames.
+"""An inverse-dynamics probe: a small network that reads from three frames what was pressed.
 
 Trained on real clips of the train split, it tells whether frames drawn under an action look as if
-that action had been taken. It cannot know everything: nine of the 15 actions do what another one
-does, and in the air or against a wall a key changes nothing. So its accuracy on the real frames
-of the same clips is the ceiling, its accuracy on shuffled actions the floor, and six groups of
-actions that can be told apart are the fair count.
+that action had been taken. It reads one of six groups of actions: nine of the 15 do what another
+one does. It cannot know everything: a jump begins on the ground alone, and in the air a key to
+the side shows only where it turns the player round. So its accuracy on the real frames of the
+same clips is the ceiling, and its accuracy on shuffled actions the floor.
 """
 
 import functools
@@ -22,19 +22,18 @@ from flax import nnx
 from tqdm import tqdm
 
 from cwm_jax import data
-from cwm_jax.coinrun import MEANINGFUL_ACTIONS, NUM_ACTIONS, action_keys, to_model
+from cwm_jax.coinrun import CHANNELS, MEANINGFUL_ACTIONS, NUM_ACTIONS, action_keys, to_model
 from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
-from cwm_jax.evaluation import held_out
+from cwm_jax.evaluation import held_out, sight
 from cwm_jax.evaluation.held_out import HeldOut
+from cwm_jax.evaluation.sight import Sight
 from cwm_jax.files import written_whole
 
-_VERSION = 1  # of all that follows: a cached probe of another version is not used
-_EPOCHS, _BATCH, _RATE = 8, 128, 1e-3
+_VERSION = 2  # of all that follows: a cached probe of another version is not used
+_EPOCHS, _BATCH, _RATE, _DECAY = 8, 128, 1e-3, 1e-3
 _CLIPS = 1000  # at most so many records are learnt from, those of median length or longer
-_REACH = 4  # pixels; the game moves by less from frame to frame
-_MIDDLE = 32  # pixels on a side
-_READ_AT_ONCE = 256  # triples of frames
+_READ_AT_ONCE = 512  # frames
 
 
 def _group(action: int) -> int:
@@ -46,57 +45,29 @@ def _group(action: int) -> int:
 
 GROUP_NAMES = ("left", "jump left", "stand", "jump", "right", "jump right")
 GROUPS = np.array([_group(action) for action in range(NUM_ACTIONS)])
-_MIRRORED = np.array([6, 7, 8, 3, 4, 5, 0, 1, 2, *range(9, NUM_ACTIONS)])
+KEYS = {"left": (0, 1), "right": (4, 5), "jump": (1, 3, 5)}  # in which groups a key is pressed
+_MIRRORED = np.array([4, 5, 2, 3, 0, 1])
 
 
 class Reader(nnx.Module):
-    """Logits of the 15 actions that led into the last of three frames, [B, 3, H, W, C] in [-1, 1].
-
-    Keys change velocities, and the player stands in the middle of the picture while the level
-    moves past. So the network is given how well each frame fits the one before under every small
-    shift (a cost volume, as in PWC-Net, Sun et al. 2018, https://arxiv.org/abs/1709.02371), for
-    both steps, and the middle of the picture, where it can see the player.
-    """
+    """Logits of the six groups that led into the last of three frames, [B, 6]."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        conv = functools.partial(nnx.Conv, rngs=rngs)
-        self.near = conv(9, 32, kernel_size=(3, 3), strides=2)
-        self.far = conv(32, 64, kernel_size=(3, 3), strides=2)
-        costs, seen = 2 * (2 * _REACH + 1) ** 2, 64 * (_MIDDLE // 4) ** 2
-        self.hidden = nnx.Linear(costs + seen, 192, rngs=rngs)
+        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
+        self.near = conv(2 * CHANNELS, 16, strides=2)
+        self.far = conv(16, 32)
+        seen = 2 * sight.SHIFTS + 32 * (sight.MIDDLE // 2) ** 2
+        self.hidden = nnx.Linear(seen, 192, rngs=rngs)
         self.last = nnx.Linear(192, 96, rngs=rngs)
-        self.out = nnx.Linear(96, NUM_ACTIONS, rngs=rngs)
+        self.out = nnx.Linear(96, len(GROUP_NAMES), rngs=rngs)
 
-    def __call__(self, frames_B3HWC) -> jax.Array:
-        grey = frames_B3HWC.mean(-1)
-        motion = [_shift_costs(grey[:, i], grey[:, i + 1]) for i in range(2)]
-        cut = (frames_B3HWC.shape[2] - _MIDDLE) // 2
-        x = frames_B3HWC[:, :, cut : cut + _MIDDLE, cut : cut + _MIDDLE]
-        x = rearrange(x, "b t h w c -> b h w (t c)")
+    def __call__(self, seen: Sight) -> jax.Array:
+        x = rearrange(to_model(seen.middle), "b t h w c -> b h w (t c)")
         for layer in (self.near, self.far):
             x = jax.nn.relu(layer(x))
-        x = jnp.concatenate([*motion, rearrange(x, "b h w c -> b (h w c)")], axis=-1)
+        motion = rearrange(seen.motion, "b t s -> b (t s)")
+        x = jnp.concatenate([motion, rearrange(x, "b h w c -> b (h w c)")], axis=-1)
         return self.out(jax.nn.relu(self.last(jax.nn.relu(self.hidden(x)))))
-
-
-def _shift_costs(before_BHW, after_BHW) -> jax.Array:
-    """How badly `after` fits `before` under each shift of up to `_REACH` pixels, [B, shifts].
-
-    Logarithms of mean squared differences, less their mean: a still picture and a flat one look
-    alike, whatever their contrast.
-    """
-    height, width = (side - 2 * _REACH for side in before_BHW.shape[1:])
-    middle = after_BHW[:, _REACH:-_REACH, _REACH:-_REACH]
-
-    def cost(shift):
-        y, x = jnp.divmod(shift, 2 * _REACH + 1)
-        shifted = jax.lax.dynamic_slice(before_BHW, (0, y, x), (len(before_BHW), height, width))
-        # Every other row and column is enough to see where a level moves.
-        return jnp.square(shifted - middle)[:, ::2, ::2].mean((1, 2))
-
-    costs = jax.lax.map(cost, jnp.arange((2 * _REACH + 1) ** 2)).T
-    logs = jnp.log(costs + 1e-4)
-    return logs - logs.mean(-1, keepdims=True)
 
 
 @functools.lru_cache
@@ -112,42 +83,39 @@ class Probe(NamedTuple):
 
 
 def read(probe: Probe, frames_BTHWC: np.ndarray) -> np.ndarray:
-    """Probabilities of the actions that led into frames 2 … T − 1: float32 [B, T − 2, 15].
+    """The group of the action that led into each of the frames 2 … T − 1: int [B, T − 2].
 
     Args:
         frames_BTHWC: uint8, T ≥ 3.
     """
     clips, length = frames_BTHWC.shape[:2]
-    results = []
-    total = clips * (length - 2)
+    whole, total = sight.look(frames_BTHWC), clips * (length - 2)
+    found = []
     for first in range(0, total, _READ_AT_ONCE):
         places = np.minimum(np.arange(first, first + _READ_AT_ONCE), total - 1)
-        results.append(np.asarray(_read(probe.params, _triples(frames_BTHWC, places))))
-    return np.concatenate(results)[:total].reshape(clips, length - 2, NUM_ACTIONS)
-
-
-def _triples(frames_BTHWC: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Three neighbouring frames from each place, counted through all clips: [n, 3, H, W, C]."""
-    clip, start = np.divmod(places, frames_BTHWC.shape[1] - 2)
-    return frames_BTHWC[clip[:, None], start[:, None] + np.arange(3)]
+        found.append(np.asarray(_read(probe.params, sight.at(whole, places))))
+    return np.concatenate(found)[:total].reshape(clips, length - 2)
 
 
 @jax.jit
-def _read(params, frames_B3HWC):
-    return jax.nn.softmax(nnx.merge(_skeleton()[0], params)(to_model(frames_B3HWC)))
+def _read(params, seen: Sight) -> jax.Array:
+    return nnx.merge(_skeleton()[0], params)(seen).argmax(-1)
 
 
 def train(frames_BTHWC: np.ndarray, actions_BT: np.ndarray, *, name: str = "", seed: int = 0):
-    """A probe that has learnt from real clips; half of what it sees is mirrored.
+    """A probe that has learnt from real clips.
+
+    Half of what it sees is mirrored, and all of it in colours exchanged at random: levels differ
+    in their scenery, and there are few of them.
 
     Args:
         frames_BTHWC: uint8.
-        actions_BT: the action that led into each frame; that of a clip's first is not used.
+        actions_BT: the action that led into each frame; those of a clip's first two are not used.
         name: kept with the probe.
     """
-    labels = actions_BT[:, 2:].ravel()
-    batch = min(_BATCH, len(labels))
-    per_epoch = len(labels) // batch
+    groups, whole = GROUPS[actions_BT[:, 2:].ravel()], sight.look(frames_BTHWC)
+    batch = min(_BATCH, len(groups))
+    per_epoch = len(groups) // batch
     steps = _EPOCHS * per_epoch
     params = nnx.state(Reader(rngs=nnx.Rngs(seed)))
     state = _optimizer(steps).init(params)
@@ -155,27 +123,30 @@ def train(frames_BTHWC: np.ndarray, actions_BT: np.ndarray, *, name: str = "", s
     for step in tqdm(range(steps), desc="training the probe", unit="step", disable=None):
         place = step % per_epoch
         if place == 0:
-            order = rng.permutation(len(labels))
+            order = rng.permutation(len(groups))
         rows = order[place * batch : (place + 1) * batch]
-        examples = _triples(frames_BTHWC, rows), labels[rows], rng.random(batch) < 0.5
+        colours = rng.permuted(np.tile(np.arange(CHANNELS), (batch, 1)), axis=1)
+        examples = sight.at(whole, rows), groups[rows], rng.random(batch) < 0.5, colours
         params, state = _learn(params, state, examples, steps=steps)
     return Probe(params, name)
 
 
 @functools.lru_cache
 def _optimizer(steps: int) -> optax.GradientTransformation:
-    return optax.adamw(optax.cosine_decay_schedule(_RATE, steps), weight_decay=1e-3)
+    return optax.adamw(optax.cosine_decay_schedule(_RATE, steps), weight_decay=_DECAY)
 
 
 @functools.partial(jax.jit, static_argnames="steps", donate_argnums=(0, 1))
 def _learn(params, state, examples, *, steps: int):
-    frames, actions, mirror = examples
-    frames = jnp.where(mirror[:, None, None, None, None], frames[:, :, :, ::-1], frames)
-    labels = jnp.where(mirror, jnp.asarray(_MIRRORED)[actions], actions)
+    seen, groups, mirror_B, colours_BC = examples
+    chosen = lambda a, b: jnp.where(mirror_B.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+    seen = jax.tree.map(chosen, sight.mirrored(seen), seen)
+    middle = jnp.take_along_axis(seen.middle, colours_BC[:, None, None, None], axis=-1)
+    groups = jnp.where(mirror_B, jnp.asarray(_MIRRORED)[groups], groups)
 
     def loss(params):
-        logits = nnx.merge(_skeleton()[0], params)(to_model(frames))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        logits = nnx.merge(_skeleton()[0], params)(seen._replace(middle=middle))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, groups).mean()
 
     updates, state = _optimizer(steps).update(jax.grad(loss)(params), state, params)
     return optax.apply_updates(params, updates), state
@@ -195,7 +166,7 @@ def cached(config: DataConfig, folder: Path) -> Probe:
 
 def cached_on(clips: HeldOut, folder: Path) -> Probe:
     """As `cached`, of given clips."""
-    settings = repr((_VERSION, _EPOCHS, _BATCH, _RATE, clips.digest))
+    settings = repr((_VERSION, _EPOCHS, _BATCH, _RATE, _DECAY, clips.digest))
     name = hashlib.sha256(settings.encode()).hexdigest()[:16]
     path = folder / f"probe_{name}.npz"
     if path.exists():

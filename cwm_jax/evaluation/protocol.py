@@ -3,19 +3,20 @@
 import dataclasses
 import hashlib
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
 import cwm_jax
+from cwm_jax.bundle import Drawing
 from cwm_jax.evaluation import quality
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.model import Params
 from cwm_jax.sampler import SamplerConfig
 
-VERSION = 1  # of the definitions: raised whenever a number of the same name would mean another
+VERSION = 2  # of the definitions: raised whenever a number of the same name would mean another
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Protocol:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
 
-def of(clips: HeldOut, sampler: SamplerConfig, **others) -> Protocol:
+def of(clips: HeldOut, sampler: SamplerConfig | Drawing, **others) -> Protocol:
     """The protocol of a measurement; `others` are the fields that neither argument knows."""
     return Protocol(
         version=VERSION,
@@ -57,12 +58,20 @@ def of(clips: HeldOut, sampler: SamplerConfig, **others) -> Protocol:
     )
 
 
-def differences(a: Mapping, b: Mapping) -> list[str]:
-    """Names of the conditions that two protocols (as dicts) do not share, each with both values."""
+# What may be compared when asked: how the same clips were drawn.
+VARIABLE = ("levels", "window", "eta", "context_level", "seed")
+
+
+def differences(a: Mapping, b: Mapping, *, across: Collection[str] = ()) -> list[str]:
+    """The conditions that two protocols (as dicts) do not share, each with both values.
+
+    Args:
+        across: conditions that may differ.
+    """
     return [
         f"{name}: {a.get(name)} and {b.get(name)}"
         for name in sorted(set(a) | set(b))
-        if a.get(name) != b.get(name)
+        if a.get(name) != b.get(name) and name not in across
     ]
 
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from cwm_jax.coinrun import NUM_ACTIONS
+from cwm_jax.coinrun import ACTION_NAMES
 from cwm_jax.evaluation import intervals, probe, quality
-from cwm_jax.evaluation.probe import GROUP_NAMES, GROUPS, Probe
+from cwm_jax.evaluation.probe import GROUP_NAMES, GROUPS, KEYS, Probe
 
 _SEED = 0
 
@@ -18,51 +18,59 @@ def summary(
         drawn_BTHWC, real_BTHWC: uint8, the same clips; both begin with a given frame.
         actions_BT: the action that led into each frame.
     """
-    truth = actions_BT[:, 2:]
-    shuffled = np.random.default_rng(_SEED).permutation(truth.ravel()).reshape(truth.shape)
-    guesses = {
-        name: probe.read(reader, frames).reshape(-1, NUM_ACTIONS)
-        for name, frames in (("drawn", drawn_BTHWC), ("real", real_BTHWC))
-    }
+    pressed = actions_BT[:, 2:]
+    shuffled = np.random.default_rng(_SEED).permutation(pressed.ravel()).reshape(pressed.shape)
+    drawn, real = (probe.read(reader, frames) for frames in (drawn_BTHWC, real_BTHWC))
     result = {
-        "drawn": _accuracies(guesses["drawn"], truth),
-        "real": _accuracies(guesses["real"], truth),
-        "shuffled": _accuracies(guesses["drawn"], shuffled),
-        "actions": truth.size,
+        "drawn": _accuracies(drawn, pressed),
+        "real": _accuracies(real, pressed),
+        "shuffled": _accuracies(drawn, shuffled),
+        "actions": pressed.size,
         "groups": list(GROUP_NAMES),
     }
-    # Balanced, since half of all actions leave the player standing.
-    got, ceiling, floor = (
-        result[name]["groups"]["balanced"] for name in ("drawn", "real", "shuffled")
+    of_key = lambda side, key: (
+        result[side]["keys"][key]["read"] - result[side]["keys"][key]["false"]
     )
     # 1: as readable as the real game; 0: no more than chance.
-    result["control"] = (got - floor) / (ceiling - floor) if ceiling > floor else float("nan")
+    result["keys_of_real"] = {k: _ratio(of_key("drawn", k), of_key("real", k)) for k in KEYS}
+    # Balanced, since half of all actions leave the player standing.
+    got, ceiling, floor = (result[side]["balanced"] for side in ("drawn", "real", "shuffled"))
+    result["control"] = _ratio(got - floor, ceiling - floor)
     return result
 
 
-def _accuracies(guess_N15: np.ndarray, truth_BT: np.ndarray) -> dict:
-    """Of the 15 actions, and of the six groups, whose probabilities are sums."""
-    grouped = np.stack([guess_N15[:, g == GROUPS].sum(1) for g in range(len(GROUP_NAMES))], axis=1)
-    return {
-        "actions": _counts(guess_N15.argmax(1), truth_BT, NUM_ACTIONS),
-        "groups": _counts(grouped.argmax(1), GROUPS[truth_BT], len(GROUP_NAMES)),
-    }
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else float("nan")
 
 
-def _counts(guess_N: np.ndarray, truth_BT: np.ndarray, kinds: int) -> dict:
-    """Accuracy, that of each kind, their mean (`balanced`), and the confusion matrix.
+def _accuracies(read_BT: np.ndarray, pressed_BT: np.ndarray) -> dict:
+    """How often what was read is what was pressed.
 
-    `confusion[i][j]` counts frames where i was pressed and j was read; a kind that never occurs
-    has no accuracy (NaN) and does not count for `balanced`.
+    `accuracy` over all frames; `by_group` and `by_action` over those where that was pressed (an
+    action is read where its group is), NaN where none was; `balanced`, the mean of the groups;
+    `keys`, how often each was `read` where it was pressed, and where it was not (`false`);
+    `confusion[i][j]`, in how many frames group i was pressed and j was read.
     """
-    confusion = np.zeros((kinds, kinds), int)
-    np.add.at(confusion, (truth_BT.ravel(), guess_N), 1)
-    with np.errstate(invalid="ignore"):
-        recall = confusion.diagonal() / confusion.sum(1)
-    right_BT = (guess_N == truth_BT.ravel()).reshape(truth_BT.shape)
+    wanted_BT = GROUPS[pressed_BT]
+    right_BT = read_BT == wanted_BT
+    confusion = np.zeros((len(GROUP_NAMES),) * 2, int)
+    np.add.at(confusion, (wanted_BT.ravel(), read_BT.ravel()), 1)
+    by_group = {n: _share(right_BT[wanted_BT == g]) for g, n in enumerate(GROUP_NAMES)}
     return {
         "accuracy": quality.as_dict(*intervals.of_mean(right_BT.mean(1))),
-        "balanced": float(np.nanmean(recall)),
-        "by_kind": recall.tolist(),
+        "balanced": float(np.nanmean([*by_group.values()])),
+        "by_group": by_group,
+        "by_action": {n: _share(right_BT[pressed_BT == a]) for a, n in enumerate(ACTION_NAMES)},
+        "keys": {
+            key: _of_key(np.isin(read_BT, g), np.isin(wanted_BT, g)) for key, g in KEYS.items()
+        },
         "confusion": confusion.tolist(),
     }
+
+
+def _of_key(read_BT: np.ndarray, pressed_BT: np.ndarray) -> dict[str, float]:
+    return {"read": _share(read_BT[pressed_BT]), "false": _share(read_BT[~pressed_BT])}
+
+
+def _share(right_N: np.ndarray) -> float:
+    return float(right_N.mean()) if right_N.size else float("nan")
