@@ -7,7 +7,17 @@ from pathlib import Path
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import protocol
 
-SIDES = {"drawn": "drawn frames", "real": "real frames", "shuffled": "chance"}
+_MEASURES = {
+    "psnr": ("PSNR, dB,", 2),
+    "ssim": ("SSIM", 3),
+    "psnr_motion": ("PSNR of motion, dB,", 2),
+}
+_BESIDE = {
+    "model": "{}",
+    "copy_last": "  copy last: {}",
+    "reconstruction": "  reconstruction: {}",
+}
+_READ_FROM = {"drawn": "drawn frames", "real": "real frames", "shuffled": "chance"}
 
 
 def read(path: Path) -> dict:
@@ -80,22 +90,19 @@ def rows(results: Mapping) -> Iterator[tuple[str, str]]:
     for prompt, sides in results["rollout"].items():
         given = prompt.removeprefix("prompt_")
         for horizon in shown(sides["model"]["psnr"]["mean"]):
-            what = f"frames 1…{horizon} from {given}"
-            yield f"PSNR {what}, dB", interval(sides["model"]["psnr"]["mean"][horizon])
-            for side in ("copy_last", "reconstruction"):
-                label = f"  {side.replace('_', ' ')}, {what}"
-                yield label, interval(sides[side]["psnr"]["mean"][horizon])
-            yield f"SSIM {what}", interval(sides["model"]["ssim"]["mean"][horizon], 3)
-            motion = sides["model"]["psnr_motion"]["mean"][horizon]
-            yield f"PSNR of motion {what}, dB", interval(motion)
+            for measure, (name, digits) in _MEASURES.items():
+                where = f"frames 1…{horizon} from {given}"
+                for side, label in _BESIDE.items():
+                    value = interval(sides[side][measure]["mean"][horizon], digits)
+                    yield f"{label.format(name)} {where}", value
     for horizon in shown(results["control"]["delta_psnr"]["mean"]):
         value = results["control"]["delta_psnr"]["mean"][horizon]
         yield f"ΔPSNR frames 1…{horizon}, dB", interval(value)
     read = results["probe"]
-    for name, label in SIDES.items():
+    for name, label in _READ_FROM.items():
         yield f"actions read back, {label}", interval(read[name]["accuracy"])
     for key in read["keys_of_real"]:
-        for name, label in SIDES.items():
+        for name, label in _READ_FROM.items():
             found = read[name]["keys"][key]
             value = f"{number(found['read'])} (falsely {number(found['false'])})"
             yield f"  {key} read where pressed, {label}", value

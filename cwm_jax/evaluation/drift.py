@@ -18,6 +18,7 @@ from cwm_jax.evaluation import intervals, quality
 
 PATCH = 8  # pixels on a side
 WINDOW = 16  # frames whose patches make one Gaussian
+REAL = 160  # frames of a real clip that are looked at, where it has them
 STRIDE = 4  # frames between the starts of neighbouring windows
 _FEATURES = 64  # principal components
 _LIMIT = 0.99  # quantile of real windows, by how far from the start they are, that is the limit

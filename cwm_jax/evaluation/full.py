@@ -63,7 +63,7 @@ class Plan:
     @property
     def frames(self) -> int:
         """Frames that a record must have."""
-        return max(self.n_prompt) + self.horizon
+        return max(max(self.n_prompt) + self.horizon, 2 * drift.WINDOW)
 
 
 class Rollouts(NamedTuple):
@@ -105,10 +105,15 @@ def measure(
         UserError: for data or a network that cannot be measured so.
     """
     drawing.check_game(network)
-    clips = held_out.load(config, plan.split, frames=plan.frames, clips=plan.clips)
+    clips = held_out.load(
+        config, plan.split, frames=plan.frames, up_to=drift.REAL, clips=plan.clips
+    )
     reader = probe.cached(config, probes)
     drawn = draw_all(drawing.by_sampler(sampler), clips, plan, watched=watched)
-    rendered = quality.reconstruction(network, params, clips.frames, clips.actions)
+    scored = slice(max(plan.n_prompt) + plan.horizon)
+    rendered = quality.reconstruction(
+        network, params, clips.frames[:, scored], clips.actions[:, scored]
+    )
     measured = judge(drawn, plan, rendered=rendered, reader=reader)
     mesh = parallel.make_mesh()
     batches = data.eval_batches(

@@ -29,10 +29,14 @@ def load(
     split: str,
     *,
     frames: int,
+    up_to: int = 0,
     clips: int = 0,
     num_actions: int = NUM_ACTIONS,
 ) -> HeldOut:
-    """The first `frames` frames of `clips` records that have so many (0: of all that have).
+    """The first frames of `clips` records that have `frames` (0: of all that have).
+
+    Args:
+        up_to: take more than `frames`, up to so many, where each chosen record has them.
 
     Raises:
         UserError: where no record is that long, or fewer than asked for.
@@ -51,7 +55,8 @@ def load(
             f"{config.dir}/{split} have the {frames} frames that this needs"
         )
     chosen = sorted(data.pick_episodes(episodes, count=clips or eligible, length=frames))
-    batch = data.load_clips(episodes, chosen, length=frames)
+    length = max(frames, min(up_to, int(episodes.lengths[chosen].min())))
+    batch = data.load_clips(episodes, chosen, length=length)
     return HeldOut(
         **batch,
         records=len(episodes),

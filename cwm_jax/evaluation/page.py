@@ -158,7 +158,8 @@ def _strip(folder: Path, strip: Strip) -> str:
     label = f"{strip.name.capitalize()}: clip {strip.clip}, {strip.psnr:.2f} dB"
     return (
         f"<figure><figcaption>{label}</figcaption>"
-        f'<div class="strip"><video src="{film}" controls loop muted playsinline></video>'
+        f'<div class="strip"><video src="{film}" autoplay loop muted playsinline '
+        'onclick="this.paused ? this.play() : this.pause()"></video>'
         f'<img alt="{label}, stills" src="{still}"></div></figure>'
     )
 
