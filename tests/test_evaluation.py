@@ -386,6 +386,10 @@ def test_records_that_are_too_short_are_counted_and_left_out(make_data):
     held = held_out.load(DataConfig(dir=str(folder)), "test", frames=33)
     assert (len(held), held.records, held.too_short) == (3, 4, 1)
     assert held.frames[:, 0, 0, 0, 0].tolist() == [0, 2, 3]
+    longer = held_out.load(DataConfig(dir=str(folder)), "test", frames=13, up_to=50)
+    assert longer.frames.shape[:2] == (3, 33)  # the shortest of those with 13 frames has 33
+    shorter = held_out.load(DataConfig(dir=str(folder)), "test", frames=5, up_to=8)
+    assert shorter.frames.shape[:2] == (4, 8)
     with pytest.raises(UserError, match="3 of 4 records"):
         held_out.load(DataConfig(dir=str(folder)), "test", frames=33, clips=4)
     with pytest.raises(UserError, match=r"longest has 160.*at least 1 frames fewer"):
@@ -484,6 +488,13 @@ def test_a_plan_that_cannot_be_is_refused():
     for wrong in (dict(horizon=1), dict(clips=-1), dict(drift_frames=100), dict(n_prompt=(0,))):
         with pytest.raises(UserError):
             full.Plan(**wrong)
+
+
+def test_more_clips_than_memory_holds_are_refused_before_anything_is_drawn():
+    plan = full.Plan()  # 1.5 · 1024 frames of 12,288 bytes, and 660 of 32,768: 40.5 MB a clip
+    full.check_memory(49, plan, memory=2e9)
+    with pytest.raises(UserError, match=r"50 clips need 2\.0 GB.*has 2\.0.*--clips 49"):
+        full.check_memory(50, plan, memory=2e9)
 
 
 # The quick form

@@ -145,15 +145,15 @@ def test_a_safetensors_file_is_opened_to_draw(run, tmp_path, wanted):
 
 
 def test_every_form_holds_the_network_and_its_parameters(run, made, tmp_path):
-    """What play, which draws in its own way, takes from each."""
+    """What play, which draws in its own way, and evaluation take from each."""
     out = tmp_path / "m.safetensors"
     export.main([str(run), "--output", str(out), "--format", "safetensors"])
     trained = checkpoint.load(run)
     for form in (run, out, made):
-        found = samplers.load(form)
-        assert (found.network, found.step) == (trained.network, trained.step)
-        for name, value in trained.params.items():
-            np.testing.assert_array_equal(found.params[name], value)
+        for found in (samplers.load(form), samplers.open_sampler(form, config=DRAWING)):
+            assert (found.network, found.step) == (trained.network, trained.step)
+            for name, value in trained.params.items():
+                np.testing.assert_array_equal(found.params[name], value)
 
 
 def test_faults_are_told(run, tmp_path, capsys):

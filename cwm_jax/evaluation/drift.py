@@ -20,7 +20,7 @@ PATCH = 8  # pixels on a side
 WINDOW = 16  # frames whose patches make one Gaussian
 REAL = 160  # frames of a real clip that are looked at, where it has them
 STRIDE = 4  # frames between the starts of neighbouring windows
-_FEATURES = 64  # principal components
+FEATURES = 64  # principal components
 _LIMIT = 0.99  # quantile of real windows, by how far from the start they are, that is the limit
 _GREY = np.float32([0.299, 0.587, 0.114])
 
@@ -29,7 +29,7 @@ class Features(NamedTuple):
     """A linear map from patches to whitened features: (patch − mean) @ matrix."""
 
     mean: np.ndarray  # [192]
-    matrix: np.ndarray  # [192, _FEATURES]
+    matrix: np.ndarray  # [192, FEATURES]
 
 
 class Moments(NamedTuple):
@@ -113,7 +113,7 @@ def fit_features(real_BTHWC: np.ndarray) -> Features:
     patches = _patches(frames, np).reshape(-1, PATCH**2 * 3).astype(np.float64)
     mean = patches.mean(0)
     variances, axes = np.linalg.eigh(np.cov(patches - mean, rowvar=False))
-    top = slice(-_FEATURES, None)
+    top = slice(-FEATURES, None)
     scale = 1 / np.sqrt(np.maximum(variances[top], 1e-8))
     return Features(mean.astype(np.float32), (axes[:, top] * scale).astype(np.float32))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 
 from cwm_jax import data, parallel
 from cwm_jax.bundle import Bundle
-from cwm_jax.coinrun import NUM_ACTIONS
+from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import (
@@ -105,6 +106,8 @@ def measure(
         UserError: for data or a network that cannot be measured so.
     """
     drawing.check_game(network)
+    lengths = data.open_episodes(config, plan.split).lengths
+    check_memory(plan.clips or int((lengths >= plan.frames).sum()), plan)
     clips = held_out.load(
         config, plan.split, frames=plan.frames, up_to=drift.REAL, clips=plan.clips
     )
@@ -133,6 +136,23 @@ def measure(
     )
     measured.results["protocol"] = conditions.as_dict()
     return measured
+
+
+def check_memory(clips: int, plan: Plan, *, memory: float | None = None) -> None:
+    """Raises a UserError where the frames of a plan do not fit into memory (bytes; this machine's).
+
+    Half as much again as all frames, since rollouts are put together from their batches, and what
+    drift keeps of each frame of the long ones.
+    """
+    memory = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    frames = drift.REAL + plan.frames + len(plan.n_prompt) * plan.horizon + plan.drift_frames
+    kept = (drift.REAL + plan.drift_frames) * 8 * drift.FEATURES**2
+    per_clip = 1.5 * frames * math.prod(FRAME_SHAPE) + kept
+    if clips * per_clip > memory:
+        raise UserError(
+            f"{clips} clips need {clips * per_clip / 1e9:.1f} GB of memory to measure, and this "
+            f"machine has {memory / 1e9:.1f}: ask for --clips {int(memory // per_clip)} or fewer"
+        )
 
 
 def _whole_batch(size: int) -> int:
