@@ -136,6 +136,7 @@ def _figure(theme: Theme, panels: int, *, width: float, height: float) -> tuple[
         ax.set_facecolor("none")
         ax.grid(color=theme.grid, linewidth=0.8)
         ax.set_axisbelow(True)
+        ax.xaxis.get_major_locator().set_params(integer=True)  # frames
         ax.tick_params(colors=theme.ink, labelsize=8, color=theme.faint)
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(theme.faint)

@@ -120,6 +120,8 @@ def tiles(results) -> list[tuple[str, str, str]]:
     delta = results["control"]["delta_psnr"]["mean"][horizon]
     read, drift = results["probe"], results["drift"]
     percent = lambda name: f"{read[name]['accuracy']['mean']:.0%}"
+    of_real = read["keys_of_real"].items()
+    keys = ", ".join(f"{key} {comparison.number(share)}" for key, share in of_real)
     return [
         (
             f"PSNR, frames 1…{horizon}",
@@ -136,7 +138,8 @@ def tiles(results) -> list[tuple[str, str, str]]:
         (
             "Actions read back",
             percent("drawn"),
-            f"real frames {percent('real')}, chance {percent('shuffled')}",
+            f"real frames {percent('real')}, chance {percent('shuffled')}; of what real frames "
+            f"show of each key: {keys}",
         ),
         (
             "Frames to collapse",
