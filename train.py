@@ -9,14 +9,13 @@ docs/scaling.md.
 """
 
 import re
-import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cwm_jax import cluster, compile_cache, dry_run, loop, stopping
-from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, configs/NAME.py.")
@@ -52,7 +51,7 @@ def _train(settings: Settings, config: dict) -> None:
     try:
         loop.train(settings, Path(_WORKDIR.value), config=config)
     except stopping.Preempted as stopped:
-        print(stopped, file=sys.stderr)
+        tell(str(stopped))
         raise SystemExit(stopping.EXIT_CODE) from None
 
 

@@ -78,6 +78,7 @@ class Checkpoints:
         root = (Path(workdir) / FOLDER).absolute()
         self.failures = 0
         self._saving: int | None = None
+        self._went_well = True  # the last save, as far as it is known
         options = ocp.CheckpointManagerOptions(
             preservation_policy=retention,
             best_fn=lambda metrics: 0.0,  # only makes orbax keep metrics; retention reads them
@@ -125,6 +126,7 @@ class Checkpoints:
         """
         began = time.perf_counter()
         self.settle()
+        self._went_well = True
         step = int(state.step)
         if step in self._manager.all_steps():
             return time.perf_counter() - began
@@ -145,7 +147,7 @@ class Checkpoints:
             wait: False looks only where the outcome is known already.
         """
         if self._saving is None or not (wait or not self._manager.is_saving_in_progress()):
-            return True
+            return self._went_well
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -155,7 +157,7 @@ class Checkpoints:
         return True
 
     def _failed(self, error: Exception) -> None:
-        step, self._saving = self._saving, None
+        step, self._saving, self._went_well = self._saving, None, False
         self.failures += 1
         _shout(
             f"WARNING: the checkpoint of step {step} could not be saved.\n"

@@ -1,8 +1,10 @@
 """The one exception for what a user can mend, and how programs speak to people."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -13,10 +15,10 @@ class UserError(Exception):
     """
 
 
-def tell(text: str) -> None:
+def tell(text: str, *, file: TextIO | None = None) -> None:
     """Prints to stderr. Where that is a file on a full disk, nothing is said and nothing stops."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=file or sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -24,6 +26,7 @@ def shown_to_user() -> Iterator[None]:
     """Turns a `UserError` into one clear message on stderr and exit code 2, without a traceback.
 
     Ctrl-C ends the program as quietly, with exit code 130.
+    The exit code stands also where the last words cannot be written, as on a full disk.
     """
     try:
         yield
@@ -33,3 +36,15 @@ def shown_to_user() -> Iterator[None]:
     except KeyboardInterrupt:
         tell("\nbroken off")
         raise SystemExit(130) from None
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _drop_unwritable(stream)
+
+
+def _drop_unwritable(stream: TextIO) -> None:
+    """Gives up what cannot be written: Python would try again at its end, and exit with 120."""
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())

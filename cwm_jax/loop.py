@@ -1,6 +1,7 @@
 """The training loop: batches to steps, and at their times logs, validation, rollouts, saves."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,9 +151,9 @@ class _Run:
         if saved is None:
             return 0, make(), False
         state = self.checkpoints.restore(parallel.abstract(shapes, self.mesh))
-        print(f"continuing from step {saved.step} of {self.total_steps} in {self.workdir}")
-        for line in differing:
-            print(f"  with another setting than before: {line}")
+        told = [f"continuing from step {saved.step} of {self.total_steps} in {self.workdir}"]
+        told += [f"  with another setting than before: {line}" for line in differing]
+        tell("\n".join(told), file=sys.stdout)
         return saved.step, state, saved.pause_due
 
     def _progress(self, first: int, state: TrainState) -> progress.Progress:

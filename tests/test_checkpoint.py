@@ -209,3 +209,19 @@ def test_a_save_that_fails_is_told_and_leaves_the_others(run, monkeypatch, capsy
     assert "No space left on device" in told
     assert sorted(p.name for p in root.iterdir()) == ["11", "17"]
     assert checkpoint.load(run).step == 17
+
+
+def test_a_save_that_fails_before_it_begins_is_no_success(run, monkeypatch):
+    """A full disk may refuse the first folder: the end of a run must not take that for saved."""
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(run, retention=Retention(2)) as saved:
+        with monkeypatch.context() as patch:
+            patch.setattr(saved._manager, "save", full)
+            saved.save(state_at(13), data_position="", config=CONFIG)
+        assert not saved.settle(wait=False)
+        assert not saved.settle()
+        saved.save(state_at(17), data_position="", config=CONFIG)
+        assert saved.settle()

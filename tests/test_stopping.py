@@ -65,3 +65,14 @@ def test_every_setting_that_makes_it_another_run_is_named():
         assert f"config.{line}" in str(told.value)
     assert "lr" not in str(told.value)
     assert resume.compare(OLD, OLD | {"ema_decay": 0.99})
+
+
+@pytest.mark.parametrize("ending", ["SystemExit(75)", "errors.UserError('no')"])
+def test_a_full_disk_under_the_log_leaves_the_exit_code(ending):
+    story = (
+        "from cwm_jax import errors\nwith errors.shown_to_user():\n"
+        f"    print('a word'); errors.tell('another'); raise {ending}"
+    )
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, "-c", story], stdout=full, stderr=full, check=False)
+    assert run.returncode == (75 if "75" in ending else 2)

@@ -1,14 +1,13 @@
 """Does faults to small training runs for a given time, and ends with a table.
 
-    python -m tests.faults --minutes 60 [--only kill_9,disk_full] [--jobs 2] [--seed 0]
+    python -m tests.faults --minutes 60 --results faults.jsonl [--only kill_9,disk_full] [--jobs 2]
 
 The exit code is 0 if every run survived. A run survives if what must be told was told, and it
 ends, after a restart where one is due, with the same parameters, optimizer state and metrics as a
-run that nothing disturbed.
+run that nothing disturbed. With `--results`, a campaign that was cut off goes on where it was.
 """
 
 import argparse
-import collections
 import random
 import sys
 import tempfile
@@ -18,8 +17,13 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cwm_jax.errors import shown_to_user
 from tests.faults import life
-from tests.faults.campaign import FAULTS, Arena, Skipped, Trial
+from tests.faults.arena import Arena, Skipped, Trial
+from tests.faults.campaign import FAULTS
+from tests.faults.ledger import Ledger
+
+_SHARES = {"kill_9": 5}  # there are most ways to be killed; of any other fault, 1
 
 
 def main() -> int:
@@ -27,12 +31,14 @@ def main() -> int:
     names = args.only.split(",") if args.only else list(FAULTS)
     if unknown := [name for name in names if name not in FAULTS]:
         raise SystemExit(f"no such fault: {unknown[0]}; there are {', '.join(FAULTS)}")
+    with shown_to_user():
+        ledger = Ledger(args.results)
     life.get_ready()
     with tempfile.TemporaryDirectory(prefix="faults-", dir=args.folder) as folder:
-        campaign = Campaign(Arena(Path(folder)), names, args.seed, 60 * args.minutes)
-        campaign.run(args.jobs)
-    print(table(campaign.trials, campaign.skipped))
-    return int(any(trial.faults for trial in campaign.trials))
+        campaign = Campaign(Arena(Path(folder)), ledger, names, seed=args.seed, times=args.times)
+        campaign.run(args.jobs, 60 * args.minutes)
+    print(ledger.table(campaign.skipped))
+    return int(ledger.lost())
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -43,6 +49,8 @@ def _flags() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--minutes", type=float, default=10, help="no new run after this (%(default)s)")
+    add("--times", type=int, default=20, help="enough of each fault; kill -9: 5 × (%(default)s)")
+    add("--results", type=Path, help="a file to add every trial to, and to go on from")
     add("--only", default="", help="faults to try, by name: " + ", ".join(FAULTS))
     add("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
     add("--seed", type=int, default=0, help="of the random moments (%(default)s)")
@@ -51,65 +59,56 @@ def _flags() -> argparse.ArgumentParser:
 
 
 class Campaign:
-    """Tries the faults in turn, again and again, until the time is over."""
+    """Tries the faults, the least tried first, until each was or the time is over."""
 
-    def __init__(self, arena: Arena, names: list[str], seed: int, seconds: float):
-        self.trials: list[Trial] = []
+    def __init__(self, arena: Arena, ledger: Ledger, names: list[str], *, seed: int, times: int):
         self.skipped: dict[str, str] = {}
-        self._arena, self._seed = arena, seed
-        self._end = time.monotonic() + seconds
-        # Two kills -9 for each of the others: there are most ways to be killed.
-        self._names = [name for n in names for name in [n] * (2 if n == "kill_9" else 1)]
-        self._lock, self._begun = threading.Lock(), 0
+        self._arena, self._ledger, self._seed = arena, ledger, seed
+        self._wanted = {name: times * _SHARES.get(name, 1) for name in names}
+        self._under_way = dict.fromkeys(names, 0)
+        self._lock = threading.Lock()
 
-    def run(self, jobs: int) -> None:
+    def run(self, jobs: int, seconds: float) -> None:
+        end = time.monotonic() + seconds
         self._arena.reference()
         with ThreadPoolExecutor(jobs) as pool:
-            for worker in [pool.submit(self._work) for _ in range(jobs)]:
+            for worker in [pool.submit(self._work, end) for _ in range(jobs)]:
                 worker.result()
 
-    def _work(self) -> None:
-        while time.monotonic() < self._end:
+    def _work(self, end: float) -> None:
+        while time.monotonic() < end:
             with self._lock:
-                number, self._begun = self._begun, self._begun + 1
-            name = self._names[number % len(self._names)]
-            if name not in self.skipped:
-                self._try(name, number)
+                name = self._least_tried()
+                if name is None:
+                    return
+                number = len(self._ledger.trials[name]) + self._under_way[name]
+                self._under_way[name] += 1
+            self._try(name, random.Random(f"{self._seed} {name} {number}"))
 
-    def _try(self, name: str, number: int) -> None:
+    def _least_tried(self) -> str | None:
+        def part(name: str) -> float:
+            return (self._ledger.times(name) + self._under_way[name]) / self._wanted[name]
+
+        left = [name for name in self._wanted if name not in self.skipped and part(name) < 1]
+        return min(left, key=part, default=None)
+
+    def _try(self, name: str, rng: random.Random) -> None:
         began = time.monotonic()
         try:
-            trial = FAULTS[name](self._arena, random.Random(f"{self._seed} {number}"))
+            trial = FAULTS[name](self._arena, rng)
         except Skipped as skipped:
             self.skipped[name] = str(skipped)
             print(f"{name}: SKIPPED, {skipped}", flush=True)
             return
         except Exception:  # a fault of the campaign, which must be seen, and not end it
             trial = Trial(name, faults=[traceback.format_exc()])
-        self.trials.append(trial)
+        with self._lock:
+            self._under_way[name] -= 1
+            self._ledger.add(name, trial)
         words = "survived" if not trial.faults else "FAILED: " + "; ".join(trial.faults)
         moments = f" ({', '.join(trial.moments)})" if trial.moments else ""
         seconds = time.monotonic() - began
         print(f"{trial.fault} × {trial.times}{moments}: {words}, {seconds:.0f} s", flush=True)
-
-
-def table(trials: list[Trial], skipped: dict[str, str]) -> str:
-    """The outcome, as Markdown."""
-    lines = [
-        "| Fault | Times tried | Runs | Runs survived | Steps done again | Saved data lost |",
-        "|---|---|---|---|---|---|",
-    ]
-    moments = collections.Counter()
-    for fault in dict.fromkeys(trial.fault for trial in trials):
-        of_it = [trial for trial in trials if trial.fault == fault]
-        well = [trial for trial in of_it if not trial.faults]
-        times, redone = sum(t.times for t in of_it), sum(t.redone for t in of_it)
-        lost = "none" if len(well) == len(of_it) else f"in {len(of_it) - len(well)} runs"
-        lines.append(f"| {fault} | {times} | {len(of_it)} | {len(well)} | {redone} | {lost} |")
-        moments.update((fault, moment) for trial in of_it for moment in trial.moments)
-    lines += [f"| {name} | skipped: {why} | | | | |" for name, why in skipped.items()]
-    lines += ["", *(f"- {f}: {moment}, {n}" for (f, moment), n in sorted(moments.items()))]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,102 +1,21 @@
 """The faults, each tried on a run of its own and judged against an undisturbed run."""
 
-import dataclasses
-import itertools
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from cwm_jax.stopping import EXIT_CODE
 from tests.faults import life
+from tests.faults.arena import Arena, Skipped, Trial
 from tests.faults.life import STEPS, Life
 
 SHARDS = ("data_0000.array_record", "data_0001.array_record")
-
-
-class Skipped(Exception):  # noqa: N818
-    """This machine does not allow the fault to be tried."""
-
-
-@dataclasses.dataclass
-class Trial:
-    """One fault done to one run."""
-
-    fault: str
-    times: int = 1  # how often it was done
-    faults: list[str] = dataclasses.field(
-        default_factory=list
-    )  # what went wrong; nothing: survived
-    moments: list[str] = dataclasses.field(default_factory=list)  # what it hit
-    redone: int = 0  # steps that had to be done again
-
-    def expect(self, right: bool, otherwise: str) -> None:
-        if not right:
-            self.faults.append(otherwise)
-
-
-class Arena:
-    """A folder for runs, their data, and what an undisturbed run comes to."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.data = life.write_data(folder / "data")
-        self.seconds = 0.0
-        self._count = itertools.count(1)
-        self._references: dict[str, tuple] = {}
-        self._lock = threading.RLock()
-
-    def workdir(self) -> Path:
-        return self.folder / f"run{next(self._count):04d}"
-
-    def config(self, **changes) -> dict:
-        return life.config_of(self.data, **changes)
-
-    def own_data(self, workdir: Path) -> Path:
-        """A copy of the data that a fault may spoil."""
-        return Path(shutil.copytree(self.data, workdir.with_suffix(".data")))
-
-    def reference(self, sabotage: tuple = (), **changes) -> tuple:
-        """(digest, measured values) of a run that nothing but `sabotage` disturbs."""
-        key = json.dumps([sabotage, changes])
-        with self._lock:
-            if key not in self._references:
-                workdir, began = self.workdir(), time.monotonic()
-                run = Life(workdir, self.config(**changes), sabotage=sabotage)
-                if code := run.end():
-                    raise RuntimeError(f"the undisturbed run ended with {code}:\n{run.words}")
-                self.seconds = self.seconds or time.monotonic() - began
-                self._references[key] = life.ending(workdir), life.measured(workdir)
-            return self._references[key]
-
-    def judge(self, trial: Trial, workdir: Path, reference: tuple) -> Trial:
-        """Whether the run came to what an undisturbed one came to."""
-        digest, measured = reference
-        trial.expect(life.ending(workdir) == digest, "other parameters at the end")
-        found = life.measured(workdir)
-        if found != measured:
-            missing = [item[:2] for item in measured if item not in found]
-            extra = [item[:2] for item in found if item not in measured]
-            trial.expect(False, f"other metrics: missing {missing[:4]}, extra {extra[:4]}")
-        return trial
-
-    def finish(
-        self, trial: Trial, workdir: Path, reference: tuple, config: dict, **options
-    ) -> Trial:
-        """Starts the run once more, lets it end, and judges it."""
-        before = life.saved_steps(workdir)
-        run = Life(workdir, config, **options)
-        code = run.end()
-        trial.expect(code == 0, f"ended with {code}: {run.words[-400:]}")
-        if before:
-            trial.expect(f"continuing from step {before[-1]} " in run.words, "lost a checkpoint")
-        return self.judge(trial, workdir, reference) if code == 0 else trial
+_CUTS = (7, 9, 11, 14)  # steps before which runs were killed that have two checkpoints by then
 
 
 def kill_9(arena: Arena, rng: random.Random) -> Trial:
@@ -109,10 +28,11 @@ def kill_9(arena: Arena, rng: random.Random) -> Trial:
         in_training = rng.random() < 0.8
         if in_training:  # else also while it starts
             run.until(lambda run=run: "continuing" in run.words or _last_step(workdir) > 0)
-        code = run.wait(rng.uniform(0, 0.6 * arena.seconds))
+        # Longer and longer, so that also a busy machine comes to the end.
+        code = run.wait(rng.uniform(0, 2 + trial.times))
         if code is None:
             run.kill()
-            code = run.wait()
+            code = run.end()
         if saved and "continuing" in run.words:
             trial.expect(f"continuing from step {saved[-1]} " in run.words, "lost a checkpoint")
             trial.redone += max(0, reached - saved[-1])
@@ -164,31 +84,26 @@ def asked_twice(arena: Arena, rng: random.Random) -> Trial:
     """A second signal ends the process at once, and the run goes on from its last checkpoint."""
     trial, workdir = Trial("second signal"), arena.workdir()
     reference, config = arena.reference(), arena.config()
+    step = rng.randrange(2, STEPS)
     run = Life(workdir, config)
-    run.until(lambda: _last_step(workdir) >= rng.randrange(2, 20))
+    run.until(lambda: _last_step(workdir) >= step)
     run.kill(signal.SIGTERM)
     run.until(lambda: "Once more" in run.words)
     run.kill(signal.SIGTERM)
     code = run.wait(5)
-    # It may have come to its end between the two.
-    trial.expect(code in (-signal.SIGTERM, EXIT_CODE, 0), f"ended with {code}: {run.words[-400:]}")
+    if code in (0, EXIT_CODE):  # it came to its end between the two
+        trial.times = 0
+    else:
+        trial.expect(code == -signal.SIGTERM, f"ended with {code}: {run.words[-400:]}")
     if code == 0:
         return arena.judge(trial, workdir, reference)
     return arena.finish(trial, workdir, reference, config)
 
 
-def _half_done(arena: Arena, rng: random.Random) -> Path:
-    """A run that was killed once it had two checkpoints."""
-    workdir = arena.workdir()
-    run = Life(workdir, arena.config(), sabotage=("signal", rng.randrange(10, STEPS), 9))
-    run.end()
-    return workdir
-
-
 def damaged_checkpoint(arena: Arena, rng: random.Random) -> Trial:
     """A flipped bit, a cut file or a missing file in the newest checkpoint."""
     trial, reference = Trial("damaged checkpoint"), arena.reference()
-    workdir = _half_done(arena, rng)
+    workdir = arena.half_done(rng.choice(_CUTS))
     *_, older, newest = life.saved_steps(workdir)
     folder = workdir / "checkpoints" / str(newest)
     listed = (folder / "SHA256SUMS").read_text().splitlines()
@@ -217,7 +132,7 @@ def damaged_checkpoint(arena: Arena, rng: random.Random) -> Trial:
 def half_line(arena: Arena, rng: random.Random) -> Trial:
     """A crash amid a line of metrics.jsonl."""
     trial, reference = Trial("metrics.jsonl cut mid-line"), arena.reference()
-    workdir = _half_done(arena, rng)
+    workdir = arena.half_done(rng.choice(_CUTS))
     path, step = workdir / "metrics.jsonl", life.saved_steps(workdir)[-1]
     with path.open("a") as file:
         line = json.dumps({"step": step + 1, "train/loss": 0.5})
@@ -227,31 +142,38 @@ def half_line(arena: Arena, rng: random.Random) -> Trial:
 
 def disk_full(arena: Arena, rng: random.Random) -> Trial:
     """A full disk, for some steps or to the end: training goes on, older checkpoints stay good."""
-    trial, reference = Trial("disk full"), arena.reference()
-    disk = arena.workdir()
+    trial, disk = Trial("disk full"), arena.workdir()
     disk.mkdir()
     mounting = ("mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk))
     if subprocess.run(mounting, capture_output=True, check=False).returncode:
         raise Skipped("a tmpfs cannot be mounted here")
     try:
-        workdir, config = disk / "run", arena.config()
-        begin = rng.randrange(4, 20)
-        end = rng.choice((None, rng.randrange(begin + 1, STEPS + 1)))
-        sabotage = "fill_disk", begin, (str(disk), end)
-        run = Life(workdir, config, sabotage=sabotage, home=arena.folder)
-        code = run.end()
-        shouted = "could not be saved" in run.words or "cannot write" in run.words
-        if end is None:
-            trial.moments.append("full to the end")
-            trial.expect(code == 2 and shouted, f"ended with {code}: {run.words[-400:]}")
-            (disk / "filler").unlink()
-            trial.redone = STEPS - max(life.saved_steps(workdir), default=0)
-            return arena.finish(trial, workdir, reference, config, home=arena.folder)
-        trial.moments.append("full for some steps")
-        trial.expect(code == 0, f"ended with {code}: {run.words[-400:]}")
-        return arena.judge(trial, workdir, reference) if code == 0 else trial
+        return _with_a_full_disk(trial, arena, rng, disk)
     finally:
         subprocess.run(("umount", "-l", str(disk)), check=False)
+
+
+def _with_a_full_disk(trial: Trial, arena: Arena, rng: random.Random, disk: Path) -> Trial:
+    """Half of the runs have their log there too, and can tell nothing once there is no room."""
+    workdir, reference, config = disk / "run", arena.reference(), arena.config()
+    begin = rng.randrange(2, STEPS)
+    end = rng.choice((None, rng.randrange(begin + 1, STEPS + 1)))
+    elsewhere = rng.random() < 0.5
+    sabotage = "fill_disk", begin, (str(disk), end)
+    logs = arena.folder if elsewhere else disk
+    run = Life(workdir, config, sabotage=sabotage, cache=arena.folder, logs=logs)
+    code = run.end()
+    trial.moments += ["full to the end" if end is None else "full for some steps"]
+    trial.moments += [] if elsewhere else ["its log there too"]
+    if end is not None:
+        trial.expect(code == 0, f"ended with {code}: {run.words[-400:]}")
+        return arena.judge(trial, workdir, reference) if code == 0 else trial
+    shouted = "could not be saved" in run.words or "cannot write" in run.words
+    trial.expect(code == 2, f"ended with {code}: {run.words[-400:]}")
+    trial.expect(shouted or not elsewhere, "said nothing of it")
+    (disk / "filler").unlink()
+    trial.redone = STEPS - max(life.saved_steps(workdir), default=0)
+    return arena.finish(trial, workdir, reference, config, cache=arena.folder)
 
 
 def spoiled_shard(arena: Arena, rng: random.Random) -> Trial:
@@ -265,7 +187,7 @@ def spoiled_shard(arena: Arena, rng: random.Random) -> Trial:
     place = rng.randrange(200, 100_000)  # in the first record, whose clips every epoch has
     target = {"flip": (str(shard), place), "truncate": (str(shard), place), "vanish": str(shard)}
     config = life.config_of(data)
-    run = Life(workdir, config, sabotage=(what, rng.randrange(2, 20), target[what]))
+    run = Life(workdir, config, sabotage=(what, rng.randrange(2, 10), target[what]))
     code = run.end()
     trial.moments.append(what)
     if code == 0 and what == "vanish":  # an open file stays readable
@@ -287,7 +209,7 @@ def skipped_record(arena: Arena, rng: random.Random) -> Trial:
     shard = data / "train" / SHARDS[0]
     config = life.config_of(data, **{"data.on_bad_record": "skip"})
     place = rng.randrange(200, 100_000)
-    run = Life(workdir, config, sabotage=("flip", rng.randrange(2, 15), (str(shard), place)))
+    run = Life(workdir, config, sabotage=("flip", rng.randrange(2, 10), (str(shard), place)))
     code = run.end()
     trial.expect(code == 0, f"ended with {code}: {run.words[-400:]}")
     trial.expect(run.words.count(f"{shard}, record 0: ") == 1, "did not name it once")
@@ -313,13 +235,13 @@ def loss_not_finite(arena: Arena, rng: random.Random) -> Trial:
 def loss_skipped(arena: Arena, rng: random.Random) -> Trial:
     """A NaN with `max_skipped_updates=1`, and a kill after it: as without the kill."""
     trial, workdir = Trial("NaN loss, skip"), arena.workdir()
-    changes, step = {"max_skipped_updates": 1}, rng.choice((4, 9, 13, 22))
+    changes, step = {"max_skipped_updates": 1}, rng.choice((4, 8, 13))
     reference = arena.reference(("nan", step), **changes)
     config = arena.config(**changes)
     run = Life(workdir, config, sabotage=("nan", step))
     run.until(lambda: _last_step(workdir) >= step)
     run.kill()
-    run.wait()
+    run.end()
     again = Life(workdir, config, sabotage=("nan", step))
     code = again.end()
     trial.expect(code == 0, f"ended with {code}: {again.words[-400:]}")
@@ -332,7 +254,7 @@ def worker_killed(arena: Arena, rng: random.Random) -> Trial:
     trial, workdir = Trial("data worker killed"), arena.workdir()
     reference = arena.reference()
     config = arena.config(**{"data.num_workers": 2})
-    run = Life(workdir, config, sabotage=("kill_worker", rng.randrange(1, 20)))
+    run = Life(workdir, config, sabotage=("kill_worker", rng.randrange(1, 10)))
     code = run.end()
     trial.expect(code == 0, f"ended with {code}: {run.words[-400:]}")
     if "has died" not in run.words:
@@ -372,7 +294,7 @@ _ALLOWED = {"lr": 2e-3, "model.dtype": "bfloat16", "data.num_threads": 2, "log_e
 
 def wrong_resume(arena: Arena, rng: random.Random) -> Trial:
     """Other settings at a resume: refused with their names, or done and said."""
-    trial, workdir = Trial("resume with other settings"), _half_done(arena, rng)
+    trial, workdir = Trial("resume with other settings"), arena.half_done(rng.choice(_CUTS))
     saved = life.saved_steps(workdir)
     refused = rng.random() < 0.6
     keys = rng.sample(sorted(_REFUSED if refused else _ALLOWED), 2)

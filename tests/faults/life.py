@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.episodes import Episode, encode
 from cwm_jax.shards import write_shard
 
-STEPS = 25
+STEPS = 15
 MEASURED = ("train", "val", "eval", "epoch")  # what an undisturbed run would have said too
 PATIENCE = 240  # seconds; a life that takes longer hangs
 _LENGTHS = {"train": ((11, 12), (14,)), "val": ((11, 9),)}  # 10 clips: 5 steps an epoch
@@ -63,7 +62,7 @@ def config_of(data: Path, **changes) -> dict:
         eval_every_steps=1000,
         eval_clips=1,
         eval_frames=4,
-        rollout_every_steps=11,
+        rollout_every_steps=7,
         ckpt_every_steps=3,
         ddim_steps=1,
         rollout_frames=6,
@@ -88,14 +87,13 @@ class Life:
         *,
         sabotage: tuple = (),
         environment=(),
-        home: Path | None = None,
+        cache: Path | None = None,
+        logs: Path | None = None,
     ):
-        """`home` is where the log and compiled programs go; beside the workdir by default."""
-        home = home or workdir.parent
-        self.workdir = workdir
-        self.log = home / f"{workdir.name}.{time.time_ns()}.log"
-        cache = home / "compiled"
-        arguments = workdir, config, self.log, cache, sabotage, dict(environment)
+        """Compiled programs are kept in `cache`, the log in `logs`; by default beside `workdir`."""
+        self.log = (logs or workdir.parent) / f"{workdir.name}.{time.time_ns()}.log"
+        compiled = (cache or workdir.parent) / "compiled"
+        arguments = workdir, config, self.log, compiled, sabotage, dict(environment)
         self._process = _processes.Process(target=_live, args=arguments)
         self._process.start()
 
@@ -107,24 +105,26 @@ class Life:
         if self._process.is_alive():
             os.kill(self._process.pid, number)
 
-    def wait(self, seconds: float = PATIENCE) -> int | None:
+    def wait(self, seconds: float) -> int | None:
         """The exit code, negative where a signal ended it; None where it still runs."""
         self._process.join(seconds)
         return self._process.exitcode
 
     def until(self, ready: Callable[[], bool]) -> None:
-        """Waits until `ready()`, or the end of the life."""
-        end = time.monotonic() + PATIENCE
-        while self._process.is_alive() and not ready() and time.monotonic() < end:
+        """Waits until `ready()`, or the end of the life, or of the patience with it."""
+        for _ in range(200 * PATIENCE):
+            if ready() or not self._process.is_alive():
+                return
             time.sleep(0.005)
 
     def end(self) -> int | None:
-        """As `wait`, and makes an end of a life that hangs."""
-        code = self.wait()
-        if code is None:
-            self.kill()
-            self.wait()
-        return code
+        """The exit code, as of `wait`; makes an end of a life that hangs, and gives None."""
+        for _ in range(PATIENCE):  # a second each, so that a campaign may be paused for a while
+            if self.wait(1) is not None:
+                return self._process.exitcode
+        self.kill()
+        self._process.join()
+        return None
 
     @property
     def words(self) -> str:
@@ -144,7 +144,7 @@ def _live(workdir, config, log, cache, sabotage, environment) -> None:
     from absl import logging
 
     from cwm_jax import curves, loop, stopping
-    from cwm_jax.errors import shown_to_user
+    from cwm_jax.errors import shown_to_user, tell
     from cwm_jax.settings import Settings
     from tests.faults.sabotage import Sabotage
 
@@ -159,7 +159,7 @@ def _live(workdir, config, log, cache, sabotage, environment) -> None:
         with shown_to_user():
             state = loop.train(Settings.from_config(config), workdir, config=config)
     except stopping.Preempted as stopped:
-        print(stopped, file=sys.stderr)
+        tell(str(stopped))
         raise SystemExit(stopping.EXIT_CODE) from None
     (workdir / "end.json").write_text(json.dumps(_digest(state)))
 
