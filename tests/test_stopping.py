@@ -74,5 +74,7 @@ def test_a_full_disk_under_the_log_leaves_the_exit_code(ending):
         f"    print('a word'); errors.tell('another'); raise {ending}"
     )
     with open("/dev/full", "w") as full:
-        run = subprocess.run([sys.executable, "-c", story], stdout=full, stderr=full, check=False)
+        words = [sys.executable, "-c", story]
+        buffered = os.environ | {"PYTHONUNBUFFERED": ""}  # else each print fails by itself
+        run = subprocess.run(words, stdout=full, stderr=full, env=buffered, check=False)
     assert run.returncode == (75 if "75" in ending else 2)
