@@ -299,3 +299,9 @@ def _make_workdir(workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write the workdir {workdir}: {error.strerror}") from None
+    for path in workdir.rglob("*"):  # W&B makes links of its own
+        if path.is_symlink() and workdir / "wandb" not in path.parents:
+            raise UserError(
+                f"{path} is a link, and a run writes only inside its workdir: put what it points "
+                f"at in its place, or take it away"
+            )

@@ -4,13 +4,12 @@ import dataclasses
 import netrc
 import os
 import secrets
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, tell
 from cwm_jax.files import written_whole
 
 MODES = ("auto", "online", "offline", "disabled")
@@ -155,9 +154,8 @@ def _run_id(file: Path, resuming: bool) -> str:
 
 def _warn(error: Exception) -> None:
     rule = "=" * 78
-    print(
+    tell(
         f"{rule}\nWARNING: W&B failed and is off for the rest of this run.\n"
         f"  {type(error).__name__}: {error}\n"
-        f"Training goes on, and metrics.jsonl keeps every number.\n{rule}",
-        file=sys.stderr,
+        f"Training goes on, and metrics.jsonl keeps every number.\n{rule}"
     )

@@ -38,4 +38,7 @@ def read(path: Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
     if said is None:
         raise UserError(f"{path} does not tell of which network it is: it was not exported here")
-    return params, json.loads(said)
+    try:
+        return params, json.loads(said)
+    except ValueError as error:
+        raise UserError(f"{path} tells of its network in no JSON: {error}") from None

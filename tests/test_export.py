@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -171,3 +172,25 @@ def test_faults_are_told(run, tmp_path, capsys):
     with pytest.raises(UserError, match="not a readable safetensors"):
         samplers.open_sampler(tmp_path / "bad.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.safetensors", "other"]
+
+
+def test_a_bundle_from_a_stranger_calls_nothing_and_reads_nothing_else(made, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+
+    square = jax.ShapeDtypeStruct((2, 2), "float32")
+    foreign = jax.export.export(jax.jit(jnp.linalg.cholesky), platforms=("cpu",))(square)
+    program = copy / "tabulate.stablehlo"
+    program.write_bytes(foreign.serialize())
+    manifest["files"][program.name] = bundle.digest(program)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"tabulate.stablehlo calls lapack_spotrf_ffi, which"):
+        bundle.Bundle(copy)
+    for files, told in (({"../x": ""}, r"names '\.\./x'"), ({"/etc/passwd": ""}, "names '/etc")):
+        (copy / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
+        with pytest.raises(UserError, match=told):
+            bundle.Bundle(copy)
+    (copy / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match="format None"):
+        bundle.Bundle(copy)

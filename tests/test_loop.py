@@ -215,6 +215,18 @@ def test_an_unwritable_workdir_is_named(tmp_path, small_data):
         train(tmp_path / "file" / "run", config_of(small_data))
 
 
+def test_a_link_leads_no_run_out_of_its_workdir(tmp_path, small_data):
+    outside, workdir = tmp_path / "outside", tmp_path / "run"
+    outside.mkdir()
+    for name in ("metrics.jsonl", "checkpoints", "rollouts/rollout_0000004.mp4"):
+        (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+        (workdir / name).symlink_to(outside / "x")
+        with pytest.raises(UserError, match=f"{name} is a link"):
+            train(workdir, config_of(small_data))
+        (workdir / name).unlink()
+    assert not list(outside.iterdir())
+
+
 def program(*words, cwd=ROOT, devices=1):
     flag = f"--xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)}
