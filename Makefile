@@ -55,8 +55,8 @@ test: $(STAMP)  ## Run the whole test suite
 test-torch-extra: install-torch  ## Run the whole suite with PyTorch present: the .pt tests run too
 	$(BIN)/python -m pytest -n 2
 
-faults: $(STAMP)  ## Kill, starve and mislead training runs for MINUTES=10, and tell what survived
-	$(BIN)/python -m tests.faults --minutes $(or $(MINUTES),10)
+faults: $(STAMP)  ## Kill, starve and mislead training runs for MINUTES=10 (RESULTS=FILE adds up)
+	$(BIN)/python -m tests.faults --minutes $(or $(MINUTES),10) $(if $(RESULTS),--results $(RESULTS))
 
 bench-gpu:  ## Measure parity, attention, training and sampling on this GPU in 8 minutes (PYTHON=…)
 	$(PYTHON) -m benchmarks.gpu
