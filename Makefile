@@ -75,4 +75,5 @@ lock:  ## Choose the pinned versions anew (needs uv)
 
 clean:  ## Remove .venv, the demo, caches and build leftovers
 	rm -rf $(VENV) $(VENV)-procgen $(VENV)-procgen.lock $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	-test ! -d runs || rmdir --ignore-fail-on-non-empty runs
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
