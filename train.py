@@ -8,6 +8,7 @@ trains nothing, and tells how much memory and time the run will take. Over sever
 docs/scaling.md.
 """
 
+import gc
 import re
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def main(_) -> None:
 def _train(settings: Settings, config: dict) -> None:
     try:
         loop.train(settings, Path(_WORKDIR.value), config=config)
+        gc.collect()  # frees the last batches, lest the exit complain of their shared memory
     except stopping.Preempted as stopped:
         tell(str(stopped))
         raise SystemExit(stopping.EXIT_CODE) from None

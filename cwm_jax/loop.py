@@ -1,5 +1,6 @@
 """The training loop: batches to steps, and at their times logs, validation, rollouts, saves."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -42,7 +43,9 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
         UserError: for settings, data or a workdir that cannot be used, or a run gone wrong.
         stopping.Preempted: a signal asked it to stop; everything done so far is saved.
     """
-    return _Run(settings, workdir, config).train()
+    run = _Run(settings, workdir, config)
+    with contextlib.closing(run.batches):
+        return run.train()
 
 
 class _Run:
