@@ -76,7 +76,10 @@ def learning_rate(config: OptimizerConfig):
     """lr · (1/W + (1 − 1/W) · min(k/W, 1)) for update k = 0, 1, …; constant where W is 0."""
     if not config.warmup_steps:
         return optax.constant_schedule(config.lr)
-    return optax.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps)
+    first = 1 / config.warmup_steps  # summed up from it: optax's own schedule cancels digits away
+    return lambda count: (
+        config.lr * (first + (1 - first) * jnp.minimum(count / config.warmup_steps, 1))
+    )
 
 
 def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

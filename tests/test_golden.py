@@ -108,7 +108,7 @@ def fits_warmup(warmup, rates):
     """Whether rates k = 0, 1, 2 lie on a warm-up over so many updates, from lr / warmup up."""
     lr = rates[0] * warmup
     line = lr * (1 / warmup + (1 - 1 / warmup) * np.minimum(np.arange(3) / warmup, 1))
-    return np.allclose(line, rates, rtol=1e-9)
+    return np.allclose(line, rates, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(
