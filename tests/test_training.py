@@ -46,6 +46,11 @@ def test_warm_up():
     assert float(training.learning_rate(settings())(0)) == pytest.approx(1e-3)
 
 
+def test_warm_up_keeps_its_first_digits():
+    rate = training.learning_rate(settings(lr=1e-3, warmup_steps=2000))
+    assert float(rate(jnp.int32(0))) == pytest.approx(5e-7, rel=1e-6)
+
+
 def test_it_learns_and_compiles_once(tiny):
     before = training.train_step._cache_size()
     white = batch_of(2) | {"frames": np.full((2, 3, 64, 64, 3), 255, np.uint8)}
