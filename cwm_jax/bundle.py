@@ -32,6 +32,9 @@ EXAMPLE = "example.npz"
 PROGRAMS = ("tabulate", "start", "draw", "append")
 PLATFORMS = ("cpu", "cuda")
 FORMAT = 1
+# What a manifest must hold to be used, as JSON gives it.
+_NEEDED = {"files": dict, "platforms": list, "network": dict, "drawing": dict}
+_NEEDED |= {"config": dict, "step": int}
 # Notes on arrays' places and sizes. Any other custom call could reach into the process.
 _HARMLESS = frozenset(("Sharding", "shape_assertion"))
 
@@ -81,9 +84,12 @@ class Bundle:
     def __init__(self, folder: Path | str):
         folder = Path(folder)
         self.manifest = read_manifest(folder)
-        self.network = Network(**self.manifest["network"])
-        drawing = self.manifest["drawing"]
-        self.config = Drawing(**drawing | {"levels": tuple(drawing["levels"])})
+        try:
+            self.network = Network(**self.manifest["network"])
+            drawing = self.manifest["drawing"]
+            self.config = Drawing(**drawing | {"levels": tuple(drawing["levels"])})
+        except (TypeError, KeyError) as error:  # a field too many, too few, or of another kind
+            raise UserError(f"{folder / MANIFEST} does not tell how to draw: {error}") from None
         self._params, _ = weights.read(folder / PARAMS)
         self._tabulate, self._start, self._draw, self._append = (
             jax.jit(_program(folder, name)) for name in PROGRAMS
@@ -144,6 +150,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise UserError(f"{path} has format {found!r}; this reads {FORMAT}")
+    for name, kind in _NEEDED.items():
+        if not isinstance(manifest.get(name), kind):
+            raise UserError(f"{path} has no {name!r}, or one that is no {kind.__name__}")
+    if missing := sorted({PARAMS, *map(_file_of, PROGRAMS)} - set(manifest["files"])):
+        raise UserError(f"{path} does not name {missing[0]} among its files")
     for name, wanted in manifest["files"].items():
         if Path(name).name != name:
             raise UserError(f"{path} names {name!r}: a bundle's files lie beside its manifest")
@@ -166,8 +177,12 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _file_of(program: str) -> str:
+    return f"{program}.stablehlo"
+
+
 def _program(folder: Path, name: str):
-    path = folder / f"{name}.stablehlo"
+    path = folder / _file_of(name)
     try:
         program = jax.export.deserialize(bytearray(path.read_bytes()))
         if foreign := sorted(_called(program) - _HARMLESS):

@@ -62,7 +62,10 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
 
 def _from_file(path: Path) -> Trained:
     params, meta = weights.read(path)
-    network = DiTConfig(**meta["config"]["model"])
+    try:
+        network = DiTConfig(**meta["config"]["model"])
+    except TypeError as error:  # a size too many or too few
+        raise UserError(f"{path} is of a network unknown here: {error}") from None
     model.check_params(network, params)
     params = jax.tree.map(lambda x: x.astype("float32"), params)
     return Trained(network, params, meta["config"], meta["step"], path)

@@ -19,7 +19,10 @@ _KEY = "cwm_jax"
 
 
 def write(path: Path, params: dict[str, jax.Array], meta: dict[str, Any]) -> None:
-    """Writes parameters by name, whole or not at all; `meta` is anything that JSON can hold."""
+    """Writes parameters by name, whole or not at all.
+
+    `meta` is anything that JSON can hold, with a run's `step` and its `config` among it.
+    """
     with written_whole(path) as temporary:
         save_file(params, str(temporary), metadata={_KEY: json.dumps(meta)})
 
@@ -39,6 +42,10 @@ def read(path: Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     if said is None:
         raise UserError(f"{path} does not tell of which network it is: it was not exported here")
     try:
-        return params, json.loads(said)
-    except ValueError as error:
-        raise UserError(f"{path} tells of its network in no JSON: {error}") from None
+        meta = json.loads(said)
+        whole = isinstance(meta["step"], int) and isinstance(meta["config"]["model"], dict)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} tells of its network in a way unknown here: {error!r}") from None
+    if not whole:
+        raise UserError(f"{path} tells of its network without a step and the model's sizes")
+    return params, meta

@@ -187,10 +187,29 @@ def test_a_bundle_from_a_stranger_calls_nothing_and_reads_nothing_else(made, tmp
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"tabulate.stablehlo calls lapack_spotrf_ffi, which"):
         bundle.Bundle(copy)
-    for files, told in (({"../x": ""}, r"names '\.\./x'"), ({"/etc/passwd": ""}, "names '/etc")):
+    for name, told in (("../x", r"names '\.\./x'"), ("/etc/passwd", "names '/etc")):
+        files = {name: ""} | manifest["files"]
         (copy / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
         with pytest.raises(UserError, match=told):
             bundle.Bundle(copy)
     (copy / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="format None"):
         bundle.Bundle(copy)
+
+
+def test_a_manifest_or_header_with_parts_missing_is_told(made, run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    drawing = {"levels": 3} | {k: v for k, v in manifest["drawing"].items() if k != "levels"}
+    wrong = [manifest | {name: None} for name in ("files", "platforms", "network", "step")]
+    wrong += [manifest | {"files": {}}, manifest | {"drawing": drawing}, manifest | {"network": {}}]
+    for said in wrong:
+        (copy / "manifest.json").write_text(json.dumps(said))
+        with pytest.raises(UserError, match=r"manifest\.json (has no|does not)"):
+            samplers.open_sampler(copy)
+    meta = {"step": 1, "config": {"model": {"hidden_size": 16}}}
+    for said in ([], {"step": 1}, meta | {"step": "1"}, meta):
+        weights.write(tmp_path / "x.safetensors", {"a": jnp.zeros(1)}, said)
+        with pytest.raises(UserError, match=r"x\.safetensors (tells|is of a network)"):
+            samplers.open_sampler(tmp_path / "x.safetensors")
