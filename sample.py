@@ -23,7 +23,7 @@ def main() -> None:
     args = _flags().parse_args()
     with shown_to_user():
         config = sampler.SamplerConfig(
-            levels=sampler.ddim_levels(args.ddim_steps),
+            levels=_levels(args),
             window=args.window,
             eta=args.eta,
             context_level=args.stabilization_level - 1,
@@ -68,6 +68,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--n-samples", type=int, default=4, help="clips, each of another episode (%(default)s)")
     add("--n-prompt", type=int, default=1, help="real frames to start from (%(default)s)")
     add("--ddim-steps", type=int, default=10, help="denoising steps a frame, 1…1000 (%(default)s)")
+    add("--noise-levels", default="", help="instead of steps: falling labels, such as 999,749,249")
     add("--eta", type=float, default=0.0, help="0: deterministic … 1: as random as DDPM (0)")
     add("--stabilization-level", type=int, default=15, help="noise label of the context + 1 (15)")
     add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")
@@ -88,11 +89,21 @@ def _data_config(folder: str | None, opened: samplers.Opened) -> data.DataConfig
     return data.DataConfig(dir=folder)
 
 
+def _levels(args: argparse.Namespace) -> tuple[int, ...]:
+    if not args.noise_levels:
+        return sampler.ddim_levels(args.ddim_steps)
+    return tuple(_numbers("--noise-levels", args.noise_levels, "falling labels, such as 999,749"))
+
+
 def _pattern(text: str) -> list[int]:
+    return _numbers("--pattern", text, "action numbers, such as 7,7,7,8,8")
+
+
+def _numbers(flag: str, text: str, wanted: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",") if word.strip()]
     except ValueError:
-        raise UserError(f"--pattern {text}: wanted action numbers, such as 7,7,7,8,8") from None
+        raise UserError(f"{flag} {text}: wanted {wanted}") from None
 
 
 def _save_npz(path: Path, script: rollouts.Script, frames: np.ndarray, seed: int) -> None:

@@ -78,7 +78,11 @@ class Bench:
         return rng.integers(0, 256, shape, np.uint8), actions
 
     def _remembering(self, window: str, batch: int, steps: int, context: int):
-        config = sampler.SamplerConfig(levels=sampler.ddim_levels(steps), window=window)
+        # On a GPU as play does it: one player's frame is one graph of kernels, without a loop.
+        unroll = batch == 1 and jax.default_backend() == "gpu"
+        config = sampler.SamplerConfig(
+            levels=sampler.ddim_levels(steps), window=window, unroll=unroll
+        )
         drawer = sampler.Sampler(self.config, self.params, config)
         action = np.full(batch, 7)
         state, taken = drawer.start(*self._prompt(batch, context)), []
