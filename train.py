@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cwm_jax import cluster, compile_cache, dry_run, loop, stopping
+from cwm_jax import cluster, compile_cache, dry_run, loop, memory, stopping
 from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.settings import Settings
 
@@ -39,6 +39,8 @@ def main(_) -> None:
     with shown_to_user():
         config = _CONFIG.value.to_dict()
         settings = Settings.from_config(config)
+        memory.claim_gpu()
+        memory.keep_freed()
         compile_cache.enable(_CACHE.value)
         _join_others()
         cluster.check_same(config)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cwm_jax import data
+from cwm_jax import data, memory
 from cwm_jax.data import DataConfig
 from cwm_jax.shards import find_shards, open_shard, read_record
 
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="reading processes; 0: threads")
     parser.add_argument("--output", type=Path, help="gets the numbers as JSON")
     args = parser.parse_args()
+    memory.keep_freed()  # as train.py does
     config = DataConfig(dir=args.dir, num_threads=args.threads, num_workers=args.workers)
     counts = {
         "training batches, global shuffle": batches(config, args.batch),

@@ -3,12 +3,12 @@
     python -m benchmarks.gpu_program --output gpu_program.json
 
 This times nothing: the program is compiled, read and thrown away. Needs the CUDA plugin of jax
-(`pip install "jax[cuda13]"`) but no GPU; some minutes for each variant.
+(`pip install "jax[cuda13]"`), of jax 0.11 or newer, but no GPU; some minutes for each variant.
 """
 
 import argparse
+import itertools
 import json
-import os
 import time
 from pathlib import Path
 
@@ -49,25 +49,37 @@ def measure(size: str, attention: str, step, *, clips: int, frames: int) -> dict
     start = time.perf_counter()
     compiled = compile_for_target(network, step, clips=clips, frames=frames)
     memory, found = compiled.memory_analysis(), hlo.kernels(compiled.as_text())
+    state = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
-        "size": size,
-        "attention": attention,
-        "remat": step.remat,
-        "accumulate_steps": step.accumulate_steps,
-        "clips": clips,
         "model_tflop": flops.train_step(network, clips=clips, frames=frames).total / 1e12,
         "kernels": found.total_count,
         "gbytes": found.total_bytes / 1e9,
+        "state_gbytes": state / 1e9,
         "working_gbytes": memory.temp_size_in_bytes / 1e9,
         "compile_s": time.perf_counter() - start,
         "kinds": {kind: [n, found.bytes[kind] / 1e9] for kind, n in found.count.items()},
     }
 
 
-def row(found: dict) -> str:
-    cells = found["size"], found["attention"], found["remat"], found["accumulate_steps"]
-    numbers = f"{found['kernels']} | {found['gbytes']:.0f} | {found['working_gbytes']:.1f}"
-    return f"| {' | '.join(map(str, cells))} | {numbers} |"
+def table(results: dict[str, dict]) -> str:
+    head = (
+        "variant",
+        "kernels",
+        "GB moved",
+        "by matmuls",
+        "attention",
+        "copies",
+        "GB within the step",
+    )
+    lines = [head, ["---"] * len(head)]
+    for name, found in results.items():
+        moved = lambda word, kinds=found["kinds"]: sum(
+            gbytes for kind, (_, gbytes) in kinds.items() if kind.startswith(word)
+        )
+        parts = [f"{moved(word):.0f}" for word in ("matmul", "attention", "copy")]
+        total = f"{found['gbytes']:.0f}"
+        lines.append([name, str(found["kernels"]), total, *parts, f"{found['working_gbytes']:.1f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
@@ -77,23 +89,27 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--attention", nargs="+", default=["xla", "cudnn"])
     parser.add_argument("--remat", nargs="+", choices=REMAT, default=list(REMAT))
-    parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="gets all numbers as JSON")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a step")
+    parser.add_argument(
+        "--output", type=Path, help="gets all numbers as JSON; what it holds is not compiled again"
+    )
     args = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # there is no GPU to start
+    jax.config.update("jax_platforms", "cpu")  # there is no GPU to start
+    results = {}
+    if args.output and args.output.exists():
+        results = json.loads(args.output.read_text())
+    for attention, remat in itertools.product(args.attention, args.remat):
+        name = f"{args.size} × {args.batch}, {attention}, {remat}, parts {args.accumulate}"
+        if name in results:
+            continue
+        step = training.StepConfig(remat=remat, accumulate_steps=args.accumulate)
+        results[name] = measure(args.size, attention, step, clips=args.batch, frames=args.frames)
+        results[name]["jax"] = jax.__version__
+        print(f"{name}: compiled in {results[name]['compile_s']:.0f} s", flush=True)
+        if args.output:
+            args.output.write_text(json.dumps(results, indent=2) + "\n")
     print("Compiled for one H200 on a machine without one. No time was measured.\n")
-    print("| size | attention | remat | parts | kernels | GB moved | GB within the step |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    results = []
-    for attention in args.attention:
-        for remat in args.remat:
-            step = training.StepConfig(remat=remat, accumulate_steps=args.accumulate)
-            results.append(
-                measure(args.size, attention, step, clips=args.batch, frames=args.frames)
-            )
-            print(row(results[-1]), flush=True)
-            if args.output:
-                args.output.write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,17 @@ def kernels(text: str) -> Kernels:
     return found
 
 
+def kinds(text: str) -> dict[str, str]:
+    """The kind of each instruction of a compiled program that does work, by its name."""
+    computations, _ = _split(text)
+    return {
+        line["name"]: _kind(line, computations)
+        for lines in computations.values()
+        for line in lines
+        if line["op"] not in _FREE | _CALLS
+    }
+
+
 def _split(text: str) -> tuple[dict[str, list[re.Match]], str]:
     computations: dict[str, list[re.Match]] = {}
     entry = current = ""
@@ -65,7 +76,7 @@ def _count(computations, name: str, times: int, found: Kernels) -> None:
             for inner in re.findall(r"(?:to_apply|body|calls)=%([\w.-]+)", line["rest"]):
                 _count(computations, inner, times * int(rounds[1] if rounds else 1), found)
         elif op not in _FREE and not op.endswith("-done"):
-            kind = _kind(line)
+            kind = _kind(line, computations)
             read = sum(sizes.get(arg, 0) for arg in re.findall(r"%([\w.-]+)", line["args"]))
             found.count[kind] += times
             found.bytes[kind] += times * (read + sizes[line["name"]])
@@ -85,7 +96,7 @@ def _size(shape: str) -> int:
     return total
 
 
-def _kind(line: re.Match) -> str:
+def _kind(line: re.Match, computations) -> str:
     target = re.search(r'custom_call_target="([^"]*)"', line["rest"])
     if line["op"] == "custom-call" and target:
         library = target[1]
@@ -94,6 +105,10 @@ def _kind(line: re.Match) -> str:
         return "attention (cuDNN)" if "fmha" in library else "other library"
     if "gemm" in line["rest"] and line["op"] == "fusion":
         return "matmul (Triton)"
+    called = re.search(r"calls=%([\w.-]+)", line["rest"])
+    inside = computations.get(called[1], []) if called else []
+    if "dot" in {line["op"], *(inner["op"] for inner in inside)}:
+        return "matmul (XLA)"
     if re.match(r"(all-|reduce-scatter|collective)", line["op"]):
         return "between devices"
     if line["op"] == "copy" or "transpose" in line["name"] or "copy" in line["name"]:

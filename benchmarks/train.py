@@ -3,9 +3,10 @@
     python -m benchmarks.train --size small --batch 2 --dtype float32 --output train.json
 
 Prints the arithmetic that the model asks for (our count, beside XLA's), the bytes that the compiled
-program moves, the least time that both would take at the speeds measured on this machine, and the
-time it takes. MFU is the model's arithmetic over the measured time and matmul speed. Needs jax,
-flax, optax and numpy; no data.
+program moves, the least time that both would take at the speeds measured on this machine, the time
+it takes, and what kinds of kernels take it (one step more, under JAX's profiler). MFU is the
+model's arithmetic over the measured time and matmul speed. Needs jax, flax, optax and numpy; no
+data.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import sizes
+from benchmarks import sizes, trace
 from cwm_jax import flops, model, speed, training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.model import DiTConfig
@@ -42,7 +43,7 @@ def measure(
     step: StepConfig,
     steps: int = 10,
     machine: dict[str, float] | None = None,
-) -> dict[str, float | str]:
+) -> dict[str, object]:
     """Compiles and times steps on one device; rates of `machine` come from `machine_speed`."""
     machine = machine or machine_speed(network.compute_dtype)
     state = training.init_state(network, OPTIM, 0)
@@ -54,7 +55,8 @@ def measure(
     ).compile()
     compile_seconds = time.perf_counter() - start
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    times, cpu_times, loss = _times(compiled, state, batch, key, steps)
+    state, times, cpu_times, loss = _times(compiled, state, batch, key, steps)
+    where = trace.seconds_by_kind(lambda: compiled(state, batch, key), compiled.as_text())
     asked = flops.train_step(network, clips=clips, frames=frames)
     moved = float(cost.get("bytes accessed", np.nan))
     seconds = float(np.median(times))
@@ -81,6 +83,7 @@ def measure(
         "frames_per_s": clips * frames / seconds,
         "mfu": asked.total / seconds / machine["matmul_flops"],
         "loss": loss,
+        "seconds_by_kind": where,
         **machine,
     }
 
@@ -89,8 +92,8 @@ def machine_speed(dtype: jnp.dtype) -> dict[str, float]:
     return {"matmul_flops": speed.matmul_flops(dtype), "copy_bytes": speed.copy_bytes()}
 
 
-def _times(compiled, state, batch, key, steps: int) -> tuple[list[float], list[float], float]:
-    """Seconds, and seconds of processors, of each step; the first is not counted.
+def _times(compiled, state, batch, key, steps: int) -> tuple:
+    """The last state; seconds, and seconds of processors, of each step but the first; a loss.
 
     Each step is waited for, after the next is under way, as the training loop does.
     """
@@ -108,7 +111,7 @@ def _times(compiled, state, batch, key, steps: int) -> tuple[list[float], list[f
             times.append(now - clock)
             cpu_times.append(cpu_now - cpu)
             clock, cpu = now, cpu_now
-    return times, cpu_times, float(metrics["train/loss"])
+    return state, times, cpu_times, float(metrics["train/loss"])
 
 
 def show(found: dict) -> str:
@@ -131,8 +134,15 @@ def show(found: dict) -> str:
             f"{found['step_cpu_s']:.4g} s of processors), compiled in {found['compile_s']:.1f} s",
             f"rate         {1 / found['step_s']:.3g} steps/s, {found['frames_per_s']:.5g} "
             f"frames/s, MFU {found['mfu']:.1%}",
+            f"kernels      {_shares(found['seconds_by_kind'])}",
         ]
     )
+
+
+def _shares(seconds: dict[str, float]) -> str:
+    """Where the time goes; kernels side by side count each, so these can exceed a step."""
+    total = sum(seconds.values())
+    return ", ".join(f"{kind} {s:.3g} s ({s / total:.0%})" for kind, s in seconds.items())
 
 
 def main() -> None:

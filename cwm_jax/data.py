@@ -19,6 +19,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from cwm_jax import memory
 from cwm_jax.clips import Batch, Clips, Episodes, cut
 from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.episodes import BadRecord
@@ -372,7 +373,11 @@ def _in_background(batches: grain.MapDataset, config: DataConfig) -> grain.IterD
 
 
 def _as_worker(index: int, count: int) -> None:
-    """Makes a reading process leave Ctrl-C to its parent, and end when the parent is killed."""
+    """Makes a reading process leave Ctrl-C to its parent, and end when the parent is killed.
+
+    And keep its memory, record after record.
+    """
+    memory.keep_freed()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
