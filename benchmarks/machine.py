@@ -31,6 +31,12 @@ def peak_bytes() -> int:
     )
 
 
+def resident_bytes() -> int:
+    """Memory that this process holds now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
 def table(rows: list[dict]) -> str:
     """Rows with the same keys as a Markdown table."""
     head = list(rows[0])

@@ -1,6 +1,6 @@
 """What play costs: frames a second, key-to-frame times, fairness, and what is left behind.
 
-    python benchmarks/play.py --checkpoint runs/debug [--seconds 10] [--sessions 200]
+    python -m benchmarks.play --checkpoint runs/debug [--seconds 10] [--sessions 200]
         [--frames 10000] [--only pace,players,sessions,memory]
 
 A server of this process plays with clients over real sockets, as browsers would.
@@ -11,7 +11,6 @@ import contextlib
 import gc
 import json
 import os
-import resource
 import socket
 import struct
 import threading
@@ -22,6 +21,7 @@ import numpy as np
 import uvicorn
 from websockets.sync.client import connect
 
+from benchmarks import machine
 from cwm_jax import checkpoint
 from cwm_jax.play import opening, server
 from cwm_jax.play.engine import Engine
@@ -170,8 +170,7 @@ def memory(engine: Engine, args) -> None:
 
 def _left(what: str, studio: Studio) -> None:
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    megabytes = pages * resource.getpagesize() / 2**20
+    megabytes = machine.resident_bytes() / 2**20
     files = len(os.listdir("/proc/self/fd"))
     print(
         f"{what:14} {megabytes:7.0f} MiB resident, {files} open files, "

@@ -1,10 +1,15 @@
 """How fast frames are drawn, against the plain way and against what the machine could do.
 
-    python -m benchmarks.sample --size small --batch 1 --steps 10 --json sample.json
+    python -m benchmarks.sample --size small --json sample.json           everything; for a GPU
+    python -m benchmarks.sample --size small --quick --json sample.json   minutes on two CPU cores
+    python -m benchmarks.sample --size debug --long 1000                  does it slow down or grow?
 
 The plain way is the original's: each of the S passes goes over the whole window, nothing is
 remembered. It is timed in the same run on the same weights, so the speed-up is a ratio that anyone
 can repeat. Operations are those of `cwm_jax.flops`, without the conditioning that the tables save.
+
+A row says how many frames come before the drawn one. Up to the window's length less two, nothing
+slides; with the window's length, `exact` encodes it anew and `hop` is the mean over its period.
 """
 
 import argparse
@@ -16,6 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import machine, sizes
 from cwm_jax import diffusion, flops, model, sampler, speed
@@ -68,7 +74,7 @@ class Bench:
             "GFLOP/frame": operations / 1e9,
             "of matmul speed": batch * operations / per_frame / self.speed,
             "compile s": compiled,
-            "peak GB": machine.peak_bytes() / 1e9,
+            "peak GB so far": machine.peak_bytes() / 1e9,
         }
 
     def _prompt(self, batch: int, context: int):
@@ -84,18 +90,20 @@ class Bench:
             levels=sampler.ddim_levels(steps), window=window, unroll=unroll
         )
         drawer = sampler.Sampler(self.config, self.params, config)
-        action = np.full(batch, 7)
-        state, taken = drawer.start(*self._prompt(batch, context)), []
-        # With a full window a hop comes every half window: its mean is over a whole period.
-        slides = context >= self.config.max_frames
-        frames = self.config.max_frames // 2 if window == "hop" and slides else 3
-        for _ in range(1 + frames):
+        action, prompt = np.full(batch, 7), self._prompt(batch, context)
+        # With a full window a hop comes every half window: its mean is over a whole period, and
+        # the other ways are timed again and again after the same frames.
+        hops = window == "hop" and context >= self.config.max_frames
+        state, taken = drawer.start(*prompt), []
+        for _ in range(1 + (self.config.max_frames // 2 if hops else 3)):
+            jax.block_until_ready(state)
             began = time.perf_counter()
             state, frame = drawer.step(state, action, KEY)
             jax.block_until_ready((state, frame))
             taken.append(time.perf_counter() - began)
-        mean = np.mean if window == "hop" and slides else np.median
-        return float(mean(taken[1:])), taken[0]
+            state = state if hops else drawer.start(*prompt)
+        per_frame = float((np.mean if hops else np.median)(taken[1:]))
+        return per_frame, taken[0] - per_frame
 
     def _plain(self, window: str, batch: int, steps: int, context: int):
         levels = sampler.ddim_levels(steps)
@@ -126,7 +134,31 @@ class Bench:
         jax.block_until_ready(draw(cast, frames, actions, x))
         compiled = time.perf_counter() - began
         once = speed.best_time(draw, cast, frames, actions, x, rounds=1, calls=1)
-        return once, compiled
+        return once, compiled - once
+
+
+def endurance(config: DiTConfig, params, window: str, frames: int, steps: int) -> list[dict]:
+    """One world drawn on and on: time per frame and memory of the process, tenth by tenth."""
+    levels = sampler.ddim_levels(steps)
+    drawer = sampler.Sampler(config, params, sampler.SamplerConfig(levels=levels, window=window))
+    blank = np.zeros((1, 1, config.image_size, config.image_size, 3), np.uint8)
+    state, rows = drawer.start(blank, np.full((1, 1), -1)), []
+    state, _ = drawer.step(state, [7], KEY)  # compiles
+    for part in range(10):
+        began = time.perf_counter()
+        for _ in range(frames // 10):
+            state, frame = drawer.step(state, [7], KEY)
+        jax.block_until_ready((state, frame))
+        per_frame = (time.perf_counter() - began) / (frames // 10)
+        rows.append(
+            {
+                "window": window,
+                "after frames": (part + 1) * (frames // 10),
+                "ms/frame": 1e3 * per_frame,
+                "resident MB": machine.resident_bytes() / 1e6,
+            }
+        )
+    return rows
 
 
 def cached_compile_seconds(config: DiTConfig, params) -> tuple[float, float]:
@@ -144,10 +176,52 @@ def cached_compile_seconds(config: DiTConfig, params) -> tuple[float, float]:
             jax.block_until_ready(drawer.step(state, [7], KEY)[1])
             taken.append(time.perf_counter() - began)
         jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()  # else it goes on writing into the folder that has gone
     return taken[0], taken[1]
 
 
 def main() -> None:
+    args = _flags().parse_args()
+    if args.quick:
+        args.batch, args.steps = [1], [1, 4, 10]
+    network = sizes.network(args.size, dtype=args.dtype)
+    bench = Bench(network)
+    about = machine.description() | {"size": args.size, "dtype": str(network.compute_dtype)}
+    print(about | {"matmul TFLOP/s": round(bench.speed / 1e12, 3)})
+    result = {"about": about, "matmul_flops_per_second": bench.speed, "rows": []}
+
+    def keep(rows: list[dict], name: str = "rows") -> None:
+        """Prints and writes what is known, so that a run that is cut off loses nothing."""
+        result.setdefault(name, []).extend(rows)
+        if rows:
+            print(machine.table(rows).split("\n", 2)[2], flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    if args.long:
+        for window in (w for w in args.window.split(",") if w in sampler.WINDOWS):
+            keep(endurance(network, bench.params, window, args.long, args.steps[-1]), "long")
+        print("\n" + machine.table(result["long"]))
+        return
+    for batch in args.batch:
+        for steps in args.steps:
+            for context in args.context or contexts(network, quick=args.quick):
+                for window in args.window.split(","):
+                    keep([bench.row(window, batch, steps, context)])
+    first, again = cached_compile_seconds(network, bench.params)
+    print("\n" + machine.table(result["rows"]))
+    print(f"\nfirst frame after {first:.1f} s; {again:.1f} s with a filled compilation cache")
+    result |= {"first_frame_s": first, "first_frame_cached_s": again}
+    keep([])
+
+
+def contexts(network: DiTConfig, *, quick: bool = False) -> list[int]:
+    """Frames before the drawn one: the first, half a window, the last that fit, a slid window."""
+    full = network.max_frames
+    return [full - 2, full] if quick else sorted({1, full // 2, full - 2, full})
+
+
+def _flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -157,28 +231,12 @@ def main() -> None:
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
     add("--batch", type=numbers, default=[1, 4, 16, 64], help="players or clips at once")
     add("--steps", type=numbers, default=[1, 4, 10], help="DDIM steps a frame")
-    add("--context", type=numbers, default=[1, 16, 32], help="frames before the drawn one")
+    add("--context", type=numbers, help="frames before the drawn one (see above)")
     add("--window", default="plain,exact,cached,hop", help="which ways, by comma")
-    add("--json", type=Path, help="also write everything to this file")
-    args = parser.parse_args()
-    network = sizes.network(args.size, dtype=args.dtype)
-    bench = Bench(network)
-    about = machine.description() | {"size": args.size, "dtype": str(network.compute_dtype)}
-    print(about | {"matmul TFLOP/s": round(bench.speed / 1e12, 3)})
-    rows = []
-    for batch in args.batch:
-        for steps in args.steps:
-            for context in (n for n in args.context if n <= network.max_frames):
-                for window in args.window.split(","):
-                    rows.append(bench.row(window, batch, steps, context))
-                    print(machine.table(rows[-1:]).splitlines()[-1], flush=True)
-    first, again = cached_compile_seconds(network, bench.params)
-    print("\n" + machine.table(rows))
-    print(f"\nfirst frame after {first:.1f} s; {again:.1f} s with a filled compilation cache")
-    if args.json:
-        result = {"about": about, "matmul_flops_per_second": bench.speed, "rows": rows}
-        result |= {"first_frame_s": first, "first_frame_cached_s": again}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    add("--quick", action="store_true", help="one player, and a full and a slid window alone")
+    add("--long", type=int, default=0, help="instead: so many frames in a row with each window")
+    add("--json", type=Path, help="also write everything to this file, row by row")
+    return parser
 
 
 if __name__ == "__main__":

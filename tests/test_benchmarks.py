@@ -68,6 +68,14 @@ def test_the_sampling_benchmark_runs(tmp_path, monkeypatch, capsys):
     ]
     assert all(r["ms/frame"] > 0 and r["frames/s"] > 0 for r in rows)
     assert "filled compilation cache" in capsys.readouterr().out
+    words = f"--size tiny --steps 2 --long 20 --window cached,hop --dtype float32 --json {out}"
+    monkeypatch.setattr(sys, "argv", ["sample", *words.split()])
+    sample.main()
+    rows = json.loads(out.read_text())["long"]
+    assert [(r["window"], r["after frames"]) for r in rows] == [
+        (window, frames) for window in ("cached", "hop") for frames in range(2, 21, 2)
+    ]
+    assert all(r["ms/frame"] > 0 and r["resident MB"] > 10 for r in rows)
 
 
 def test_kernels_of_a_program():
