@@ -2,6 +2,7 @@
 
 import platform
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -37,9 +38,24 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def table(rows: list[dict]) -> str:
-    """Rows with the same keys as a Markdown table."""
-    head = list(rows[0])
-    shown = lambda v: f"{v:.3g}" if isinstance(v, float) else str(v)
-    lines = [head, ["---"] * len(head), *([shown(row[k]) for k in head] for row in rows)]
+def table(rows: list[dict], columns: Sequence[str] = ()) -> str:
+    """Rows as a Markdown table of `columns`, by default those of the first row.
+
+    What a row lacks stays empty; columns that all rows lack are left out.
+    """
+    head = [name for name in columns or rows[0] if any(name in row for row in rows)]
+    lines = [head, ["---"] * len(head)]
+    lines += [[_shown(row.get(name, "")) for name in head] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def told(row: dict) -> str:
+    """A row as one line."""
+    return ", ".join(f"{name} {_shown(value)}" for name, value in row.items())
+
+
+def _shown(value) -> str:
+    if isinstance(value, dict):
+        return told(value)
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "/").replace("\n", " ")

@@ -1,11 +1,12 @@
-"""The PyTorch original's training step, timed like ours.
+"""The PyTorch original's training step, timed like ours, and how long it takes to draw a frame.
 
     python -m benchmarks.original --folder DIR --size small --batch 2 --steps 5 --beside
 
 DIR is a checkout of the original, of which nothing is kept here; needs torch and einops. The step
 is the one of its training script: noise, forward pass, loss, gradients, clipping, AdamW; on a GPU
 with bfloat16 autocast and `torch.compile`. With `--beside` our step takes its turn after each of
-its steps, on the same CPU cores, so that whatever else the machine does meets both alike.
+its steps, on the same CPU cores, so that whatever else the machine does meets both alike. With
+`--draw 32` a frame is drawn after so many, one and sixteen at once, before the training steps.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,24 +53,28 @@ def stand_in_for_timm() -> None:
         vars(sys.modules[name]).update(content)
 
 
+def _missing(name: str) -> bool:
+    return name not in sys.modules and importlib.util.find_spec(name) is None
+
+
 def their_modules(folder: Path) -> tuple:
-    """The original's network and noise, imported from its checkout."""
+    """The original's network, noise and sampler, imported from its checkout."""
     if not (folder / "model" / "dit.py").is_file():
         raise UserError(f"--folder={folder}: no checkout of the original, model/dit.py is missing")
     sys.path.insert(0, str(folder))
-    if importlib.util.find_spec("timm") is None:
+    if _missing("timm"):
         stand_in_for_timm()
-    return importlib.import_module("model.dit"), importlib.import_module("training.noise_scheduler")
+    if _missing("torchvision"):  # its sampler writes films with it
+        sys.modules["torchvision"] = types.ModuleType("torchvision")
+        sys.modules["torchvision.io"] = types.ModuleType("torchvision.io")
+        sys.modules["torchvision.io"].write_video = None
+    names = "model.dit", "training.noise_scheduler", "training.rollout_sampler"
+    return tuple(map(importlib.import_module, names))
 
 
-def their_step(folder: Path, size: str, *, clips: int, frames: int, compiled: bool) -> Step:
-    """One update of the original on clips that stay the same, as its training script makes it."""
-    import torch
-
-    dit, noise = their_modules(folder)
+def their_network(dit, size: str, device: str):
     known = sizes.network(size, dtype="float32")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    raw = dit.DiT(
+    return dit.DiT(
         input_h=known.image_size,
         input_w=known.image_size,
         patch_size=known.patch_size,
@@ -79,15 +85,71 @@ def their_step(folder: Path, size: str, *, clips: int, frames: int, compiled: bo
         external_cond_dim=known.num_actions,
         max_frames=known.max_frames,
     ).to(device)
+
+
+def random_clips(size: str, *, clips: int, frames: int) -> tuple:
+    """Frames in 0…1 and one-hot actions."""
+    import torch
+
+    known = sizes.network(size, dtype="float32")
+    chosen = torch.randint(0, known.num_actions, (clips, frames))
+    actions = torch.nn.functional.one_hot(chosen, known.num_actions).float()
+    return torch.rand(clips, frames, 3, known.image_size, known.image_size), actions
+
+
+def their_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class _Clips(NamedTuple):
+    """What the original's sampler asks of its data before it draws: this, and a length, here 1."""
+
+    clip_len: int
+
+
+def their_frame(folder: Path, size: str, *, clips: int, context: int) -> Step:
+    """One frame of the original for each of `clips` worlds, in ten steps, after `context` frames.
+
+    As its training script draws: the network as it is, under bfloat16 autocast on a GPU.
+    """
+    import torch
+
+    dit, _, rollout = their_modules(folder)
+    device = their_device()
+    pixels, actions = random_clips(size, clips=clips, frames=context + 1)
+    drawer = rollout.RolloutSampler(
+        their_network(dit, size, device).eval(),
+        _Clips(clip_len=context + 1),
+        device,
+        num_frames=context + 1,
+        n_prompt_frames=context,
+        ddim_steps=10,
+    )
+
+    @torch.no_grad()
+    def draw() -> float:
+        frames = drawer._rollout(pixels.to(device) * 2 - 1, actions.to(device))
+        return float(frames[-1].float().mean())
+
+    return draw
+
+
+def their_step(folder: Path, size: str, *, clips: int, frames: int, compiled: bool) -> Step:
+    """One update of the original on clips that stay the same, as its training script makes it."""
+    import torch
+
+    dit, noise, _ = their_modules(folder)
+    device = their_device()
+    raw = their_network(dit, size, device)
     model = torch.compile(raw) if compiled else raw
     optimizer = torch.optim.AdamW(raw.parameters(), lr=1e-4, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LinearLR(
         optimizer, start_factor=1 / 2000, total_iters=2000
     )
     schedule = noise.NoiseScheduler(1000, device)
-    pixels = torch.rand(clips, frames, 3, known.image_size, known.image_size)
-    chosen = torch.randint(0, known.num_actions, (clips, frames))
-    actions = torch.nn.functional.one_hot(chosen, known.num_actions).float()
+    pixels, actions = random_clips(size, clips=clips, frames=frames)
 
     def step() -> float:
         x0, held = pixels.to(device), actions.to(device)
@@ -154,20 +216,33 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile, as on its GPUs")
     parser.add_argument("--beside", action="store_true", help="our step in turn with it, on a CPU")
     parser.add_argument("--output", type=Path, help="gets the numbers as JSON")
+    parser.add_argument("--draw", type=int, default=0, help="draw a frame after so many first")
     args = parser.parse_args()
+    found: dict[str, dict[str, float]] = {}
+
+    def keep(steps: dict[str, Step], clips: int) -> None:
+        for name, numbers in timed(steps, args.steps).items():
+            found[name] = {"clips": clips} | numbers
+            print(_told(name, numbers), flush=True)
+        if args.output:
+            args.output.write_text(json.dumps(found, indent=2) + "\n")
+
     shape = dict(clips=args.batch, frames=args.frames)
     with shown_to_user():
+        for clips in (1, 16) if args.draw else ():
+            draw = their_frame(args.folder, args.size, clips=clips, context=args.draw)
+            keep({f"original, a frame of {clips}": draw}, clips)
         steps = {"original": their_step(args.folder, args.size, compiled=args.compile, **shape)}
         if args.beside:
             steps["ours"] = our_step(args.size, **shape)
-        found = timed(steps, args.steps)
-    for name, numbers in found.items():
-        print(
-            f"{name:9} {numbers['step_s']:.4g} s a step (best {numbers['step_best_s']:.4g}; "
-            f"{numbers['step_cpu_s']:.4g} s of processors; the first {numbers['first_step_s']:.3g})"
-        )
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+        keep(steps, args.batch)
+
+
+def _told(name: str, numbers: dict[str, float]) -> str:
+    return (
+        f"{name:9} {numbers['step_s']:.4g} s a step (best {numbers['step_best_s']:.4g}; "
+        f"{numbers['step_cpu_s']:.4g} s of processors; the first {numbers['first_step_s']:.3g})"
+    )
 
 
 if __name__ == "__main__":

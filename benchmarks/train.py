@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import sizes, trace
-from cwm_jax import flops, model, speed, training
+from cwm_jax import flops, memory, model, speed, training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.model import DiTConfig
 from cwm_jax.training import OptimizerConfig, StepConfig
@@ -54,7 +54,7 @@ def measure(
         state, batch, key, network=network, optim=OPTIM, step=step
     ).compile()
     compile_seconds = time.perf_counter() - start
-    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
     state, times, cpu_times, loss = _times(compiled, state, batch, key, steps)
     where = trace.seconds_by_kind(lambda: compiled(state, batch, key), compiled.as_text())
     asked = flops.train_step(network, clips=clips, frames=frames)
@@ -73,7 +73,7 @@ def measure(
         "model_tflop": asked.total / 1e12,
         "xla_tflop": float(cost.get("flops", np.nan)) / 1e12,
         "xla_gbytes": moved / 1e9,
-        "working_gbytes": memory.temp_size_in_bytes / 1e9,
+        "working_gbytes": compiled.memory_analysis().temp_size_in_bytes / 1e9,
         "floor_matmul_s": asked.total / machine["matmul_flops"],
         "floor_copy_s": moved / machine["copy_bytes"],
         "compile_s": compile_seconds,
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--output", type=Path, help="gets the numbers as JSON")
     args = parser.parse_args()
+    memory.claim_gpu()
     found = measure(
         sizes.network(args.size, dtype=args.dtype, attention=args.attention),
         clips=args.batch,

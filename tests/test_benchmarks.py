@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny_network import TINY
 
-from benchmarks import hlo, sample, sizes
+from benchmarks import gpu, hlo, sample, sizes
 from cwm_jax import flops
 
 PROGRAM = """HloModule made_up
@@ -76,6 +76,49 @@ def test_the_sampling_benchmark_runs(tmp_path, monkeypatch, capsys):
         (window, frames) for window in ("cached", "hop") for frames in range(2, 21, 2)
     ]
     assert all(r["ms/frame"] > 0 and r["resident MB"] > 10 for r in rows)
+
+
+def test_what_a_gpu_is_asked():
+    asked = gpu.parts("small", 128, "somewhere")
+    assert [part.name for part in asked] == [
+        *("network", "sampler-one", "sampler-ways", "sampler-many", "original")
+    ]
+    for part in asked[1:4]:
+        args = sample._flags().parse_args([*part.words.split(), "numbers.json"])
+        assert args.rows_only
+        assert args.context == [32]
+        assert str(args.json) == "numbers.json"
+
+
+def test_parts_that_fail_or_are_cut_off_leave_their_rows(tmp_path, monkeypatch):
+    write = "import sys, pathlib, time; pathlib.Path(sys.argv[1]).write_text({!r}); {}"
+    parity = json.dumps({"parity": [{"dtype": "float32", "worst_v": 4e-6}, {"failed": "a | b"}]})
+    drawn = json.dumps({"rows": [{"B": 1, "ms/frame": 5.0}]})
+    (tmp_path / "short.py").write_text(write.format(parity, "raise SystemExit('no such card')"))
+    (tmp_path / "endless.py").write_text(write.format(drawn, "time.sleep(60)"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ended = {
+        "network": gpu.run(gpu.Part("network", 1, "short", ""), 60, tmp_path),
+        "sampler-one": gpu.run(gpu.Part("sampler-one", 1, "endless", ""), 2, tmp_path),
+        "original": "never begun",
+    }
+    assert ended["network"].startswith("failed")
+    assert "no such card" in ended["network"]
+    assert ended["sampler-one"].startswith("cut off after 2 s")
+    gpu.keep(tmp_path, ended)
+    assert json.loads((tmp_path / "results.json").read_text())["sampler"] == [
+        {"B": 1, "ms/frame": 5.0}
+    ]
+    lines = (tmp_path / "results.md").read_text().split("\n")
+    table = lines[lines.index("## parity") + 2 :][:4]
+    assert table == [
+        "| dtype | worst_v | failed |",
+        "| --- | --- | --- |",
+        "| float32 | 4e-06 |  |",
+        "|  |  | a / b |",
+    ]
+    assert "| 1 | 5 |" in lines
+    assert "| original | never begun |" in lines
 
 
 def test_kernels_of_a_program():
