@@ -7,6 +7,7 @@ n equal runs of those, so the global batch is the same for every number of proce
 
 import dataclasses
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
@@ -19,9 +20,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from cwm_jax import memory
+from cwm_jax import memory, shared_memory
 from cwm_jax.clips import Batch, Clips, Episodes, cut
-from cwm_jax.coinrun import NUM_ACTIONS
+from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.episodes import BadRecord
 from cwm_jax.errors import UserError, tell
 from cwm_jax.shards import find_shards
@@ -247,6 +248,9 @@ def train_batches(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must be 0…{2**32 - 1}")
     loader = _Loader(clips, batch_size, process_index, process_count, _skips(config))
+    if config.num_workers:
+        share = batch_size // process_count * config.clip_len * math.prod(FRAME_SHAPE)
+        shared_memory.warn_if_short(config.num_workers, share)
     order = grain.MapDataset.range(len(clips)).shuffle(seed)
     numbers = order.batch(batch_size, drop_remainder=True, batch_fn=list).repeat(epochs)
     identity = {

@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from cwm_jax import clips as clips_module
+from cwm_jax import shared_memory
 from cwm_jax.clips import Clips, Episodes, clip_counts
 from cwm_jax.coinrun import NO_ACTION, NUM_ACTIONS
 from cwm_jax.data import (
@@ -556,3 +558,27 @@ def test_other_data_of_the_same_shape_is_refused(config, tmp_path):
     shard.rename(shard.with_name("data_0000b.array_record"))
     with pytest.raises(UserError, match="shards="):
         train_batches(config, batch_size=4, seed=5).set_state(state)
+
+
+def test_too_little_shared_memory_for_reading_processes_is_told(tmp_path, monkeypatch, capsys):
+    free = lambda amount: monkeypatch.setattr(
+        shared_memory.shutil, "disk_usage", lambda folder: SimpleNamespace(free=amount)
+    )
+    free(36 * 50_000_000)
+    shared_memory.warn_if_short(8, 50_000_000, tmp_path)
+    assert capsys.readouterr().err == ""
+    free(64_000_000)  # what Docker gives
+    shared_memory.warn_if_short(8, 50_000_000, tmp_path)
+    told = capsys.readouterr().err
+    assert "want about 1.8 GB there; 0.064 GB is free" in told
+    assert f"remount,size=2G {tmp_path}" in told
+    assert "data.num_workers=0" in told
+
+
+def test_reading_processes_ask_for_shared_memory(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(shared_memory, "warn_if_short", lambda *args: asked.append(args))
+    train_batches(config, batch_size=4, seed=0)
+    several = dataclasses.replace(config, num_workers=3)
+    train_batches(several, batch_size=4, seed=0, process_count=2)
+    assert asked == [(3, 2 * 32 * 64 * 64 * 3)]

@@ -16,7 +16,16 @@ PACKAGE = ROOT / "cwm_jax"
 # From the ground up. A room imports only from floors strictly below its own.
 FLOORS = (
     ("compile_cache", "errors", "memory", "speed"),
-    ("cluster", "coinrun", "files", "resume", "rope", "safe_pickle", "stopping"),
+    (
+        "cluster",
+        "coinrun",
+        "files",
+        "resume",
+        "rope",
+        "safe_pickle",
+        "shared_memory",
+        "stopping",
+    ),
     (
         "attention",
         "checksums",
