@@ -13,7 +13,7 @@ _BATCHES_TAKEN = 4  # in use, or on their way to the device
 def warn_if_short(processes: int, batch_bytes: int, folder: Path = _FOLDER) -> None:
     """Says so on stderr where `folder` has less room than `processes` readers will want.
 
-    When it runs out, reading breaks off with no word of the cause.
+    When it runs out, readers are killed with no word of the cause.
     """
     if not folder.is_dir():
         return
@@ -24,6 +24,6 @@ def warn_if_short(processes: int, batch_bytes: int, folder: Path = _FOLDER) -> N
         tell(
             f"warning: {processes} reading processes hand over batches through {folder} and will "
             f"want about {wanted / 1e9:.2g} GB there; {free / 1e9:.2g} GB is free. When it runs "
-            f"out, reading breaks off. Give it room (mount -o remount,size={size} {folder}, or docker "
-            f"run --shm-size={size.lower()}), or set data.num_workers=0 to read in threads."
+            f"out, they die. Give it room (mount -o remount,size={size} {folder}, or docker run "
+            f"--shm-size={size.lower()}), or set data.num_workers=0 to read in threads."
         )
