@@ -4,7 +4,8 @@
 
 Three rates, in clips a second, each in total and for each second of a processor: the training
 batches, shuffled over the whole dataset; the same records read and thrown away undecoded (the
-floor); and one clip from each record, read and decoded in order of the records.
+floor); and one clip from each record, read and decoded in order of the records. Beside them, how
+well the batches are shuffled: from how many episodes the clips of one come, on average.
 """
 
 import argparse
@@ -44,6 +45,14 @@ def batches(config: DataConfig, batch: int) -> Iterator[int]:
             yield len(found["frames"])
     finally:
         source.close()
+
+
+def episodes_per_batch(config: DataConfig, batch: int, *, batches: int = 20) -> float:
+    """Different records among the clips of a training batch, on average; nothing is read."""
+    source = data.train_batches(config, batch_size=batch, seed=0)
+    numbers = range(min(batches, source.per_epoch))
+    episodes = [{(clip["shard"], clip["record"]) for clip in source.origins(i)} for i in numbers]
+    return float(np.mean([len(found) for found in episodes]))
 
 
 def records_alone(config: DataConfig) -> Iterator[int]:
@@ -87,6 +96,8 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, {args.threads} threads, {args.workers} reading processes")
     for name, numbers in found.items():
         print(f"{name:36} {numbers['clips_per_s']:7.0f} clips/s, {numbers['per_core']:7.0f} a core")
+    found["episodes_per_batch"] = episodes_per_batch(config, args.batch)
+    print(f"{found['episodes_per_batch']:.1f} episodes in a batch of {args.batch} clips")
     if args.output:
         args.output.write_text(json.dumps(found, indent=2) + "\n")
 

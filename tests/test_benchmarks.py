@@ -8,8 +8,9 @@ import sys
 import pytest
 from tiny_network import TINY
 
-from benchmarks import gpu, hlo, sample, sizes
+from benchmarks import data, gpu, hlo, sample, sizes
 from cwm_jax import flops
+from cwm_jax.data import DataConfig
 
 PROGRAM = """HloModule made_up
 
@@ -119,6 +120,12 @@ def test_parts_that_fail_or_are_cut_off_leave_their_rows(tmp_path, monkeypatch):
     ]
     assert "| 1 | 5 |" in lines
     assert "| original | never begun |" in lines
+
+
+def test_episodes_of_a_batch(make_data):
+    config = DataConfig(dir=str(make_data(train=[[40, 32], [32]])))  # 2 clips, 1 and 1
+    assert data.episodes_per_batch(config, 4) == 3
+    assert data.episodes_per_batch(config, 1) == 1
 
 
 def test_kernels_of_a_program():
