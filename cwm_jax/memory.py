@@ -11,7 +11,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's numbers, see 
 def claim_gpu(share: float = 0.92) -> None:
     """Lets JAX take this share of each GPU, unless the environment says another.
 
-    Its own default of 75 % leaves 128 clips of the small network no room on an 80 GB card.
+    Its own default of 75 % is hardly enough for 128 clips of the small network on an 80 GB card.
     """
     if not any(name in os.environ for name in _SHARE):
         os.environ[_SHARE[0]] = str(share)
