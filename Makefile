@@ -58,8 +58,8 @@ test-torch-extra: install-torch  ## Run the whole suite with PyTorch present: th
 faults: $(STAMP)  ## Kill, starve and mislead training runs for MINUTES=10 (RESULTS=FILE adds up)
 	$(BIN)/python -m tests.faults --minutes $(or $(MINUTES),10) $(if $(RESULTS),--results $(RESULTS))
 
-bench-gpu:  ## Measure parity, attention, training and sampling on this GPU in 8 minutes (PYTHON=…)
-	$(PYTHON) -m benchmarks.gpu
+bench-gpu:  ## Measure this GPU in 8 minutes (PYTHON=…; ORIGINAL=DIR, the PyTorch one, beside it)
+	$(PYTHON) -m benchmarks.gpu $(if $(ORIGINAL),--original $(ORIGINAL))
 
 lint: $(STAMP)  ## Check format and lint, change nothing
 	$(BIN)/ruff format --check .
