@@ -1,13 +1,14 @@
-"""What the cheaper windows change: `cached` and `hop` beside `exact`, with the same noise.
+"""What the cheaper ways change: `cached`, `hop` and bfloat16 beside `exact`, with the same noise.
 
     python -m benchmarks.windows --checkpoint runs/demo --json windows.json
 
 Rollouts from one real frame and its true actions, which go on with random ones where the record
-ends. Two questions: how far is a frame from the one that `exact` draws (PSNR, dB; the three are
-equal until the window slides), and how far is each from the real frame, while there is one.
+ends. Two questions: how far is a frame from the one that `exact` draws in float32 (PSNR, dB; the
+windows are equal until they slide), and how far is each from the real frame, while there is one.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,7 +18,12 @@ import numpy as np
 from benchmarks import machine
 from cwm_jax import checkpoint, data, sampler
 
-WINDOWS = ("exact", "cached", "hop")
+WAYS = {  # window, dtype of the matmuls
+    "exact": ("exact", "float32"),
+    "cached": ("cached", "float32"),
+    "hop": ("hop", "float32"),
+    "bfloat16": ("exact", "bfloat16"),
+}
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -27,13 +33,14 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def rollouts(trained: checkpoint.Trained, prompt, led_in, actions, *, steps: int, seed: int):
-    """Frames of each window, uint8 [B, F, H, W, C] by name."""
+    """Frames of each way, uint8 [B, F, H, W, C] by name."""
     drawn = {}
-    for window in WINDOWS:
+    for name, (window, dtype) in WAYS.items():
         config = sampler.SamplerConfig(levels=sampler.ddim_levels(steps), window=window)
-        drawer = sampler.Sampler(trained.network, trained.params, config)
+        network = dataclasses.replace(trained.network, dtype=dtype)
+        drawer = sampler.Sampler(network, trained.params, config)
         state = drawer.start(prompt, led_in)
-        drawn[window] = np.asarray(drawer.rollout(state, actions, jax.random.key(seed))[1])
+        drawn[name] = np.asarray(drawer.rollout(state, actions, jax.random.key(seed))[1])
     return drawn
 
 
@@ -63,18 +70,18 @@ def main() -> None:
         trained, real[:, :1], taken[:, :1], actions, steps=args.ddim_steps, seed=args.seed
     )
     window, rows = trained.network.max_frames, []
-    for frame in sorted({window - 1, window, 32, 64, 128, 159, args.frames}):
+    for frame in sorted({1, window - 1, window, 32, 64, 128, 159, args.frames}):
         if frame > args.frames:
             continue
         row = {"frame": frame + 1}
         row |= {
-            f"{w} ~ exact": psnr(drawn[w][:, frame - 1], drawn["exact"][:, frame - 1])
-            for w in WINDOWS[1:]
+            f"{way} ~ exact": psnr(drawn[way][:, frame - 1], drawn["exact"][:, frame - 1])
+            for way in list(WAYS)[1:]
         }
         in_record = frame < real.shape[1]
         row |= {
-            f"{w} ~ real": psnr(drawn[w][:, frame - 1], real[:, frame]) if in_record else "–"
-            for w in WINDOWS
+            f"{way} ~ real": psnr(drawn[way][:, frame - 1], real[:, frame]) if in_record else "–"
+            for way in WAYS
         }
         rows.append(row)
     print(machine.description() | {"checkpoint step": trained.step, "window": window})
