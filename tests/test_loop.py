@@ -262,7 +262,7 @@ def test_the_training_program_tells_mistakes_without_a_traceback(tmp_path, words
 
 def test_the_sampling_program(tmp_path, small_data):
     train(tmp_path / "run", config_of(small_data, max_steps=1))
-    words = "--frames 8 --n-samples 2 --n-prompt 2 --ddim-steps 2 --action-source pattern"
+    words = "--frames 8 --n-samples 2 --n-prompt 2 --noise-levels 999,400 --action-source pattern"
     result = program(
         *[str(ROOT / "sample.py"), "--checkpoint", "run", *words.split(), "--pattern", "7,8"],
         *["--output", "out.mp4", "--grid", "out.png", "--save-npz", "out.npz", "--seed", "3"],
@@ -286,6 +286,9 @@ def test_the_sampling_program_tells_mistakes(tmp_path, small_data, monkeypatch, 
         ("--checkpoint run --frames 300", "300 frames"),
         ("--checkpoint run --frames 1", "1 frames"),
         ("--checkpoint run --n-samples 2 --frames 5 --ddim-steps 0", "ddim_steps"),
+        ("--checkpoint run --n-samples 2 --frames 5 --noise-levels 5,5", "(5, 5)"),
+        ("--checkpoint run --n-samples 2 --frames 5 --noise-levels 1000,3", "not 1000"),
+        ("--checkpoint run --n-samples 2 --frames 5 --noise-levels a", "--noise-levels a"),
         ("--checkpoint run --frames 5 --n-samples 99", "99 episodes"),
         ("--checkpoint run --frames 5 --n-samples 2 --data nodata", "nodata"),
         ("--checkpoint run --n-samples 2 --action-source pattern", "--pattern"),
