@@ -16,6 +16,8 @@ from cwm_jax.errors import UserError
 METADATA = "metadata.json"
 ENCODINGS = ("one_hot", "buttons")
 MAX_BUTTONS = 8  # 256 combinations; a sampler tabulates each, 1.7 MB for the full network
+MAX_FUTURES = 8  # as many as are drawn in one batch
+_IDLE_NAMES = ("NOOP", "NONE", "NOTHING", "STAY", "IDLE", "WAIT")
 _ARROWS = {"LEFT": "ArrowLeft", "RIGHT": "ArrowRight", "UP": "ArrowUp", "DOWN": "ArrowDown"}
 
 
@@ -56,6 +58,34 @@ class Controls:
         """Actions are 0 … num_values − 1."""
         count = len(self.controls)
         return count if self.encoding == "one_hot" else 2**count
+
+    @property
+    def is_procgen(self) -> bool:
+        """Whether these are the 15 actions that Procgen's games share."""
+        return tuple(control.name for control in self.controls) == coinrun.ACTION_NAMES
+
+    @property
+    def idle(self) -> int:
+        """The action while nothing is pressed.
+
+        For buttons 0. Otherwise the control named as doing nothing (`NOOP`, `STAY`, …), else the
+        first without keys, else `NO_ACTION`: such a game always does something.
+        """
+        if self.encoding == "buttons":
+            return 0
+        named = [i for i, c in enumerate(self.controls) if c.name.upper() in _IDLE_NAMES]
+        keyless = [i for i, c in enumerate(self.controls) if not c.keys]
+        return next(iter(named + keyless), coinrun.NO_ACTION)
+
+    @property
+    def futures(self) -> tuple[int, ...]:
+        """The actions that what-if compares: nothing, and each control alone; 8 at most."""
+        if self.is_procgen:
+            return coinrun.MEANINGFUL_ACTIONS
+        count = range(len(self.controls))
+        alone = [1 << i for i in count] if self.encoding == "buttons" else count
+        every = dict.fromkeys([self.idle, *alone])
+        return tuple(action for action in every if action != coinrun.NO_ACTION)[:MAX_FUTURES]
 
     def held(self, action: int) -> tuple[Control, ...]:
         """The controls in use; none for `NO_ACTION`."""

@@ -6,7 +6,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cwm_jax import keyboard
-from cwm_jax.coinrun import ACTION_NAMES
 from cwm_jax.controls import Control, Controls
 
 _CAP = 22  # height of a key in pixels
@@ -25,7 +24,7 @@ def draw(known: Controls, action: int, *, width: int) -> np.ndarray:
     Returns:
         A read-only uint8 image [height(known, width), width, 3].
     """
-    if _has_arrows(known):
+    if known.is_procgen:
         return keyboard.keyboard_panel(action, width=width)
     panel = Image.new("RGB", (width, height(known, width)), keyboard.BACKDROP)
     picture, held = ImageDraw.Draw(panel), known.held(action)
@@ -47,13 +46,9 @@ def draw(known: Controls, action: int, *, width: int) -> np.ndarray:
 
 def height(known: Controls, width: int) -> int:
     """Pixels that a panel of this width is high; always even."""
-    if _has_arrows(known):
+    if known.is_procgen:
         return keyboard.panel_height(width)
     return len(_lines(known, width)) * _PITCH + _NAME
-
-
-def _has_arrows(known: Controls) -> bool:
-    return tuple(control.name for control in known.controls) == ACTION_NAMES
 
 
 def _lines(known: Controls, width: int) -> list[list[tuple[float, float, Control]]]:

@@ -42,3 +42,26 @@ def test_wrong_metadata_is_named(tmp_path, said, fault):
     (tmp_path / "metadata.json").write_text(said)
     with pytest.raises(UserError, match=fault):
         controls.read(tmp_path)
+
+
+def test_what_is_done_while_nothing_is_pressed():
+    def one_hot(*pairs):
+        return Controls("game", "one_hot", tuple(Control(name, keys) for name, keys in pairs))
+
+    assert controls.procgen("maze").idle == coinrun.NOOP
+    assert PAD.idle == 0
+    key = ("KeyA",)
+    assert one_hot(("LEFT", ()), ("stay", ("KeyS",))).idle == 1
+    assert one_hot(("LEFT", key), ("DRIFT", ()), ("FLOAT", ())).idle == 1
+    assert one_hot(("LEFT", key), ("RIGHT", ("KeyD",))).idle == coinrun.NO_ACTION
+
+
+def test_the_futures_that_are_compared():
+    assert controls.procgen("maze").futures == coinrun.MEANINGFUL_ACTIONS
+    assert PAD.futures == (0, 1, 2, 4)
+    full = Controls("pad", "buttons", tuple(Control(name) for name in "ABCDEFGH"))
+    assert full.futures == (0, 1, 2, 4, 8, 16, 32, 64)
+    dice = Controls("dice", "one_hot", (Control("ROLL", ("KeyR",)), Control("STAY")))
+    assert dice.futures == (1, 0)
+    ways = Controls("ways", "one_hot", (Control("L", ("KeyA",)), Control("R", ("KeyD",))))
+    assert ways.futures == (0, 1)

@@ -104,20 +104,21 @@ def _load(studio, options: Options):
 
     studio.stage = "Reading the clips …"
     prompts = ClipPrompts(options.data)
+    check_size(prompts.known, options.data)
     if options.checkpoint is None:
         from cwm_jax.play.demo import RealClips
 
         drawer, title = RealClips(prompts), "Demonstration: real clips, no model"
     else:
         studio.stage = "Loading the checkpoint …"
-        drawer, title = _engine(options, studio.rules.steps)
+        drawer, title = _engine(options, prompts.known, studio.rules.steps)
     studio.stage = "Compiling: a minute the first time, seconds from then on …"
     scheduler = Scheduler(drawer).__enter__()
     studio.open(scheduler, prompts, title=title, demo=options.checkpoint is None)
     return scheduler
 
 
-def _engine(options: Options, steps):
+def _engine(options: Options, known, steps):
     import jax
 
     from cwm_jax import compile_cache, samplers
@@ -127,20 +128,30 @@ def _engine(options: Options, steps):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     trained = samplers.load(options.checkpoint, step=options.step)
     network = trained.network
-    check_fits(network, trained.path)
+    check_fits(network, trained.path, known, options.data)
     title = f"{options.checkpoint.name} · step {trained.step}"
     return Engine(network, trained.params, steps=steps), title
 
 
-def check_fits(network, path: Path) -> None:
-    """Raises a `UserError` where a network was trained on something else than CoinRun."""
-    from cwm_jax.coinrun import IMAGE_SIZE, NUM_ACTIONS
+def check_size(known, data: Path) -> None:
+    """Raises a `UserError` for a game of more actions than share codes can tell apart."""
+    from cwm_jax.play.share import MAX_ACTIONS
+
+    if known.num_values > MAX_ACTIONS:
+        raise UserError(f"{data} has {known.num_values} actions; play takes {MAX_ACTIONS} at most")
+
+
+def check_fits(network, path: Path, known, data: Path) -> None:
+    """Raises a `UserError` where a network was trained on another game than that of the data."""
+    from cwm_jax.coinrun import IMAGE_SIZE
 
     has = network.image_size, network.num_actions, network.action_encoding
-    if has != (IMAGE_SIZE, NUM_ACTIONS, "one_hot"):
+    wanted = IMAGE_SIZE, len(known.controls), known.encoding
+    if has != wanted:
         raise UserError(
             f"{path} has image_size {has[0]}, num_actions {has[1]}, action_encoding {has[2]}; "
-            f"play is of CoinRun: {IMAGE_SIZE}, {NUM_ACTIONS}, one_hot"
+            f"{data} is of {known.game}: {wanted[0]}, {wanted[1]}, {wanted[2]}. Name the data that "
+            "it was trained on with --data"
         )
     if network.max_frames < 2:
         raise UserError(f"{path} has max_frames 1: a world needs a window of 2 or more")

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from fastapi import WebSocket, WebSocketDisconnect
 
-from cwm_jax.coinrun import NOOP, NUM_ACTIONS
+from cwm_jax.coinrun import NO_ACTION
+from cwm_jax.controls import Controls
 from cwm_jax.errors import UserError
 from cwm_jax.play import prompts, saving, share
 from cwm_jax.play.prompts import ClipSource
@@ -28,30 +29,39 @@ from cwm_jax.play.studio import Downloads, Studio
 MAX_TEXT = 64 << 10
 MAX_FPS = 60
 _MAX_WAITING = 32  # commands that were not yet seen to
-# kind (1: frame), action, DDIM steps, window, lanes, number, frames in all, stamp of the key
-_HEADER = struct.Struct("<BbHHHIId")
+# kind (1: frame), lanes, action, DDIM steps, window, number, frames in all, stamp of the key
+_HEADER = struct.Struct("<BBhHHIId")
 _FRAME, _BRANCHES = 1, 2
 
 
 class Keys:
-    """What is held down, and what was tapped since the last frame; asked by the device's thread."""
+    """What is held down, and what was tapped since the last frame; asked by the device's thread.
 
-    def __init__(self):
-        self.held, self.tapped = NOOP, None
+    Args:
+        idle: the action while nothing is held.
+    """
+
+    def __init__(self, idle: int):
+        self._idle = idle
+        self.held, self.tapped = idle, None
         self._stamp = self.drawn_stamp = 0.0
 
     @property
     def down(self) -> bool:
         """Whether a key is held, or was tapped since the last frame."""
-        return self.held != NOOP or self.tapped is not None
+        return self.held != self._idle or self.tapped is not None
 
     def press(self, action: int, stamp: float) -> None:
         self.held, self._stamp = action, stamp
-        if action != NOOP:
+        if action != self._idle:
             self.tapped = action
 
     def release(self) -> None:
-        self.held, self.tapped = NOOP, None
+        self.held, self.tapped = self._idle, None
+
+    def tap_idle(self) -> None:
+        """Asks for one frame without a key."""
+        self.tapped = self._idle
 
     def take(self, ordered: int) -> int:
         """The action for the frame that is now begun.
@@ -60,7 +70,7 @@ class Keys:
             ordered: what was held when the frame was ordered, for a key let go since.
         """
         tapped = self.take_tap()
-        if self.held != NOOP:
+        if self.held != self._idle:
             return self.held
         return ordered if tapped is None else tapped
 
@@ -78,7 +88,7 @@ class Player:
         self._socket, self._studio = socket, studio
         self._token: str | None = None
         self._session: Session | None = None
-        self._keys = Keys()
+        self._keys = Keys(NO_ACTION)  # until the game is known
         self._auto = self._step_mode = False
         self._fps, self._pinned = studio.rules.fps, 0
         self._commands: deque[tuple[str, dict]] = deque()
@@ -100,6 +110,7 @@ class Player:
         try:
             if not await self._opened():
                 return
+            self._keys = Keys(self._known.idle)
             await self._hello()
             reader = asyncio.create_task(self._read())
             self._commands.append(("start", {}))
@@ -140,7 +151,13 @@ class Player:
             clips=len(studio.prompts),
             steps=list(studio.scheduler.drawer.steps),
             fps=self._fps,
+            controls=self._known.to_json()
+            | {"idle": self._known.idle, "procgen": self._known.is_procgen},
         )
+
+    @property
+    def _known(self) -> Controls:
+        return self._studio.prompts.known
 
     async def _read(self) -> None:
         """Takes in messages until the connection ends or nothing comes for too long."""
@@ -186,7 +203,8 @@ class Player:
         except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
             raise UserError('that message makes no sense: wanted JSON, {"do": NAME, …}') from None
         if name == "keys":  # at once: a frame that is begun later takes it into account
-            action = _whole(fields, "action", 0, NUM_ACTIONS - 1)
+            lowest = min(0, self._known.idle)
+            action = _whole(fields, "action", lowest, self._known.num_values - 1)
             self._keys.press(action, _number(fields, "stamp"))
         elif isinstance(name, str) and hasattr(self, f"_do_{name}"):
             self._queue(name, fields)
@@ -284,7 +302,7 @@ class Player:
         at, total = session.at, len(session.history)
         steps, lanes = session.history.programs[at] or (0, 0)
         header = _HEADER.pack(
-            _FRAME, session.history.actions[at], steps, session.window, lanes, at, total,
+            _FRAME, lanes, session.history.actions[at], steps, session.window, at, total,
             self._keys.drawn_stamp,
         )  # fmt: skip
         self._keys.drawn_stamp = 0.0
@@ -318,14 +336,14 @@ class Player:
         source = ClipSource(number, _whole(fields, "prompt", 1, prompts.MAX_PROMPT))
         seed = None if seed is None else _whole(fields, "seed", 0, 2**32 - 1)
         loaded = await asyncio.to_thread(self._studio.prompts.load, source)
-        await self._begin(Session(self._studio.scheduler, loaded, seed=seed))
+        await self._begin(Session(self._studio.scheduler, loaded, self._known, seed=seed))
 
     async def _do_picture(self, raw=b"") -> None:
         """A new session from an uploaded picture."""
         if not isinstance(raw, bytes):
             raise UserError("a picture is sent as bytes, not as text")
         loaded = await asyncio.to_thread(prompts.from_picture, raw)
-        await self._begin(Session(self._studio.scheduler, loaded))
+        await self._begin(Session(self._studio.scheduler, loaded, self._known))
 
     async def _do_settings(self, fps=None, steps=None, auto=None, step_mode=None) -> None:
         """Any of: frames a second, DDIM steps (0: the governor picks), auto-run, step mode."""
@@ -344,7 +362,7 @@ class Player:
 
     async def _do_wait(self) -> None:
         """One frame without a key."""
-        self._keys.tapped = NOOP
+        self._keys.tap_idle()
 
     async def _do_rewind(self, to=0) -> None:
         """Shows an earlier (or later) frame and halts there."""
@@ -353,12 +371,14 @@ class Player:
         await self._show(self._played.history.frame(self._played.at))
 
     async def _do_what_if(self, frames=8) -> None:
-        """The next frames under each meaningful action."""
+        """The next frames under each action that differs."""
         self._auto = False
         count = _whole(dict(frames=frames), "frames", 1, MAX_FUTURE)
         await self._say("thinking", text=f"Drawing {count} frames of each future …")
         branches = await self._played.what_if(count, steps=self._steps())
-        await self._say("branches", actions=[b.action for b in branches], frames=count)
+        actions = [branch.action for branch in branches]
+        names = [self._known.name(action) for action in actions]
+        await self._say("branches", actions=actions, names=names, frames=count)
         pixels = b"".join(frame.tobytes() for branch in branches for frame in branch.frames)
         await self._socket.send_bytes(bytes([_BRANCHES]) + pixels)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cwm_jax import data
+from cwm_jax import controls, data
 from cwm_jax.coinrun import IMAGE_SIZE, NO_ACTION
 from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
@@ -47,12 +47,14 @@ class Prompt:
 
 
 class ClipPrompts:
-    """Prompts from the clips of a dataset's validation split."""
+    """Prompts from the clips of a dataset's validation split, and what its game is played with."""
 
     def __init__(self, folder: Path | str):
         config = DataConfig(dir=str(folder), clip_len=MAX_PROMPT)
-        self.episodes = data.open_episodes(config, "val")
-        self.clips = data.open_clips(config, "val")
+        self.known = controls.read(folder)
+        num_actions = self.known.num_values
+        self.episodes = data.open_episodes(config, "val", num_actions=num_actions)
+        self.clips = data.open_clips(config, "val", num_actions=num_actions)
 
     def __len__(self) -> int:
         return len(self.clips)

@@ -1,5 +1,6 @@
 """A session as files: a film with the keys below the picture, and its bare numbers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ _SCALE = 6
 def write_film(session: Session, path: Path, *, start: int, stop: int, fps: int) -> None:
     """Films frames `start` … `stop` − 1 with the keyboard overlay; raises `UserError` as video."""
     history = session.history
-    sheet = Sheet.fitting(1, FRAME_SHAPE[:2], with_real=False, scale=_SCALE)
+    sheet = Sheet.fitting(1, FRAME_SHAPE[:2], with_real=False, scale=_SCALE, known=session.known)
     pictures = (
         sheet.draw(
             history.frame(number)[None],
@@ -29,7 +30,10 @@ def write_film(session: Session, path: Path, *, start: int, stop: int, fps: int)
 
 
 def write_numbers(session: Session, path: Path, *, start: int, stop: int) -> None:
-    """Writes npz: frames uint8 [T, H, W, C], actions int32 [T], seed, given, steps, lanes."""
+    """Writes npz: frames uint8 [T, H, W, C], actions int32 [T], steps, lanes, and where it began.
+
+    `controls` holds what `metadata.json` says of the actions, as JSON.
+    """
     history = session.history
     programs = [program or (0, 0) for program in history.programs[start:stop]]
     steps, lanes = np.array(programs, np.int32).T
@@ -40,6 +44,7 @@ def write_numbers(session: Session, path: Path, *, start: int, stop: int) -> Non
             actions=np.array(history.actions[start:stop], np.int32),
             steps=steps,
             lanes=lanes,
+            controls=json.dumps(session.known.to_json()),
             seed=np.uint32(session.seed),
             n_prompt=max(0, min(history.given, stop) - start),
             first_frame=start,

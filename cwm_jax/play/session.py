@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cwm_jax.coinrun import MEANINGFUL_ACTIONS
+from cwm_jax.controls import Controls
 from cwm_jax.errors import UserError
 from cwm_jax.play.engine import LANES
 from cwm_jax.play.history import History, Program
@@ -38,12 +38,15 @@ class Session:
 
     Args:
         prompt: the frames it starts from.
+        known: what its game is played with.
         seed: of all noise, 0…2³² − 1; a random one by default.
     """
 
-    def __init__(self, scheduler: Scheduler, prompt: Prompt, *, seed: int | None = None):
+    def __init__(
+        self, scheduler: Scheduler, prompt: Prompt, known: Controls, *, seed: int | None = None
+    ):
         self._scheduler = scheduler
-        self.prompt = prompt
+        self.prompt, self.known = prompt, known
         self.seed = secrets.randbits(32) if seed is None else seed
         self.history = History()
         for frame, action in zip(prompt.frames_PHWC, prompt.actions_P, strict=True):
@@ -107,14 +110,14 @@ class Session:
         return self.history.frame(to)
 
     async def what_if(self, frames: int, *, steps: int) -> list[Branch]:
-        """The next frames under each meaningful action, all drawn together."""
+        """The next frames under each of the game's `futures`, all drawn together."""
         if not 1 <= frames <= MAX_FUTURE:
             raise UserError(f"what-if shows 1…{MAX_FUTURE} frames, not {frames}")
         self._room_for(frames)
         self._script = deque()
-        self._scheduler.want_lanes(len(MEANINGFUL_ACTIONS))
-        memories = await asyncio.gather(*(self._recalled() for _ in MEANINGFUL_ACTIONS))
-        branches = [Branch(action, [], []) for action in MEANINGFUL_ACTIONS]
+        branches = [Branch(action, [], []) for action in self.known.futures]
+        self._scheduler.want_lanes(len(branches))
+        memories = await asyncio.gather(*(self._recalled() for _ in branches))
         for number in range(self.at + 1, self.at + 1 + frames):
             orders = [
                 self._order(memory, branch.action, number, steps)
@@ -174,13 +177,20 @@ class Session:
                     f"this share code wants {steps} DDIM steps in batches of {lanes}; here there "
                     f"are {list(drawer.steps)} in batches of {list(LANES)}"
                 )
+        known = prompts.known
+        if wrong := [
+            a for a in recipe.actions if a != known.idle and a not in range(known.num_values)
+        ]:
+            raise UserError(
+                f"this share code has action {wrong[0]}; {known.game} has 0…{known.num_values - 1}"
+            )
         prompt = prompts.load(recipe.source)
         if prompt.checksum != recipe.prompt_checksum:
             raise UserError(
                 f"this share code starts from another clip {recipe.source.number} than that of "
                 "the data here; start play with the same --data"
             )
-        session = cls(scheduler, prompt, seed=recipe.seed)
+        session = cls(scheduler, prompt, known, seed=recipe.seed)
         session._script = deque(zip(recipe.actions, recipe.programs, strict=True))
         session._expected = recipe.last_frame
         return session

@@ -1,11 +1,11 @@
 """Share codes: all it takes to draw a session again, as one line of text.
 
-    CWM1-<base64url of: 4 bytes of checksum, then zlib of the body>
+    CWM2-<base64url of: 4 bytes of checksum, then zlib of the body>
 
     body     fingerprint of the checkpoint (8 bytes), seed, prompt, checksum of its frames,
              programs, runs, checksum of the last frame
     programs the different (DDIM steps, lanes) that frames were drawn with, 16 at most
-    runs     (action, program) in one byte, then for how many frames; numbers are LEB128 varints
+    runs     (action + 1) · 16 + program, then for how many frames; numbers are LEB128 varints
 
 The checksum tells a damaged code; it is no signature, and nothing in a code is trusted.
 """
@@ -18,13 +18,14 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.errors import UserError
 from cwm_jax.play.history import Program
 from cwm_jax.play.prompts import ClipSource, PictureSource
 
 MAX_FRAMES = 18_000  # drawn frames of a session: 20 minutes at 15 a second
-_PREFIX = "CWM1-"
+MAX_ACTIONS = 256  # values of an action, besides `NO_ACTION`
+_PREFIX = "CWM2-"
+_OLD_PREFIX = "CWM1-"  # had room for 16 actions
 _MAX_BODY = 256 << 10
 _HEAD = struct.Struct("<8sIB")  # fingerprint, seed, kind of prompt
 _CLIP, _PICTURE = 0, 1
@@ -56,6 +57,11 @@ def decode(code: str) -> Recipe:
         UserError: it is no share code, or a damaged one.
     """
     code = "".join(code.split())
+    if code.startswith(_OLD_PREFIX):
+        raise UserError(
+            f"this share code ({_OLD_PREFIX}…) is of an earlier version of play, whose codes are "
+            f"no longer read; today's begin with {_PREFIX}"
+        )
     if not code.startswith(_PREFIX):
         raise UserError(f"this is no share code: one begins with {_PREFIX}")
     text = code[len(_PREFIX) :]
@@ -98,7 +104,7 @@ def _body(recipe: Recipe) -> bytes:
     runs = [(pair, len(list(group))) for pair, group in itertools.groupby(pairs)]
     parts.append(_varint(len(runs)))
     for (action, program), length in runs:
-        parts += [bytes([action << 4 | program]), _varint(length)]
+        parts += [_varint(action + 1 << 4 | program), _varint(length)]
     parts.append(_varint(recipe.last_frame))
     return b"".join(parts)
 
@@ -129,11 +135,12 @@ class _Reader:
         programs = [Program(self._number(), self._number()) for _ in range(self._number())]
         actions, used = [], []
         for _ in range(self._number()):
-            packed, length = self._take(1)[0], self._number()
-            if packed >> 4 >= NUM_ACTIONS or len(actions) + length > MAX_FRAMES:
+            packed, length = self._number(), self._number()
+            action, program = (packed >> 4) - 1, packed & 15
+            if action >= MAX_ACTIONS or len(actions) + length > MAX_FRAMES:
                 raise ValueError("run")
-            actions += [packed >> 4] * length
-            used += [programs[packed & 15]] * length
+            actions += [action] * length
+            used += [programs[program]] * length
         last_frame = self._number()
         if self._at != len(self._body):
             raise ValueError("length")

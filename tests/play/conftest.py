@@ -1,13 +1,16 @@
 """A tiny network whose gates are open, prompts from the embedded data, and a running device."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from cwm_jax import model
+from cwm_jax import model, video
 from cwm_jax.model import DiTConfig
 from cwm_jax.play.engine import Engine
 from cwm_jax.play.prompts import ClipPrompts
 from cwm_jax.play.scheduler import Scheduler
+from cwm_jax.tools import pack
 
 NETWORK = DiTConfig(
     hidden_size=32,
@@ -21,14 +24,25 @@ NETWORK = DiTConfig(
 )
 
 
-@pytest.fixture(scope="session")
-def params():
+PAD_KEYS = """
+game = "pad game"
+action_encoding = "buttons"
+actions = [{name = "A", keys = ["KeyX"]}, {name = "LEFT", keys = ["ArrowLeft"]}, {name = "FIRE"}]
+"""
+
+
+def noisy(network):
     """Noise for every parameter: as they are initialised, the gates are closed, nothing attends."""
     rng = np.random.default_rng(0)
     return {
         name: (0.15 * rng.standard_normal(leaf.shape)).astype(np.float32)
-        for name, leaf in sorted(model.shapes(NETWORK).items())
+        for name, leaf in sorted(model.shapes(network).items())
     }
+
+
+@pytest.fixture(scope="session")
+def params():
+    return noisy(NETWORK)
 
 
 @pytest.fixture(scope="session")
@@ -47,4 +61,27 @@ def clips():
 @pytest.fixture(scope="session")
 def scheduler(engine):
     with Scheduler(engine) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def pad_clips(tmp_path_factory):
+    """Prompts of a game with three buttons, packed from one film."""
+    folder = tmp_path_factory.mktemp("pad")
+    films = folder / "films"
+    films.mkdir()
+    (folder / "keys.toml").write_text(PAD_KEYS)
+    shades = (np.full((64, 64, 3), 2 * t, np.uint8) for t in range(96))
+    video.write_mp4(films / "run.mp4", shades, fps=15)
+    rows = [f"{t & 1},{t >> 1 & 1},{t >> 2 & 1}" for t in range(96)]
+    (films / "run.csv").write_text("\n".join(["A,LEFT,FIRE", *rows, ""]))
+    options = ["--keys", folder / "keys.toml", "--output", folder / "data", "--chunk", 32]
+    pack.main([str(word) for word in (films, *options)])
+    return ClipPrompts(folder / "data")
+
+
+@pytest.fixture(scope="session")
+def pad_scheduler():
+    network = dataclasses.replace(NETWORK, num_actions=3, action_encoding="buttons", max_frames=4)
+    with Scheduler(Engine(network, noisy(network), steps=(1,))) as running:
         yield running

@@ -1,5 +1,7 @@
 """Play in a real browser: headless Chromium, driven by selenium, against a server of its own."""
 
+import contextlib
+import io
 import re
 import shutil
 import threading
@@ -30,7 +32,14 @@ STEADY = 30  # seconds that anything may take on a busy machine
 
 @pytest.fixture(scope="module")
 def address(scheduler, clips):
-    studio = Studio(Rules(fps=15, steps=(2, 1)))
+    with served(scheduler, clips) as where:
+        yield where
+
+
+@contextlib.contextmanager
+def served(scheduler, clips):
+    """The address of a server."""
+    studio = Studio(Rules(fps=15, steps=scheduler.drawer.steps))
     studio.open(scheduler, clips, title="tiny", demo=False)
     config = uvicorn.Config(
         opening.Opening(lambda: server.make_app(studio), pytest.fail),
@@ -124,6 +133,12 @@ class Person:
 
 @pytest.fixture
 def person(browser, address):
+    with visiting(browser, address) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def visiting(browser, address):
     one = Person(browser, address)
     yield one
     browser.switch_to.window(one.tab)
@@ -162,7 +177,7 @@ def test_rewind_branch_and_a_share_code_there_and_back(person):
 
     person.click("play-share")
     code = person.until("return document.querySelector('#play-code textarea').value")
-    assert code.startswith("CWM1-")
+    assert code.startswith("CWM2-")
     person.start(9)
     assert person.picture != picture
     person.run("window.play.replay(arguments[0])", code)
@@ -276,3 +291,50 @@ def test_a_bad_picture_is_told_on_the_page(person):
     person.until("return /at most 4 MB/.test(document.querySelector('#note.bad')?.textContent)")
     assert re.search(r"\d", person.place)
     person.hold("ArrowRight", 2)
+
+
+def test_a_pad_is_played_with_its_own_keys(browser, pad_scheduler, pad_clips):
+    """KeyX, which else winds forth, is this game's button A; FIRE has no key."""
+    with served(pad_scheduler, pad_clips) as address, visiting(browser, address) as one:
+        one.start(0)
+        lit = "return [...document.querySelectorAll('.pad .held')].map((b) => b.dataset.key).join()"
+        names = (
+            "return [...document.querySelectorAll('.pad button')].map((b) => b.innerText).join()"
+        )
+        assert one.run(names).split() == ["A", "X,LEFT", "←,FIRE"]
+        assert "X" not in one.run("return document.querySelector('.hint').innerText").split()
+
+        one.key("KeyX", True)
+        one.until("return Number(document.querySelector('#scrub').max) >= 2")
+        one.key("ArrowLeft", True)
+        touch = (
+            "document.querySelector('[data-key=\"#2\"]').dispatchEvent("
+            "new PointerEvent(arguments[0], {pointerId: 1, bubbles: true}))"
+        )
+        one.run(touch, "pointerdown")
+        assert one.run(lit) == "KeyX,ArrowLeft,#2"
+        frames = one.run("return window.playFrames")
+        one.until(f"return window.playFrames >= {frames + 4}")
+        one.run(touch, "pointerup")
+        one.key("KeyX", False)
+        one.key("ArrowLeft", False)
+        assert one.run(lit) == ""
+
+        pad = "const on = arguments[0]; navigator.getGamepads = () => [on && {axes: [-1, 0], "
+        pad += "buttons: [{pressed: false}, {pressed: true}]}]"
+        one.run(pad, True)  # the remaining controls, A and FIRE, are its buttons 0 and 1
+        one.until(f"return (() => {{ {lit} }})() == 'ArrowLeft,#2'")
+        frames = one.run("return window.playFrames")
+        one.until(f"return window.playFrames >= {frames + 2}")
+        one.run(pad, False)
+        one.until("return !document.querySelector('.pad .held')")
+        one.settle()
+        one.click("play-npz")
+        link = one.until("return document.querySelector('#note a[download$=npz]')?.href")
+        with np.load(io.BytesIO(urllib.request.urlopen(link).read())) as saved:
+            assert {1, 6, 7} <= set(saved["actions"][1:].tolist())
+
+        one.click("whatif")
+        one.until("return document.querySelectorAll('#futures-grid canvas').length == 4")
+        labels = "[...document.querySelectorAll('#futures-grid button')].map((b) => b.innerText)"
+        assert one.run(f"return {labels}") == ["NOOP", "A", "LEFT", "FIRE"]

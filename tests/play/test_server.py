@@ -13,12 +13,14 @@ from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 from test_prompts import file_of, noise
 
+from cwm_jax import controls
+from cwm_jax.controls import Control, Controls
 from cwm_jax.errors import UserError
 from cwm_jax.play import launch, opening, server
 from cwm_jax.play.player import Player
 from cwm_jax.play.studio import Rules, Studio
 
-HEADER = struct.Struct("<BbHHHIId")
+HEADER = struct.Struct("<BBhHHIId")
 
 
 class Guest:
@@ -53,7 +55,7 @@ class Guest:
         while isinstance(message := self.next(), dict):
             assert message["say"] not in ("error", "fault"), message
         assert message[0] == 1
-        _, self.action, self.steps, self.window, _, self.number, self.total, self.stamp = (
+        _, _, self.action, self.steps, self.window, self.number, self.total, self.stamp = (
             HEADER.unpack_from(message)
         )
         return np.frombuffer(message, np.uint8, offset=HEADER.size).reshape(64, 64, 3)
@@ -295,7 +297,8 @@ BAD = [
     ('{"do": "rewind", "to": -1}', "to is '-1'"),
     ('{"do": "what_if", "frames": 1000}', "frames is '1000'"),
     ('{"do": "choose", "branch": 0}', "no branch 0"),
-    ('{"do": "replay", "code": "CWM1-abc"}', "damaged"),
+    ('{"do": "replay", "code": "CWM2-abc"}', "damaged"),
+    ('{"do": "replay", "code": "CWM1-abc"}', "earlier version"),
     ('{"do": "replay", "code": 5}', "no share code"),
     ('{"do": "save", "kind": "exe"}', "mp4 or npz"),
     ('{"do": "picture", "raw": "abc"}', "as bytes"),
@@ -453,7 +456,8 @@ def test_a_port_in_use_and_wrong_wishes_are_told():
 
 
 def test_a_checkpoint_that_does_not_fit_is_told(engine):
-    launch.check_fits(engine.network, "here")
+    known = controls.procgen("coinrun")
+    launch.check_fits(engine.network, "here", known, "data")
     for change in (
         dict(image_size=32),
         dict(num_actions=4),
@@ -461,4 +465,45 @@ def test_a_checkpoint_that_does_not_fit_is_told(engine):
         dict(max_frames=1),
     ):
         with pytest.raises(UserError, match="here has"):
-            launch.check_fits(dataclasses.replace(engine.network, **change), "here")
+            launch.check_fits(dataclasses.replace(engine.network, **change), "here", known, "data")
+
+
+def test_a_game_of_another_data_folder_is_told(engine, pad_clips):
+    with pytest.raises(UserError, match=r"data is of pad game: 64, 3, buttons.*--data"):
+        launch.check_fits(engine.network, "here", pad_clips.known, "data")
+    pad = dataclasses.replace(engine.network, num_actions=3, action_encoding="buttons")
+    launch.check_fits(pad, "here", pad_clips.known, "data")
+    many = Controls("many", "one_hot", tuple(Control(str(i)) for i in range(257)))
+    with pytest.raises(UserError, match="data has 257 actions"):
+        launch.check_size(many, "data")
+
+
+def test_buttons_are_held_together(pad_scheduler, pad_clips):
+    studio = Studio(Rules(fps=60, steps=(1,)))
+    studio.open(pad_scheduler, pad_clips, title="pad", demo=False)
+    with (
+        TestClient(server.make_app(studio)) as client,
+        client.websocket_connect("/play/socket") as socket,
+    ):
+        one = Guest(socket)
+        assert one.say("hello")["controls"] == pad_clips.known.to_json() | {
+            "idle": 0,
+            "procgen": False,
+        }
+        one.frame()
+        for action in (5, 4, 7):
+            one.send("keys", action=action)
+            while one.action != action:
+                one.frame()
+        one.send("keys", action=0)
+        one.halt()
+        before = one.total
+        one.send("wait")
+        one.frame()
+        assert (one.action, one.total) == (0, before + 1)
+        for wrong in (-1, 8):
+            one.send("keys", action=wrong)
+            assert "whole number 0…7" in one.next()["text"]
+        one.send("what_if", frames=1)
+        said = one.say("branches")
+        assert (said["actions"], said["names"]) == ([0, 1, 2, 4], ["NOOP", "A", "LEFT", "FIRE"])

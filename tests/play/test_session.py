@@ -2,11 +2,13 @@
 
 import asyncio
 import base64
+import json
 import zlib
 
 import numpy as np
 import pytest
 
+from cwm_jax import key_panel
 from cwm_jax.coinrun import MEANINGFUL_ACTIONS
 from cwm_jax.errors import UserError
 from cwm_jax.play import saving, session, share
@@ -14,6 +16,7 @@ from cwm_jax.play.engine import Engine
 from cwm_jax.play.prompts import ClipSource
 from cwm_jax.play.scheduler import Scheduler
 from cwm_jax.play.session import Session
+from cwm_jax.sheet import GAP, GUTTER
 from cwm_jax.video import read_mp4
 
 
@@ -24,7 +27,7 @@ def new(scheduler, clips):
 
     def make(*, seed=5, clip=17, frames=3):
         prompt = clips.load(ClipSource(clip, frames))
-        opened.append(Session(scheduler, prompt, seed=seed))
+        opened.append(Session(scheduler, prompt, clips.known, seed=seed))
         return opened[-1]
 
     yield make
@@ -166,6 +169,8 @@ def test_a_code_for_something_else_is_refused(new, scheduler, clips):
         (dict(prompt_checksum=1), "another clip 17"),
         (dict(programs=[(7, 1)] * 3), "wants 7 DDIM steps"),
         (dict(source=ClipSource(10**6, 3)), "no clip 1000000"),
+        (dict(actions=[7, 15, 7]), "has action 15; coinrun has 0…14"),
+        (dict(actions=[7, -1, 7]), "has action -1"),
     ):
         with pytest.raises(UserError, match=message):
             Session.from_recipe(scheduler, clips, recipe._replace(**change))
@@ -211,7 +216,7 @@ def test_after_a_fault_of_the_device_the_session_goes_on(new, scheduler, monkeyp
 def test_orders_of_a_stopped_device_fail_at_once(engine, clips):
     with Scheduler(engine) as stopped:
         pass
-    one = Session(stopped, clips.load(ClipSource(0, 1)))
+    one = Session(stopped, clips.load(ClipSource(0, 1)), clips.known)
     with pytest.raises(RuntimeError, match="handed back"):
         play(one, [7])
 
@@ -251,7 +256,7 @@ def test_codes_are_short_and_any_change_is_noticed(new):
         other = "A" if code[at] != "A" else "B"
         with pytest.raises(UserError, match="damaged"):
             share.decode(code[:at] + other + code[at + 1 :])
-    for cut in (code[:-1], code[:30], "CWM1-", code + "AAAA", "CWM1-é", "CWM1-" + "A" * 5000):
+    for cut in (code[:-1], code[:30], "CWM2-", code + "AAAA", "CWM2-é", "CWM2-" + "A" * 5000):
         with pytest.raises(UserError, match="damaged"):
             share.decode(cut)
     for other in ("", "hello", code[1:]):
@@ -263,7 +268,7 @@ def sealed(body):
     """A code with a right checksum around any body, as only a person of ill will makes one."""
     packed = zlib.compress(body)
     text = base64.urlsafe_b64encode(share._checksum(packed) + packed)
-    return "CWM1-" + text.decode().rstrip("=")
+    return "CWM2-" + text.decode().rstrip("=")
 
 
 def test_a_forged_code_is_refused_and_cannot_fill_the_memory(new):
@@ -284,6 +289,37 @@ def test_a_forged_code_is_refused_and_cannot_fill_the_memory(new):
     long = one.recipe()._replace(actions=[7] * 20_000, programs=[(2, 1)] * 20_000)
     with pytest.raises(UserError, match="damaged"):
         share.decode(long.encoded)
+    with pytest.raises(UserError, match="damaged"):
+        share.decode(one.recipe()._replace(actions=[7, 256]).encoded)
     many = one.recipe()._replace(actions=[7] * 17, programs=[(n, 1) for n in range(1, 18)])
     with pytest.raises(UserError, match="holds 16"):
         _ = many.encoded
+
+
+def test_a_code_holds_every_action_that_there_can_be(new):
+    one = new()
+    play(one, [7])
+    actions = [-1, *range(256)]
+    recipe = one.recipe()._replace(actions=actions, programs=[(2, 1)] * len(actions))
+    assert share.decode(recipe.encoded) == recipe
+    with pytest.raises(UserError, match="earlier version of play"):
+        share.decode("CWM1-" + recipe.encoded[5:])
+
+
+def test_a_pad_is_played_shared_and_saved_with_its_own_keys(pad_scheduler, pad_clips, tmp_path):
+    one = Session(pad_scheduler, pad_clips.load(ClipSource(0, 2)), pad_clips.known, seed=3)
+    drawn = play(one, [0, 5, 7, 2], steps=1)
+    assert len({frame.tobytes() for frame in drawn}) == 4
+    again = replayed(pad_scheduler, pad_clips, one.recipe().encoded)
+    assert np.array_equal(frames_of(again), frames_of(one))
+    saving.write_numbers(one, tmp_path / "a.npz", start=0, stop=6)
+    with np.load(tmp_path / "a.npz") as saved:
+        assert saved["actions"][2:].tolist() == [0, 5, 7, 2]
+        assert json.loads(str(saved["controls"])) == pad_clips.known.to_json()
+    saving.write_film(one, tmp_path / "a.mp4", start=0, stop=6, fps=15)
+    panel = key_panel.draw(pad_clips.known, 5, width=384)
+    film = read_mp4(tmp_path / "a.mp4")
+    shown = film[3, GAP + 384 + GAP :][: len(panel), GUTTER : GUTTER + 384]
+    assert np.abs(shown.astype(int) - panel).mean() < 4  # a film is compressed
+    one.close()
+    again.close()

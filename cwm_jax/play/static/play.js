@@ -1,11 +1,14 @@
 // The stage: keys in, frames out, over one WebSocket. See cwm_jax/play/player.py for the protocol.
 
 const SIZE = 64, FRAME_BYTES = SIZE * SIZE * 3, HEADER = 24;
-const ARROWS = {1: "← left", 2: "↖ jump left", 4: "· nothing", 5: "↑ jump", 7: "→ right", 8: "↗ jump right"};
+const ARROW_LABELS = {1: "← left", 2: "↖ jump left", 4: "· nothing", 5: "↑ jump", 7: "→ right", 8: "↗ jump right"};
 const CODES = {
   ArrowLeft: "left", ArrowRight: "right", ArrowUp: "up", ArrowDown: "down",
   KeyA: "left", KeyD: "right", KeyW: "up", KeyS: "down", Space: "up",
 };
+const CAPS = {ArrowLeft: "←", ArrowRight: "→", ArrowUp: "↑", ArrowDown: "↓"};
+// Modifiers of the browser's own shortcuts, unless the game is played with them.
+const MODIFIERS = {ctrlKey: "Control", metaKey: "Meta", altKey: "Alt"};
 const $ = (id) => document.getElementById(id);
 
 /* ---- state ---- */
@@ -13,10 +16,11 @@ const $ = (id) => document.getElementById(id);
 let socket = null, over = false;
 let pending = null;  // what to begin with once there is a connection
 let standing = "";  // the note where there is nothing else to say
+let told = "";  // the game's controls
 let place = 0, total = 1;
 let mode = "hold", recording = false, replaying = false;
 let pace = {};  // what was chosen of frames a second and DDIM steps
-let lastSent = 4;
+let game = procgenGame(), lastSent = game.idle;
 let expectBranches = null, futureTimer = 0;
 let waitingForCode = null;
 const sources = {keyboard: new Set(), touch: new Map(), gamepad: new Set()};
@@ -75,6 +79,13 @@ const heard = {
   },
   hello: (m) => {
     $("title").textContent = m.title;
+    const said = JSON.stringify(m.controls);
+    if (told && told !== said) return location.reload();  // another game since the connection was lost
+    told = said;
+    if (!m.controls.procgen) {
+      game = otherGame(m.controls);
+      showControls(m.controls);
+    }
     cover("");
     standing = m.demo ? "No model is loaded: these are real recordings, and the keys change nothing." : "";
     send({do: "settings", ...pace});
@@ -131,7 +142,7 @@ function see(buffer) {
   if (bytes[0] === 2) { showFutures(bytes); return; }
   const view = new DataView(buffer);
   paint($("screen"), bytes, HEADER);
-  const steps = view.getUint16(2, true), window_ = view.getUint16(4, true);
+  const steps = view.getUint16(4, true), window_ = view.getUint16(6, true);
   place = view.getUint32(8, true);
   total = view.getUint32(12, true);
   const stamp = view.getFloat64(16, true);
@@ -161,13 +172,14 @@ function readOut() {
 /* ---- what if ---- */
 
 function showFutures(bytes) {
-  const {actions, frames} = expectBranches;
+  const {actions, names, frames} = expectBranches;
   closeFutures();
   const grid = $("futures-grid");
+  grid.classList.toggle("many", actions.length > 6);
   actions.forEach((action, branch) => {
     const button = document.createElement("button"), canvas = document.createElement("canvas");
     canvas.width = canvas.height = SIZE;
-    button.append(canvas, ARROWS[action] ?? `action ${action}`);
+    button.append(canvas, game.label(action, names[branch]));
     button.onclick = () => { closeFutures(); send({do: "choose", branch}); };
     grid.append(button);
   });
@@ -192,28 +204,92 @@ function closeFutures() {
 
 /* ---- keys, buttons, gamepad ---- */
 
-function held() {
-  return new Set([...sources.keyboard, ...sources.touch.values(), ...sources.gamepad]);
+// A game says which keys there are (any words), which the keyboard's and a gamepad's are, and what
+// action the held ones make. A button of the page holds all keys of its `data-key`.
+
+function procgenGame() {
+  return {
+    idle: 4,
+    key: (code) => CODES[code],
+    action(keys) {  // 0 … 8: left, none, right, each with down, none, up
+      const x = keys.has("right") - keys.has("left"), y = keys.has("up") - keys.has("down");
+      return (x + 1) * 3 + y + 1;
+    },
+    gamepad: (pad) => [...directions(pad), ...(pad.buttons[0]?.pressed ? ["up"] : [])],
+    label: (action) => ARROW_LABELS[action] ?? `action ${action}`,
+  };
 }
 
-function actionOf(keys) {  // 0 … 8: left, none, right, each with down, none, up
-  const x = keys.has("right") - keys.has("left"), y = keys.has("up") - keys.has("down");
-  return (x + 1) * 3 + y + 1;
+function otherGame({action_encoding, idle, actions}) {
+  const keysOf = actions.map(keysOfControl), used = new Set(keysOf.flat());
+  const others = keysOf.filter((keys, i) => i !== restOf({action_encoding, idle}) && !keys.some((key) => key.startsWith("Arrow")));
+  return {
+    idle,
+    key: (code) => used.has(code) ? code : undefined,
+    action(keys) {
+      const held = keysOf.map((mine) => mine.every((key) => keys.has(key)) ? mine.length : 0);
+      if (action_encoding === "buttons") return held.reduce((bits, on, i) => on ? bits | 1 << i : bits, 0);
+      const most = Math.max(...held);
+      return most ? held.indexOf(most) : idle;
+    },
+    gamepad: (pad) => [
+      ...directions(pad).map((way) => `Arrow${way[0].toUpperCase()}${way.slice(1)}`),
+      ...others.filter((_, i) => pad.buttons[i < 12 ? i : i + 4]?.pressed).flat(),  // 12 … 15 are the D-pad
+    ],
+    label: (action, name) => name,
+  };
+}
+
+function keysOfControl({keys}, number) {  // one without keys is held by its button alone
+  return keys.length ? keys : [`#${number}`];
+}
+
+function restOf({action_encoding, idle}) {  // the control that does nothing, which needs no button
+  return action_encoding === "one_hot" ? idle : -1;
+}
+
+function showControls(controls) {
+  document.querySelectorAll("#stage .pad").forEach((pad) => pad.remove());
+  const pad = document.createElement("div");
+  pad.className = "pad many";
+  controls.actions.forEach((control, i) => {
+    if (i === restOf(controls)) return;
+    const button = document.createElement("button");
+    button.dataset.key = keysOfControl(control, i).join(" ");
+    button.append(control.name);
+    for (const code of control.keys) {
+      const cap = document.createElement("kbd");
+      cap.textContent = CAPS[code] ?? code.replace(/^(Key|Digit)/, "");
+      button.append(cap);
+    }
+    pad.append(button);
+  });
+  $("controls").after(pad);
+  wirePads();
+  $("screen").setAttribute("aria-label", `What the model draws of ${controls.game}.`);
+  $("arrows-hint")?.remove();
+  for (const hint of document.querySelectorAll("#stage [data-code]"))  // the game's own keys come first
+    if (game.key(hint.dataset.code)) hint.matches("kbd") ? hint.remove() : hint.title = hint.title.replace(/ \(.*/, "");
+  for (const hint of document.querySelectorAll(".hint span")) if (!hint.querySelector("kbd")) hint.remove();
+}
+
+function held() {
+  return new Set([...sources.keyboard, ...[...sources.touch.values()].flat(), ...sources.gamepad]);
 }
 
 function sendKeys(force = false) {
-  const keys = held(), action = actionOf(keys);
+  const keys = held(), action = game.action(keys);
   for (const button of document.querySelectorAll(".pad [data-key]"))
-    button.classList.toggle("held", keys.has(button.dataset.key));
+    button.classList.toggle("held", button.dataset.key.split(" ").every((key) => keys.has(key)));
   if (action === lastSent && !force) return;
   lastSent = action;
-  if (action !== 4) {
+  if (action !== game.idle) {
     closeFutures();
     if (replaying) note("From here on it is yours.");
     else if ($("note").classList.contains("bad")) note(standing);
     replaying = false;
   }
-  send({do: "keys", action, stamp: action === 4 ? 0 : performance.now()});
+  send({do: "keys", action, stamp: action === game.idle ? 0 : performance.now()});
 }
 
 function rewindBy(frames) {
@@ -231,13 +307,17 @@ function typing(target) {
   return target.closest?.("input:not([type=range]):not([type=radio]), textarea, select, [contenteditable=true]");
 }
 
+function ofBrowser(event) {
+  return Object.entries(MODIFIERS).some(([held, name]) => event[held] && !game.key(`${name}Left`) && !game.key(`${name}Right`));
+}
+
 function onKey(event, down) {
-  if (typing(event.target) || event.ctrlKey || event.metaKey || event.altKey) return;
-  const key = CODES[event.code];
+  if (typing(event.target) || ofBrowser(event)) return;
+  const key = game.key(event.code);
   if (key) {
     event.preventDefault();
     event.stopPropagation();
-    sources.keyboard[down ? "add" : "delete"](event.code === "Space" ? "up" : key);
+    sources.keyboard[down ? "add" : "delete"](key);
     if (!event.repeat) sendKeys();
   } else if (down) {
     const act = {KeyZ: () => rewindBy(-1), KeyX: () => rewindBy(1), Period: oneFrame,
@@ -251,17 +331,18 @@ function releaseAll() {
   sendKeys();
 }
 
+function directions({axes: [x = 0, y = 0], buttons}) {
+  const on = (i) => buttons[i]?.pressed, ways = [];
+  if (x < -.4 || on(14)) ways.push("left");
+  if (x > .4 || on(15)) ways.push("right");
+  if (y < -.5 || on(12)) ways.push("up");
+  if (y > .5 || on(13)) ways.push("down");
+  return ways;
+}
+
 function pollGamepad() {
   const pads = navigator.getGamepads?.() ?? [];
-  const now = new Set();
-  for (const pad of pads) {
-    if (!pad) continue;
-    const [x = 0, y = 0] = pad.axes, on = (i) => pad.buttons[i]?.pressed;
-    if (x < -.4 || on(14)) now.add("left");
-    if (x > .4 || on(15)) now.add("right");
-    if (y < -.5 || on(12) || on(0)) now.add("up");
-    if (y > .5 || on(13)) now.add("down");
-  }
+  const now = new Set([...pads].filter(Boolean).flatMap((pad) => game.gamepad(pad)));
   if (now.size || sources.gamepad.size) { sources.gamepad = now; sendKeys(); }
   requestAnimationFrame(pollGamepad);
 }
@@ -271,7 +352,7 @@ function wirePads() {
     button.addEventListener("pointerdown", (event) => {
       event.preventDefault();
       button.setPointerCapture?.(event.pointerId);
-      sources.touch.set(event.pointerId, button.dataset.key);
+      sources.touch.set(event.pointerId, button.dataset.key.split(" "));
       sendKeys();
     });
     for (const end of ["pointerup", "pointercancel", "lostpointercapture"])
