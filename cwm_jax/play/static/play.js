@@ -257,11 +257,9 @@ function showControls(controls) {
     const button = document.createElement("button");
     button.dataset.key = keysOfControl(control, i).join(" ");
     button.append(control.name);
-    for (const code of control.keys) {
-      const cap = document.createElement("kbd");
-      cap.textContent = CAPS[code] ?? code.replace(/^(Key|Digit)/, "");
-      button.append(cap);
-    }
+    const cap = document.createElement("kbd");
+    cap.textContent = control.keys.map((code) => CAPS[code] ?? code.replace(/^(Key|Digit)/, "")).join(" ");
+    if (control.keys.length) button.append(cap);
     pad.append(button);
   });
   $("controls").after(pad);
