@@ -17,6 +17,7 @@ _INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<shape>\([^=]*?\)|\S+) (?P<op>[\w-]+)"
     r"\((?P<args>[^)]*)\)(?P<rest>.*)$"
 )
+_COMMENT = re.compile(r"/\*.*?\*/")  # such as /*index=5*/ within a long tuple
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{\s*$")
 
 
@@ -57,7 +58,7 @@ def kinds(text: str) -> dict[str, str]:
 def _split(text: str) -> tuple[dict[str, list[re.Match]], str]:
     computations: dict[str, list[re.Match]] = {}
     entry = current = ""
-    for line in text.splitlines():
+    for line in _COMMENT.sub("", text).splitlines():
         if head := _COMPUTATION.match(line):
             current = head["name"]
             computations[current] = []

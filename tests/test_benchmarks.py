@@ -31,7 +31,7 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
   %w = bf16[4,4]{1,0} parameter(1)
   %g = (f32[8,4]{1,0}, s8[4096]{0}) custom-call(%a, %w), custom_call_target="__cublas$gemm"
   %c = (s32[], f32[8,4]{1,0}) tuple(%z, %a)
-  %l = (s32[], f32[8,4]{1,0}) while(%c), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %l = (s32[], /*i=1*/f32[8,4]) while(%c), body=%body, backend_config={"known_trip_count":{"n":"5"}}
   ROOT %copy.1 = f32[8,4]{1,0} copy(%a)
 }
 """
