@@ -79,7 +79,8 @@ class Checkpoints:
         self.failures = 0
         self._saving: int | None = None
         self._went_well = True  # the last save, as far as it is known
-        options = ocp.CheckpointManagerOptions(
+        self._root = root
+        self._options = ocp.CheckpointManagerOptions(
             preservation_policy=retention,
             best_fn=lambda metrics: 0.0,  # only makes orbax keep metrics; retention reads them
             create=True,
@@ -91,7 +92,7 @@ class Checkpoints:
         try:
             if jax.process_index() == 0:
                 _set_damaged_aside(root)
-            self._manager = ocp.CheckpointManager(root, options=options)
+            self._manager = ocp.CheckpointManager(root, options=self._options)
         except OSError as error:
             raise UserError(f"cannot write checkpoints under {workdir}: {error.strerror}") from None
 
@@ -168,10 +169,20 @@ class Checkpoints:
         if jax.process_index() == 0:  # what was written may be what fills the disk
             for half in self._manager.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
+        self._forget_failures()
+
+    def _forget_failures(self) -> None:
+        """Errors of a failed save that are still in store, else they count against the next one."""
         for remains in (self._manager.wait_until_finished, self._manager.check_for_errors):
-            with contextlib.suppress(Exception):  # else it would count against the next save
+            with contextlib.suppress(Exception):
                 remains()
-        self._manager.reload()
+        if jax.process_count() > 1:  # to begin anew, all processes would have to, and at once
+            self._manager.reload()
+            return
+        # Each item of a checkpoint may hold an error of its own, which only its next save tells.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._manager = ocp.CheckpointManager(self._root, options=self._options)
 
     def newest(self) -> Saved | None:
         """What the newest whole checkpoint says; None where nothing was saved yet."""
