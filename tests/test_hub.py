@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import HfApi
 
+from cwm_jax import bundle
 from cwm_jax.tools import hub
 
 SHA = "a" * 40
@@ -210,10 +211,13 @@ def test_faults_are_told_and_the_token_never_is(dataset, tmp_path, monkeypatch, 
 def export(folder, rest):
     """A bundle's files as far as uploading looks at them."""
     folder.mkdir()
-    (folder / "draw.stablehlo").write_bytes(b"program")
-    said = {"format": 1, "step": 70, "platforms": ["cpu", "cuda"], "config": rest}
+    names = [*(f"{name}.stablehlo" for name in bundle.PROGRAMS), bundle.PARAMS]
+    for name in names:
+        (folder / name).write_bytes(b"program")
     digest = hashlib.sha256(b"program").hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(said | {"files": {"draw.stablehlo": digest}}))
+    said = {"format": 1, "step": 70, "platforms": ["cpu", "cuda"], "config": rest}
+    said |= {"network": {}, "drawing": {}, "files": dict.fromkeys(names, digest)}
+    (folder / bundle.MANIFEST).write_text(json.dumps(said))
 
 
 def test_a_model_goes_up_with_a_card_and_comes_back(stand_in, tmp_path, capsys):
