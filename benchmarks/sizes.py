@@ -5,7 +5,7 @@ from cwm_jax.model import DiTConfig
 SIZES = {
     "tiny": dict(hidden_size=64, depth=2, num_heads=2),  # to try the benchmarks themselves
     "debug": dict(hidden_size=256, depth=2, num_heads=4, max_frames=16),
-    "pocket": dict(hidden_size=192, depth=4, num_heads=4),  # a shape to start from, no config yet
+    "pocket": dict(hidden_size=256, depth=2, num_heads=4, max_frames=12, history=2),
     "small": dict(hidden_size=512, depth=6, num_heads=8),
     "large": dict(hidden_size=640, depth=8, num_heads=8),
     "1b": dict(hidden_size=1536, depth=14, num_heads=16),  # no config yet; for docs/scaling.md

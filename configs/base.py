@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
     config.model.max_frames = 32  # window of the temporal attention
     config.model.dtype = "auto"  # of the matmuls: float32, bfloat16, or auto (bfloat16 on a GPU)
     config.model.attention = "auto"  # over clips: xla, cudnn (bfloat16 on NVIDIA GPUs), or auto
+    config.model.history = 0  # earlier frames shown beside each, whose change is drawn; 0: none
+    config.model.change_scale = 0.2  # with history: the unit of a change (CoinRun's deviation)
 
     # Data: `dir` holds train/, val/ and test/ with *.array_record files.
     config.data = ConfigDict()
@@ -45,9 +47,15 @@ def get_config() -> ConfigDict:
     config.lr = 1e-4
     config.weight_decay = 0.01  # on every parameter
     config.warmup_steps = 2000
+    config.decay_steps = 0  # the last so many of max_steps bring lr down to 0
     config.grad_clip = 1.0  # by global norm
     config.ema_decay = 0.0  # moving average of the parameters, sampled from; 0: none
     config.max_skipped_updates = 0  # updates of infinite or no loss passed over; one more: stop
+
+    # Examples made of clips, beyond a random noise label for each frame.
+    config.noise = ConfigDict()
+    config.noise.top_share = 0.0  # of frames, that get the highest label: a frame's first pass
+    config.noise.own_share = 0.0  # of clips, shown earlier frames as the network draws them
 
     # What happens every so many steps.
     config.log_every_steps = 50

@@ -48,6 +48,7 @@ def compile_step(settings: Settings):
         network=settings.model,
         optim=settings.optimizer,
         step=settings.step,
+        noise=settings.noise,
         mesh=mesh,
     )
     return lowered.compile()
@@ -90,7 +91,12 @@ def tell(settings: Settings) -> None:
     memory, limit = memory_of(compiled), memory_limit()
     devices = jax.device_count()
     clips = parallel.global_batch_size(settings.batch_size, settings.global_batch_size)
-    asked = flops.train_step(settings.model, clips=clips, frames=settings.data.clip_len)
+    asked = flops.train_step(
+        settings.model,
+        clips=clips,
+        frames=settings.data.clip_len,
+        own_frames=settings.noise.own_share > 0,
+    )
     kind = jax.devices()[0].device_kind
     print(f"devices            {devices} × {kind}, {jax.process_count()} process(es)")
     print(f"global batch       {clips} clips of {settings.data.clip_len} frames")

@@ -36,7 +36,7 @@ def frame(config: DiTConfig, *, in_view: float) -> Flops:
         linears=2 * (3 + 1 + 2 * MLP_RATIO) * size**2 * halves * tokens,
         attention=4 * size * (tokens + in_view) * config.depth * tokens,
         conditioning=2 * size * ((6 * halves + 2) * size + SINUSOID + size + config.num_actions),
-        patches=2 * 2 * pixels * size * tokens,
+        patches=2 * (2 + config.history) * pixels * size * tokens,
     )
 
 
@@ -45,12 +45,16 @@ def forward(config: DiTConfig, *, clips: int, frames: int) -> Flops:
     return frame(config, in_view=(frames + 1) / 2) * (clips * frames)
 
 
-def train_step(config: DiTConfig, *, clips: int, frames: int) -> Flops:
-    """Of a forward and a backward pass; the optimizer's are too few to count."""
+def train_step(config: DiTConfig, *, clips: int, frames: int, own_frames: bool = False) -> Flops:
+    """Of a forward and a backward pass; the optimizer's are too few to count.
+
+    `own_frames`: with one more forward pass, see `training.NoiseConfig.own_share`.
+    """
     once = forward(config, clips=clips, frames=frames)
     first = 2 * config.hidden_size * clips * frames
-    inputs = 3 * config.patch_size**2 * config.tokens, SINUSOID + config.num_actions
-    whole = once * 3
+    pixels = 3 * config.patch_size**2 * (1 + config.history)
+    inputs = pixels * config.tokens, SINUSOID + config.num_actions
+    whole = once * (3 + own_frames)
     return whole._replace(
         patches=whole.patches - first * inputs[0],
         conditioning=whole.conditioning - first * inputs[1],

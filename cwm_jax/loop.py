@@ -104,7 +104,11 @@ class _Run:
         _make_workdir(self.workdir)
         key = jax.random.key(settings.seed)
         step_args = dict(
-            network=settings.model, optim=settings.optimizer, step=settings.step, mesh=self.mesh
+            network=settings.model,
+            optim=settings.optimizer,
+            step=settings.step,
+            noise=settings.noise,
+            mesh=self.mesh,
         )
         with stopping.Stop() as stop, self._checkpoints() as self.checkpoints:
             first, state, pause_due = self._start()

@@ -45,13 +45,18 @@ class DiTConfig:
     # The default is for checkpoints older than the setting.
     action_encoding: str = "one_hot"
     attention: str = "auto"  # over whole clips: xla, cudnn, or auto; older checkpoints lack it
+    # Earlier frames shown beside each frame, of which then the change is drawn in units of
+    # `change_scale`; see `cwm_jax.change`. 0: none, the original's network.
+    history: int = 0
+    change_scale: float = 0.2
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
+            least = 0 if field.name == "history" else 1
+            if field.type is int and (not isinstance(value, int) or value < least):
                 raise UserError(
-                    f"config.model.{field.name} must be a whole number ≥ 1, not {value!r}"
+                    f"config.model.{field.name} must be a whole number ≥ {least}, not {value!r}"
                 )
         if self.hidden_size % (4 * self.num_heads):
             raise UserError(
@@ -78,6 +83,13 @@ class DiTConfig:
                 f"{controls.MAX_BUTTONS} buttons"
             )
         attention.check(self.attention, self.dtype)
+        if self.history >= self.max_frames:
+            raise UserError(
+                f"config.model.history={self.history} must be less than the window, "
+                f"config.model.max_frames={self.max_frames}"
+            )
+        if not 1e-3 <= self.change_scale <= 2:
+            raise UserError(f"config.model.change_scale={self.change_scale}: must be 0.001…2")
 
     @property
     def action_values(self) -> int:
@@ -226,6 +238,9 @@ class DiT(nnx.Module):
         pixels = config.patch_size**2 * 3
         small = nnx.initializers.normal(0.02)
         self.patch_in = _linear(config, pixels, size, rngs=rngs)
+        if config.history:
+            earlier = config.history * pixels
+            self.history_in = _linear(config, earlier, size, use_bias=False, rngs=rngs)
         self.time_in = _linear(config, SINUSOID, size, kernel_init=small, rngs=rngs)
         self.time_out = _linear(config, size, size, kernel_init=small, rngs=rngs)
         self.action = _linear(config, config.num_actions, size, rngs=rngs)
@@ -244,11 +259,18 @@ class DiT(nnx.Module):
             split(self.final_modulation(c), 2),
         )
 
-    def tokens(self, frames_BTHWC: jax.Array) -> jax.Array:
-        """Pixels in [-1, 1] to token vectors [B, T, S, D]."""
+    def tokens(self, sample_BTHWC: jax.Array, earlier_BTHWC: jax.Array | None = None) -> jax.Array:
+        """Noised samples, and `change.earlier` of their frames, to token vectors [B, T, S, D]."""
+        tokens = self.patch_in(self._patches(sample_BTHWC))
+        if earlier_BTHWC is None:
+            return tokens
+        return tokens + self.history_in(self._patches(earlier_BTHWC))
+
+    def _patches(self, frames_BTHWC: jax.Array) -> jax.Array:
+        """The numbers of each patch in the order row, column, channel: [B, T, S, P · P · C]."""
         frames, grid, size = frames_BTHWC.shape[:2], self.config.grid, self.config.patch_size
-        patches = frames_BTHWC.reshape(*frames, grid, size, grid, size, 3).swapaxes(3, 4)
-        return self.patch_in(patches.reshape(*frames, grid * grid, size * size * 3))
+        patches = frames_BTHWC.reshape(*frames, grid, size, grid, size, -1).swapaxes(3, 4)
+        return patches.reshape(*frames, grid * grid, -1)
 
     def pixels(self, x_BTSD: jax.Array, modulations: Modulations) -> jax.Array:
         """Token vectors to a velocity for each pixel, float32 [B, T, H, W, C]."""
@@ -318,17 +340,20 @@ class DiT(nnx.Module):
             values.append(v)
         return x_B1SD, FrameKV(tuple(keys), tuple(values))
 
-    def __call__(self, frames_BTHWC, t_BT, action_BT, *, remat: str = "none") -> jax.Array:
-        """Velocity of every frame, float32 [B, T, H, W, C].
+    def __call__(
+        self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None, *, remat: str = "none"
+    ) -> jax.Array:
+        """Velocity of every frame's sample, float32 [B, T, H, W, C].
 
         Args:
-            frames_BTHWC: noised frames, float, about [-1, 1]; T ≤ `max_frames`.
+            sample_BTHWC: noised samples (frames in [-1, 1], or changes), float; T ≤ `max_frames`.
             t_BT: noise labels, whole numbers 0…999.
             action_BT: the action that led into each frame, −1 for none.
+            earlier_BTHWC: `change.earlier`, None for a network without history.
             remat: see `clip`.
         """
         modulations = self.modulations(t_BT, action_BT)
-        x_BTSD, _ = self.clip(self.tokens(frames_BTHWC), modulations, remat=remat)
+        x_BTSD, _ = self.clip(self.tokens(sample_BTHWC, earlier_BTHWC), modulations, remat=remat)
         return self.pixels(x_BTSD, modulations)
 
 

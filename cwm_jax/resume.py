@@ -8,8 +8,11 @@ from cwm_jax.errors import UserError
 # Settings that make it another run. Of the rest, some change the curve (`lr`), and are said.
 _FIXED = (
     *("seed", "model.hidden_size", "model.depth", "model.num_heads", "model.patch_size"),
-    *("model.image_size", "model.num_actions", "model.max_frames", "data.clip_len", "data.stride"),
+    *("model.image_size", "model.num_actions", "model.max_frames", "model.history"),
+    *("model.change_scale", "data.clip_len", "data.stride"),
 )
+# What settings were that are younger than the checkpoints that may lack them.
+_BEFORE = {"model.history": 0, "model.change_scale": 0.2}
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -18,7 +21,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     Raises:
         UserError: naming every setting without which the checkpoint cannot be gone on from.
     """
-    before, after = dict(_flat(saved)), dict(_flat(now))
+    before, after = _BEFORE | dict(_flat(saved)), _BEFORE | dict(_flat(now))
     differing = {
         key: f"config.{key}={after.get(key)!r}, was {before.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

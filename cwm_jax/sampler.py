@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import diffusion, model, prompt, world
+from cwm_jax import change, diffusion, model, prompt, world
 from cwm_jax.coinrun import NO_ACTION, to_model, to_pixels
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiT, DiTConfig, Modulations, Params
@@ -105,12 +105,13 @@ def draw_frame(net: DiT, tables: Tables, state: World, action_B, noise_BHWC, key
         noise_BHWC: what the frame starts from, N(0, 1).
         key: PRNG key for the noise of stochastic steps; unused where `config.eta` is 0.
     """
-    past = world.past(net, state)
+    past, earlier = world.past(net, state), world.earlier(net, state)
+    beside = None if earlier is None else earlier[:, None]
 
     def denoise(x_BHWC, step_and_index):
         step, index = step_and_index
         modulations = jax.tree.map(lambda table: table[action_B][:, None], step.modulations)
-        tokens, _ = net.frame(net.tokens(x_BHWC[:, None]), modulations, past)
+        tokens, _ = net.frame(net.tokens(x_BHWC[:, None], beside), modulations, past)
         velocity = net.pixels(tokens, modulations)[:, 0]
         x0 = diffusion.clean(x_BHWC, velocity, step.alpha_bar)
         noise = diffusion.epsilon(x_BHWC, x0, step.alpha_bar)
@@ -122,7 +123,8 @@ def draw_frame(net: DiT, tables: Tables, state: World, action_B, noise_BHWC, key
 
     x_BHWC = noise_BHWC.clip(-_NOISE_CLIP, _NOISE_CLIP)
     steps = _steps(tables, config), jnp.arange(len(config.levels))
-    return jax.lax.scan(denoise, x_BHWC, steps, unroll=config.unroll)[0]
+    sample_BHWC = jax.lax.scan(denoise, x_BHWC, steps, unroll=config.unroll)[0]
+    return change.to_frame(net.config, sample_BHWC, earlier)
 
 
 def step(net: DiT, tables: Tables, state: World, action_B, noise_BHWC, key, config):

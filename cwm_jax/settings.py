@@ -8,7 +8,7 @@ from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig
 from cwm_jax.sampler import SamplerConfig, ddim_levels
-from cwm_jax.training import OptimizerConfig, StepConfig
+from cwm_jax.training import NoiseConfig, OptimizerConfig, StepConfig
 from cwm_jax.wandb_run import WandbConfig
 
 
@@ -19,6 +19,7 @@ class Settings:
     seed: int
     model: DiTConfig
     data: DataConfig
+    noise: NoiseConfig
     wandb: WandbConfig
 
     batch_size: int
@@ -31,6 +32,7 @@ class Settings:
     lr: float
     weight_decay: float
     warmup_steps: int
+    decay_steps: int
     grad_clip: float
     ema_decay: float
 
@@ -53,7 +55,7 @@ class Settings:
     n_rollout_samples: int
 
     def __post_init__(self):
-        zero_allowed = ("seed", "global_batch_size", "max_steps", "warmup_steps")
+        zero_allowed = ("seed", "global_batch_size", "max_steps", "warmup_steps", "decay_steps")
         zero_allowed += ("keep_every_steps", "keep_best", "max_skipped_updates")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -71,6 +73,11 @@ class Settings:
                     f"config.{name}={frames} is more than the network's window, "
                     f"config.model.max_frames={self.model.max_frames}"
                 )
+        if self.noise.own_share and not self.model.history:
+            raise UserError(
+                f"config.noise.own_share={self.noise.own_share} needs config.model.history ≥ 1: "
+                f"it shows the network earlier frames of its own drawing"
+            )
         _ = self.optimizer, self.step, self.sampler  # these check their own fields
 
     @classmethod
@@ -80,7 +87,8 @@ class Settings:
         Raises:
             UserError: for a key that is missing or does not exist, or a value out of range.
         """
-        sections = {"model": DiTConfig, "data": DataConfig, "wandb": WandbConfig}
+        sections = {"model": DiTConfig, "data": DataConfig, "noise": NoiseConfig}
+        sections |= {"wandb": WandbConfig}
         values = dict(config)
         for name, section in sections.items():
             values[name] = _build(section, values.get(name, {}), f"config.{name}.")

@@ -147,7 +147,16 @@ def from_original(weights: Mapping[str, np.ndarray], config: DiTConfig) -> dict[
 
 
 def to_original(params: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
-    """Our parameters under the original's names and shapes, in its order."""
+    """Our parameters under the original's names and shapes, in its order.
+
+    Raises:
+        UserError: the network is one that the original does not have.
+    """
+    if config.history:
+        raise UserError(
+            f"config.model.history={config.history}: the original's network is shown no earlier "
+            f"frames beside the one it draws, so it cannot hold this model"
+        )
     return {
         theirs: np.ascontiguousarray(_weight_out(ours, np.asarray(params[ours]), config))
         for theirs, ours in names(config.depth).items()

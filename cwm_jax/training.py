@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from cwm_jax import diffusion, model, parallel
+from cwm_jax import change, diffusion, model, parallel
 from cwm_jax.coinrun import to_model
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig, Params
@@ -29,6 +29,8 @@ class OptimizerConfig:
     warmup_steps: int
     grad_clip: float  # by global norm
     ema_decay: float  # 0: no moving average is kept
+    max_steps: int = 0  # 0: not known
+    decay_steps: int = 0  # the last so many updates of `max_steps` bring the rate down to 0
 
     def __post_init__(self):
         for name, low, high in (
@@ -37,9 +39,29 @@ class OptimizerConfig:
             ("warmup_steps", 0, 10**9),
             ("grad_clip", 1e-12, 1e12),
             ("ema_decay", 0, 0.999999),
+            ("decay_steps", 0, 10**9),
         ):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"config.{name}={getattr(self, name)}: must be {low}…{high}")
+        if self.decay_steps > self.max_steps:
+            raise UserError(
+                f"config.decay_steps={self.decay_steps} are the last of config.max_steps="
+                f"{self.max_steps} updates, and cannot be more"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """Which examples are made of clips; `config.noise` of a config file."""
+
+    top_share: float = 0.0  # of frames, that get the highest noise label: a frame's first pass
+    own_share: float = 0.0  # of clips, shown their earlier frames as the network itself draws them
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if not 0 <= getattr(self, field.name) <= 1:
+                value = getattr(self, field.name)
+                raise UserError(f"config.noise.{field.name}={value}: must be 0…1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +81,7 @@ class StepConfig:
 
 
 _PLAIN = StepConfig()
+_UNIFORM = NoiseConfig()
 
 
 class TrainState(NamedTuple):
@@ -73,13 +96,22 @@ class TrainState(NamedTuple):
 
 
 def learning_rate(config: OptimizerConfig):
-    """lr · (1/W + (1 − 1/W) · min(k/W, 1)) for update k = 0, 1, …; constant where W is 0."""
-    if not config.warmup_steps:
-        return optax.constant_schedule(config.lr)
-    first = 1 / config.warmup_steps  # summed up from it: optax's own schedule cancels digits away
-    return lambda count: (
-        config.lr * (first + (1 - first) * jnp.minimum(count / config.warmup_steps, 1))
-    )
+    """lr · (1/W + (1 − 1/W) · min(k/W, 1)) for update k = 0, 1, …; constant where W is 0.
+
+    The last `decay_steps` of `max_steps` updates multiply it by what is left of them: warm-up,
+    stable, decay (Hägele et al. 2024, https://arxiv.org/abs/2405.18392), so a run can be
+    lengthened before its decay begins.
+    """
+    warmed = lambda count: config.lr
+    if config.warmup_steps:
+        first = 1 / config.warmup_steps  # summed up from it: optax's own schedule cancels digits
+        warmed = lambda count: (
+            config.lr * (first + (1 - first) * jnp.minimum(count / config.warmup_steps, 1))
+        )
+    if not config.decay_steps:
+        return warmed
+    left = lambda count: (config.max_steps - count) / config.decay_steps
+    return lambda count: warmed(count) * jnp.clip(left(count), 0, 1)
 
 
 def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -103,12 +135,48 @@ def init_state(network: DiTConfig, optim: OptimizerConfig, seed: int) -> TrainSt
 
 
 def clip_loss(
-    params, frames_BTHWC, actions_BT, t_BT, noise_BTHWC, *, network: DiTConfig, remat="none"
+    params,
+    frames_BTHWC,
+    actions_BT,
+    t_BT,
+    noise_BTHWC,
+    own_B=None,
+    *,
+    network: DiTConfig,
+    remat="none",
 ):
-    """Diffusion loss of clips, float32 []; frames are uint8, t and noise as `diffusion.draw`."""
-    sample = diffusion.noised(to_model(frames_BTHWC), t_BT, noise_BTHWC)
-    predicted = model.bind(network, params)(sample.x, t_BT, actions_BT, remat=remat)
-    return diffusion.loss(predicted, sample.velocity)
+    """Diffusion loss of clips, float32 []; frames are uint8, t and noise as `diffusion.draw`.
+
+    With history the first frame of a clip, of which there is no change to draw, does not count.
+    `own_B` (bool) says which clips are shown earlier frames of the network's own drawing.
+    """
+    net, frames = model.bind(network, params), to_model(frames_BTHWC)
+    earlier = change.earlier(network, frames)
+    if own_B is not None:
+        own = _own_frames(net, frames, actions_BT, t_BT, noise_BTHWC, earlier)
+        shown = jnp.where(own_B[:, None, None, None, None], own, frames)
+        earlier = change.earlier(network, shown.at[:, 0].set(frames[:, 0]))
+    x0 = change.to_sample(network, frames, earlier)
+    sample = diffusion.noised(x0, t_BT, noise_BTHWC)
+    predicted = net(sample.x, t_BT, actions_BT, earlier, remat=remat)
+    counted = slice(1 if network.history else 0, None)
+    return diffusion.loss(predicted[:, counted], sample.velocity[:, counted])
+
+
+def _own_frames(net, frames_BTHWC, actions_BT, t_BT, noise_BTHWC, earlier_BTHWC) -> jax.Array:
+    """Each frame as one pass draws it after real ones: what a rollout will find behind it.
+
+    Scheduled sampling (Bengio et al. 2015, https://arxiv.org/abs/1506.03099) of all frames at
+    once (Duckworth et al. 2019, https://arxiv.org/abs/1906.04331); no gradient goes through it.
+    The pass starts at any noise label, so that the faults of all of a sampler's steps are seen:
+    guesses from nothing, and noise that a late step fails to remove.
+    """
+    x0 = change.to_sample(net.config, frames_BTHWC, earlier_BTHWC)
+    t_BT, noise = (jnp.roll(x, 1, axis=1) for x in (t_BT, noise_BTHWC))  # a neighbour's
+    noised = diffusion.noised(x0, t_BT, noise).x
+    velocity = net(noised, t_BT, actions_BT, earlier_BTHWC)
+    sample = diffusion.predict_clean(noised, velocity, t_BT)
+    return jax.lax.stop_gradient(change.to_frame(net.config, sample, earlier_BTHWC))
 
 
 def _value_and_grad(params, *batch, network: DiTConfig, step: StepConfig):
@@ -144,18 +212,21 @@ def update(
     batch,
     t_BT,
     noise_BTHWC,
+    own_B=None,
     *,
     network: DiTConfig,
     optim: OptimizerConfig,
     step: StepConfig = _PLAIN,
     mesh: Mesh | None = None,
 ):
-    """One AdamW update with given labels and noise: (next state, metrics).
+    """One AdamW update with given labels and noise, see `clip_loss`: (next state, metrics).
 
     Where the loss or the gradient is not finite, the update is passed over: only `step` and
     `skipped` count on, so no state is ever poisoned, however late somebody looks at the metrics.
     """
     arrays = batch["frames"], batch["actions"], t_BT, noise_BTHWC
+    if own_B is not None:
+        arrays = *arrays, own_B
     loss, grads = gradients(state.params, *arrays, network=network, step=step, mesh=mesh)
     updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -190,7 +261,7 @@ def _average(state: TrainState, params: Params, decay: float) -> Params | None:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("network", "optim", "step", "mesh"), donate_argnames="state"
+    jax.jit, static_argnames=("network", "optim", "step", "noise", "mesh"), donate_argnames="state"
 )
 def train_step(
     state: TrainState,
@@ -200,6 +271,7 @@ def train_step(
     network: DiTConfig,
     optim: OptimizerConfig,
     step: StepConfig = _PLAIN,
+    noise: NoiseConfig = _UNIFORM,
     mesh: Mesh | None = None,
 ):
     """One update on a batch of uint8 clips: (next state, metrics as device scalars).
@@ -212,13 +284,25 @@ def train_step(
     """
     step_key = jax.random.fold_in(key, state.step)
     # Drawn as one array over all devices, so that no clip's noise depends on where it lies.
-    t_BT, noise_BTHWC = diffusion.draw(step_key, batch["frames"].shape)
+    draws = _draw(step_key, batch["frames"].shape, noise)
     following, metrics = update(
-        state, batch, t_BT, noise_BTHWC, network=network, optim=optim, step=step, mesh=mesh
+        state, batch, *draws, network=network, optim=optim, step=step, mesh=mesh
     )
     if mesh is not None:
         following = jax.lax.with_sharding_constraint(following, parallel.placement(following, mesh))
     return following, metrics
+
+
+def _draw(key, shape: tuple[int, ...], noise: NoiseConfig) -> tuple[jax.Array, ...]:
+    """Labels and noise of a batch; where the config asks for it, the clips of `own_B` too."""
+    t_BT, noise_BTHWC = diffusion.draw(key, shape)
+    top_key, own_key = jax.random.split(jax.random.fold_in(key, 1))
+    if noise.top_share:
+        top_BT = jax.random.bernoulli(top_key, noise.top_share, t_BT.shape)
+        t_BT = jnp.where(top_BT, diffusion.NUM_LEVELS - 1, t_BT)
+    if not noise.own_share:
+        return t_BT, noise_BTHWC
+    return t_BT, noise_BTHWC, jax.random.bernoulli(own_key, noise.own_share, shape[:1])
 
 
 def weights_to_sample(state: TrainState) -> Params:

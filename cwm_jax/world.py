@@ -19,8 +19,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cwm_jax import rope
+from cwm_jax import change, rope
 from cwm_jax.model import DiT, FrameKV, Modulations, Past
 
 Window = Literal["exact", "cached", "hop"]
@@ -62,6 +63,14 @@ def past(net: DiT, world: World) -> Past:
     )
 
 
+def earlier(net: DiT, world: World) -> jax.Array | None:
+    """The frames before the next one, newest first: [B, H, W, 3 · history], or None without."""
+    if not net.config.history:
+        return None
+    frame_H = jnp.maximum(world.count - 1 - np.arange(net.config.history), world.first)
+    return jnp.concatenate([world.frames_BMHWC[:, j % world.slots] for j in frame_H], axis=-1)
+
+
 def advance(net: DiT, context: Modulations, world: World, frame_BHWC, action_B, window: Window):
     """The world one frame older: the frame and its action enter the ring, then the cache follows.
 
@@ -84,7 +93,8 @@ def advance(net: DiT, context: Modulations, world: World, frame_BHWC, action_B, 
 def _append(net, context, world, older, frame_BHWC, action_B) -> World:
     """One pass over the new frame alone; where the ring is full its oldest frame makes room."""
     modulations = jax.tree.map(lambda table: table[action_B][:, None], context)
-    _, new = net.frame(net.tokens(frame_BHWC[:, None]), modulations, past(net, world))
+    tokens = _tokens(net, frame_BHWC[:, None], _earlier_or_itself(net, world, frame_BHWC))
+    _, new = net.frame(tokens, modulations, past(net, world))
     slot = world.count % world.slots
     kv = jax.tree.map(lambda ring, kv: ring.at[:, :, :, slot].set(kv), world.kv, new)
     count = world.count + 1
@@ -106,5 +116,18 @@ def _reencode(net, context, older: World, keep: int) -> World:
 def _encode(net: DiT, context: Modulations, frames_BTHWC, actions_BT) -> FrameKV:
     """Keys and values of clean frames at places 0 … T−1, each [B, S, N, T, K]."""
     modulations = jax.tree.map(lambda table: table[actions_BT], context)
-    _, kv = net.clip(net.tokens(frames_BTHWC), modulations)
+    tokens = _tokens(net, frames_BTHWC, change.earlier(net.config, frames_BTHWC))
+    _, kv = net.clip(tokens, modulations)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 3), kv)
+
+
+def _tokens(net: DiT, frames_BTHWC, earlier_BTHWC) -> jax.Array:
+    return net.tokens(change.to_sample(net.config, frames_BTHWC, earlier_BTHWC), earlier_BTHWC)
+
+
+def _earlier_or_itself(net: DiT, world: World, frame_BHWC) -> jax.Array | None:
+    """`earlier` of a frame about to enter, [B, 1, ...]; a world's very first frame repeated."""
+    if not net.config.history:
+        return None
+    itself = jnp.concatenate([frame_BHWC] * net.config.history, axis=-1)
+    return jnp.where(world.count == 0, itself, earlier(net, world))[:, None]

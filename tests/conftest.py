@@ -1,5 +1,7 @@
 """Fixtures shared by the tests."""
 
+import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,7 +70,19 @@ def tiny() -> DiTConfig:
 @pytest.fixture(scope="session")
 def tiny_params(tiny) -> dict[str, jax.Array]:
     """Parameters that are all at work: fresh ones have zero gates, behind which much can hide."""
-    params = model.init(tiny, 0)
+    return _at_work(tiny)
+
+
+@pytest.fixture(scope="session")
+def network_of(tiny, tiny_params) -> Callable[[int], tuple[DiTConfig, dict[str, jax.Array]]]:
+    """network_of(history): `tiny`, shown so many earlier frames, and parameters all at work."""
+    with_history = functools.cache(lambda n: dataclasses.replace(tiny, history=n))
+    params_of = functools.cache(lambda n: _at_work(with_history(n)))
+    return lambda n: (with_history(n), params_of(n)) if n else (tiny, tiny_params)
+
+
+def _at_work(network: DiTConfig) -> dict[str, jax.Array]:
+    params = model.init(network, 0)
     keys = jax.random.split(jax.random.key(1), len(params))
     return {
         name: leaf + 0.1 * jax.random.normal(key, leaf.shape)

@@ -37,7 +37,7 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
 """
 
 
-@pytest.mark.parametrize("name", ["debug", "small", "large"])
+@pytest.mark.parametrize("name", ["debug", "pocket", "small", "large"])
 def test_sizes_are_those_of_the_configs(name):
     config = importlib.import_module(f"configs.{name}").get_config().model
     known = dataclasses.asdict(sizes.network(name))

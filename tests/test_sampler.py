@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import diffusion, model, sampler, world
+from cwm_jax import change, diffusion, model, sampler, world
 from cwm_jax.errors import UserError
 from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
 
@@ -33,16 +33,21 @@ def plainly(tiny, params, config, prompt, actions, key):
     for i in range(prompt.shape[1], actions.shape[1]):
         number = min(prompt.shape[1], window - 1) + i - prompt.shape[1]
         x, _ = sampler.frame_noise(jax.random.fold_in(key, number), shape)
+        context = jnp.stack(frames[-(window - 1) :], axis=1)
+        # A frame's own pixels are not among those before it, so any may stand for the new one.
+        beside = change.earlier(tiny, jnp.concatenate([context, context[:, -1:]], axis=1))
+        at = lambda frame, beside=beside: None if beside is None else beside[:, frame]
+        known = change.to_sample(tiny, context, at(slice(0, -1)))
         for level, after in zip(config.levels, (*config.levels[1:], None), strict=True):
-            seen = jnp.stack([*frames[-(window - 1) :], x], axis=1)
+            seen = jnp.concatenate([known, x[:, None]], axis=1)
             t = jnp.full(seen.shape[:2], config.context_level).at[:, -1].set(level)
             first = max(0, i + 1 - window)
-            velocity = network(seen, t, actions[:, first : i + 1])[:, -1]
+            velocity = network(seen, t, actions[:, first : i + 1], beside)[:, -1]
             x0 = diffusion.clean(x, velocity, alpha_bars[level])
             noise = diffusion.epsilon(x, x0, alpha_bars[level])
             left = 1.0 if after is None else alpha_bars[after]
             x = np.sqrt(left) * x0 + np.sqrt(1 - left) * noise
-        frames.append(np.asarray(x))
+        frames.append(np.asarray(change.to_frame(tiny, x, at(-1))))
     return np.stack(frames[prompt.shape[1] :], axis=1)
 
 
@@ -64,8 +69,10 @@ def unclamped(tiny, params, config, state, actions, key):
     return np.moveaxis(np.asarray(scan(params, state, np.asarray(actions).T)), 0, 1)
 
 
+@pytest.mark.parametrize("history", [0, 2])
 @pytest.mark.parametrize("given", [1, 3, 5])
-def test_exact_equals_the_plain_way_at_every_length(tiny, tiny_params, given):
+def test_exact_equals_the_plain_way_at_every_length(network_of, given, history):
+    tiny, tiny_params = network_of(history)
     config = SamplerConfig(levels=LEVELS, window="exact")
     prompt, led_in = prompt_of(tiny, frames=given)
     actions = np.concatenate([led_in, np.full((2, 6), 7)], axis=1)
@@ -76,8 +83,10 @@ def test_exact_equals_the_plain_way_at_every_length(tiny, tiny_params, given):
     np.testing.assert_allclose(drawn, expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("history", [0, 2])
 @pytest.mark.parametrize("window", ["cached", "hop"])
-def test_other_windows_are_exact_until_the_window_slides(tiny, tiny_params, window):
+def test_other_windows_are_exact_until_the_window_slides(network_of, window, history):
+    tiny, tiny_params = network_of(history)
     prompt, led_in = prompt_of(tiny)
     actions = np.array([[7] * 8, [1] * 8])
     drawn = {}
@@ -119,7 +128,7 @@ def test_an_oracle_is_recovered(tiny):
     class Oracle:
         config = tiny
 
-        def tokens(self, x):
+        def tokens(self, x, earlier):
             return x
 
         def frame(self, x, modulations, past):

@@ -52,6 +52,12 @@ def test_small_keeps_the_originals_settings():
         ("n_prompt", 16, "config.n_prompt=16"),
         ("ddim_steps", 1001, "1001"),
         ("wandb.mode", "loud", "loud"),
+        ("model.history", -1, r"config\.model\.history must be a whole number ≥ 0"),
+        ("model.history", 32, r"config\.model\.history=32 must be less than .*max_frames=32"),
+        ("model.change_scale", 0.0, r"config\.model\.change_scale=0\.0"),
+        ("noise.top_share", 1.5, r"config\.noise\.top_share=1\.5: must be 0…1"),
+        ("noise.own_share", 0.5, r"config\.noise\.own_share=0\.5 needs config\.model\.history"),
+        ("decay_steps", 7, r"config\.decay_steps=7 .* config\.max_steps=0"),
     ],
 )
 def test_mistakes_are_named(path, value, told):

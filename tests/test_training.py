@@ -51,6 +51,12 @@ def test_warm_up_keeps_its_first_digits():
     assert float(rate(jnp.int32(0))) == pytest.approx(5e-7, rel=1e-6)
 
 
+def test_the_rate_falls_to_nothing_at_the_end():
+    rate = training.learning_rate(settings(lr=1e-3, warmup_steps=2, max_steps=10, decay_steps=4))
+    expected = [0.5, 0.75, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    np.testing.assert_allclose([float(rate(k)) for k in range(11)], 1e-3 * np.array(expected))
+
+
 def test_it_learns_and_compiles_once(tiny):
     before = training.train_step._cache_size()
     white = batch_of(2) | {"frames": np.full((2, 3, 64, 64, 3), 255, np.uint8)}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import diffusion, model
+from cwm_jax import change, diffusion, model
 from cwm_jax.coinrun import to_model, to_pixels
 from cwm_jax.evaluation import intervals
 from cwm_jax.evaluation.scores import Scores
@@ -101,7 +101,10 @@ def reconstruction(network: DiTConfig, params: Params, frames_BTHWC, actions_BT)
 @functools.partial(jax.jit, static_argnames="network")
 def _reconstruct(params, frames_BTHWC, actions_BT, *, network: DiTConfig):
     t_BT = jnp.zeros(frames_BTHWC.shape[:2], jnp.int32)
-    x0 = to_model(frames_BTHWC)
+    frames_BTHWC = to_model(frames_BTHWC)
+    earlier = change.earlier(network, frames_BTHWC)
+    x0 = change.to_sample(network, frames_BTHWC, earlier)
     shown = diffusion.noised(x0, t_BT, jnp.zeros_like(x0)).x
-    velocity = model.bind(network, params)(shown, t_BT, actions_BT)
-    return to_pixels(diffusion.predict_clean(shown, velocity, t_BT))
+    velocity = model.bind(network, params)(shown, t_BT, actions_BT, earlier)
+    predicted = diffusion.predict_clean(shown, velocity, t_BT)
+    return to_pixels(change.to_frame(network, predicted, earlier))

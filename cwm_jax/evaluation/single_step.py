@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cwm_jax import diffusion, metrics, model
+from cwm_jax import change, diffusion, metrics, model
 from cwm_jax.coinrun import to_model, to_pixels
 from cwm_jax.model import DiTConfig, Params
 from cwm_jax.parallel import to_devices
@@ -19,11 +19,14 @@ Batches = Iterable[dict[str, np.ndarray]]
 @functools.partial(jax.jit, static_argnames="network")
 def _sums(params, batch, key, *, network: DiTConfig) -> dict[str, jax.Array]:
     """Sums over a batch's clips (those with mask) and frames, at random noise labels."""
-    x0 = to_model(batch["frames"])
+    frames = to_model(batch["frames"])
+    earlier = change.earlier(network, frames)
+    x0 = change.to_sample(network, frames, earlier)
     t_BT, noise = diffusion.draw(key, x0.shape)
     sample = diffusion.noised(x0, t_BT, noise)
-    velocity = model.bind(network, params)(sample.x, t_BT, batch["actions"])
-    predicted = to_pixels(diffusion.predict_clean(sample.x, velocity, t_BT)) / 255
+    velocity = model.bind(network, params)(sample.x, t_BT, batch["actions"], earlier)
+    predicted = diffusion.predict_clean(sample.x, velocity, t_BT)
+    predicted = to_pixels(change.to_frame(network, predicted, earlier)) / 255
     real = batch["frames"] / 255
     per_clip = {
         "loss": jnp.square(velocity - sample.velocity).mean((1, 2, 3, 4)),

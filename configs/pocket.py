@@ -1,0 +1,49 @@
+"""The pocket world: the network in `checkpoints/pocket`, for play on two laptop cores.
+
+    python -m cwm_jax.tools.collect --output data/pocket --train 4000 --val 200 --test 200 \\
+        --policy random=1,sticky=3 --seed 1
+    python train.py --config configs/pocket.py --workdir runs/pocket
+
+5.2M parameters. It draws the change from the last frame, and is shown the last two: see
+`docs/pocket.md` for why, what was compared, how long it took and how good it is.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.model.hidden_size = 256
+    config.model.depth = 2
+    config.model.num_heads = 4
+    config.model.max_frames = 12
+    config.model.history = 2
+
+    config.data.dir = "data/pocket"
+    config.data.clip_len = 12
+    config.data.num_workers = 0
+    config.data.num_threads = 1
+
+    config.batch_size = 4
+    config.global_batch_size = 4
+    config.max_steps = 8000
+    config.lr = 1.5e-3
+    config.warmup_steps = 100
+    config.decay_steps = 2500
+    config.ema_decay = 0.999
+    config.noise.top_share = 0.2
+    config.noise.own_share = 0.5
+
+    config.log_every_steps = 50
+    config.val_every_steps = 1000
+    config.val_batches = 40
+    config.eval_every_steps = 2000
+    config.eval_clips = 8
+    config.eval_frames = 10
+    config.rollout_every_steps = 2000
+    config.ckpt_every_steps = 500
+
+    config.ddim_steps = 4
+    return config

@@ -1,0 +1,29 @@
+"""The model that comes with the repository, used where no other is named."""
+
+from pathlib import Path
+
+from cwm_jax.errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "checkpoints" / "pocket"
+NAME = "checkpoints/pocket"
+
+
+def unless(named: Path | None) -> Path:
+    """The model that the user named, or else the repository's own; which is said.
+
+    Raises:
+        UserError: there is nothing at the place named, or this is no checkout with a model in it.
+    """
+    if named is not None:
+        if not named.exists():
+            raise UserError(f"there is no checkpoint at {named}")
+        return named
+    if not FOLDER.is_dir():
+        raise UserError(
+            f"no --checkpoint is named, and {NAME}, the repository's own, is not at {FOLDER}. "
+            f"Train one in minutes with\n"
+            f"    python train.py --config configs/debug.py --workdir runs/debug\n"
+            f"and name it with --checkpoint runs/debug"
+        )
+    print(f"Using {NAME}, this repository's own model; --checkpoint names another", flush=True)
+    return FOLDER

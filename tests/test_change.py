@@ -1,0 +1,197 @@
+"""Drawing the change from the last frame: what is shown, drawn, and learned from."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cwm_jax import change, diffusion, model, sampler, torch_format, training, world
+from cwm_jax.coinrun import to_model
+from cwm_jax.errors import UserError
+from cwm_jax.play import memory
+from cwm_jax.sampler import Sampler, SamplerConfig
+
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def known(network_of):
+    return network_of(2)
+
+
+def clip_of(frames=5, clips=2, seed=0):
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (clips, frames, 64, 64, 3), np.uint8)
+    actions = rng.integers(0, 15, (clips, frames), np.int32)
+    actions[:, 0] = -1
+    return pixels, actions
+
+
+def test_the_frames_before_each(tiny):
+    config = dataclasses.replace(tiny, history=3)
+    frames = jnp.arange(1, 6.0).reshape(1, 5, 1, 1, 1) * jnp.ones(3)
+    shown = change.earlier(config, frames)[0, :, 0, 0, ::3]
+    assert shown.tolist() == [[1, 1, 1], [1, 1, 1], [2, 1, 1], [3, 2, 1], [4, 3, 2]]
+
+
+def test_a_change_undone_is_the_frame(known):
+    config, _ = known
+    frames = to_model(jnp.asarray(clip_of()[0]))
+    earlier = change.earlier(config, frames)
+    sample = change.to_sample(config, frames, earlier)
+    assert (sample[:, 0] == 0).all()
+    np.testing.assert_allclose(
+        sample[:, 3], (frames[:, 3] - frames[:, 2]) / config.change_scale, atol=1e-6
+    )
+    np.testing.assert_allclose(change.to_frame(config, sample, earlier), frames, atol=1e-6)
+    assert np.abs(change.to_frame(config, 100 * sample, earlier)).max() == 1
+
+
+def test_a_network_that_has_learned_nothing_draws_the_last_frame(known):
+    config, _ = known
+    prompt, actions = clip_of(frames=3)
+    drawer = Sampler(config, model.init(config, 0), SamplerConfig(levels=(999,)))
+    _, drawn = drawer.rollout(drawer.start(prompt, actions), [[7, 7], [1, 1]], KEY)
+    off = np.abs(np.asarray(drawn, int) - prompt[:, -1:])
+    assert off.max() <= 3  # what one step leaves of the noise: √ᾱ of it, on the scale of a change
+
+
+def test_what_is_shown_reaches_its_frame_and_later_ones(known):
+    config, params = known
+    keys = jax.random.split(KEY, 2)
+    sample = jax.random.normal(keys[0], (1, 5, 64, 64, 3))
+    earlier = jax.random.normal(keys[1], (1, 5, 64, 64, 6))
+    t, actions = jnp.full((1, 5), 400), jnp.zeros((1, 5), jnp.int32)
+
+    def output_of(frame, earlier):
+        drawn = model.bind(config, params)(sample, t, actions, earlier)
+        return jnp.square(drawn[0, frame]).sum()
+
+    influence = jax.jit(jax.vmap(jax.grad(output_of, argnums=1), in_axes=(0, None)))
+    gradients = np.abs(influence(jnp.arange(5), earlier)[:, 0])  # [output, input, H, W, 6]
+    reach = gradients.sum((2, 3, 4))
+    assert (np.triu(reach, 1) == 0).all()
+    assert (np.tril(reach) + np.triu(np.ones((5, 5)), 1) > 0).all()
+    assert (gradients[4, 4].sum((0, 1)) > 0).all()  # all of the six channels
+
+
+def test_a_players_memory_is_a_world_that_begins_with_its_first_frame(known):
+    config, params = known
+    prompt, _ = clip_of(frames=3, clips=1)
+    net = model.bind(config, params)
+    context = sampler.tabulate(net, SamplerConfig()).context
+    actions = jnp.array([[-1, 7, 1]])
+    pad = ((0, 0), (0, 1))
+    frames = jnp.pad(to_model(prompt), (*pad, (0, 0), (0, 0), (0, 0)))
+    begun = world.start(net, context, frames, jnp.pad(actions, pad, constant_values=-1), 3)
+    kept = memory.fresh(begun)
+    for number in range(3):
+        kept = memory.remember(net, context, kept, prompt[0, number], actions[0, number])
+    for one, other in zip(
+        jax.tree.leaves(kept.in_use().kv), jax.tree.leaves(begun.kv), strict=True
+    ):
+        np.testing.assert_allclose(one[:, :, :, :3], other[:, :, :, :3], atol=1e-4)
+
+
+def test_the_first_frame_of_a_clip_does_not_count(known):
+    config, params = known
+    frames, actions = clip_of()
+    t, noise = diffusion.draw(KEY, frames.shape)
+    loss = training.clip_loss(params, frames, actions, t, noise, network=config)
+    earlier = change.earlier(config, to_model(frames))
+    x0 = change.to_sample(config, to_model(frames), earlier)
+    sample = diffusion.noised(x0, t, noise)
+    off = model.bind(config, params)(sample.x, t, actions, earlier) - sample.velocity
+    np.testing.assert_allclose(loss, jnp.square(off[:, 1:]).mean(), rtol=1e-5)
+
+
+def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
+    """The loss of a clip whose earlier frames were first drawn, and put in their place by hand."""
+    config, params = known
+    frames, actions = clip_of()
+    t, noise = diffusion.draw(KEY, frames.shape)
+    loss = lambda own: training.clip_loss(params, frames, actions, t, noise, own, network=config)
+    np.testing.assert_allclose(
+        loss(jnp.zeros(2, bool)),
+        training.clip_loss(params, frames, actions, t, noise, network=config),
+        rtol=1e-6,
+    )
+    real = to_model(frames)
+    net, beside = model.bind(config, params), change.earlier(config, real)
+    order = [4, 0, 1, 2, 3]  # a frame is drawn at the label and from the noise of its neighbour
+    start = diffusion.noised(change.to_sample(config, real, beside), t[:, order], noise[:, order]).x
+    velocity = net(start, t[:, order], actions, beside)
+    drawn = diffusion.predict_clean(start, velocity, t[:, order])
+    drawn = change.to_frame(config, drawn, beside).at[:, 0].set(real[:, 0])
+    beside = change.earlier(config, drawn)
+    sample = diffusion.noised(change.to_sample(config, real, beside), t, noise)
+    off = net(sample.x, t, actions, beside) - sample.velocity
+    np.testing.assert_allclose(loss(jnp.ones(2, bool)), jnp.square(off[:, 1:]).mean(), rtol=1e-4)
+
+
+def test_no_gradient_goes_through_what_was_drawn(known):
+    """A clip's loss falls as fast by its last linear as if the drawn frames had been given."""
+    config, params = known
+    frames, actions = clip_of(clips=1)
+    t, noise = diffusion.draw(KEY, frames.shape)
+    own = jnp.ones(1, bool)
+    net = model.bind(config, params)
+    real = to_model(frames)
+    drawn = training._own_frames(net, real, actions, t, noise, change.earlier(config, real))
+    shown = change.earlier(config, drawn.at[:, 0].set(to_model(frames)[:, 0]))
+
+    def given(params):
+        sample = diffusion.noised(change.to_sample(config, to_model(frames), shown), t, noise)
+        off = model.bind(config, params)(sample.x, t, actions, shown) - sample.velocity
+        return jnp.square(off[:, 1:]).mean()
+
+    whole = lambda p: training.clip_loss(p, frames, actions, t, noise, own, network=config)
+    for one, other in zip(
+        jax.tree.leaves(jax.grad(whole)(params)),
+        jax.tree.leaves(jax.grad(given)(params)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_the_original_cannot_hold_such_a_network(known):
+    config, params = known
+    with pytest.raises(UserError, match=r"config\.model\.history=2"):
+        torch_format.to_original(params, config)
+
+
+def test_labels_and_clips_are_drawn_in_the_shares_asked_for():
+    shape = (200, 5, 2, 2, 3)
+    t, _ = training._draw(KEY, shape, training.NoiseConfig())
+    assert (t == diffusion.draw(KEY, shape)[0]).all()
+    noise = training.NoiseConfig(top_share=0.3, own_share=0.25)
+    t, _, own = training._draw(KEY, shape, noise)
+    assert 0.25 < (t == 999).mean() < 0.35
+    assert 0.15 < own.mean() < 0.35
+
+
+def test_a_network_with_history_learns(known):
+    """On a film of stripes that move two pixels a frame, it does better than the last frame."""
+    config, _ = known
+    optim = training.OptimizerConfig(
+        lr=1e-2, weight_decay=0.0, warmup_steps=5, grad_clip=1.0, ema_decay=0.0
+    )
+    noise = training.NoiseConfig(top_share=0.5, own_share=0.5)
+    columns = np.arange(64) + 2 * np.arange(5)[:, None, None]
+    film = np.where(columns // 8 % 2, 220, 30).astype(np.uint8) * np.ones((5, 64, 1), np.uint8)
+    frames = np.repeat(film[None, ..., None], 3, axis=-1).repeat(2, axis=0)
+    batch = {"frames": frames, "actions": np.array([[-1, 7, 7, 7, 7]] * 2, np.int32)}
+    drawn = lambda state: training.clip_loss(
+        state.params,
+        *batch.values(),
+        np.full((2, 5), 999),
+        jax.random.normal(KEY, frames.shape),
+        network=config,
+    )
+    state = training.init_state(config, optim, 0)
+    untrained = drawn(state)
+    for _ in range(60):
+        state, _ = training.train_step(state, batch, KEY, network=config, optim=optim, noise=noise)
+    assert drawn(state) < 0.5 * untrained
