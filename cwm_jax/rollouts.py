@@ -142,11 +142,12 @@ def film(script: Script, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def write(
-    sampler: Sampler, script: Script, mp4: Path, *, key, fps: int = FPS, watched: bool = False
+    sampler: Sampler, script: Script, path: Path, *, key, fps: int = FPS, watched: bool = False
 ) -> np.ndarray:
     """Draws a script and films it while it is drawn; returns all frames, uint8 [B, T, H, W, C].
 
     Args:
+        path: of the film, mp4 or GIF by its ending.
         key: PRNG key of all noise.
         watched: somebody waits at a terminal: show a progress bar, then frames/s.
     """
@@ -158,7 +159,8 @@ def write(
             yield frame
 
     frames = keeping(draw(sampler, script, key=key))
-    video.write_mp4(mp4, film(script, _watched(frames, script) if watched else frames), fps=fps)
+    shown = film(script, _watched(frames, script) if watched else frames)
+    video.write_film(path, shown, fps=fps)
     return np.stack(kept, axis=1)
 
 

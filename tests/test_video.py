@@ -126,3 +126,19 @@ def test_png_is_exact(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (7, 11, 3), dtype=np.uint8)
     video.write_png(tmp_path / "picture.png", image)
     assert np.array_equal(np.array(Image.open(tmp_path / "picture.png")), image)
+
+
+def test_a_gif_shows_every_frame(tmp_path):
+    colours = np.array([[200, 30, 40], [20, 180, 60], [10, 40, 220], [250, 250, 250]], np.uint8)
+    frames = [np.broadcast_to(c, (7, 11, 3)) for c in colours]
+    video.write_film(tmp_path / "film.gif", iter(frames), fps=15)
+    with Image.open(tmp_path / "film.gif") as picture:
+        assert (picture.n_frames, picture.size, picture.info["loop"]) == (4, (11, 7), 0)
+        for number, frame in enumerate(frames):
+            picture.seek(number)
+            assert picture.info["duration"] == 70
+            off = np.asarray(picture.convert("RGB"), int) - frame
+            assert np.abs(off).max() <= 4
+    with pytest.raises(UserError, match="no frames"):
+        video.write_film(tmp_path / "none.GIF", iter([]), fps=15)
+    assert not (tmp_path / "none.GIF").exists()
