@@ -209,7 +209,7 @@ def timed(steps: dict[str, Step], count: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="a checkout of the original")
-    parser.add_argument("--size", choices=sizes.SIZES, default="small")
+    parser.add_argument("--size", choices=sizes.ORIGINALS, default="small")
     parser.add_argument("--batch", type=int, default=2, help="clips a step")
     parser.add_argument("--frames", type=int, default=32, help="of a clip")
     parser.add_argument("--steps", type=int, default=5)

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import machine, sizes
-from cwm_jax import diffusion, flops, memory, model, sampler, speed
+from cwm_jax import change, diffusion, flops, memory, model, sampler, speed
 from cwm_jax.model import DiTConfig
 
 KEY = jax.random.key(0)
@@ -113,12 +113,17 @@ class Bench:
         @jax.jit
         def draw(params, frames_BTHWC, actions_BT, x):
             net = model.bind(self.config, params)
+            with_new = jnp.concatenate([frames_BTHWC, frames_BTHWC[:, -1:]], axis=1)
+            earlier = change.earlier(self.config, with_new)
+            known = change.to_sample(
+                self.config, frames_BTHWC, None if earlier is None else earlier[:, :-1]
+            )
 
             def one(x, step):
                 level, now, then = step
-                seen = jnp.concatenate([frames_BTHWC, x[:, None]], axis=1)
+                seen = jnp.concatenate([known, x[:, None]], axis=1)
                 t_BT = jnp.full(seen.shape[:2], 14).at[:, -1].set(level)
-                velocity = net(seen, t_BT, actions_BT)[:, -1]
+                velocity = net(seen, t_BT, actions_BT, earlier)[:, -1]
                 x0 = diffusion.clean(x, velocity, now)
                 noise = diffusion.epsilon(x, x0, now)
                 return jnp.sqrt(then) * x0 + jnp.sqrt(1 - then) * noise, None

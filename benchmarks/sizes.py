@@ -4,12 +4,13 @@ from cwm_jax.model import DiTConfig
 
 SIZES = {
     "tiny": dict(hidden_size=64, depth=2, num_heads=2),  # to try the benchmarks themselves
-    "debug": dict(hidden_size=256, depth=2, num_heads=4, max_frames=16),
+    "debug": dict(hidden_size=256, depth=2, num_heads=4, max_frames=16, history=2),
     "pocket": dict(hidden_size=256, depth=2, num_heads=4, max_frames=12, history=2),
     "small": dict(hidden_size=512, depth=6, num_heads=8),
     "large": dict(hidden_size=640, depth=8, num_heads=8),
     "1b": dict(hidden_size=1536, depth=14, num_heads=16),  # no config yet; for docs/scaling.md
 }
+ORIGINALS = [name for name, sizes in SIZES.items() if not sizes.get("history")]
 _SAME = dict(patch_size=8, image_size=64, num_actions=15, max_frames=32)
 
 

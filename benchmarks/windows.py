@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from cwm_jax import checkpoint, data, sampler
+from cwm_jax import checkpoint, data, sampler, samplers
 
 WAYS = {  # window, dtype of the matmuls
     "exact": ("exact", "float32"),
@@ -58,7 +58,7 @@ def main() -> None:
     add("--json", type=Path)
     args = parser.parse_args()
 
-    trained = checkpoint.load(args.checkpoint)
+    trained = samplers.load(args.checkpoint)
     episodes = data.open_episodes(data.DataConfig(dir=args.data), "test")
     numbers = data.pick_episodes(episodes, count=args.clips, length=160, seed=args.seed)
     clips = data.load_clips(episodes, numbers, length=160)

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.model.depth = 2
     config.model.num_heads = 4
     config.model.max_frames = 16
+    config.model.history = 2  # draws changes: minutes do not suffice to learn whole frames
 
     config.data.dir = "assets/coinrun"
     config.data.clip_len = 8
@@ -27,7 +28,9 @@ def get_config() -> ConfigDict:
     config.max_steps = 800
     config.lr = 2e-3
     config.warmup_steps = 50
+    config.decay_steps = 400
     config.ema_decay = 0.995
+    config.noise.top_share = 0.2
 
     config.log_every_steps = 20
     config.val_every_steps = 200

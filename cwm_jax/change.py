@@ -31,6 +31,11 @@ def earlier(config: DiTConfig, frames_BTHWC: jax.Array) -> jax.Array | None:
     return jnp.concatenate(shifted[1:], axis=-1)
 
 
+def counted(config: DiTConfig) -> slice:
+    """The frames of a clip that are trained and judged: not the first, where changes are drawn."""
+    return slice(1 if config.history else 0, None)
+
+
 def to_sample(config: DiTConfig, frames: jax.Array, earlier: jax.Array | None) -> jax.Array:
     """What is to be drawn of frames [..., H, W, 3], given the frames before them."""
     if earlier is None:

@@ -69,6 +69,12 @@ class _Run:
         self.quick = self._quick()
         total = settings.epochs * self.batches.per_epoch
         self.total_steps = min(total, settings.max_steps or total)
+        if settings.decay_steps and self.total_steps < settings.max_steps:
+            raise UserError(
+                f"config.epochs={settings.epochs} end after {total} updates, before "
+                f"config.max_steps={settings.max_steps} to which config.decay_steps brings the "
+                f"learning rate down: raise epochs or lower max_steps"
+            )
 
     def _val_batches(self, *, limit: int | None) -> data.EvalBatches:
         return data.eval_batches(

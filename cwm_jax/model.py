@@ -46,9 +46,10 @@ class DiTConfig:
     action_encoding: str = "one_hot"
     attention: str = "auto"  # over whole clips: xla, cudnn, or auto; older checkpoints lack it
     # Earlier frames shown beside each frame, of which then the change is drawn in units of
-    # `change_scale`; see `cwm_jax.change`. 0: none, the original's network.
-    history: int = 0
-    change_scale: float = 0.2
+    # `change_scale`; see `cwm_jax.change`. 0: none, the original's network. Not in the repr, from
+    # which share codes know a network: codes older than this must go on to work.
+    history: int = dataclasses.field(default=0, repr=False)
+    change_scale: float = dataclasses.field(default=0.2, repr=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -261,6 +262,7 @@ class DiT(nnx.Module):
 
     def tokens(self, sample_BTHWC: jax.Array, earlier_BTHWC: jax.Array | None = None) -> jax.Array:
         """Noised samples, and `change.earlier` of their frames, to token vectors [B, T, S, D]."""
+        assert (earlier_BTHWC is None) == (not self.config.history)
         tokens = self.patch_in(self._patches(sample_BTHWC))
         if earlier_BTHWC is None:
             return tokens

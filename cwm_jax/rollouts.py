@@ -125,7 +125,7 @@ def _call_size(wanted: int) -> int:
 
 
 def film(script: Script, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Film images for `video.write_mp4`: real on top, drawn below, the pressed keys under each."""
+    """Film images for `video.write_film`: real on top, drawn below, the pressed keys under each."""
     samples, length = script.actions.shape
     shape = script.prompt.shape[2:4]
     page = sheet.Sheet.fitting(

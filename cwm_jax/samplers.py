@@ -31,7 +31,7 @@ def open_sampler(
 
     Args:
         path: a run's workdir, one of its checkpoints, an export (orbax or `.safetensors`), or a
-            bundle's folder.
+            bundle's folder; or a folder with a `model.safetensors`.
         step: which checkpoint of a run; the newest by default.
         config: how to draw. By default as a bundle was made to, and otherwise `SamplerConfig()`.
 
@@ -57,7 +57,14 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
     if is_bundle(path):
         bundle.read_manifest(path)  # whose checksums must hold
         return _from_file(path / bundle.PARAMS)
-    return _from_file(path) if path.suffix == weights.SUFFIX else checkpoint.load(path, step=step)
+    if (path / weights.NAME).is_file() and not (path / checkpoint.FOLDER).is_dir():
+        path = path / weights.NAME
+    if path.suffix != weights.SUFFIX:
+        return checkpoint.load(path, step=step)
+    trained = _from_file(path)
+    if step not in (None, trained.step):
+        raise UserError(f"{path} holds step {trained.step} of a run, and no step {step}")
+    return trained
 
 
 def _from_file(path: Path) -> Trained:

@@ -73,6 +73,11 @@ class Settings:
                     f"config.{name}={frames} is more than the network's window, "
                     f"config.model.max_frames={self.model.max_frames}"
                 )
+        if self.model.history and self.data.clip_len < 2:
+            raise UserError(
+                f"config.data.clip_len={self.data.clip_len} must be 2 or more where changes are "
+                f"drawn (config.model.history={self.model.history}): one frame shows none"
+            )
         if self.noise.own_share and not self.model.history:
             raise UserError(
                 f"config.noise.own_share={self.noise.own_share} needs config.model.history ≥ 1: "

@@ -30,7 +30,7 @@ class OptimizerConfig:
     grad_clip: float  # by global norm
     ema_decay: float  # 0: no moving average is kept
     max_steps: int = 0  # 0: not known
-    decay_steps: int = 0  # the last so many updates of `max_steps` bring the rate down to 0
+    decay_steps: int = 0  # the last so many of `max_steps`, or all, bring the rate down to 0
 
     def __post_init__(self):
         for name, low, high in (
@@ -43,10 +43,10 @@ class OptimizerConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"config.{name}={getattr(self, name)}: must be {low}…{high}")
-        if self.decay_steps > self.max_steps:
+        if self.decay_steps and not self.max_steps:
             raise UserError(
-                f"config.decay_steps={self.decay_steps} are the last of config.max_steps="
-                f"{self.max_steps} updates, and cannot be more"
+                f"config.decay_steps={self.decay_steps} needs config.max_steps, the updates of the "
+                f"whole run, of which these are the last"
             )
 
 
@@ -95,6 +95,14 @@ class TrainState(NamedTuple):
     skipped: jax.Array  # int32 [], updates passed over so far, as `update` says
 
 
+class Own(NamedTuple):
+    """How the network draws the earlier frames that it is shown."""
+
+    clips_B: jax.Array  # bool, the clips in which it is shown them
+    t_BT: jax.Array  # labels and noise that they are drawn from, as `diffusion.draw`
+    noise_BTHWC: jax.Array
+
+
 def learning_rate(config: OptimizerConfig):
     """lr · (1/W + (1 − 1/W) · min(k/W, 1)) for update k = 0, 1, …; constant where W is 0.
 
@@ -110,8 +118,9 @@ def learning_rate(config: OptimizerConfig):
         )
     if not config.decay_steps:
         return warmed
-    left = lambda count: (config.max_steps - count) / config.decay_steps
-    return lambda count: warmed(count) * jnp.clip(left(count), 0, 1)
+    last = min(config.decay_steps, config.max_steps)
+    left = lambda count: jnp.clip((config.max_steps - count) / last, 0, 1)
+    return lambda count: warmed(count) * left(count)
 
 
 def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -140,31 +149,30 @@ def clip_loss(
     actions_BT,
     t_BT,
     noise_BTHWC,
-    own_B=None,
-    *,
+    *own,
     network: DiTConfig,
     remat="none",
 ):
     """Diffusion loss of clips, float32 []; frames are uint8, t and noise as `diffusion.draw`.
 
     With history the first frame of a clip, of which there is no change to draw, does not count.
-    `own_B` (bool) says which clips are shown earlier frames of the network's own drawing.
+    `own`, nothing or an `Own`, says which clips are shown earlier frames of the network's drawing.
     """
     net, frames = model.bind(network, params), to_model(frames_BTHWC)
     earlier = change.earlier(network, frames)
-    if own_B is not None:
-        own = _own_frames(net, frames, actions_BT, t_BT, noise_BTHWC, earlier)
-        shown = jnp.where(own_B[:, None, None, None, None], own, frames)
+    if own:
+        drawn = _own_frames(net, frames, actions_BT, Own(*own), earlier)
+        shown = jnp.where(own[0][:, None, None, None, None], drawn, frames)
         earlier = change.earlier(network, shown.at[:, 0].set(frames[:, 0]))
     x0 = change.to_sample(network, frames, earlier)
     sample = diffusion.noised(x0, t_BT, noise_BTHWC)
     predicted = net(sample.x, t_BT, actions_BT, earlier, remat=remat)
-    counted = slice(1 if network.history else 0, None)
+    counted = change.counted(network)
     return diffusion.loss(predicted[:, counted], sample.velocity[:, counted])
 
 
-def _own_frames(net, frames_BTHWC, actions_BT, t_BT, noise_BTHWC, earlier_BTHWC) -> jax.Array:
-    """Each frame as one pass draws it after real ones: what a rollout will find behind it.
+def _own_frames(net, frames_BTHWC, actions_BT, own: Own, earlier_BTHWC) -> jax.Array:
+    """Each frame as one pass draws it after real ones: much like what a rollout finds behind it.
 
     Scheduled sampling (Bengio et al. 2015, https://arxiv.org/abs/1506.03099) of all frames at
     once (Duckworth et al. 2019, https://arxiv.org/abs/1906.04331); no gradient goes through it.
@@ -172,10 +180,9 @@ def _own_frames(net, frames_BTHWC, actions_BT, t_BT, noise_BTHWC, earlier_BTHWC)
     guesses from nothing, and noise that a late step fails to remove.
     """
     x0 = change.to_sample(net.config, frames_BTHWC, earlier_BTHWC)
-    t_BT, noise = (jnp.roll(x, 1, axis=1) for x in (t_BT, noise_BTHWC))  # a neighbour's
-    noised = diffusion.noised(x0, t_BT, noise).x
-    velocity = net(noised, t_BT, actions_BT, earlier_BTHWC)
-    sample = diffusion.predict_clean(noised, velocity, t_BT)
+    noised = diffusion.noised(x0, own.t_BT, own.noise_BTHWC).x
+    velocity = net(noised, own.t_BT, actions_BT, earlier_BTHWC)
+    sample = diffusion.predict_clean(noised, velocity, own.t_BT)
     return jax.lax.stop_gradient(change.to_frame(net.config, sample, earlier_BTHWC))
 
 
@@ -212,8 +219,7 @@ def update(
     batch,
     t_BT,
     noise_BTHWC,
-    own_B=None,
-    *,
+    *own,
     network: DiTConfig,
     optim: OptimizerConfig,
     step: StepConfig = _PLAIN,
@@ -224,9 +230,7 @@ def update(
     Where the loss or the gradient is not finite, the update is passed over: only `step` and
     `skipped` count on, so no state is ever poisoned, however late somebody looks at the metrics.
     """
-    arrays = batch["frames"], batch["actions"], t_BT, noise_BTHWC
-    if own_B is not None:
-        arrays = *arrays, own_B
+    arrays = batch["frames"], batch["actions"], t_BT, noise_BTHWC, *own
     loss, grads = gradients(state.params, *arrays, network=network, step=step, mesh=mesh)
     updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -294,7 +298,7 @@ def train_step(
 
 
 def _draw(key, shape: tuple[int, ...], noise: NoiseConfig) -> tuple[jax.Array, ...]:
-    """Labels and noise of a batch; where the config asks for it, the clips of `own_B` too."""
+    """Labels and noise of a batch, followed by an `Own` where the config asks for it."""
     t_BT, noise_BTHWC = diffusion.draw(key, shape)
     top_key, own_key = jax.random.split(jax.random.fold_in(key, 1))
     if noise.top_share:
@@ -302,7 +306,9 @@ def _draw(key, shape: tuple[int, ...], noise: NoiseConfig) -> tuple[jax.Array, .
         t_BT = jnp.where(top_BT, diffusion.NUM_LEVELS - 1, t_BT)
     if not noise.own_share:
         return t_BT, noise_BTHWC
-    return t_BT, noise_BTHWC, jax.random.bernoulli(own_key, noise.own_share, shape[:1])
+    clips_key, draw_key = jax.random.split(own_key)
+    own_B = jax.random.bernoulli(clips_key, noise.own_share, shape[:1])
+    return t_BT, noise_BTHWC, *Own(own_B, *diffusion.draw(draw_key, shape))
 
 
 def weights_to_sample(state: TrainState) -> Params:

@@ -15,6 +15,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.files import written_whole
 
 SUFFIX = ".safetensors"
+NAME = f"model{SUFFIX}"  # in a folder that holds a model and what is said of it
 _KEY = "cwm_jax"
 
 

@@ -1,15 +1,27 @@
 """Drawing the change from the last frame: what is shown, drawn, and learned from."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import change, diffusion, model, sampler, torch_format, training, world
+from cwm_jax import (
+    change,
+    diffusion,
+    flops,
+    model,
+    parallel,
+    sampler,
+    torch_format,
+    training,
+    world,
+)
 from cwm_jax.coinrun import to_model
 from cwm_jax.errors import UserError
+from cwm_jax.evaluation import quality, single_step
 from cwm_jax.play import memory
 from cwm_jax.sampler import Sampler, SamplerConfig
 
@@ -112,18 +124,16 @@ def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
     config, params = known
     frames, actions = clip_of()
     t, noise = diffusion.draw(KEY, frames.shape)
-    loss = lambda own: training.clip_loss(params, frames, actions, t, noise, own, network=config)
+    own_t, own_noise = diffusion.draw(jax.random.key(4), frames.shape)
+    given = params, frames, actions, t, noise
+    loss = lambda clips: training.clip_loss(*given, clips, own_t, own_noise, network=config)
     np.testing.assert_allclose(
-        loss(jnp.zeros(2, bool)),
-        training.clip_loss(params, frames, actions, t, noise, network=config),
-        rtol=1e-6,
+        loss(jnp.zeros(2, bool)), training.clip_loss(*given, network=config), rtol=1e-6
     )
     real = to_model(frames)
     net, beside = model.bind(config, params), change.earlier(config, real)
-    order = [4, 0, 1, 2, 3]  # a frame is drawn at the label and from the noise of its neighbour
-    start = diffusion.noised(change.to_sample(config, real, beside), t[:, order], noise[:, order]).x
-    velocity = net(start, t[:, order], actions, beside)
-    drawn = diffusion.predict_clean(start, velocity, t[:, order])
+    start = diffusion.noised(change.to_sample(config, real, beside), own_t, own_noise).x
+    drawn = diffusion.predict_clean(start, net(start, own_t, actions, beside), own_t)
     drawn = change.to_frame(config, drawn, beside).at[:, 0].set(real[:, 0])
     beside = change.earlier(config, drawn)
     sample = diffusion.noised(change.to_sample(config, real, beside), t, noise)
@@ -136,10 +146,10 @@ def test_no_gradient_goes_through_what_was_drawn(known):
     config, params = known
     frames, actions = clip_of(clips=1)
     t, noise = diffusion.draw(KEY, frames.shape)
-    own = jnp.ones(1, bool)
+    own = training.Own(jnp.ones(1, bool), *diffusion.draw(jax.random.key(4), frames.shape))
     net = model.bind(config, params)
     real = to_model(frames)
-    drawn = training._own_frames(net, real, actions, t, noise, change.earlier(config, real))
+    drawn = training._own_frames(net, real, actions, own, change.earlier(config, real))
     shown = change.earlier(config, drawn.at[:, 0].set(to_model(frames)[:, 0]))
 
     def given(params):
@@ -147,13 +157,55 @@ def test_no_gradient_goes_through_what_was_drawn(known):
         off = model.bind(config, params)(sample.x, t, actions, shown) - sample.velocity
         return jnp.square(off[:, 1:]).mean()
 
-    whole = lambda p: training.clip_loss(p, frames, actions, t, noise, own, network=config)
+    whole = lambda p: training.clip_loss(p, frames, actions, t, noise, *own, network=config)
     for one, other in zip(
         jax.tree.leaves(jax.grad(whole)(params)),
         jax.tree.leaves(jax.grad(given)(params)),
         strict=True,
     ):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [dict(remat="gelu_norm"), dict(remat="layer", accumulate_steps=2)])
+def test_own_drawings_do_not_depend_on_how_a_step_is_computed(known, how):
+    config, params = known
+    frames, actions = clip_of(clips=4, frames=3)
+    noise = training.NoiseConfig(own_share=0.5)
+    arrays = frames, actions, *training._draw(KEY, frames.shape, noise)
+    gradients = functools.partial(training.gradients, network=config, mesh=None)
+    loss, plain = gradients(params, *arrays, step=training.StepConfig())
+    other_loss, other = gradients(params, *arrays, step=training.StepConfig(**how))
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+    for name, gradient in plain.items():
+        scale = float(jnp.abs(gradient).max())
+        np.testing.assert_allclose(other[name], gradient, atol=1e-4 * scale, err_msg=name)
+
+
+def test_what_is_judged_is_what_was_trained(known):
+    """Validation leaves out the first frame; a reconstruction takes each frame from its change."""
+    config, params = known
+    frames, actions = clip_of(frames=11, clips=1)
+    shown = {"frames": frames[:, :5], "actions": actions[:, :5], "mask": np.ones(1, np.float32)}
+    told = dict(single_step.validation(config, params, [shown], parallel.make_mesh()))
+    t, noise = diffusion.draw(jax.random.fold_in(jax.random.key(0), 0), frames[:, :5].shape)
+    asked = params, frames[:, :5], actions[:, :5], t, noise
+    np.testing.assert_allclose(
+        told["val/loss"], training.clip_loss(*asked, network=config), rtol=1e-5
+    )
+    drawn = quality.reconstruction(config, params, frames, actions)
+    first_window = quality.reconstruction(config, params, frames[:, :5], actions[:, :5])
+    assert (drawn[:, 4] == first_window[:, 4]).all()  # not as the second window's first
+    silent = quality.reconstruction(config, model.init(config, 0), frames, actions)
+    assert (
+        np.abs(silent.astype(int) - frames).max() <= 1
+    )  # a fresh network leaves changes as they are
+
+
+def test_operations_of_own_drawings(known):
+    config, _ = known
+    count = functools.partial(flops.train_step, config, clips=2, frames=3)
+    once = flops.forward(config, clips=2, frames=3)
+    assert count(own_frames=True).total - count().total == pytest.approx(once.total)
 
 
 def test_the_original_cannot_hold_such_a_network(known):
@@ -167,9 +219,11 @@ def test_labels_and_clips_are_drawn_in_the_shares_asked_for():
     t, _ = training._draw(KEY, shape, training.NoiseConfig())
     assert (t == diffusion.draw(KEY, shape)[0]).all()
     noise = training.NoiseConfig(top_share=0.3, own_share=0.25)
-    t, _, own = training._draw(KEY, shape, noise)
+    t, noise, *own = training._draw(KEY, shape, noise)
+    own = training.Own(*own)
     assert 0.25 < (t == 999).mean() < 0.35
-    assert 0.15 < own.mean() < 0.35
+    assert 0.15 < own.clips_B.mean() < 0.35
+    assert abs((own.noise_BTHWC * noise).mean()) < 0.05  # of its own, or it could be read off
 
 
 def test_a_network_with_history_learns(known):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import large, small
+from configs import debug, large, pocket, small
 from cwm_jax import model
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig
@@ -28,7 +28,10 @@ def clip(config, batch=2, frames=5, seed=0):
     )
 
 
-@pytest.mark.parametrize(("config", "count"), [(small, 57_821_888), (large, 119_739_712)])
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [(small, 57_821_888), (large, 119_739_712), (debug, 5_195_200), (pocket, 5_195_200)],
+)
 def test_the_published_sizes(config, count):
     network = DiTConfig(**config.get_config().model)
     assert model.parameter_count(model.shapes(network)) == count

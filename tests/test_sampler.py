@@ -99,8 +99,10 @@ def test_other_windows_are_exact_until_the_window_slides(network_of, window, his
     assert np.abs(drawn[window] - drawn["exact"])[:, within:].max() > 1e-3
 
 
-def test_hop_sees_what_a_fresh_world_would_see(tiny, tiny_params):
+@pytest.mark.parametrize("history", [0, 2])
+def test_hop_sees_what_a_fresh_world_would_see(network_of, history):
     """Right after a hop the world equals one that starts from the kept frames."""
+    tiny, tiny_params = network_of(history)
     config = SamplerConfig(levels=LEVELS, window="hop")
     drawer = Sampler(tiny, tiny_params, config)
     prompt, led_in = prompt_of(tiny, frames=4)  # as many as there are slots: the next one hops

@@ -55,6 +55,8 @@ def test_the_rate_falls_to_nothing_at_the_end():
     rate = training.learning_rate(settings(lr=1e-3, warmup_steps=2, max_steps=10, decay_steps=4))
     expected = [0.5, 0.75, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
     np.testing.assert_allclose([float(rate(k)) for k in range(11)], 1e-3 * np.array(expected))
+    short = training.learning_rate(settings(lr=1e-3, max_steps=2, decay_steps=4))
+    np.testing.assert_allclose([float(short(k)) for k in range(3)], [1e-3, 5e-4, 0])
 
 
 def test_it_learns_and_compiles_once(tiny):

@@ -86,15 +86,20 @@ def reconstruction(network: DiTConfig, params: Params, frames_BTHWC, actions_BT)
     """The single-step x0 of every real frame at the lowest noise label, without noise.
 
     Frames are shown in windows of `max_frames`, as in training. Returns uint8 [B, T, H, W, C].
+    With history, windows overlap by a frame, since the first of a window has no change to draw.
     """
     length = frames_BTHWC.shape[1]
     window = min(network.max_frames, length)
     result = np.empty_like(frames_BTHWC)
+    first = change.counted(network).start
     for clip in range(len(frames_BTHWC)):
-        for start in range(0, length, window):
-            span = slice(min(start, length - window), min(start, length - window) + window)
+        for start in range(0, max(length - first, 1), max(window - first, 1)):
+            start = min(start, length - window)
+            span = slice(start, start + window)
             shown = frames_BTHWC[clip, span][None], actions_BT[clip, span][None]
-            result[clip, span] = _reconstruct(params, *shown, network=network)[0]
+            rendered = _reconstruct(params, *shown, network=network)[0]
+            known = first if start else 0
+            result[clip, start + known : start + window] = rendered[known:]
     return result
 
 

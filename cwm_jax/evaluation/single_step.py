@@ -28,10 +28,11 @@ def _sums(params, batch, key, *, network: DiTConfig) -> dict[str, jax.Array]:
     predicted = diffusion.predict_clean(sample.x, velocity, t_BT)
     predicted = to_pixels(change.to_frame(network, predicted, earlier)) / 255
     real = batch["frames"] / 255
+    counted = change.counted(network)
     per_clip = {
-        "loss": jnp.square(velocity - sample.velocity).mean((1, 2, 3, 4)),
-        "mse": metrics.mse(predicted, real).mean(1),
-        "ssim": metrics.ssim(predicted, real).mean(1),
+        "loss": jnp.square(velocity - sample.velocity)[:, counted].mean((1, 2, 3, 4)),
+        "mse": metrics.mse(predicted, real)[:, counted].mean(1),
+        "ssim": metrics.ssim(predicted, real)[:, counted].mean(1),
         "clips": jnp.ones(len(x0)),
     }
     return {name: (value * batch["mask"]).sum() for name, value in per_clip.items()}

@@ -24,7 +24,18 @@ import orbax.checkpoint as ocp
 from jax import ShapeDtypeStruct
 from tqdm import tqdm
 
-from cwm_jax import __version__, bundle, checkpoint, checksums, data, model, sampler, weights, world
+from cwm_jax import (
+    __version__,
+    bundle,
+    checkpoint,
+    checksums,
+    data,
+    model,
+    sampler,
+    samplers,
+    weights,
+    world,
+)
 from cwm_jax.checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
 from cwm_jax.errors import UserError, shown_to_user
@@ -198,7 +209,7 @@ def _folder_written_whole(out: Path) -> Iterator[Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _flags().parse_args(argv)
     with shown_to_user():
-        trained = checkpoint.load(args.checkpoint, step=args.step)
+        trained = samplers.load(args.checkpoint, step=args.step)
         if args.format == "bundle":
             levels = sampler.ddim_levels(args.ddim_steps)
             config = SamplerConfig(levels=levels, window=args.window, unroll=args.unroll)
@@ -215,7 +226,7 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a run's workdir, or one checkpoint of it")
+    add("checkpoint", type=Path, help="a run's workdir, one checkpoint of it, or an export")
     add("--output", type=Path, required=True, help="folder, or file.safetensors, to make")
     add("--format", default="bundle", choices=FORMATS, help="(%(default)s)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")

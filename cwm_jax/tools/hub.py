@@ -155,6 +155,9 @@ def gather(source: Path, step: int | None) -> tuple[dict[str, Path], Callable[[s
     if source.suffix == weights.SUFFIX:
         _, meta = weights.read(source)
         contents = {source.name: source}
+    elif (source / weights.NAME).is_file() and not (source / checkpoint.FOLDER).is_dir():
+        _, meta = weights.read(source / weights.NAME)
+        contents = {weights.NAME: source / weights.NAME}
     elif bundle.is_bundle(source):
         meta = bundle.read_manifest(source)
         contents = _all_files(source, "")

@@ -1,6 +1,7 @@
 """A tiny network whose gates are open, prompts from the embedded data, and a running device."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -41,16 +42,29 @@ def noisy(network):
 
 
 @pytest.fixture(scope="session")
-def params():
-    return noisy(NETWORK)
+def built():
+    """built(history): the parameters and the engine of a network shown so many earlier frames."""
+
+    @functools.cache
+    def build(history):
+        network = dataclasses.replace(NETWORK, history=history)
+        params = noisy(network)
+        engine = Engine(network, params, steps=(2, 1))
+        engine.compile(2, 1)
+        engine.compile(1, 1)
+        return params, engine
+
+    return build
 
 
 @pytest.fixture(scope="session")
-def engine(params):
-    engine = Engine(NETWORK, params, steps=(2, 1))
-    engine.compile(2, 1)
-    engine.compile(1, 1)
-    return engine
+def params(built):
+    return built(0)[0]
+
+
+@pytest.fixture(scope="session")
+def engine(built):
+    return built(0)[1]
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,21 @@ from cwm_jax.play.engine import Lane
 from cwm_jax.sampler import SamplerConfig
 
 
+@pytest.fixture(scope="module", params=[0, 2], ids=["frames", "changes"])
+def both(request, built):
+    return built(request.param)
+
+
+@pytest.fixture(scope="module")
+def params(both):
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def engine(both):
+    return both[1]
+
+
 @pytest.fixture(scope="module")
 def story():
     """29 frames of noise, and the actions that led into them."""
