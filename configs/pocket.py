@@ -27,13 +27,14 @@ def get_config() -> ConfigDict:
 
     config.batch_size = 4
     config.global_batch_size = 4
-    config.max_steps = 5500
+    config.max_steps = 6400
     config.lr = 1.5e-3
     config.warmup_steps = 100
-    config.decay_steps = 2000
+    config.decay_steps = 3000
     config.ema_decay = 0.999
     config.noise.top_share = 0.2
-    config.noise.own_share = 0.5  # 0 in the first 2007 updates, as there is little to mend yet
+    config.noise.own_share = 0.5  # 0 in the first 2000 updates, as there is little to mend yet
+    config.noise.own_passes = 3  # 1 until update 4500
 
     config.log_every_steps = 50
     config.val_every_steps = 1000
@@ -43,6 +44,7 @@ def get_config() -> ConfigDict:
     config.eval_frames = 10
     config.rollout_every_steps = 2000
     config.ckpt_every_steps = 500
+    config.keep_checkpoints = 4
 
     config.ddim_steps = 4
     return config

@@ -95,7 +95,7 @@ def tell(settings: Settings) -> None:
         settings.model,
         clips=clips,
         frames=settings.data.clip_len,
-        own_frames=settings.noise.own_share > 0,
+        own_passes=settings.noise.own_passes if settings.noise.own_share else 0,
     )
     kind = jax.devices()[0].device_kind
     print(f"devices            {devices} × {kind}, {jax.process_count()} process(es)")

@@ -45,16 +45,16 @@ def forward(config: DiTConfig, *, clips: int, frames: int) -> Flops:
     return frame(config, in_view=(frames + 1) / 2) * (clips * frames)
 
 
-def train_step(config: DiTConfig, *, clips: int, frames: int, own_frames: bool = False) -> Flops:
+def train_step(config: DiTConfig, *, clips: int, frames: int, own_passes: int = 0) -> Flops:
     """Of a forward and a backward pass; the optimizer's are too few to count.
 
-    `own_frames`: with one more forward pass, see `training.NoiseConfig.own_share`.
+    `own_passes`: forward passes more, see `training.NoiseConfig`.
     """
     once = forward(config, clips=clips, frames=frames)
     first = 2 * config.hidden_size * clips * frames
     pixels = 3 * config.patch_size**2 * (1 + config.history)
     inputs = pixels * config.tokens, SINUSOID + config.num_actions
-    whole = once * (3 + own_frames)
+    whole = once * (3 + own_passes)
     return whole._replace(
         patches=whole.patches - first * inputs[0],
         conditioning=whole.conditioning - first * inputs[1],

@@ -13,7 +13,7 @@ _FIXED = (
 )
 # What settings were that are younger than the checkpoints that may lack them.
 _BEFORE = {"model.history": 0, "model.change_scale": 0.2, "decay_steps": 0}
-_BEFORE |= {"noise.top_share": 0.0, "noise.own_share": 0.0}
+_BEFORE |= {"noise.top_share": 0.0, "noise.own_share": 0.0, "noise.own_passes": 1}
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,8 @@
 DDIM: Song et al. 2021, https://arxiv.org/abs/2010.02502, equations 12 and 16. Context frames stay
 clean and carry a small noise label ("stabilisation", Chen et al. 2024,
 https://arxiv.org/abs/2407.01392). A frame starts as N(0, 1) clipped to ±20 and stays unclamped as
-context; what leaves the device is clamped to [-1, 1].
+context; what leaves the device is clamped to [-1, 1]. Networks with history draw changes
+(`cwm_jax.change`), whose frames are clamped at once.
 """
 
 import dataclasses

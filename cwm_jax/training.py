@@ -56,12 +56,12 @@ class NoiseConfig:
 
     top_share: float = 0.0  # of frames, that get the highest noise label: a frame's first pass
     own_share: float = 0.0  # of clips, shown their earlier frames as the network itself draws them
+    own_passes: int = 1  # how often these are drawn, each time from the ones before
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if not 0 <= getattr(self, field.name) <= 1:
-                value = getattr(self, field.name)
-                raise UserError(f"config.noise.{field.name}={value}: must be 0…1")
+        for name, low, high in (("top_share", 0, 1), ("own_share", 0, 1), ("own_passes", 1, 16)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"config.noise.{name}={getattr(self, name)}: must be {low}…{high}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +99,8 @@ class Own(NamedTuple):
     """How the network draws the earlier frames that it is shown."""
 
     clips_B: jax.Array  # bool, the clips in which it is shown them
-    t_BT: jax.Array  # labels and noise that they are drawn from, as `diffusion.draw`
-    noise_BTHWC: jax.Array
+    t_BPT: jax.Array  # the labels that they are drawn from, in each of P passes
+    noise_BTHWC: jax.Array  # and the noise, the same in all: nothing is learned in them
 
 
 def learning_rate(config: OptimizerConfig):
@@ -161,9 +161,10 @@ def clip_loss(
     net, frames = model.bind(network, params), to_model(frames_BTHWC)
     earlier = change.earlier(network, frames)
     if own:
-        drawn = _own_frames(net, frames, actions_BT, Own(*own), earlier)
-        shown = jnp.where(own[0][:, None, None, None, None], drawn, frames)
-        earlier = change.earlier(network, shown.at[:, 0].set(frames[:, 0]))
+        own = Own(*own)
+        drawn = _own_frames(net, frames, actions_BT, own)
+        shown = jnp.where(own.clips_B[:, None, None, None, None], drawn, frames)
+        earlier = change.earlier(network, shown)
     x0 = change.to_sample(network, frames, earlier)
     sample = diffusion.noised(x0, t_BT, noise_BTHWC)
     predicted = net(sample.x, t_BT, actions_BT, earlier, remat=remat)
@@ -171,19 +172,24 @@ def clip_loss(
     return diffusion.loss(predicted[:, counted], sample.velocity[:, counted])
 
 
-def _own_frames(net, frames_BTHWC, actions_BT, own: Own, earlier_BTHWC) -> jax.Array:
-    """Each frame as one pass draws it after real ones: much like what a rollout finds behind it.
+def _own_frames(net, frames_BTHWC, actions_BT, own: Own) -> jax.Array:
+    """The first frame, and the others as the network draws them: much like a rollout's.
 
     Scheduled sampling (Bengio et al. 2015, https://arxiv.org/abs/1506.03099) of all frames at
     once (Duckworth et al. 2019, https://arxiv.org/abs/1906.04331); no gradient goes through it.
-    The pass starts at any noise label, so that the faults of all of a sampler's steps are seen:
-    guesses from nothing, and noise that a late step fails to remove.
+    A pass draws each frame in one step after the last pass's frames (at first the real ones), so
+    that faults add up as they do in a rollout. It starts at any noise label, so that the faults
+    of all of a sampler's steps are seen: guesses from nothing, and noise that is left over.
     """
-    x0 = change.to_sample(net.config, frames_BTHWC, earlier_BTHWC)
-    noised = diffusion.noised(x0, own.t_BT, own.noise_BTHWC).x
-    velocity = net(noised, own.t_BT, actions_BT, earlier_BTHWC)
-    sample = diffusion.predict_clean(noised, velocity, own.t_BT)
-    return jax.lax.stop_gradient(change.to_frame(net.config, sample, earlier_BTHWC))
+    shown = frames_BTHWC
+    for t_BT in jnp.moveaxis(own.t_BPT, 1, 0):
+        earlier = change.earlier(net.config, shown)
+        x0 = change.to_sample(net.config, frames_BTHWC, earlier)
+        noised = diffusion.noised(x0, t_BT, own.noise_BTHWC).x
+        velocity = net(noised, t_BT, actions_BT, earlier)
+        sample = diffusion.predict_clean(noised, velocity, t_BT)
+        shown = change.to_frame(net.config, sample, earlier).at[:, 0].set(frames_BTHWC[:, 0])
+    return jax.lax.stop_gradient(shown)
 
 
 def _value_and_grad(params, *batch, network: DiTConfig, step: StepConfig):
@@ -300,15 +306,22 @@ def train_step(
 def _draw(key, shape: tuple[int, ...], noise: NoiseConfig) -> tuple[jax.Array, ...]:
     """Labels and noise of a batch, followed by an `Own` where the config asks for it."""
     t_BT, noise_BTHWC = diffusion.draw(key, shape)
-    top_key, own_key = jax.random.split(jax.random.fold_in(key, 1))
+    top_key, clips_key, own_key, label_key = jax.random.split(jax.random.fold_in(key, 1), 4)
     if noise.top_share:
-        top_BT = jax.random.bernoulli(top_key, noise.top_share, t_BT.shape)
-        t_BT = jnp.where(top_BT, diffusion.NUM_LEVELS - 1, t_BT)
+        t_BT = _with_top(top_key, t_BT, noise.top_share)
     if not noise.own_share:
         return t_BT, noise_BTHWC
-    clips_key, draw_key = jax.random.split(own_key)
-    own_B = jax.random.bernoulli(clips_key, noise.own_share, shape[:1])
-    return t_BT, noise_BTHWC, *Own(own_B, *diffusion.draw(draw_key, shape))
+    clips_B = jax.random.bernoulli(clips_key, noise.own_share, shape[:1])
+    own_key, own_top_key = jax.random.split(own_key)
+    passes = shape[0], noise.own_passes, shape[1]
+    t_BPT = jax.random.randint(label_key, passes, 0, diffusion.NUM_LEVELS)
+    t_BPT = _with_top(own_top_key, t_BPT, noise.top_share)
+    return t_BT, noise_BTHWC, *Own(clips_B, t_BPT, jax.random.normal(own_key, shape))
+
+
+def _with_top(key, t: jax.Array, share: float) -> jax.Array:
+    top = jax.random.bernoulli(key, share, t.shape)
+    return jnp.where(top, diffusion.NUM_LEVELS - 1, t)
 
 
 def weights_to_sample(state: TrainState) -> Params:

@@ -120,25 +120,33 @@ def test_the_first_frame_of_a_clip_does_not_count(known):
 
 
 def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
-    """The loss of a clip whose earlier frames were first drawn, and put in their place by hand."""
+    """The loss of a clip whose earlier frames were drawn twice over, put in their place by hand."""
     config, params = known
     frames, actions = clip_of()
     t, noise = diffusion.draw(KEY, frames.shape)
-    own_t, own_noise = diffusion.draw(jax.random.key(4), frames.shape)
+    own = own_of(frames, passes=2)
     given = params, frames, actions, t, noise
-    loss = lambda clips: training.clip_loss(*given, clips, own_t, own_noise, network=config)
+    loss = lambda clips: training.clip_loss(*given, *own._replace(clips_B=clips), network=config)
     np.testing.assert_allclose(
         loss(jnp.zeros(2, bool)), training.clip_loss(*given, network=config), rtol=1e-6
     )
-    real = to_model(frames)
-    net, beside = model.bind(config, params), change.earlier(config, real)
-    start = diffusion.noised(change.to_sample(config, real, beside), own_t, own_noise).x
-    drawn = diffusion.predict_clean(start, net(start, own_t, actions, beside), own_t)
-    drawn = change.to_frame(config, drawn, beside).at[:, 0].set(real[:, 0])
-    beside = change.earlier(config, drawn)
+    real = shown = to_model(frames)
+    net = model.bind(config, params)
+    for number in (0, 1):
+        beside, label = change.earlier(config, shown), own.t_BPT[:, number]
+        x0 = change.to_sample(config, real, beside)
+        start = diffusion.noised(x0, label, own.noise_BTHWC).x
+        drawn = diffusion.predict_clean(start, net(start, label, actions, beside), label)
+        shown = change.to_frame(config, drawn, beside).at[:, 0].set(real[:, 0])
+    beside = change.earlier(config, shown)
     sample = diffusion.noised(change.to_sample(config, real, beside), t, noise)
     off = net(sample.x, t, actions, beside) - sample.velocity
     np.testing.assert_allclose(loss(jnp.ones(2, bool)), jnp.square(off[:, 1:]).mean(), rtol=1e-4)
+
+
+def own_of(frames, passes=1):
+    noise = training.NoiseConfig(own_share=1.0, own_passes=passes)
+    return training.Own(*training._draw(jax.random.key(4), frames.shape, noise)[2:])
 
 
 def test_no_gradient_goes_through_what_was_drawn(known):
@@ -146,14 +154,13 @@ def test_no_gradient_goes_through_what_was_drawn(known):
     config, params = known
     frames, actions = clip_of(clips=1)
     t, noise = diffusion.draw(KEY, frames.shape)
-    own = training.Own(jnp.ones(1, bool), *diffusion.draw(jax.random.key(4), frames.shape))
-    net = model.bind(config, params)
+    own = own_of(frames)
     real = to_model(frames)
-    drawn = training._own_frames(net, real, actions, own, change.earlier(config, real))
-    shown = change.earlier(config, drawn.at[:, 0].set(to_model(frames)[:, 0]))
+    drawn = training._own_frames(model.bind(config, params), real, actions, own)
+    shown = change.earlier(config, drawn)
 
     def given(params):
-        sample = diffusion.noised(change.to_sample(config, to_model(frames), shown), t, noise)
+        sample = diffusion.noised(change.to_sample(config, real, shown), t, noise)
         off = model.bind(config, params)(sample.x, t, actions, shown) - sample.velocity
         return jnp.square(off[:, 1:]).mean()
 
@@ -170,7 +177,7 @@ def test_no_gradient_goes_through_what_was_drawn(known):
 def test_own_drawings_do_not_depend_on_how_a_step_is_computed(known, how):
     config, params = known
     frames, actions = clip_of(clips=4, frames=3)
-    noise = training.NoiseConfig(own_share=0.5)
+    noise = training.NoiseConfig(own_share=0.5, own_passes=2)
     arrays = frames, actions, *training._draw(KEY, frames.shape, noise)
     gradients = functools.partial(training.gradients, network=config, mesh=None)
     loss, plain = gradients(params, *arrays, step=training.StepConfig())
@@ -205,7 +212,7 @@ def test_operations_of_own_drawings(known):
     config, _ = known
     count = functools.partial(flops.train_step, config, clips=2, frames=3)
     once = flops.forward(config, clips=2, frames=3)
-    assert count(own_frames=True).total - count().total == pytest.approx(once.total)
+    assert count(own_passes=3).total - count().total == pytest.approx(3 * once.total)
 
 
 def test_the_original_cannot_hold_such_a_network(known):
@@ -218,11 +225,13 @@ def test_labels_and_clips_are_drawn_in_the_shares_asked_for():
     shape = (200, 5, 2, 2, 3)
     t, _ = training._draw(KEY, shape, training.NoiseConfig())
     assert (t == diffusion.draw(KEY, shape)[0]).all()
-    noise = training.NoiseConfig(top_share=0.3, own_share=0.25)
+    noise = training.NoiseConfig(top_share=0.3, own_share=0.25, own_passes=3)
     t, noise, *own = training._draw(KEY, shape, noise)
     own = training.Own(*own)
     assert 0.25 < (t == 999).mean() < 0.35
     assert 0.15 < own.clips_B.mean() < 0.35
+    assert own.t_BPT.shape == (200, 3, 5)
+    assert 0.25 < (own.t_BPT == 999).mean() < 0.35
     assert abs((own.noise_BTHWC * noise).mean()) < 0.05  # of its own, or it could be read off
 
 

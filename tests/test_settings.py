@@ -57,6 +57,7 @@ def test_small_keeps_the_originals_settings():
         ("model.history", 32, r"config\.model\.history=32 must be less than .*max_frames=32"),
         ("model.change_scale", 0.0, r"config\.model\.change_scale=0\.0"),
         ("noise.top_share", 1.5, r"config\.noise\.top_share=1\.5: must be 0…1"),
+        ("noise.own_passes", 0, r"config\.noise\.own_passes=0: must be 1…16"),
         ("noise.own_share", 0.5, r"config\.noise\.own_share=0\.5 needs config\.model\.history"),
         ("decay_steps", 7, r"config\.decay_steps=7 needs config\.max_steps"),
     ],
