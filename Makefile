@@ -5,11 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
-PLAYED = $(firstword $(CHECKPOINT) $(wildcard checkpoints/pocket $(DEMO)))
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-torch install-procgen demo play test test-torch-extra faults bench-gpu
+.PHONY: help install install-torch install-procgen demo play pocket test test-torch-extra faults bench-gpu
 .PHONY: lint format lock clean
 
 help:  ## List what make can do here
@@ -46,8 +45,19 @@ demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagin
 	  test -s $(DEMO)/$$file || { echo "error: $(DEMO)/$$file is missing or empty" >&2; exit 1; }; \
 	  echo "  $(DEMO)/$$file"; done
 
-play: $(STAMP)  ## Play in the browser (CHECKPOINT=runs/small to choose; else pocket, demo or clips)
-	$(BIN)/python play.py $(if $(PLAYED),--checkpoint $(PLAYED),--demo)
+play: $(STAMP)  ## Play in the browser (CHECKPOINT=runs/small to choose; else checkpoints/pocket)
+	$(BIN)/python play.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+
+pocket: install-procgen  ## Make checkpoints/pocket anew: record the game, train for hours, export
+	$(BIN)/python -m cwm_jax.tools.collect --output data/pocket \
+	  --train 4000 --val 200 --test 200 --policy random=1,sticky=3 --seed 1
+	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket \
+	  --config.max_steps=2000 --config.decay_steps=0 --config.noise.own_share=0.0
+	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket \
+	  --config.max_steps=4500 --config.decay_steps=0 --config.noise.own_passes=1
+	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket
+	$(BIN)/python -m cwm_jax.tools.export runs/pocket --format safetensors --dtype bfloat16 \
+	  --output checkpoints/pocket/model.safetensors
 
 test: $(STAMP)  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2

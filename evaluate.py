@@ -5,7 +5,8 @@
     python evaluate.py compare --across levels 1_step.json 4_steps.json 10_steps.json
     python evaluate.py closed-loop --checkpoint runs/small --output closed_loop.mp4
 
-docs/evaluation.md says what each number means.
+docs/evaluation.md says what each number means. Without --checkpoint the repository's own model is
+measured, `checkpoints/pocket`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from cwm_jax import data, sampler, samplers, shards, video
+from cwm_jax import data, pocket, sampler, samplers, shards, video
 from cwm_jax.coinrun import FPS
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.evaluation import (
@@ -70,7 +71,7 @@ def measure(args: argparse.Namespace) -> None:
     )
     results = measured.results
     results["checkpoint"] = dict(
-        path=str(args.checkpoint),
+        path=pocket.NAME if args.checkpoint == pocket.FOLDER else str(args.checkpoint),
         step=opened.step,
         fingerprint=protocol.fingerprint(opened.params),
     )
@@ -126,7 +127,7 @@ def close_the_loop(words: list[str]) -> None:
     with game.Simulator(environment.ensure(args.simulator)) as simulator:
         replay = lambda runs: [run.frames for run in simulator.replay("coinrun", runs)]
         loop = closed_loop.play(draw, replay, levels, keys, n_prompt=args.n_prompt, seed=args.seed)
-    video.write_mp4(args.output, closed_loop.film(loop), fps=FPS)
+    video.write_film(args.output, closed_loop.film(loop), fps=FPS)
     psnr = intervals.of_mean(quality.capped(loop.scores.psnr).mean(1))
     print(
         f"{len(loop.levels)} of {args.levels} levels lasted {args.frames} frames\n"
@@ -155,7 +156,7 @@ def _flags() -> argparse.ArgumentParser:
 
 
 def _add_drawing_flags(add) -> None:
-    add("--checkpoint", type=Path, required=True, help="a run, a checkpoint of it, or an export")
+    add("--checkpoint", type=Path, help="a run, or an export (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--ddim-steps", type=int, default=10, help="denoising steps a frame, 1…1000 (%(default)s)")
     add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")
@@ -165,6 +166,7 @@ def _add_drawing_flags(add) -> None:
 def _open(args: argparse.Namespace) -> samplers.Opened:
     levels = sampler.ddim_levels(args.ddim_steps)
     config = sampler.SamplerConfig(levels=levels, window=args.window)
+    args.checkpoint = pocket.unless(args.checkpoint)
     return samplers.open_sampler(args.checkpoint, step=args.step, config=config)
 
 

@@ -1,9 +1,10 @@
 """Play inside a trained world model, in the browser.
 
-    python play.py --checkpoint runs/small          then open http://127.0.0.1:7860
+    python play.py                                  then open http://127.0.0.1:7860
+    python play.py --checkpoint runs/small
 
-Without --checkpoint the pocket checkpoint of the repository is played, where there is one; with
---demo the page replays real clips, so that it can be seen without any model.
+Without --checkpoint the repository's own model is played, `checkpoints/pocket`; with --demo the
+page replays real clips, so that it can be seen without any model.
 """
 
 import argparse
@@ -11,11 +12,10 @@ import os
 import sys
 from pathlib import Path
 
+from cwm_jax import pocket
 from cwm_jax.errors import UserError, shown_to_user
 
-_ROOT = Path(__file__).parent
-_EMBEDDED = _ROOT / "assets" / "coinrun"
-_POCKET = _ROOT / "checkpoints" / "pocket"
+_EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
 
         launch.serve(
             launch.Options(
-                checkpoint=None if args.demo else _checkpoint(args.checkpoint),
+                checkpoint=None if args.demo else pocket.unless(args.checkpoint),
                 step=args.step,
                 data=args.data or _EMBEDDED,
                 host=args.host,
@@ -46,7 +46,7 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="a run, a checkpoint of it, or an export")
+    add("--checkpoint", type=Path, help="a run, or an export (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--demo", action="store_true", help="no model: replay real clips, to see the page")
     add("--data", type=Path, help="folder with val/, where sessions start (the embedded one)")
@@ -62,20 +62,6 @@ def _flags() -> argparse.ArgumentParser:
     add("--players", type=int, default=8, help="people at once (%(default)s)")
     add("--idle-minutes", type=float, default=5, help="then a place is given up (%(default)s)")
     return parser
-
-
-def _checkpoint(named: Path | None) -> Path:
-    if named is None and not _POCKET.is_dir():
-        raise UserError(
-            "there is no checkpoint to play. Train one in minutes with\n"
-            "    python train.py --config configs/debug.py --workdir runs/debug\n"
-            "and play it with --checkpoint runs/debug; or look at the page alone with --demo"
-        )
-    if named is None:
-        print("Playing checkpoints/pocket, this repository's own; --checkpoint plays another")
-    elif not named.exists():
-        raise UserError(f"there is no checkpoint at {named}")
-    return named or _POCKET
 
 
 def _auth(text: str | None) -> tuple[str, str] | None:

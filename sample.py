@@ -1,9 +1,11 @@
 """Draws rollouts from a checkpoint and films them beside the real clips.
 
-    python sample.py --checkpoint runs/small --frames 64 --n-samples 4 --output generated.mp4
+    python sample.py --frames 64 --n-samples 4 --output generated.mp4
+    python sample.py --checkpoint runs/small
 
 Real frames on top, drawn ones below, the pressed keys under each. The checkpoint alone tells what
-network it is; the data gives the frames that rollouts start from.
+network it is; the data gives the frames that rollouts start from. Without --checkpoint the model
+that comes with the repository draws, `checkpoints/pocket`.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cwm_jax import data, files, rollouts, sampler, samplers, shards, sheet, video
+from cwm_jax import data, files, pocket, rollouts, sampler, samplers, shards, sheet, video
 from cwm_jax.coinrun import FPS
 from cwm_jax.errors import UserError, shown_to_user
 
@@ -28,7 +30,8 @@ def main() -> None:
             eta=args.eta,
             context_level=args.stabilization_level - 1,
         )
-        opened = samplers.open_sampler(args.checkpoint, step=args.step, config=config)
+        checkpoint = pocket.unless(args.checkpoint)
+        opened = samplers.open_sampler(checkpoint, step=args.step, config=config)
         script = rollouts.write_script(
             _data_config(args.data, opened),
             args.split,
@@ -46,7 +49,7 @@ def main() -> None:
         frames = rollouts.write(
             opened.sampler, script, args.output, key=key, fps=args.fps, watched=True
         )
-        print(f"step {opened.step} of {args.checkpoint} → {args.output}")
+        print(f"step {opened.step} of {checkpoint} → {args.output}")
         if args.grid:
             video.write_png(args.grid, sheet.grid(script.real, frames, n_prompt=args.n_prompt))
             print(f"stills → {args.grid}")
@@ -60,7 +63,7 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a run, a checkpoint of it, or an export")
+    add("--checkpoint", type=Path, help="a run, or an export (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--data", help="folder with train/, val/, test/ (that of the run, else the embedded one)")
     add("--split", default="val", choices=shards.SPLITS, help="where clips come from (%(default)s)")
@@ -76,7 +79,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--pattern", default="", help="actions to repeat, such as 7,7,7,8,8")
     add("--seed", type=int, default=0, help="of clips, random actions and noise (%(default)s)")
     add("--fps", type=int, default=FPS, help="frames a second of the film (%(default)s)")
-    add("--output", type=Path, default=Path("generated.mp4"), help="(%(default)s)")
+    add("--output", type=Path, default=Path("generated.mp4"), help="or a .gif (%(default)s)")
     add("--grid", type=Path, help="also write stills to this PNG")
     add("--save-npz", type=Path, help="also write raw frames, actions and seed to this file")
     return parser

@@ -6,6 +6,7 @@ from cwm_jax.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "checkpoints" / "pocket"
 NAME = "checkpoints/pocket"
+FILE = "model.safetensors"
 
 
 def unless(named: Path | None) -> Path:
@@ -18,12 +19,12 @@ def unless(named: Path | None) -> Path:
         if not named.exists():
             raise UserError(f"there is no checkpoint at {named}")
         return named
-    if not FOLDER.is_dir():
+    if not (FOLDER / FILE).is_file():
         raise UserError(
-            f"no --checkpoint is named, and {NAME}, the repository's own, is not at {FOLDER}. "
+            f"no --checkpoint is named, and the repository's own is not at {FOLDER / FILE}. "
             f"Train one in minutes with\n"
             f"    python train.py --config configs/debug.py --workdir runs/debug\n"
-            f"and name it with --checkpoint runs/debug"
+            f"and name it with --checkpoint runs/debug; play.py --demo shows the page without any"
         )
     print(f"Using {NAME}, this repository's own model; --checkpoint names another", flush=True)
     return FOLDER

@@ -1,0 +1,87 @@
+"""The model that comes with the repository: whole, described, used, and worth playing."""
+
+import json
+import re
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import sample
+from configs import pocket as config
+from cwm_jax import data, metrics, model, pocket, samplers, weights
+from cwm_jax.errors import UserError
+from cwm_jax.model import DiTConfig
+from cwm_jax.sampler import SamplerConfig, ddim_levels
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return samplers.load(pocket.FOLDER)
+
+
+def test_it_is_small_and_what_its_config_says(trained):
+    held = sum(file.stat().st_size for file in pocket.FOLDER.iterdir())
+    assert held <= 16 * 2**20
+    assert trained.network == DiTConfig(**config.get_config().model)
+    assert trained.path == pocket.FOLDER / weights.NAME
+
+
+def test_it_tells_of_no_machine(trained):
+    """Paths in its config and card are those of any checkout."""
+    for told in (json.dumps(trained.config), (pocket.FOLDER / "README.md").read_text()):
+        assert not re.search(r"(?<![\w.])/(home|root|work|tmp|mnt|data|Users)\b", told)
+
+
+def test_its_card_is_of_this_very_model(trained):
+    card = (pocket.FOLDER / "README.md").read_text()
+    assert f"{model.parameter_count(trained.params):,} parameters" in card
+    assert f"{trained.step:,} steps" in card
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_it_does_better_than_the_last_frame(trained, steps):
+    """On embedded clips of levels that it was not trained on, four frames on from four given."""
+    embedded = data.DataConfig(dir="assets/coinrun")
+    episodes = data.open_episodes(embedded, "test", num_actions=15)
+    picked = data.pick_episodes(episodes, count=6, length=24)
+    clips = data.load_clips(episodes, picked, length=24)
+    given, shown = 20, SamplerConfig(levels=ddim_levels(steps), window="hop")
+    drawer = samplers.open_sampler(pocket.FOLDER, config=shown).sampler
+    seen = slice(given - 4, given)
+    state = drawer.start(clips["frames"][:, seen], clips["actions"][:, seen])
+    _, drawn = drawer.rollout(state, clips["actions"][:, given:], jax.random.key(0))
+    real = clips["frames"][:, given:] / np.float32(255)
+    error = metrics.mse(np.asarray(drawn) / np.float32(255), real).mean()
+    still = metrics.mse(clips["frames"][:, given - 1 : given] / np.float32(255), real).mean()
+    assert error < 0.9 * still
+
+
+def test_it_draws_where_no_other_is_named(tmp_path, monkeypatch, capsys):
+    film = tmp_path / "film.gif"
+    words = f"sample.py --frames 4 --n-samples 1 --ddim-steps 1 --output {film}".split()
+    monkeypatch.setattr(sys, "argv", words)
+    sample.main()
+    told = capsys.readouterr().out
+    assert "Using checkpoints/pocket, this repository's own model" in told
+    assert film.stat().st_size > 1000
+
+
+def test_a_named_checkpoint_goes_first(tmp_path, capsys):
+    assert pocket.unless(tmp_path) == tmp_path
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no checkpoint at .*nowhere"):
+        pocket.unless(tmp_path / "nowhere")
+
+
+def test_where_it_is_missing_the_way_to_another_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(pocket, "FOLDER", tmp_path)  # there, but empty
+    with pytest.raises(UserError, match=r"(?s)no --checkpoint is named.*configs/debug\.py"):
+        pocket.unless(None)
+
+
+def test_a_step_that_it_does_not_hold_is_named(trained):
+    assert samplers.load(pocket.FOLDER, step=trained.step).step == trained.step
+    with pytest.raises(UserError, match=rf"holds step {trained.step} of a run, and no step 7"):
+        samplers.load(pocket.FOLDER, step=7)
