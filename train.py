@@ -10,6 +10,7 @@ docs/scaling.md.
 
 import gc
 import re
+import time
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -33,6 +34,8 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "Processes in all.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", 0, "This process, from 0.")
 _JOIN_TIMEOUT = flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for all processes.")
 
+_LAST_BATCHES_SECONDS = 0.2
+
 
 def main(_) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
@@ -53,7 +56,8 @@ def main(_) -> None:
 def _train(settings: Settings, config: dict) -> None:
     try:
         loop.train(settings, Path(_WORKDIR.value), config=config)
-        gc.collect()  # frees the last batches, lest the exit complain of their shared memory
+        gc.collect()  # the last batches, lest the exit complain of their shared memory, …
+        time.sleep(_LAST_BATCHES_SECONDS)  # … which Grain frees in a thread that the exit would end
     except stopping.Preempted as stopped:
         tell(str(stopped))
         raise SystemExit(stopping.EXIT_CODE) from None

@@ -72,9 +72,7 @@ def test_marked_commands_run(tmp_path):
                 line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
             )
             assert done.returncode == 0, f"{page.name}: {line}\n{done.stdout}\n{done.stderr}"
-            # A reading process may be stopped as it waits to hand over a batch; Python frees that.
-            left = re.findall(r"appear to be (\d+) leaked shared_memory", done.stderr)
-            assert all(int(count) <= 1 for count in left), done.stderr
+            assert "leaked" not in done.stderr, done.stderr  # shared memory of reading processes
             said += done.stdout
     for made in ("preview.html", "generated.mp4", "generated.png", "bundle.mp4"):
         assert (tmp_path / made).exists(), made
