@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 4
     config.model.max_frames = 12
     config.model.history = 2
+    config.model.motion = 8
 
     config.data.dir = "data/pocket"
     config.data.clip_len = 12

@@ -9,6 +9,7 @@ pass, but for the first layers, whose inputs want no gradient.
 
 from typing import NamedTuple
 
+from cwm_jax import motion
 from cwm_jax.model import MLP_RATIO, SINUSOID, DiTConfig
 
 
@@ -18,7 +19,7 @@ class Flops(NamedTuple):
     linears: float  # of the tokens: qkv, out and MLP of each half block
     attention: float  # scores and sums, in space and time
     conditioning: float  # adaLN, noise label and action of each frame
-    patches: float  # pixels to tokens and back
+    patches: float  # pixels to tokens and back, and moved
 
     @property
     def total(self) -> float:
@@ -31,12 +32,14 @@ class Flops(NamedTuple):
 def frame(config: DiTConfig, *, in_view: float) -> Flops:
     """Of one pass over one frame that looks on `in_view` frames in time, itself included."""
     size, halves, tokens = config.hidden_size, 2 * config.depth, config.tokens
-    pixels = 3 * config.patch_size**2
+    patch = config.patch_size
+    pixels, taps = 3 * patch**2, motion.taps(config.motion)
+    moved = config.motion and taps * (2 * size + 3 * patch * (patch + 2 * config.motion) + pixels)
     return Flops(
         linears=2 * (3 + 1 + 2 * MLP_RATIO) * size**2 * halves * tokens,
         attention=4 * size * (tokens + in_view) * config.depth * tokens,
         conditioning=2 * size * ((6 * halves + 2) * size + SINUSOID + size + config.num_actions),
-        patches=2 * (2 + config.history) * pixels * size * tokens,
+        patches=2 * ((2 + config.history) * pixels * size + moved) * tokens,
     )
 
 

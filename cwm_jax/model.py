@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cwm_jax import attention, controls, rope
+from cwm_jax import attention, controls, diffusion, motion, rope
 from cwm_jax.errors import UserError
 
 Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spatial.qkv.kernel"
@@ -50,11 +50,13 @@ class DiTConfig:
     # which share codes know a network: codes older than this must go on to work.
     history: int = dataclasses.field(default=0, repr=False)
     change_scale: float = dataclasses.field(default=0.2, repr=False)
+    # Pixels by which the last frame's may move, see `cwm_jax.motion`. 0: none are moved.
+    motion: int = dataclasses.field(default=0, repr=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "history" else 1
+            least = 0 if field.name in ("history", "motion") else 1
             if field.type is int and (not isinstance(value, int) or value < least):
                 raise UserError(
                     f"config.model.{field.name} must be a whole number ≥ {least}, not {value!r}"
@@ -91,6 +93,16 @@ class DiTConfig:
             )
         if not 1e-3 <= self.change_scale <= 2:
             raise UserError(f"config.model.change_scale={self.change_scale}: must be 0.001…2")
+        if self.motion and not self.history:
+            raise UserError(
+                f"config.model.motion={self.motion} needs config.model.history ≥ 1: what moves are "
+                f"the pixels of the last frame"
+            )
+        if self.motion > self.patch_size:
+            raise UserError(
+                f"config.model.motion={self.motion} must be at most "
+                f"config.model.patch_size={self.patch_size}"
+            )
 
     @property
     def action_values(self) -> int:
@@ -248,6 +260,9 @@ class DiT(nnx.Module):
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
         self.final_modulation = _zeros_linear(config, size, 2 * size, rngs=rngs)
         self.patch_out = _zeros_linear(config, size, pixels, rngs=rngs)
+        if config.motion:
+            filters = 2 * motion.taps(config.motion)
+            self.motion_out = _zeros_linear(config, size, filters, rngs=rngs)
 
     def modulations(self, t_BT: jax.Array, action_BT: jax.Array) -> Modulations:
         """What noise labels 0…999 and actions (−1: none) say to each frame."""
@@ -274,11 +289,27 @@ class DiT(nnx.Module):
         patches = frames_BTHWC.reshape(*frames, grid, size, grid, size, -1).swapaxes(3, 4)
         return patches.reshape(*frames, grid * grid, -1)
 
-    def pixels(self, x_BTSD: jax.Array, modulations: Modulations) -> jax.Array:
-        """Token vectors to a velocity for each pixel, float32 [B, T, H, W, C]."""
+    def pixels(
+        self,
+        x_BTSD: jax.Array,
+        modulations: Modulations,
+        alpha_bar: jax.Array,
+        earlier_BTHWC: jax.Array | None = None,
+    ) -> jax.Array:
+        """Token vectors to a velocity for each pixel, float32 [B, T, H, W, C].
+
+        `alpha_bar`, [B, T] or [], is the share of signal in the sample; it and `change.earlier`
+        count only with `config.motion`, whose part of x0 is −√(1−ᾱ) of it in the velocity.
+        """
         frames, grid, size = x_BTSD.shape[:2], self.config.grid, self.config.patch_size
         shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
-        patches = self.patch_out(_modulate(x_BTSD, shift, scale)).astype(jnp.float32)
+        modulated = _modulate(x_BTSD, shift, scale)
+        patches = self.patch_out(modulated).astype(jnp.float32)
+        if self.config.motion:
+            last, filters = earlier_BTHWC[..., :3], self.motion_out(modulated)
+            moved = motion.change(last, filters, reach=self.config.motion, patch=size)
+            sigma = jnp.sqrt(1 - jnp.asarray(alpha_bar))[..., None, None]
+            patches -= sigma * moved / self.config.change_scale
         rows = patches.reshape(*frames, grid, grid, size, size, 3).swapaxes(3, 4)
         return rows.reshape(*frames, grid * size, grid * size, 3)
 
@@ -356,7 +387,8 @@ class DiT(nnx.Module):
         """
         modulations = self.modulations(t_BT, action_BT)
         x_BTSD, _ = self.clip(self.tokens(sample_BTHWC, earlier_BTHWC), modulations, remat=remat)
-        return self.pixels(x_BTSD, modulations)
+        alpha_bar = jnp.asarray(diffusion.alpha_bars())[t_BT]
+        return self.pixels(x_BTSD, modulations, alpha_bar, earlier_BTHWC)
 
 
 @functools.lru_cache

@@ -9,11 +9,11 @@ from cwm_jax.errors import UserError
 _FIXED = (
     *("seed", "model.hidden_size", "model.depth", "model.num_heads", "model.patch_size"),
     *("model.image_size", "model.num_actions", "model.max_frames", "model.history"),
-    *("model.change_scale", "data.clip_len", "data.stride"),
+    *("model.change_scale", "model.motion", "data.clip_len", "data.stride"),
 )
 # What settings were that are younger than the checkpoints that may lack them.
-_BEFORE = {"model.history": 0, "model.change_scale": 0.2, "decay_steps": 0}
-_BEFORE |= {"noise.top_share": 0.0, "noise.own_share": 0.0, "noise.own_passes": 1}
+_BEFORE = {"model.history": 0, "model.change_scale": 0.2, "model.motion": 0}
+_BEFORE |= {"decay_steps": 0, "noise.top_share": 0.0, "noise.own_share": 0.0, "noise.own_passes": 1}
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

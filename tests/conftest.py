@@ -75,8 +75,11 @@ def tiny_params(tiny) -> dict[str, jax.Array]:
 
 @pytest.fixture(scope="session")
 def network_of(tiny, tiny_params) -> Callable[[int], tuple[DiTConfig, dict[str, jax.Array]]]:
-    """network_of(history): `tiny`, shown so many earlier frames, and parameters all at work."""
-    with_history = functools.cache(lambda n: dataclasses.replace(tiny, history=n))
+    """network_of(history): `tiny`, shown so many earlier frames, whose pixels move as far.
+
+    Its parameters are all at work, and without history its own.
+    """
+    with_history = functools.cache(lambda n: dataclasses.replace(tiny, history=n, motion=n))
     params_of = functools.cache(lambda n: _at_work(with_history(n)))
     return lambda n: (with_history(n), params_of(n)) if n else (tiny, tiny_params)
 

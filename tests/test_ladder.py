@@ -20,6 +20,7 @@ FLOORS = (
         "cluster",
         "coinrun",
         "files",
+        "motion",
         "pocket",
         "resume",
         "rope",

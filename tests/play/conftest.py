@@ -43,11 +43,11 @@ def noisy(network):
 
 @pytest.fixture(scope="session")
 def built():
-    """built(history): the parameters and the engine of a network shown so many earlier frames."""
+    """built(history): the parameters and the engine of a network of so much history and motion."""
 
     @functools.cache
     def build(history):
-        network = dataclasses.replace(NETWORK, history=history)
+        network = dataclasses.replace(NETWORK, history=history, motion=history)
         params = noisy(network)
         engine = Engine(network, params, steps=(2, 1))
         engine.compile(2, 1)

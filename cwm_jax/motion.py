@@ -1,0 +1,62 @@
+"""Pixels that move: the last frame seen through two filters at each patch, down and across.
+
+From one frame of a game to the next most pixels only move. So a network that draws changes may say
+them in two parts: whence the pixels come, and what is left to draw. The first part is adaptive
+separable convolution (Niklaus et al. 2017, https://arxiv.org/abs/1708.01692), used to predict as in
+Finn et al. 2016 (https://arxiv.org/abs/1605.07157), with one pair of filters for a whole patch. The
+filters are not normalised, so that they can sharpen as well as move.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def taps(reach: int) -> int:
+    """Numbers of one filter, which looks `reach` pixels to either side."""
+    return 2 * reach + 1
+
+
+def change(last_BTHWC: jax.Array, filters_BTSF: jax.Array, *, reach: int, patch: int) -> jax.Array:
+    """What the filters change of each patch of `patch` pixels, float32 [B, T, S, P · P · C].
+
+    Args:
+        last_BTHWC: the frames that are seen, float; beyond its edge a frame repeats it.
+        filters_BTSF: the filter down, then the one across, each of `taps(reach)` numbers for
+            pixels −reach … reach away, less the filter that keeps all as it is. 0: no change.
+        reach: at most `patch`.
+    """
+    last = last_BTHWC.astype(jnp.float32)
+    filters = filters_BTSF.astype(jnp.float32)
+    around, within = _around(last, reach, patch), _around(last, 0, patch)
+    down, across = jnp.split(filters, 2, axis=-1)
+    seen = _filtered("...yr,...rsc->...ysc", _keep(down, reach), around, patch)
+    seen = _filtered("...xs,...ysc->...yxc", _keep(across, reach), seen, patch)
+    return (seen - within).reshape(*filters.shape[:3], -1)
+
+
+def _keep(offsets, reach: int) -> jax.Array:
+    return offsets.at[..., reach].add(1)
+
+
+def _filtered(axes: str, filter_, around, patch: int) -> jax.Array:
+    """`around` through the filter at each of `patch` places, as the product with a band matrix."""
+    length = filter_.shape[-1] + patch - 1
+    # Row i is the filter, moved right by i: rows of length + 1, read as rows of length.
+    padded = jnp.pad(filter_, [(0, 0)] * (filter_.ndim - 1) + [(0, patch)])
+    rows = jnp.concatenate([padded] * patch, axis=-1)[..., : patch * length]
+    band = rows.reshape(*filter_.shape[:-1], patch, length)
+    return jnp.einsum(axes, band, around, precision=jax.lax.Precision.HIGHEST)
+
+
+def _around(frames_BTHWC, reach: int, patch: int) -> jax.Array:
+    """Each patch with the `reach` pixels around it: [B, T, S, P + 2 reach, P + 2 reach, C]."""
+    B, T, H, W, C = frames_BTHWC.shape
+    edge = [(0, 0), (0, 0), (patch, patch), (patch, patch), (0, 0)]
+    blocks = jnp.pad(frames_BTHWC, edge, mode="edge")
+    rows, columns, far = H // patch, W // patch, patch - reach
+    blocks = blocks.reshape(B, T, rows + 2, patch, columns + 2, patch, C)
+    three = [blocks[:, :, i : i + rows] for i in range(3)]
+    blocks = jnp.concatenate(three, axis=3)[:, :, :, far : 3 * patch - far]
+    three = [blocks[:, :, :, :, i : i + columns] for i in range(3)]
+    blocks = jnp.concatenate(three, axis=5)[:, :, :, :, :, far : 3 * patch - far]
+    return blocks.swapaxes(3, 4).reshape(B, T, rows * columns, *blocks.shape[3:4], -1, C)

@@ -1,0 +1,109 @@
+"""Pixels that move: where from, only within a patch, and learned by a network."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cwm_jax import flops, model, motion
+from cwm_jax.errors import UserError
+from cwm_jax.model import DiTConfig
+from cwm_jax.sampler import Sampler, SamplerConfig
+
+REACH, PATCH, ROWS, COLUMNS = 5, 7, 2, 3
+WIDTH = motion.taps(REACH)
+
+
+@pytest.fixture(scope="module")
+def frames():
+    shape = 2, 3, ROWS * PATCH, COLUMNS * PATCH, 3
+    return np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+
+
+def changed(frames, filters):
+    """The frames, changed by filters [B, T, S, 2 · taps]."""
+    moved = motion.change(jnp.asarray(frames), jnp.asarray(filters), reach=REACH, patch=PATCH)
+    blocks = np.asarray(moved).reshape(2, 3, ROWS, COLUMNS, PATCH, PATCH, 3)
+    return frames + blocks.swapaxes(3, 4).reshape(frames.shape)
+
+
+def no_filters():
+    return np.zeros((2, 3, ROWS * COLUMNS, 2 * WIDTH), np.float32)
+
+
+def test_without_filters_all_stays(frames):
+    assert (changed(frames, no_filters()) == frames).all()
+
+
+@pytest.mark.parametrize(("down", "across"), [(0, 3), (-REACH, 0), (2, -REACH)])
+def test_pixels_come_from_where_the_filters_look(frames, down, across):
+    filters = no_filters()
+    for place, offset in ((REACH, down), (WIDTH + REACH, across)):
+        filters[..., place] -= 1
+        filters[..., place + offset] += 1
+    rows = np.clip(np.arange(ROWS * PATCH) + down, 0, ROWS * PATCH - 1)
+    columns = np.clip(np.arange(COLUMNS * PATCH) + across, 0, COLUMNS * PATCH - 1)
+    wanted = frames[:, :, rows][:, :, :, columns]  # beyond the edge, the edge again
+    np.testing.assert_allclose(changed(frames, filters), wanted, atol=1e-6)
+
+
+def test_each_pixel_is_the_sum_that_its_patch_asks_for(frames):
+    filters = np.random.default_rng(1).normal(size=no_filters().shape).astype(np.float32)
+    found = changed(frames, filters)
+    around = [(0, 0), (0, 0), (REACH, REACH), (REACH, REACH), (0, 0)]
+    padded = np.pad(frames, around, mode="edge")
+    for y, x in np.ndindex(ROWS * PATCH, COLUMNS * PATCH):
+        own = filters[:, :, y // PATCH * COLUMNS + x // PATCH].copy()
+        own[..., [REACH, WIDTH + REACH]] += 1
+        seen = padded[:, :, y : y + WIDTH, x : x + WIDTH]
+        wanted = np.einsum("btr,bts,btrsc->btc", own[..., :WIDTH], own[..., WIDTH:], seen)
+        np.testing.assert_allclose(found[:, :, y, x], wanted, rtol=1e-4, atol=1e-4)
+
+
+def moving(config: DiTConfig, *, down: int, across: int) -> dict[str, jax.Array]:
+    """A network that has learned nothing but to see all pixels from so far away."""
+    params = model.init(config, 0)
+    bias, taps = np.zeros(2 * motion.taps(config.motion), np.float32), motion.taps(config.motion)
+    for place, offset in ((config.motion, down), (taps + config.motion, across)):
+        bias[place] -= 1
+        bias[place + offset] += 1
+    return params | {"motion_out.bias": jnp.asarray(bias)}
+
+
+@pytest.mark.parametrize("levels", [(999,), (999, 600, 200)])
+def test_a_frame_is_drawn_of_moved_pixels(tiny, levels):
+    config = dataclasses.replace(tiny, history=1, motion=3)
+    drawer = Sampler(config, moving(config, down=2, across=-3), SamplerConfig(levels=levels))
+    prompt = np.random.default_rng(2).integers(0, 256, (1, 2, 64, 64, 3), np.uint8)
+    _, drawn = drawer.rollout(drawer.start(prompt, [[-1, 3]]), [[3]], jax.random.key(0))
+    wanted = prompt[:, -1, 2:, :-3]
+    if len(levels) == 1:
+        off = np.abs(np.asarray(drawn, int)[:, 0, :-2, 3:] - wanted)
+        assert off.max() <= 3  # what one step leaves of the noise, on the scale of a change
+    else:  # later steps leave what is there to the rest of the network, which knows nothing
+        kept = np.corrcoef(np.asarray(drawn)[:, 0, :-2, 3:].ravel(), wanted.ravel())[0, 1]
+        assert kept > 0.5
+
+
+def test_what_moves_is_counted(tiny):
+    still = dataclasses.replace(tiny, history=1)
+    count = lambda config: flops.frame(config, in_view=1).patches
+    more = count(dataclasses.replace(still, motion=2)) - count(still)
+    head, across = 2 * 5 * tiny.hidden_size, 5 * 3 * tiny.patch_size**2
+    down = 5 * 3 * tiny.patch_size * (tiny.patch_size + 4)
+    assert more == 2 * tiny.tokens * (head + down + across)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        (dict(motion=3), r"config\.model\.motion=3 needs config\.model\.history"),
+        (dict(motion=17, history=1), r"motion=17 must be at most config\.model\.patch_size=16"),
+        (dict(motion=-1, history=1), r"config\.model\.motion must be a whole number ≥ 0, not -1"),
+    ],
+)
+def test_motion_that_cannot_be(tiny, sizes, told):
+    with pytest.raises(UserError, match=told):
+        dataclasses.replace(tiny, **sizes)
