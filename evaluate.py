@@ -165,9 +165,9 @@ def _add_drawing_flags(add) -> None:
 
 def _open(args: argparse.Namespace) -> samplers.Opened:
     levels = sampler.ddim_levels(args.ddim_steps)
-    config = sampler.SamplerConfig(levels=levels, window=args.window)
     args.checkpoint = pocket.unless(args.checkpoint)
-    return samplers.open_sampler(args.checkpoint, step=args.step, config=config)
+    how = dict(levels=levels, window=args.window)
+    return samplers.open_sampler(args.checkpoint, step=args.step, **how)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

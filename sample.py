@@ -10,6 +10,7 @@ that comes with the repository draws, `checkpoints/pocket`.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,14 +25,9 @@ _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
 def main() -> None:
     args = _flags().parse_args()
     with shown_to_user():
-        config = sampler.SamplerConfig(
-            levels=_levels(args),
-            window=args.window,
-            eta=args.eta,
-            context_level=args.stabilization_level - 1,
-        )
+        drawing = _drawing(args)
         checkpoint = pocket.unless(args.checkpoint)
-        opened = samplers.open_sampler(checkpoint, step=args.step, config=config)
+        opened = samplers.open_sampler(checkpoint, step=args.step, **drawing)
         script = rollouts.write_script(
             _data_config(args.data, opened),
             args.split,
@@ -70,7 +66,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--frames", type=int, default=32, help="length with the prompt; may pass the window (32)")
     add("--n-samples", type=int, default=4, help="clips, each of another episode (%(default)s)")
     add("--n-prompt", type=int, default=1, help="real frames to start from (%(default)s)")
-    add("--ddim-steps", type=int, default=10, help="denoising steps a frame, 1…1000 (%(default)s)")
+    add("--ddim-steps", type=int, help="denoising steps a frame, 1…1000 (the model's own)")
     add("--noise-levels", default="", help="instead of steps: falling labels, such as 999,749,249")
     add("--eta", type=float, default=0.0, help="0: deterministic … 1: as random as DDPM (0)")
     add("--stabilization-level", type=int, default=15, help="noise label of the context + 1 (15)")
@@ -92,10 +88,16 @@ def _data_config(folder: str | None, opened: samplers.Opened) -> data.DataConfig
     return data.DataConfig(dir=folder)
 
 
-def _levels(args: argparse.Namespace) -> tuple[int, ...]:
-    if not args.noise_levels:
-        return sampler.ddim_levels(args.ddim_steps)
-    return tuple(_numbers("--noise-levels", args.noise_levels, "falling labels, such as 999,749"))
+def _drawing(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `SamplerConfig`, of which a fault is told before anything is opened."""
+    fields = dict(window=args.window, eta=args.eta, context_level=args.stabilization_level - 1)
+    if args.noise_levels:
+        falling = _numbers("--noise-levels", args.noise_levels, "falling labels, such as 999,749")
+        fields["levels"] = tuple(falling)
+    elif args.ddim_steps is not None:
+        fields["levels"] = sampler.ddim_levels(args.ddim_steps)
+    sampler.SamplerConfig(**fields)
+    return fields
 
 
 def _pattern(text: str) -> list[int]:

@@ -30,10 +30,10 @@ def ddim_levels(steps: int) -> tuple[int, ...]:
     """Noise labels of S steps, from the top: linspace(−1, 999, S + 1) without its −1, cut to int.
 
     Raises:
-        UserError: where `steps` is not 1…1000.
+        UserError: where `steps` is no whole number 1…1000.
     """
-    if not 1 <= steps <= diffusion.NUM_LEVELS:
-        raise UserError(f"ddim_steps must be 1…{diffusion.NUM_LEVELS}, not {steps}")
+    if not isinstance(steps, int) or not 1 <= steps <= diffusion.NUM_LEVELS:
+        raise UserError(f"ddim_steps must be 1…{diffusion.NUM_LEVELS}, not {steps!r}")
     return tuple(diffusion.NUM_LEVELS * i // steps - 1 for i in range(steps, 0, -1))
 
 

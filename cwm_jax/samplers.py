@@ -10,7 +10,7 @@ from cwm_jax.bundle import Bundle, Drawing, is_bundle
 from cwm_jax.checkpoint import Trained
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig, Params
-from cwm_jax.sampler import Sampler, SamplerConfig
+from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
 
 
 class Opened(NamedTuple):
@@ -24,27 +24,27 @@ class Opened(NamedTuple):
     path: Path
 
 
-def open_sampler(
-    path: Path | str, *, step: int | None = None, config: SamplerConfig | None = None
-) -> Opened:
+def open_sampler(path: Path | str, *, step: int | None = None, **drawing: Any) -> Opened:
     """Opens a model to draw with.
 
     Args:
         path: a run's workdir, one of its checkpoints, an export (orbax or `.safetensors`), or a
             bundle's folder; or a folder with a `model.safetensors`.
         step: which checkpoint of a run; the newest by default.
-        config: how to draw. By default as a bundle was made to, and otherwise `SamplerConfig()`.
+        drawing: fields of `SamplerConfig`. For those that are not given, a bundle draws as it was
+            made to, and any other model with its config's `ddim_steps`.
 
     Raises:
-        UserError: there is no model at `path`, or a bundle draws in another way than `config`.
+        UserError: there is no model at `path`, or a bundle draws in another way.
     """
     path = Path(path)
     if is_bundle(path):
         opened = Bundle(path)
-        _check_drawing(path, opened.config, config)
+        _check_drawing(path, opened.config, drawing)
         return Opened(opened, *_from_file(path / bundle.PARAMS)._replace(path=path))
     trained = load(path, step=step)
-    return Opened(Sampler(trained.network, trained.params, config or SamplerConfig()), *trained)
+    config = SamplerConfig(**{"levels": ddim_levels(usual_steps(trained))} | drawing)
+    return Opened(Sampler(trained.network, trained.params, config), *trained)
 
 
 def load(path: Path | str, *, step: int | None = None) -> Trained:
@@ -67,6 +67,20 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
     return trained
 
 
+def usual_steps(trained: Trained) -> int:
+    """The DDIM steps that a model's own config draws with; 10 where it tells none.
+
+    Raises:
+        UserError: it tells what cannot be.
+    """
+    steps = trained.config.get("ddim_steps", 10)
+    try:
+        ddim_levels(steps)
+    except UserError as error:
+        raise UserError(f"{trained.path}: its config.{error}") from None
+    return steps
+
+
 def _from_file(path: Path) -> Trained:
     params, meta = weights.read(path)
     try:
@@ -78,10 +92,10 @@ def _from_file(path: Path) -> Trained:
     return Trained(network, params, meta["config"], meta["step"], path)
 
 
-def _check_drawing(path: Path, fixed: Drawing, wanted: SamplerConfig | None) -> None:
-    for name, value in fixed._asdict().items() if wanted else ():
-        if getattr(wanted, name) != value:
+def _check_drawing(path: Path, fixed: Drawing, wanted: dict[str, Any]) -> None:
+    for name, value in fixed._asdict().items():
+        if wanted.get(name, value) != value:
             raise UserError(
-                f"the bundle {path} draws with {name}={value}, not {getattr(wanted, name)}; "
+                f"the bundle {path} draws with {name}={value}, not {wanted[name]}; "
                 "export another, or open the run itself"
             )

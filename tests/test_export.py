@@ -22,7 +22,7 @@ NETWORK = DiTConfig(
     **dict(hidden_size=16, depth=1, num_heads=2, patch_size=16, image_size=64),
     **dict(num_actions=15, max_frames=4, dtype="float32"),
 )
-DRAWING = SamplerConfig(levels=ddim_levels(2), window="cached")
+DRAWING = dict(levels=ddim_levels(2), window="cached")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def film(sampler, worlds=2):
 @pytest.fixture(scope="module")
 def wanted(run):
     trained = checkpoint.load(run)
-    return film(Sampler(trained.network, trained.params, DRAWING))
+    return film(Sampler(trained.network, trained.params, SamplerConfig(**DRAWING)))
 
 
 def test_a_bundle_draws_what_the_model_draws(made, wanted):
@@ -105,7 +105,7 @@ def test_a_damaged_or_unfit_bundle_is_refused(made, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(made, copy)
     with pytest.raises(UserError, match="levels="):
-        samplers.open_sampler(copy, config=SamplerConfig(window="cached"))
+        samplers.open_sampler(copy, levels=ddim_levels(10))
     state = bundle.Bundle(copy).start(np.zeros((1, 1, 64, 64, 3), np.uint8), [[-1]])
     with pytest.raises(UserError, match=r"action 15: actions are 0…14"):
         bundle.Bundle(copy).step(state, [15], jax.random.key(0))
@@ -142,7 +142,23 @@ def test_parameters_alone_keep_every_bit_that_fits(run, tmp_path, format, name, 
 def test_a_safetensors_file_is_opened_to_draw(run, tmp_path, wanted):
     out = tmp_path / "m.safetensors"
     export.main([str(run), "--output", str(out), "--format", "safetensors"])
-    np.testing.assert_array_equal(film(samplers.open_sampler(out, config=DRAWING).sampler), wanted)
+    np.testing.assert_array_equal(film(samplers.open_sampler(out, **DRAWING).sampler), wanted)
+
+
+def test_how_a_model_draws_where_nothing_is_said(run, made, tmp_path):
+    """A bundle as it was made to, others with the steps of their config, or 10."""
+    levels = lambda path: samplers.open_sampler(path).sampler.config.levels
+    assert levels(made) == ddim_levels(2)
+    assert levels(run) == ddim_levels(10)
+    trained = checkpoint.load(run)
+    kept = tmp_path / "m.safetensors"
+    config = trained.config | {"ddim_steps": 3}
+    weights.write(kept, trained.params, {"step": 7, "config": config})
+    assert levels(kept) == ddim_levels(3)
+    odd = {"step": 7, "config": config | {"ddim_steps": "many"}}
+    weights.write(kept, trained.params, odd)
+    with pytest.raises(UserError, match=r"m\.safetensors: its config\.ddim_steps .*not 'many'"):
+        levels(kept)
 
 
 def test_every_form_holds_the_network_and_its_parameters(run, made, tmp_path):
@@ -151,7 +167,7 @@ def test_every_form_holds_the_network_and_its_parameters(run, made, tmp_path):
     export.main([str(run), "--output", str(out), "--format", "safetensors"])
     trained = checkpoint.load(run)
     for form in (run, out, made):
-        for found in (samplers.load(form), samplers.open_sampler(form, config=DRAWING)):
+        for found in (samplers.load(form), samplers.open_sampler(form, **DRAWING)):
             assert (found.network, found.step) == (trained.network, trained.step)
             for name, value in trained.params.items():
                 np.testing.assert_array_equal(found.params[name], value)

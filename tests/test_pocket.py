@@ -13,7 +13,7 @@ from configs import pocket as config
 from cwm_jax import data, metrics, model, pocket, samplers, weights
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig
-from cwm_jax.sampler import SamplerConfig, ddim_levels
+from cwm_jax.sampler import ddim_levels
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def test_it_does_better_than_the_last_frame(trained, steps):
     episodes = data.open_episodes(embedded, "test", num_actions=15)
     picked = data.pick_episodes(episodes, count=6, length=24)
     clips = data.load_clips(episodes, picked, length=24)
-    given, shown = 20, SamplerConfig(levels=ddim_levels(steps), window="hop")
-    drawer = samplers.open_sampler(pocket.FOLDER, config=shown).sampler
+    given, shown = 20, dict(levels=ddim_levels(steps), window="hop")
+    drawer = samplers.open_sampler(pocket.FOLDER, **shown).sampler
     seen = slice(given - 4, given)
     state = drawer.start(clips["frames"][:, seen], clips["actions"][:, seen])
     _, drawn = drawer.rollout(state, clips["actions"][:, given:], jax.random.key(0))

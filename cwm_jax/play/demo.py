@@ -24,7 +24,7 @@ class RealClips:
     A session from a picture, which is in no episode, goes on with the first one.
     """
 
-    steps = (1,)
+    steps = automatic = (1,)
     slots = MAX_FRAMES  # so that a memory is always rebuilt from the session's first frame
     fingerprint = b"realclip"
 

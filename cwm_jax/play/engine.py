@@ -62,10 +62,14 @@ class Engine:
 
     Args:
         steps: numbers of DDIM steps that can be asked for.
+        usual: the steps that the network does best with: more are drawn only where asked for.
     """
 
-    def __init__(self, network: DiTConfig, params: Params, *, steps: Sequence[int]):
+    def __init__(
+        self, network: DiTConfig, params: Params, *, steps: Sequence[int], usual: int = 1000
+    ):
         self.network, self.steps = network, tuple(steps)
+        self.automatic = tuple(n for n in steps if n <= usual) or (min(steps),)
         self.fingerprint = fingerprint(network, params)
         self._params = jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
         # A GPU records a frame's kernels as one graph only where no loop stands between them.

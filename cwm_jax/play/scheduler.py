@@ -22,7 +22,8 @@ _PASSES_A_TURN = 4  # frames that a rebuilt memory takes in before others have t
 class Drawer(Protocol):
     """What draws: `engine.Engine`, or `demo.RealClips` where there is no network."""
 
-    steps: tuple[int, ...]
+    steps: tuple[int, ...]  # numbers of DDIM steps that a player may choose
+    automatic: tuple[int, ...]  # those of them that are chosen where nobody does
     slots: int
     fingerprint: bytes
 
@@ -67,7 +68,7 @@ class Scheduler:
 
     def __init__(self, drawer: Drawer, *, clock: Callable[[], float] = time.perf_counter):
         self.drawer = drawer
-        self.governor = Governor(drawer.steps, clock)
+        self.governor = Governor(drawer.automatic, clock)
         self._clock = clock
         self._orders: queue.SimpleQueue[_Draw | _Recall | None] = queue.SimpleQueue()
         self._to_compile: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
@@ -108,7 +109,7 @@ class Scheduler:
 
     def choose_steps(self, fps: float) -> int:
         """DDIM steps that hold so many frames a second, among those that are compiled."""
-        compiled = [steps for steps in self.drawer.steps if self.drawer.ready(steps)]
+        compiled = [steps for steps in self.drawer.automatic if self.drawer.ready(steps)]
         return self.governor.choose(fps, compiled)
 
     def draw(

@@ -211,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with shown_to_user():
         trained = samplers.load(args.checkpoint, step=args.step)
         if args.format == "bundle":
-            levels = sampler.ddim_levels(args.ddim_steps)
+            steps = samplers.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
+            levels = sampler.ddim_levels(steps)
             config = SamplerConfig(levels=levels, window=args.window, unroll=args.unroll)
             write_bundle(trained, args.output, config, args.dtype, args.data)
         else:
@@ -231,7 +232,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--format", default="bundle", choices=FORMATS, help="(%(default)s)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--dtype", default="float32", choices=DTYPES, help="of the parameters (%(default)s)")
-    add("--ddim-steps", type=int, default=10, help="bundle: denoising steps a frame (10)")
+    add("--ddim-steps", type=int, help="bundle: denoising steps a frame (the model's own)")
     add("--window", default="exact", choices=sampler.WINDOWS, help="bundle: (%(default)s)")
     add("--unroll", action="store_true", help="bundle: quicker on a GPU, larger programs")
     add("--data", default=str(_EMBEDDED), help="bundle: where its example comes from")

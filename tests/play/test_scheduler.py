@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 
+from cwm_jax.play.engine import Engine
 from cwm_jax.play.governor import Governor
 from cwm_jax.play.scheduler import Scheduler
 from cwm_jax.play.studio import Rules, Studio
@@ -14,7 +15,8 @@ from cwm_jax.play.studio import Rules, Studio
 class Counting:
     """Draws nothing, slowly; notes which players' frames it drew together."""
 
-    steps, slots, fingerprint = (4, 1), 7, b"counting"
+    steps = automatic = (4, 1)
+    slots, fingerprint = 7, b"counting"
 
     def __init__(self, ready=(1, 2, 4), seconds=0.002):
         self.batches, self._ready, self._seconds = [], ready, seconds
@@ -151,6 +153,21 @@ def test_a_later_program_that_cannot_be_compiled_ends_nothing():
         assert compiled.wait(timeout=5)
         assert order(scheduler, 1).result(timeout=5)
         assert scheduler.fault is None
+
+
+def test_more_steps_than_the_model_does_best_with_are_never_chosen_unasked():
+    drawer = Counting(seconds=0)  # there would be time for all four
+    drawer.automatic = (1,)
+    with Scheduler(drawer) as scheduler:
+        order(scheduler, 0, steps=4).result(timeout=5)  # a player who asks has them
+        assert drawer.batches[0][1] == 4
+        assert scheduler.choose_steps(fps=1) == 1
+
+
+def test_which_steps_an_engine_draws_with_unasked(engine, params):
+    found = lambda usual: Engine(engine.network, params, steps=(10, 4, 2, 1), usual=usual).automatic
+    assert [found(n) for n in (1, 3, 4, 100)] == [(1,), (2, 1), (4, 2, 1), (10, 4, 2, 1)]
+    assert Engine(engine.network, params, steps=(4, 2), usual=1).automatic == (2,)
 
 
 def governed(pass_seconds, fps, seconds=20.0):
