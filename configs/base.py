@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
     config.noise.top_share = 0.0  # of frames, that get the highest label: a frame's first pass
     config.noise.own_share = 0.0  # of clips, shown earlier frames as the network draws them …
     config.noise.own_passes = 1  # … so many times over, each from the ones before
+    config.noise.own_top_share = 0.0  # … in this share of them with all labels the highest
 
     # What happens every so many steps.
     config.log_every_steps = 50

@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     config.noise.top_share = 0.2
     config.noise.own_share = 0.5  # 0 in the first 2000 updates, as there is little to mend yet
     config.noise.own_passes = 3  # 1 until update 4500
+    config.noise.own_top_share = 0.5
 
     config.log_every_steps = 50
     config.val_every_steps = 1000

@@ -57,9 +57,11 @@ class NoiseConfig:
     top_share: float = 0.0  # of frames, that get the highest noise label: a frame's first pass
     own_share: float = 0.0  # of clips, shown their earlier frames as the network itself draws them
     own_passes: int = 1  # how often these are drawn, each time from the ones before
+    own_top_share: float = 0.0  # of those clips, in which all labels are the highest
 
     def __post_init__(self):
-        for name, low, high in (("top_share", 0, 1), ("own_share", 0, 1), ("own_passes", 1, 16)):
+        shares = [(name, 0, 1) for name in ("top_share", "own_share", "own_top_share")]
+        for name, low, high in (*shares, ("own_passes", 1, 16)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"config.noise.{name}={getattr(self, name)}: must be {low}…{high}")
 
@@ -82,6 +84,7 @@ class StepConfig:
 
 _PLAIN = StepConfig()
 _UNIFORM = NoiseConfig()
+_TOP = diffusion.NUM_LEVELS - 1
 
 
 class TrainState(NamedTuple):
@@ -179,7 +182,9 @@ def _own_frames(net, frames_BTHWC, actions_BT, own: Own) -> jax.Array:
     once (Duckworth et al. 2019, https://arxiv.org/abs/1906.04331); no gradient goes through it.
     A pass draws each frame in one step after the last pass's frames (at first the real ones), so
     that faults add up as they do in a rollout. It starts at any noise label, so that the faults
-    of all of a sampler's steps are seen: guesses from nothing, and noise that is left over.
+    of all of a sampler's steps are seen: guesses from nothing, and noise that is left over. Where
+    all labels are the highest (`own_top_share`), no noised frame betrays the real one that it was
+    made of, to itself or to the next: that is as a rollout in one step is, and as hard.
     """
     shown = frames_BTHWC
     for t_BT in jnp.moveaxis(own.t_BPT, 1, 0):
@@ -313,15 +318,20 @@ def _draw(key, shape: tuple[int, ...], noise: NoiseConfig) -> tuple[jax.Array, .
         return t_BT, noise_BTHWC
     clips_B = jax.random.bernoulli(clips_key, noise.own_share, shape[:1])
     own_key, own_top_key = jax.random.split(own_key)
+    blind_key = jax.random.fold_in(clips_key, 1)
     passes = shape[0], noise.own_passes, shape[1]
     t_BPT = jax.random.randint(label_key, passes, 0, diffusion.NUM_LEVELS)
     t_BPT = _with_top(own_top_key, t_BPT, noise.top_share)
+    if noise.own_top_share:
+        blind_B = jax.random.bernoulli(blind_key, noise.own_top_share, shape[:1])
+        t_BPT = jnp.where(blind_B[:, None, None], _TOP, t_BPT)
+        t_BT = jnp.where((clips_B & blind_B)[:, None], _TOP, t_BT)
     return t_BT, noise_BTHWC, *Own(clips_B, t_BPT, jax.random.normal(own_key, shape))
 
 
 def _with_top(key, t: jax.Array, share: float) -> jax.Array:
     top = jax.random.bernoulli(key, share, t.shape)
-    return jnp.where(top, diffusion.NUM_LEVELS - 1, t)
+    return jnp.where(top, _TOP, t)
 
 
 def weights_to_sample(state: TrainState) -> Params:

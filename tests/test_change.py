@@ -235,6 +235,20 @@ def test_labels_and_clips_are_drawn_in_the_shares_asked_for():
     assert abs((own.noise_BTHWC * noise).mean()) < 0.05  # of its own, or it could be read off
 
 
+def test_in_some_own_clips_nothing_betrays_the_real_frames():
+    """Every label of such a clip is the highest, in its passes and where it is learned from."""
+    noise = training.NoiseConfig(own_share=0.5, own_passes=2, own_top_share=0.4)
+    t, _, *own = training._draw(KEY, (400, 3, 2, 2, 3), noise)
+    own = training.Own(*own)
+    blind = (own.t_BPT == 999).all((1, 2))
+    assert 0.3 < blind.mean() < 0.5
+    assert ((t == 999).all(1) == (blind & own.clips_B)).all()
+    plain = training.NoiseConfig(own_share=0.5, own_passes=2)
+    before, _, *own_before = training._draw(KEY, (400, 3, 2, 2, 3), plain)
+    assert (before == t)[~(blind & own.clips_B)].all()  # the others' labels are what they were
+    assert (training.Own(*own_before).t_BPT == own.t_BPT)[~blind].all()
+
+
 def test_a_network_with_history_learns(known):
     """On a film of stripes that move two pixels a frame, it does better than the last frame."""
     config, _ = known
