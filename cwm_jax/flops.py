@@ -51,7 +51,7 @@ def forward(config: DiTConfig, *, clips: int, frames: int) -> Flops:
 def train_step(config: DiTConfig, *, clips: int, frames: int, own_passes: int = 0) -> Flops:
     """Of a forward and a backward pass; the optimizer's are too few to count.
 
-    `own_passes`: forward passes more, see `training.NoiseConfig`.
+    `own_passes`: forward passes more, see `objective.NoiseConfig`.
     """
     once = forward(config, clips=clips, frames=frames)
     first = 2 * config.hidden_size * clips * frames

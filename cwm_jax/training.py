@@ -1,4 +1,4 @@
-"""One training step: noise a batch, predict the velocity, update parameters and their average.
+"""One training step: draw examples, find their gradients, update parameters and their average.
 
 AdamW: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. Everything that a step needs is
 in its arguments: labels and noise are drawn from a key and the step's number, so a resumed run
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from cwm_jax import change, diffusion, model, parallel
-from cwm_jax.coinrun import to_model
+from cwm_jax import model, objective, parallel
 from cwm_jax.errors import UserError
 from cwm_jax.model import DiTConfig, Params
+from cwm_jax.objective import NoiseConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,22 +51,6 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NoiseConfig:
-    """Which examples are made of clips; `config.noise` of a config file."""
-
-    top_share: float = 0.0  # of frames, that get the highest noise label: a frame's first pass
-    own_share: float = 0.0  # of clips, shown their earlier frames as the network itself draws them
-    own_passes: int = 1  # how often these are drawn, each time from the ones before
-    own_top_share: float = 0.0  # of those clips, in which all labels are the highest
-
-    def __post_init__(self):
-        shares = [(name, 0, 1) for name in ("top_share", "own_share", "own_top_share")]
-        for name, low, high in (*shares, ("own_passes", 1, 16)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"config.noise.{name}={getattr(self, name)}: must be {low}…{high}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
     """How an update is computed: this changes memory and speed, not the result."""
 
@@ -84,7 +68,6 @@ class StepConfig:
 
 _PLAIN = StepConfig()
 _UNIFORM = NoiseConfig()
-_TOP = diffusion.NUM_LEVELS - 1
 
 
 class TrainState(NamedTuple):
@@ -96,14 +79,6 @@ class TrainState(NamedTuple):
     ema: Params | None  # moving average of params
     epoch_loss: jax.Array  # float32 [2], sum and number of this epoch's losses
     skipped: jax.Array  # int32 [], updates passed over so far, as `update` says
-
-
-class Own(NamedTuple):
-    """How the network draws the earlier frames that it is shown."""
-
-    clips_B: jax.Array  # bool, the clips in which it is shown them
-    t_BPT: jax.Array  # the labels that they are drawn from, in each of P passes
-    noise_BTHWC: jax.Array  # and the noise, the same in all: nothing is learned in them
 
 
 def learning_rate(config: OptimizerConfig):
@@ -146,60 +121,9 @@ def init_state(network: DiTConfig, optim: OptimizerConfig, seed: int) -> TrainSt
     )
 
 
-def clip_loss(
-    params,
-    frames_BTHWC,
-    actions_BT,
-    t_BT,
-    noise_BTHWC,
-    *own,
-    network: DiTConfig,
-    remat="none",
-):
-    """Diffusion loss of clips, float32 []; frames are uint8, t and noise as `diffusion.draw`.
-
-    With history the first frame of a clip, of which there is no change to draw, does not count.
-    `own`, nothing or an `Own`, says which clips are shown earlier frames of the network's drawing.
-    """
-    net, frames = model.bind(network, params), to_model(frames_BTHWC)
-    earlier = change.earlier(network, frames)
-    if own:
-        own = Own(*own)
-        drawn = _own_frames(net, frames, actions_BT, own)
-        shown = jnp.where(own.clips_B[:, None, None, None, None], drawn, frames)
-        earlier = change.earlier(network, shown)
-    x0 = change.to_sample(network, frames, earlier)
-    sample = diffusion.noised(x0, t_BT, noise_BTHWC)
-    predicted = net(sample.x, t_BT, actions_BT, earlier, remat=remat)
-    counted = change.counted(network)
-    return diffusion.loss(predicted[:, counted], sample.velocity[:, counted])
-
-
-def _own_frames(net, frames_BTHWC, actions_BT, own: Own) -> jax.Array:
-    """The first frame, and the others as the network draws them: much like a rollout's.
-
-    Scheduled sampling (Bengio et al. 2015, https://arxiv.org/abs/1506.03099) of all frames at
-    once (Duckworth et al. 2019, https://arxiv.org/abs/1906.04331); no gradient goes through it.
-    A pass draws each frame in one step after the last pass's frames (at first the real ones), so
-    that faults add up as they do in a rollout. It starts at any noise label, so that the faults
-    of all of a sampler's steps are seen: guesses from nothing, and noise that is left over. Where
-    all labels are the highest (`own_top_share`), no noised frame betrays the real one that it was
-    made of, to itself or to the next: that is as a rollout in one step is, and as hard.
-    """
-    shown = frames_BTHWC
-    for t_BT in jnp.moveaxis(own.t_BPT, 1, 0):
-        earlier = change.earlier(net.config, shown)
-        x0 = change.to_sample(net.config, frames_BTHWC, earlier)
-        noised = diffusion.noised(x0, t_BT, own.noise_BTHWC).x
-        velocity = net(noised, t_BT, actions_BT, earlier)
-        sample = diffusion.predict_clean(noised, velocity, t_BT)
-        shown = change.to_frame(net.config, sample, earlier).at[:, 0].set(frames_BTHWC[:, 0])
-    return jax.lax.stop_gradient(shown)
-
-
 def _value_and_grad(params, *batch, network: DiTConfig, step: StepConfig):
     """Loss and gradients of clips, means over them; the gradients of parts are added in float32."""
-    loss = functools.partial(clip_loss, network=network, remat=step.remat)
+    loss = functools.partial(objective.clip_loss, network=network, remat=step.remat)
     if step.accumulate_steps == 1:
         return jax.value_and_grad(loss)(params, *batch)
 
@@ -236,7 +160,7 @@ def update(
     step: StepConfig = _PLAIN,
     mesh: Mesh | None = None,
 ):
-    """One AdamW update with given labels and noise, see `clip_loss`: (next state, metrics).
+    """One AdamW update on given examples, as `objective.draw` makes them: (next state, metrics).
 
     Where the loss or the gradient is not finite, the update is passed over: only `step` and
     `skipped` count on, so no state is ever poisoned, however late somebody looks at the metrics.
@@ -299,39 +223,13 @@ def train_step(
     """
     step_key = jax.random.fold_in(key, state.step)
     # Drawn as one array over all devices, so that no clip's noise depends on where it lies.
-    draws = _draw(step_key, batch["frames"].shape, noise)
+    draws = objective.draw(step_key, batch["frames"].shape, noise)
     following, metrics = update(
         state, batch, *draws, network=network, optim=optim, step=step, mesh=mesh
     )
     if mesh is not None:
         following = jax.lax.with_sharding_constraint(following, parallel.placement(following, mesh))
     return following, metrics
-
-
-def _draw(key, shape: tuple[int, ...], noise: NoiseConfig) -> tuple[jax.Array, ...]:
-    """Labels and noise of a batch, followed by an `Own` where the config asks for it."""
-    t_BT, noise_BTHWC = diffusion.draw(key, shape)
-    top_key, clips_key, own_key, label_key = jax.random.split(jax.random.fold_in(key, 1), 4)
-    if noise.top_share:
-        t_BT = _with_top(top_key, t_BT, noise.top_share)
-    if not noise.own_share:
-        return t_BT, noise_BTHWC
-    clips_B = jax.random.bernoulli(clips_key, noise.own_share, shape[:1])
-    own_key, own_top_key = jax.random.split(own_key)
-    blind_key = jax.random.fold_in(clips_key, 1)
-    passes = shape[0], noise.own_passes, shape[1]
-    t_BPT = jax.random.randint(label_key, passes, 0, diffusion.NUM_LEVELS)
-    t_BPT = _with_top(own_top_key, t_BPT, noise.top_share)
-    if noise.own_top_share:
-        blind_B = jax.random.bernoulli(blind_key, noise.own_top_share, shape[:1])
-        t_BPT = jnp.where(blind_B[:, None, None], _TOP, t_BPT)
-        t_BT = jnp.where((clips_B & blind_B)[:, None], _TOP, t_BT)
-    return t_BT, noise_BTHWC, *Own(clips_B, t_BPT, jax.random.normal(own_key, shape))
-
-
-def _with_top(key, t: jax.Array, share: float) -> jax.Array:
-    top = jax.random.bernoulli(key, share, t.shape)
-    return jnp.where(top, _TOP, t)
 
 
 def weights_to_sample(state: TrainState) -> Params:

@@ -13,6 +13,7 @@ from cwm_jax import (
     diffusion,
     flops,
     model,
+    objective,
     parallel,
     sampler,
     torch_format,
@@ -111,7 +112,7 @@ def test_the_first_frame_of_a_clip_does_not_count(known):
     config, params = known
     frames, actions = clip_of()
     t, noise = diffusion.draw(KEY, frames.shape)
-    loss = training.clip_loss(params, frames, actions, t, noise, network=config)
+    loss = objective.clip_loss(params, frames, actions, t, noise, network=config)
     earlier = change.earlier(config, to_model(frames))
     x0 = change.to_sample(config, to_model(frames), earlier)
     sample = diffusion.noised(x0, t, noise)
@@ -126,9 +127,9 @@ def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
     t, noise = diffusion.draw(KEY, frames.shape)
     own = own_of(frames, passes=2)
     given = params, frames, actions, t, noise
-    loss = lambda clips: training.clip_loss(*given, *own._replace(clips_B=clips), network=config)
+    loss = lambda clips: objective.clip_loss(*given, *own._replace(clips_B=clips), network=config)
     np.testing.assert_allclose(
-        loss(jnp.zeros(2, bool)), training.clip_loss(*given, network=config), rtol=1e-6
+        loss(jnp.zeros(2, bool)), objective.clip_loss(*given, network=config), rtol=1e-6
     )
     real = shown = to_model(frames)
     net = model.bind(config, params)
@@ -145,8 +146,8 @@ def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
 
 
 def own_of(frames, passes=1):
-    noise = training.NoiseConfig(own_share=1.0, own_passes=passes)
-    return training.Own(*training._draw(jax.random.key(4), frames.shape, noise)[2:])
+    noise = objective.NoiseConfig(own_share=1.0, own_passes=passes)
+    return objective.Own(*objective.draw(jax.random.key(4), frames.shape, noise)[2:])
 
 
 def test_no_gradient_goes_through_what_was_drawn(known):
@@ -156,7 +157,7 @@ def test_no_gradient_goes_through_what_was_drawn(known):
     t, noise = diffusion.draw(KEY, frames.shape)
     own = own_of(frames)
     real = to_model(frames)
-    drawn = training._own_frames(model.bind(config, params), real, actions, own)
+    drawn = objective.own_frames(model.bind(config, params), real, actions, own)
     shown = change.earlier(config, drawn)
 
     def given(params):
@@ -164,7 +165,7 @@ def test_no_gradient_goes_through_what_was_drawn(known):
         off = model.bind(config, params)(sample.x, t, actions, shown) - sample.velocity
         return jnp.square(off[:, 1:]).mean()
 
-    whole = lambda p: training.clip_loss(p, frames, actions, t, noise, *own, network=config)
+    whole = lambda p: objective.clip_loss(p, frames, actions, t, noise, *own, network=config)
     for one, other in zip(
         jax.tree.leaves(jax.grad(whole)(params)),
         jax.tree.leaves(jax.grad(given)(params)),
@@ -177,8 +178,8 @@ def test_no_gradient_goes_through_what_was_drawn(known):
 def test_own_drawings_do_not_depend_on_how_a_step_is_computed(known, how):
     config, params = known
     frames, actions = clip_of(clips=4, frames=3)
-    noise = training.NoiseConfig(own_share=0.5, own_passes=2)
-    arrays = frames, actions, *training._draw(KEY, frames.shape, noise)
+    noise = objective.NoiseConfig(own_share=0.5, own_passes=2)
+    arrays = frames, actions, *objective.draw(KEY, frames.shape, noise)
     gradients = functools.partial(training.gradients, network=config, mesh=None)
     loss, plain = gradients(params, *arrays, step=training.StepConfig())
     other_loss, other = gradients(params, *arrays, step=training.StepConfig(**how))
@@ -197,7 +198,7 @@ def test_what_is_judged_is_what_was_trained(known):
     t, noise = diffusion.draw(jax.random.fold_in(jax.random.key(0), 0), frames[:, :5].shape)
     asked = params, frames[:, :5], actions[:, :5], t, noise
     np.testing.assert_allclose(
-        told["val/loss"], training.clip_loss(*asked, network=config), rtol=1e-5
+        told["val/loss"], objective.clip_loss(*asked, network=config), rtol=1e-5
     )
     drawn = quality.reconstruction(config, params, frames, actions)
     first_window = quality.reconstruction(config, params, frames[:, :5], actions[:, :5])
@@ -223,11 +224,11 @@ def test_the_original_cannot_hold_such_a_network(known):
 
 def test_labels_and_clips_are_drawn_in_the_shares_asked_for():
     shape = (200, 5, 2, 2, 3)
-    t, _ = training._draw(KEY, shape, training.NoiseConfig())
+    t, _ = objective.draw(KEY, shape, objective.NoiseConfig())
     assert (t == diffusion.draw(KEY, shape)[0]).all()
-    noise = training.NoiseConfig(top_share=0.3, own_share=0.25, own_passes=3)
-    t, noise, *own = training._draw(KEY, shape, noise)
-    own = training.Own(*own)
+    noise = objective.NoiseConfig(top_share=0.3, own_share=0.25, own_passes=3)
+    t, noise, *own = objective.draw(KEY, shape, noise)
+    own = objective.Own(*own)
     assert 0.25 < (t == 999).mean() < 0.35
     assert 0.15 < own.clips_B.mean() < 0.35
     assert own.t_BPT.shape == (200, 3, 5)
@@ -237,16 +238,16 @@ def test_labels_and_clips_are_drawn_in_the_shares_asked_for():
 
 def test_in_some_own_clips_nothing_betrays_the_real_frames():
     """Every label of such a clip is the highest, in its passes and where it is learned from."""
-    noise = training.NoiseConfig(own_share=0.5, own_passes=2, own_top_share=0.4)
-    t, _, *own = training._draw(KEY, (400, 3, 2, 2, 3), noise)
-    own = training.Own(*own)
+    noise = objective.NoiseConfig(own_share=0.5, own_passes=2, own_top_share=0.4)
+    t, _, *own = objective.draw(KEY, (400, 3, 2, 2, 3), noise)
+    own = objective.Own(*own)
     blind = (own.t_BPT == 999).all((1, 2))
     assert 0.3 < blind.mean() < 0.5
     assert ((t == 999).all(1) == (blind & own.clips_B)).all()
-    plain = training.NoiseConfig(own_share=0.5, own_passes=2)
-    before, _, *own_before = training._draw(KEY, (400, 3, 2, 2, 3), plain)
+    plain = objective.NoiseConfig(own_share=0.5, own_passes=2)
+    before, _, *own_before = objective.draw(KEY, (400, 3, 2, 2, 3), plain)
     assert (before == t)[~(blind & own.clips_B)].all()  # the others' labels are what they were
-    assert (training.Own(*own_before).t_BPT == own.t_BPT)[~blind].all()
+    assert (objective.Own(*own_before).t_BPT == own.t_BPT)[~blind].all()
 
 
 def test_a_network_with_history_learns(known):
@@ -255,12 +256,12 @@ def test_a_network_with_history_learns(known):
     optim = training.OptimizerConfig(
         lr=1e-2, weight_decay=0.0, warmup_steps=5, grad_clip=1.0, ema_decay=0.0
     )
-    noise = training.NoiseConfig(top_share=0.5, own_share=0.5)
+    noise = objective.NoiseConfig(top_share=0.5, own_share=0.5)
     columns = np.arange(64) + 2 * np.arange(5)[:, None, None]
     film = np.where(columns // 8 % 2, 220, 30).astype(np.uint8) * np.ones((5, 64, 1), np.uint8)
     frames = np.repeat(film[None, ..., None], 3, axis=-1).repeat(2, axis=0)
     batch = {"frames": frames, "actions": np.array([[-1, 7, 7, 7, 7]] * 2, np.int32)}
-    drawn = lambda state: training.clip_loss(
+    drawn = lambda state: objective.clip_loss(
         state.params,
         *batch.values(),
         np.full((2, 5), 999),

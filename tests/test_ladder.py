@@ -44,7 +44,7 @@ FLOORS = (
     ("metrics", "model", "shards", "recordings", "sheet", "simulator", "video", "curves"),
     ("bundle", "change", "clips", "flops", "torch_format"),
     ("data", "world"),
-    ("parallel", "sampler"),
+    ("objective", "parallel", "sampler"),
     ("training",),
     ("checkpoint", "report", "rollouts", "settings"),
     ("evaluation", "progress"),

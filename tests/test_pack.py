@@ -14,11 +14,11 @@ from cwm_jax import (
     data,
     key_panel,
     model,
+    objective,
     recordings,
     rollouts,
     shards,
     sheet,
-    training,
     video,
 )
 from cwm_jax.controls import Control, Controls
@@ -91,7 +91,7 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
     batch, t = next(batches), np.full((2, 5), 500)
     params = {name: np.full(x.shape, 0.1, x.dtype) for name, x in model.shapes(network).items()}
     noise = np.zeros(batch["frames"].shape, np.float32)
-    loss = jax.jit(training.clip_loss, static_argnames="network")
+    loss = jax.jit(objective.clip_loss, static_argnames="network")
     assert batch["actions"].max() > 3  # more than there are buttons: combinations
     assert np.isfinite(loss(params, *batch.values(), t, noise, network=network))
     batches.close()
