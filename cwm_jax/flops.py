@@ -34,7 +34,8 @@ def frame(config: DiTConfig, *, in_view: float) -> Flops:
     size, halves, tokens = config.hidden_size, 2 * config.depth, config.tokens
     patch = config.patch_size
     pixels, taps = 3 * patch**2, motion.taps(config.motion)
-    moved = config.motion and taps * (2 * size + 3 * patch * (patch + 2 * config.motion) + pixels)
+    filtered = 2 * taps * 3 * patch * (patch + config.motion)  # down, then across
+    moved = config.motion and size * (2 * taps + 1) + filtered
     return Flops(
         linears=2 * (3 + 1 + 2 * MLP_RATIO) * size**2 * halves * tokens,
         attention=4 * size * (tokens + in_view) * config.depth * tokens,

@@ -263,6 +263,7 @@ class DiT(nnx.Module):
         if config.motion:
             filters = 2 * motion.taps(config.motion)
             self.motion_out = _zeros_linear(config, size, filters, rngs=rngs)
+            self.doubt_out = _zeros_linear(config, size, 1, rngs=rngs)
 
     def modulations(self, t_BT: jax.Array, action_BT: jax.Array) -> Modulations:
         """What noise labels 0…999 and actions (−1: none) say to each frame."""
@@ -293,13 +294,14 @@ class DiT(nnx.Module):
         self,
         x_BTSD: jax.Array,
         modulations: Modulations,
+        sample_BTHWC: jax.Array,
         alpha_bar: jax.Array,
         earlier_BTHWC: jax.Array | None = None,
     ) -> jax.Array:
         """Token vectors to a velocity for each pixel, float32 [B, T, H, W, C].
 
-        `alpha_bar`, [B, T] or [], is the share of signal in the sample; it and `change.earlier`
-        count only with `config.motion`, whose part of x0 is −√(1−ᾱ) of it in the velocity.
+        The noised sample, the share of signal in it (`alpha_bar`, [B, T] or []) and
+        `change.earlier` count only with `config.motion`.
         """
         frames, grid, size = x_BTSD.shape[:2], self.config.grid, self.config.patch_size
         shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
@@ -308,8 +310,9 @@ class DiT(nnx.Module):
         if self.config.motion:
             last, filters = earlier_BTHWC[..., :3], self.motion_out(modulated)
             moved = motion.change(last, filters, reach=self.config.motion, patch=size)
-            sigma = jnp.sqrt(1 - jnp.asarray(alpha_bar))[..., None, None]
-            patches -= sigma * moved / self.config.change_scale
+            moved, doubt = moved / self.config.change_scale, self.doubt_out(modulated)
+            sample, alpha_bar = self._patches(sample_BTHWC), jnp.asarray(alpha_bar)[..., None, None]
+            patches = motion.velocity(sample, moved, doubt, patches, alpha_bar)
         rows = patches.reshape(*frames, grid, grid, size, size, 3).swapaxes(3, 4)
         return rows.reshape(*frames, grid * size, grid * size, 3)
 
@@ -388,7 +391,7 @@ class DiT(nnx.Module):
         modulations = self.modulations(t_BT, action_BT)
         x_BTSD, _ = self.clip(self.tokens(sample_BTHWC, earlier_BTHWC), modulations, remat=remat)
         alpha_bar = jnp.asarray(diffusion.alpha_bars())[t_BT]
-        return self.pixels(x_BTSD, modulations, alpha_bar, earlier_BTHWC)
+        return self.pixels(x_BTSD, modulations, sample_BTHWC, alpha_bar, earlier_BTHWC)
 
 
 @functools.lru_cache

@@ -5,15 +5,40 @@ them in two parts: whence the pixels come, and what is left to draw. The first p
 separable convolution (Niklaus et al. 2017, https://arxiv.org/abs/1708.01692), used to predict as in
 Finn et al. 2016 (https://arxiv.org/abs/1605.07157), with one pair of filters for a whole patch. The
 filters are not normalised, so that they can sharpen as well as move.
+
+Beside them each patch says how far the truth may be from what they find, and so how much the
+noised sample is to be heeded: the more, the less is known, and the less noise is left in it.
 """
 
 import jax
 import jax.numpy as jnp
 
+_DOUBTS = -5.0, 1.0  # logarithms of the least and the largest variance
+
 
 def taps(reach: int) -> int:
     """Numbers of one filter, which looks `reach` pixels to either side."""
     return 2 * reach + 1
+
+
+def velocity(
+    sample: jax.Array, moved: jax.Array, doubt: jax.Array, rest: jax.Array, alpha_bar: jax.Array
+) -> jax.Array:
+    """The velocity of samples x = √ᾱ z + √(1−ᾱ) ε, of whose z a guess is known; all broadcast.
+
+    If z ~ N(moved, s²), where s² = e^doubt, then of v = √ᾱ ε − √(1−ᾱ) z there is known
+
+        E[v | x] = (√ᾱ √(1−ᾱ) (1 − s²) x − √(1−ᾱ) moved) / (ᾱ s² + 1 − ᾱ)
+
+    and what is not has the deviation s / √(ᾱ s² + 1 − ᾱ), the unit of `rest`: the preconditioning
+    of Karras et al. 2022 (https://arxiv.org/abs/2206.00364, §5), for a guess that is not 0, and a
+    deviation that is not the data's but each patch's own. With doubt 0 it is rest − √(1−ᾱ) moved.
+    """
+    variance = jnp.exp(jnp.clip(doubt, *_DOUBTS))
+    whole = alpha_bar * variance + 1 - alpha_bar
+    sigma = jnp.sqrt(1 - alpha_bar)
+    known = jnp.sqrt(alpha_bar) * sigma * (1 - variance) * sample - sigma * moved
+    return known / whole + jnp.sqrt(variance / whole) * rest
 
 
 def change(last_BTHWC: jax.Array, filters_BTSF: jax.Array, *, reach: int, patch: int) -> jax.Array:

@@ -112,8 +112,9 @@ def draw_frame(net: DiT, tables: Tables, state: World, action_B, noise_BHWC, key
     def denoise(x_BHWC, step_and_index):
         step, index = step_and_index
         modulations = jax.tree.map(lambda table: table[action_B][:, None], step.modulations)
-        tokens, _ = net.frame(net.tokens(x_BHWC[:, None], beside), modulations, past)
-        velocity = net.pixels(tokens, modulations, step.alpha_bar, beside)[:, 0]
+        sample = x_BHWC[:, None]
+        tokens, _ = net.frame(net.tokens(sample, beside), modulations, past)
+        velocity = net.pixels(tokens, modulations, sample, step.alpha_bar, beside)[:, 0]
         x0 = diffusion.clean(x_BHWC, velocity, step.alpha_bar)
         noise = diffusion.epsilon(x_BHWC, x0, step.alpha_bar)
         spread = jnp.sqrt(1 - step.alpha_bar_next - jnp.square(step.sigma))

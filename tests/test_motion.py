@@ -62,6 +62,28 @@ def test_each_pixel_is_the_sum_that_its_patch_asks_for(frames):
         np.testing.assert_allclose(found[:, :, y, x], wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_known_of_a_velocity():
+    """Of Gaussian samples: what is left is unrelated to all that is given, and has its unit."""
+    keys = jax.random.split(jax.random.key(5), 3)
+    moved, around, noise = (jax.random.normal(key, (100_000,)) for key in keys)
+    for alpha_bar, doubt in ((0.1, -1.5), (0.5, -4.0), (0.9, -2.0), (0.999, 0.7)):
+        deviation, signal, sigma = np.exp(doubt / 2), alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        z = moved + deviation * around
+        x = signal * z + sigma * noise
+        known = motion.velocity(x, moved, doubt, jnp.zeros(()), alpha_bar)
+        left = signal * noise - sigma * z - known
+        for given in (x, moved, known):
+            assert abs(np.corrcoef(left, given)[0, 1]) < 0.02
+        unit = motion.velocity(x, moved, doubt, jnp.ones(()), alpha_bar) - known
+        assert left.std() == pytest.approx(float(unit[0]), rel=0.02)
+
+
+def test_without_doubt_said_the_guess_counts_by_the_noise():
+    x, moved, rest = jax.random.normal(jax.random.key(6), (3, 50))
+    found = motion.velocity(x, moved, 0.0, rest, 0.36)
+    np.testing.assert_allclose(found, rest - 0.8 * moved, atol=1e-5)
+
+
 def moving(config: DiTConfig, *, down: int, across: int) -> dict[str, jax.Array]:
     """A network that has learned nothing but to see all pixels from so far away."""
     params = model.init(config, 0)
@@ -93,7 +115,7 @@ def test_what_moves_is_counted(tiny):
     more = count(dataclasses.replace(still, motion=2)) - count(still)
     head, across = 2 * 5 * tiny.hidden_size, 5 * 3 * tiny.patch_size**2
     down = 5 * 3 * tiny.patch_size * (tiny.patch_size + 4)
-    assert more == 2 * tiny.tokens * (head + down + across)
+    assert more == 2 * tiny.tokens * (head + down + across + tiny.hidden_size)
 
 
 @pytest.mark.parametrize(
