@@ -138,7 +138,7 @@ def test_an_oracle_is_recovered(tiny):
             noise = (x - jnp.sqrt(signal) * truth[:, None]) / jnp.sqrt(1 - signal)
             return jnp.sqrt(signal) * noise - jnp.sqrt(1 - signal) * truth[:, None], None
 
-        def pixels(self, x, modulations):
+        def pixels(self, x, modulations, *seen):
             return x
 
     for steps in (1, 2, 7, 50):
