@@ -2,7 +2,7 @@
 
     make pocket
 
-records the game, trains for an hour and a quarter on two CPU cores, and exports. 5.2M parameters.
+records the game, trains for an hour and a half on two CPU cores, and exports. 5.2M parameters.
 It draws the change from the last frame, and is shown the last two: `docs/pocket.md` says why, what
 was compared, how long it took and how good it is.
 """
@@ -28,10 +28,10 @@ def get_config() -> ConfigDict:
 
     config.batch_size = 4
     config.global_batch_size = 4
-    config.max_steps = 6400
+    config.max_steps = 6600
     config.lr = 1.5e-3
     config.warmup_steps = 100
-    config.decay_steps = 3000
+    config.decay_steps = 2100
     config.ema_decay = 0.999
     config.noise.top_share = 0.2
     config.noise.own_share = 0.5  # 0 in the first 2000 updates, as there is little to mend yet
