@@ -19,7 +19,7 @@ from cwm_jax import model, training
 from cwm_jax.data import DataConfig
 from cwm_jax.evaluation import drawing, drift, held_out, probe, quality, quick, reading
 from cwm_jax.evaluation.scores import score
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig
 
 _DATA = DataConfig(dir=str(Path(__file__).parents[1] / "assets" / "coinrun"))

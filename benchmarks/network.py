@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import machine, sizes, train
 from cwm_jax import attention, diffusion, memory, model, speed, torch_format
 from cwm_jax.coinrun import to_model
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.training import StepConfig
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"

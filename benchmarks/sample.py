@@ -25,7 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import machine, sizes
 from cwm_jax import change, diffusion, flops, memory, model, sampler, speed
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 
 KEY = jax.random.key(0)
 

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import sizes, trace
 from cwm_jax import flops, memory, model, speed, training
 from cwm_jax.coinrun import FRAME_SHAPE
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.training import OptimizerConfig, StepConfig
 
 OPTIM = OptimizerConfig(lr=1e-4, weight_decay=0.01, warmup_steps=2000, grad_clip=1.0, ema_decay=0.0)

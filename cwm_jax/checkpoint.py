@@ -22,7 +22,8 @@ import orbax.checkpoint as ocp
 
 from cwm_jax import checksums, model
 from cwm_jax.errors import UserError, tell
-from cwm_jax.model import DiTConfig, Params
+from cwm_jax.model import Params
+from cwm_jax.network import DiTConfig
 from cwm_jax.training import TrainState
 
 FOLDER = "checkpoints"

@@ -10,7 +10,8 @@ pass, but for the first layers, whose inputs want no gradient.
 from typing import NamedTuple
 
 from cwm_jax import motion
-from cwm_jax.model import MLP_RATIO, SINUSOID, DiTConfig
+from cwm_jax.model import MLP_RATIO, SINUSOID
+from cwm_jax.network import DiTConfig
 
 
 class Flops(NamedTuple):

@@ -10,7 +10,6 @@ frames touch each other, so a frame's temporal keys and values (`FrameKV`) are a
 frames need to know of it.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -19,118 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cwm_jax import attention, controls, diffusion, motion, rope
+from cwm_jax import attention, diffusion, motion, rope
 from cwm_jax.errors import UserError
+from cwm_jax.network import DiTConfig
 
 Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spatial.qkv.kernel"
 
 SINUSOID = 256  # width of the timestep features
 MLP_RATIO = 4
 REMAT = ("none", "gelu_norm", "layer")  # what the backward pass computes again, see `DiT.clip`
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DiTConfig:
-    """Sizes of the network; `config.model` of a config file."""
-
-    hidden_size: int  # D
-    depth: int  # blocks, each a spatial and a temporal half
-    num_heads: int  # N
-    patch_size: int  # pixels on a side
-    image_size: int  # pixels on a side
-    num_actions: int  # actions, or buttons; see `action_encoding`
-    max_frames: int  # window of the temporal attention
-    dtype: str  # of the matmuls: float32, bfloat16, or auto (bfloat16 on a GPU or TPU)
-    # one_hot: an action is a number; buttons: its bit i is button i, and any may be held together.
-    # The default is for checkpoints older than the setting.
-    action_encoding: str = "one_hot"
-    attention: str = "auto"  # over whole clips: xla, cudnn, or auto; older checkpoints lack it
-    # Earlier frames shown beside each frame, of which then the change is drawn in units of
-    # `change_scale`; see `cwm_jax.change`. 0: none, the original's network. Not in the repr, from
-    # which share codes know a network: codes older than this must go on to work.
-    history: int = dataclasses.field(default=0, repr=False)
-    change_scale: float = dataclasses.field(default=0.2, repr=False)
-    # Pixels by which the last frame's may move, see `cwm_jax.motion`. 0: none are moved.
-    motion: int = dataclasses.field(default=0, repr=False)
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in ("history", "motion") else 1
-            if field.type is int and (not isinstance(value, int) or value < least):
-                raise UserError(
-                    f"config.model.{field.name} must be a whole number ≥ {least}, not {value!r}"
-                )
-        if self.hidden_size % (4 * self.num_heads):
-            raise UserError(
-                f"config.model.hidden_size={self.hidden_size} must be a multiple of 4 · num_heads "
-                f"= {4 * self.num_heads}: a head turns half of its planes by row, half by column"
-            )
-        if self.image_size % self.patch_size:
-            raise UserError(
-                f"config.model.image_size={self.image_size} must be a multiple of "
-                f"patch_size={self.patch_size}"
-            )
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise UserError(
-                f"config.model.dtype must be auto, float32 or bfloat16, not {self.dtype!r}"
-            )
-        if self.action_encoding not in controls.ENCODINGS:
-            raise UserError(
-                f"config.model.action_encoding must be one of {', '.join(controls.ENCODINGS)}, "
-                f"not {self.action_encoding!r}"
-            )
-        if self.action_encoding == "buttons" and self.num_actions > controls.MAX_BUTTONS:
-            raise UserError(
-                f"config.model.num_actions={self.num_actions}: there can be at most "
-                f"{controls.MAX_BUTTONS} buttons"
-            )
-        attention.check(self.attention, self.dtype)
-        if self.history >= self.max_frames:
-            raise UserError(
-                f"config.model.history={self.history} must be less than the window, "
-                f"config.model.max_frames={self.max_frames}"
-            )
-        if not 1e-3 <= self.change_scale <= 2:
-            raise UserError(f"config.model.change_scale={self.change_scale}: must be 0.001…2")
-        if self.motion and not self.history:
-            raise UserError(
-                f"config.model.motion={self.motion} needs config.model.history ≥ 1: what moves are "
-                f"the pixels of the last frame"
-            )
-        if self.motion > self.patch_size:
-            raise UserError(
-                f"config.model.motion={self.motion} must be at most "
-                f"config.model.patch_size={self.patch_size}"
-            )
-
-    @property
-    def action_values(self) -> int:
-        """Actions are 0 … action_values − 1, and NO_ACTION."""
-        return self.num_actions if self.action_encoding == "one_hot" else 2**self.num_actions
-
-    @property
-    def grid(self) -> int:
-        return self.image_size // self.patch_size
-
-    @property
-    def tokens(self) -> int:
-        return self.grid**2
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        if self.dtype == "auto":
-            return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        return jnp.dtype(self.dtype)
-
-    @property
-    def attention_kernel(self) -> str:
-        """`attention`, where auto has become xla or cudnn."""
-        return attention.choose(self.attention, self.compute_dtype, self.head_size)
 
 
 class Modulations(NamedTuple):

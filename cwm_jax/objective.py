@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from cwm_jax import change, diffusion, model
 from cwm_jax.coinrun import to_model
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 
 _TOP = diffusion.NUM_LEVELS - 1
 

@@ -19,7 +19,8 @@ import numpy as np
 from cwm_jax import change, diffusion, model, prompt, world
 from cwm_jax.coinrun import NO_ACTION, to_model, to_pixels
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiT, DiTConfig, Modulations, Params
+from cwm_jax.model import DiT, Modulations, Params
+from cwm_jax.network import DiTConfig
 from cwm_jax.world import Window, World
 
 _NOISE_CLIP = 20.0

@@ -9,7 +9,8 @@ from cwm_jax import bundle, checkpoint, model, weights
 from cwm_jax.bundle import Bundle, Drawing, is_bundle
 from cwm_jax.checkpoint import Trained
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiTConfig, Params
+from cwm_jax.model import Params
+from cwm_jax.network import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
 
 

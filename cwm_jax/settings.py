@@ -6,7 +6,7 @@ from typing import Any
 
 from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.objective import NoiseConfig
 from cwm_jax.sampler import SamplerConfig, ddim_levels
 from cwm_jax.training import OptimizerConfig, StepConfig

@@ -12,7 +12,7 @@ import numpy as np
 
 from cwm_jax import rope
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 
 _BEFORE_BLOCKS = {
     "x_embedder.proj": "patch_in",

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from cwm_jax import model, objective, parallel
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiTConfig, Params
+from cwm_jax.model import Params
+from cwm_jax.network import DiTConfig
 from cwm_jax.objective import NoiseConfig
 
 

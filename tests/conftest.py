@@ -18,7 +18,7 @@ from tiny_network import TINY
 from cwm_jax import model
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.episodes import Episode, encode
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.shards import write_shard
 
 

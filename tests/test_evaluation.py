@@ -28,7 +28,7 @@ from cwm_jax.evaluation import (
 )
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.scores import score
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig
 
 CLIPS, LENGTH = 5, 24

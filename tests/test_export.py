@@ -13,7 +13,7 @@ import pytest
 
 from cwm_jax import bundle, checkpoint, model, samplers, training, weights
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
 from cwm_jax.tools import export
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cwm_jax import checkpoint, training
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.tools import import_torch
 
 torch = pytest.importorskip("torch")

@@ -14,7 +14,7 @@ import pytest
 
 from cwm_jax import diffusion, model, sampler, torch_format, training
 from cwm_jax.coinrun import to_model
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 SIZES = json.loads((FOLDER / "model.json").read_text())

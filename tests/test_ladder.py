@@ -40,7 +40,7 @@ FLOORS = (
         "wandb_run",
         "weights",
     ),
-    ("key_panel",),
+    ("key_panel", "network"),
     ("metrics", "model", "shards", "recordings", "sheet", "simulator", "video", "curves"),
     ("bundle", "change", "clips", "flops", "torch_format"),
     ("data", "world"),

@@ -10,7 +10,7 @@ import pytest
 from configs import debug, large, pocket, small
 from cwm_jax import model
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 
 
 def forward(config, params, *args):

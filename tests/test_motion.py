@@ -9,7 +9,7 @@ import pytest
 
 from cwm_jax import flops, model, motion
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig
 
 REACH, PATCH, ROWS, COLUMNS = 5, 7, 2, 3

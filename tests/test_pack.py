@@ -23,7 +23,7 @@ from cwm_jax import (
 )
 from cwm_jax.controls import Control, Controls
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.simulator import environment, game
 from cwm_jax.tools import check, pack
 

@@ -12,7 +12,7 @@ import sample
 from configs import pocket as config
 from cwm_jax import data, metrics, model, pocket, samplers, weights
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.sampler import ddim_levels
 
 

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from cwm_jax import change, diffusion, metrics, model
 from cwm_jax.coinrun import to_model, to_pixels
-from cwm_jax.model import DiTConfig, Params
+from cwm_jax.model import Params
+from cwm_jax.network import DiTConfig
 from cwm_jax.parallel import to_devices
 
 Batches = Iterable[dict[str, np.ndarray]]

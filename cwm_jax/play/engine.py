@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cwm_jax import model, sampler, world
-from cwm_jax.model import DiTConfig, Params
+from cwm_jax.model import Params
+from cwm_jax.network import DiTConfig
 from cwm_jax.play import memory as memories
 from cwm_jax.play.memory import Memory
 from cwm_jax.sampler import SamplerConfig, ddim_levels

@@ -39,7 +39,8 @@ from cwm_jax import (
 from cwm_jax.checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
 from cwm_jax.errors import UserError, shown_to_user
-from cwm_jax.model import DiTConfig, FrameKV, Modulations, Params
+from cwm_jax.model import FrameKV, Modulations, Params
+from cwm_jax.network import DiTConfig
 from cwm_jax.sampler import SamplerConfig, Tables
 from cwm_jax.world import World
 

@@ -25,7 +25,7 @@ import optax
 
 from cwm_jax import checkpoint, files, model, torch_format, training
 from cwm_jax.errors import UserError, shown_to_user
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.training import OptimizerConfig, TrainState
 
 _ONE = checkpoint.Retention(1)

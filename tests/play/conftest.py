@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cwm_jax import model, video
-from cwm_jax.model import DiTConfig
+from cwm_jax.network import DiTConfig
 from cwm_jax.play.engine import Engine
 from cwm_jax.play.prompts import ClipPrompts
 from cwm_jax.play.scheduler import Scheduler
