@@ -206,7 +206,8 @@ class DiT(nnx.Module):
         if self.config.motion:
             last, filters = earlier_BTHWC[..., :3], self.motion_out(modulated)
             moved = motion.change(last, filters, reach=self.config.motion, patch=size)
-            moved, doubt = moved / self.config.change_scale, self.doubt_out(modulated)
+            moved = moved / self.config.change_scale
+            doubt = self.doubt_out(modulated).astype(jnp.float32)
             sample, alpha_bar = self._patches(sample_BTHWC), jnp.asarray(alpha_bar)[..., None, None]
             patches = motion.velocity(sample, moved, doubt, patches, alpha_bar)
         rows = patches.reshape(*frames, grid, grid, size, size, 3).swapaxes(3, 4)
