@@ -52,11 +52,11 @@ def change(last_BTHWC: jax.Array, filters_BTSF: jax.Array, *, reach: int, patch:
     """
     last = last_BTHWC.astype(jnp.float32)
     filters = filters_BTSF.astype(jnp.float32)
-    around, within = _around(last, reach, patch), _around(last, 0, patch)
+    around, inner = _around(last, reach, patch), slice(reach, reach + patch)
     down, across = jnp.split(filters, 2, axis=-1)
     seen = _filtered("...yr,...rsc->...ysc", _keep(down, reach), around, patch)
     seen = _filtered("...xs,...ysc->...yxc", _keep(across, reach), seen, patch)
-    return (seen - within).reshape(*filters.shape[:3], -1)
+    return (seen - around[..., inner, inner, :]).reshape(*filters.shape[:3], -1)
 
 
 def _keep(offsets, reach: int) -> jax.Array:

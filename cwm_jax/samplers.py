@@ -69,12 +69,12 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
 
 
 def usual_steps(trained: Trained) -> int:
-    """The DDIM steps that a model's own config draws with; 10 where it tells none.
+    """The DDIM steps that a model's own config draws with; `SamplerConfig`'s where it tells none.
 
     Raises:
         UserError: it tells what cannot be.
     """
-    steps = trained.config.get("ddim_steps", 10)
+    steps = trained.config.get("ddim_steps", len(SamplerConfig.levels))
     try:
         ddim_levels(steps)
     except UserError as error:
