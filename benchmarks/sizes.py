@@ -4,7 +4,7 @@ from cwm_jax.network import DiTConfig
 
 SIZES = {
     "tiny": dict(hidden_size=64, depth=2, num_heads=2),  # to try the benchmarks themselves
-    "debug": dict(hidden_size=256, depth=2, num_heads=4, max_frames=16, history=2, motion=8),
+    "debug": dict(hidden_size=256, depth=2, num_heads=4, max_frames=16, history=2),
     "pocket": dict(hidden_size=256, depth=2, num_heads=4, max_frames=12, history=2, motion=8),
     "small": dict(hidden_size=512, depth=6, num_heads=8),
     "large": dict(hidden_size=640, depth=8, num_heads=8),

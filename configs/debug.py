@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 4
     config.model.max_frames = 16
     config.model.history = 2  # draws changes: minutes do not suffice to learn whole frames
-    config.model.motion = 8
 
     config.data.dir = "assets/coinrun"
     config.data.clip_len = 8
