@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of the parameters, the order of the data, and all noise
+    config.init_from = ""  # a run or an export whose parameters a new run begins with; empty: none
 
     # The network (57.8M parameters as it stands; see docs for the other sizes).
     config.model = ConfigDict()
@@ -59,6 +60,7 @@ def get_config() -> ConfigDict:
     config.noise.own_share = 0.0  # of clips, shown earlier frames as the network draws them …
     config.noise.own_passes = 1  # … so many times over, each from the ones before
     config.noise.own_top_share = 0.0  # … in this share of them with all labels the highest
+    config.noise.mirror_share = 0.0  # of clips, with left and right exchanged (CoinRun's actions)
 
     # What happens every so many steps.
     config.log_every_steps = 50

@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     config.noise.own_share = 0.5  # 0 in the first 2000 updates, as there is little to mend yet
     config.noise.own_passes = 3  # 1 until update 4500
     config.noise.own_top_share = 0.5
+    config.noise.mirror_share = 0.4
 
     config.log_every_steps = 50
     config.val_every_steps = 1000

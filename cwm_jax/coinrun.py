@@ -56,6 +56,13 @@ def action_keys(action: int) -> Keys:
     return Keys(*(name.upper() in parts for name in Keys._fields))
 
 
+def mirrored(action: int) -> int:
+    """The action that does in a mirror what `action` does: left and right are exchanged."""
+    other = {"LEFT": "RIGHT", "RIGHT": "LEFT"}
+    names = ["+".join(other.get(k, k) for k in name.split("+")) for name in ACTION_NAMES]
+    return names.index(ACTION_NAMES[action]) if action != NO_ACTION else NO_ACTION
+
+
 def action_name(action: int) -> str:
     """A short name to show under a frame; `NO_ACTION` reads as a dash."""
     return ACTION_NAMES[action] if 0 <= action < NUM_ACTIONS else "–"

@@ -1,12 +1,15 @@
 """The training loop: batches to steps, and at their times logs, validation, rollouts, saves."""
 
 import contextlib
+import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from cwm_jax import (
     checkpoint,
@@ -19,6 +22,7 @@ from cwm_jax import (
     report,
     resume,
     rollouts,
+    samplers,
     sheet,
     stopping,
     training,
@@ -29,6 +33,8 @@ from cwm_jax.evaluation import drawing, quick, single_step
 from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
 from cwm_jax.training import TrainState
+
+_HOW_COMPUTED = ("dtype", "attention")  # of a network: what its parameters do not depend on
 
 
 def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
@@ -153,21 +159,44 @@ class _Run:
         settings = self.settings
         fresh = lambda: training.init_state(settings.model, settings.optimizer, settings.seed)
         shapes = jax.eval_shape(fresh)
-        make = jax.jit(fresh, out_shardings=parallel.placement(shapes, self.mesh))
         saved = self.checkpoints.newest()
         differing = resume.compare(saved.config, self.config) if saved else []
+        given = None if saved else self._given_params()
         if saved and saved.data_position:
             self.batches.set_state(json.loads(saved.data_position))
         if jax.process_index() == 0:
             with files.written_whole(self.workdir / "config.json") as temporary:
                 temporary.write_text(json.dumps(self.config, indent=2) + "\n")
         if saved is None:
-            return 0, make(), False
+            placement = parallel.placement(shapes, self.mesh)
+            if given is None:
+                return 0, jax.jit(fresh, out_shardings=placement)(), False
+            begin = functools.partial(training.begin, optim=settings.optimizer)
+            tell(f"beginning with the parameters of {settings.init_from}", file=sys.stdout)
+            return 0, jax.jit(begin, out_shardings=placement)(given), False
         state = self.checkpoints.restore(parallel.abstract(shapes, self.mesh))
         told = [f"continuing from step {saved.step} of {self.total_steps} in {self.workdir}"]
         told += [f"  with another setting than before: {line}" for line in differing]
         tell("\n".join(told), file=sys.stdout)
         return saved.step, state, saved.pause_due
+
+    def _given_params(self) -> dict[str, np.ndarray] | None:
+        """The parameters that a new run begins with; None where they are random."""
+        path, wanted = self.settings.init_from, self.settings.model
+        if not path:
+            return None
+        try:
+            given = samplers.load(path)
+        except UserError as error:
+            raise UserError(f"config.init_from: {error}") from None
+        for field in dataclasses.fields(wanted):
+            have, want = (getattr(network, field.name) for network in (given.network, wanted))
+            if have != want and field.name not in _HOW_COMPUTED:
+                raise UserError(
+                    f"config.init_from={path} has another network: {field.name}={have!r}, and this "
+                    f"run config.model.{field.name}={want!r}"
+                )
+        return jax.tree.map(np.asarray, given.params)
 
     def _progress(self, first: int, state: TrainState) -> progress.Progress:
         ahead = self.batches.get_state()["batches_taken"] - first  # not 0 where a run was imported

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cwm_jax import attention, controls
+from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.errors import UserError
 
 
@@ -88,6 +89,11 @@ class DiTConfig:
     def action_values(self) -> int:
         """Actions are 0 … action_values − 1, and NO_ACTION."""
         return self.num_actions if self.action_encoding == "one_hot" else 2**self.num_actions
+
+    @property
+    def has_coinrun_actions(self) -> bool:
+        """Whether action 7 is RIGHT, and so on, as `cwm_jax.coinrun` has them."""
+        return (self.num_actions, self.action_encoding) == (NUM_ACTIONS, "one_hot")
 
     @property
     def grid(self) -> int:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import change, diffusion, model
-from cwm_jax.coinrun import to_model
+from cwm_jax import change, coinrun, diffusion, model
+from cwm_jax.coinrun import NO_ACTION, to_model
 from cwm_jax.errors import UserError
 from cwm_jax.network import DiTConfig
 
@@ -27,9 +27,11 @@ class NoiseConfig:
     own_share: float = 0.0  # of clips, shown their earlier frames as the network itself draws them
     own_passes: int = 1  # how often these are drawn, each time from the ones before
     own_top_share: float = 0.0  # of those clips, in which all labels are the highest
+    mirror_share: float = 0.0  # of clips, in which left and right are exchanged
 
     def __post_init__(self):
-        shares = [(name, 0, 1) for name in ("top_share", "own_share", "own_top_share")]
+        names = ("top_share", "own_share", "own_top_share", "mirror_share")
+        shares = [(name, 0, 1) for name in names]
         for name, low, high in (*shares, ("own_passes", 1, 16)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"config.noise.{name}={getattr(self, name)}: must be {low}…{high}")
@@ -62,6 +64,22 @@ def draw(key, shape: tuple[int, ...], noise: NoiseConfig) -> tuple[jax.Array, ..
         t_BPT = jnp.where(blind_B[:, None, None], _TOP, t_BPT)
         t_BT = jnp.where((clips_B & blind_B)[:, None], _TOP, t_BT)
     return t_BT, noise_BTHWC, *Own(clips_B, t_BPT, jax.random.normal(own_key, shape))
+
+
+def mirrored(key, batch: dict[str, jax.Array], share: float) -> dict[str, jax.Array]:
+    """A batch of CoinRun clips, a share of them seen in a mirror: frames, and what was pressed.
+
+    Args:
+        batch: `{"frames": [B, T, H, W, C], "actions": int32 [B, T]}`.
+    """
+    frames, actions = batch["frames"], batch["actions"]
+    mirror_B = jax.random.bernoulli(jax.random.fold_in(key, 2), share, frames.shape[:1])
+    # Last stands what becomes of −1, no action.
+    other = jnp.array([coinrun.mirrored(a) for a in (*range(coinrun.NUM_ACTIONS), NO_ACTION)])
+    return {
+        "frames": jnp.where(mirror_B[:, None, None, None, None], frames[:, :, :, ::-1], frames),
+        "actions": jnp.where(mirror_B[:, None], other[actions], actions),
+    }
 
 
 def _with_top(key, t: jax.Array, share: float) -> jax.Array:

@@ -7,14 +7,21 @@ from cwm_jax.errors import UserError
 
 # Settings that make it another run. Of the rest, some change the curve (`lr`), and are said.
 _FIXED = (
-    *("seed", "model.hidden_size", "model.depth", "model.num_heads", "model.patch_size"),
+    *(
+        "seed",
+        "init_from",
+        "model.hidden_size",
+        "model.depth",
+        "model.num_heads",
+        "model.patch_size",
+    ),
     *("model.image_size", "model.num_actions", "model.max_frames", "model.history"),
     *("model.change_scale", "model.motion", "data.clip_len", "data.stride"),
 )
 # What settings were that are younger than the checkpoints that may lack them.
-_BEFORE = {"model.history": 0, "model.change_scale": 0.2, "model.motion": 0}
+_BEFORE = {"init_from": "", "model.history": 0, "model.change_scale": 0.2, "model.motion": 0}
 _BEFORE |= {"decay_steps": 0, "noise.top_share": 0.0, "noise.own_share": 0.0, "noise.own_passes": 1}
-_BEFORE |= {"noise.own_top_share": 0.0}
+_BEFORE |= {"noise.own_top_share": 0.0, "noise.mirror_share": 0.0}
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.network import DiTConfig
@@ -18,6 +19,7 @@ class Settings:
     """All settings of a run; `configs/base.py` says what each means."""
 
     seed: int
+    init_from: str
     model: DiTConfig
     data: DataConfig
     noise: NoiseConfig
@@ -83,6 +85,12 @@ class Settings:
             raise UserError(
                 f"config.noise.own_share={self.noise.own_share} needs config.model.history ≥ 1: "
                 f"it shows the network earlier frames of its own drawing"
+            )
+        if self.noise.mirror_share and not self.model.has_coinrun_actions:
+            raise UserError(
+                f"config.noise.mirror_share={self.noise.mirror_share} needs CoinRun's actions "
+                f"(config.model.num_actions={NUM_ACTIONS}, action_encoding='one_hot'): of others "
+                f"it is not known which exchange left and right"
             )
         _ = self.optimizer, self.step, self.sampler  # these check their own fields
 

@@ -111,7 +111,12 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def init_state(network: DiTConfig, optim: OptimizerConfig, seed: int) -> TrainState:
-    params = model.init(network, seed)
+    """A run's state before its first update, from random parameters."""
+    return begin(model.init(network, seed), optim)
+
+
+def begin(params: Params, optim: OptimizerConfig) -> TrainState:
+    """A run's state before its first update, from these float32 parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -223,6 +228,8 @@ def train_step(
         mesh: where state and batch lie, as `parallel` places them; None for one device.
     """
     step_key = jax.random.fold_in(key, state.step)
+    if noise.mirror_share:
+        batch = objective.mirrored(step_key, batch, noise.mirror_share)
     # Drawn as one array over all devices, so that no clip's noise depends on where it lies.
     draws = objective.draw(step_key, batch["frames"].shape, noise)
     following, metrics = update(

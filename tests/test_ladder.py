@@ -48,7 +48,8 @@ FLOORS = (
     ("training",),
     ("checkpoint", "report", "rollouts", "settings"),
     ("evaluation", "progress"),
-    ("dry_run", "loop", "samplers"),
+    ("dry_run", "samplers"),
+    ("loop",),
     ("play",),
     ("tools",),
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from tiny_network import TINY
 
 import sample
 from configs import base
-from cwm_jax import checkpoint, data, loop, stopping, training
+from cwm_jax import checkpoint, data, loop, stopping, training, weights
 from cwm_jax.errors import UserError
 from cwm_jax.settings import Settings
 from cwm_jax.video import read_mp4
@@ -187,6 +188,42 @@ def test_other_settings_are_refused_by_name_or_told(tmp_path, small_data, capsys
     assert (tmp_path / "config.json").read_text() == kept
     assert int(train(tmp_path, config_of(small_data, max_steps=2, lr=2e-3)).step) == 2
     assert "config.lr=0.002, was 0.001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_run_begins_with_anothers_parameters(tmp_path, small_data, exported):
+    first = train(tmp_path / "first", config_of(small_data, epochs=1))
+    source = tmp_path / "first"
+    if exported:
+        source = tmp_path / f"model{weights.SUFFIX}"
+        trained = checkpoint.load(tmp_path / "first")
+        weights.write(source, trained.params, dict(step=trained.step, config=trained.config))
+    config = config_of(small_data, init_from=str(source), lr=0.0, max_steps=1)
+    second = train(tmp_path / "second", config)
+    assert int(second.step) == 1
+    for name, average in first.ema.items():  # what a run draws with; a rate of 0 leaves it so
+        np.testing.assert_array_equal(second.params[name], average)
+        np.testing.assert_allclose(second.ema[name], average, atol=1e-6)
+    if not exported:
+        shutil.rmtree(source)  # once it has begun, it needs them no more
+    longer = config | dict(max_steps=2)
+    assert int(train(tmp_path / "second", longer).step) == 2
+    with pytest.raises(UserError, match=r"another run:\n  config\.init_from='', was "):
+        train(tmp_path / "second", longer | dict(init_from=""))
+
+
+def test_a_run_begins_with_no_other_network(tmp_path, small_data):
+    train(tmp_path / "first", config_of(small_data, max_steps=1))
+    config = config_of(small_data, init_from=str(tmp_path / "first"))
+    config["model"] = config["model"] | dict(depth=1)
+    with pytest.raises(
+        UserError, match=r"config\.init_from=.*depth=2, and this run config\.model\.depth=1"
+    ):
+        train(tmp_path / "second", config)
+    config["init_from"] = str(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"config\.init_from: no checkpoint folder at .*nothing"):
+        train(tmp_path / "second", config)
+    assert not (tmp_path / "second" / "config.json").exists()
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, small_data):

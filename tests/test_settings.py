@@ -59,6 +59,7 @@ def test_small_keeps_the_originals_settings():
         ("noise.top_share", 1.5, r"config\.noise\.top_share=1\.5: must be 0…1"),
         ("noise.own_passes", 0, r"config\.noise\.own_passes=0: must be 1…16"),
         ("noise.own_share", 0.5, r"config\.noise\.own_share=0\.5 needs config\.model\.history"),
+        ("noise.mirror_share", -0.1, r"config\.noise\.mirror_share=-0\.1: must be 0…1"),
         ("decay_steps", 7, r"config\.decay_steps=7 needs config\.max_steps"),
     ],
 )
@@ -87,9 +88,25 @@ def test_one_frame_shows_no_change():
         Settings.from_config(config)
 
 
+@pytest.mark.parametrize(
+    "change", [{"num_actions": 8}, {"num_actions": 8, "action_encoding": "buttons"}]
+)
+def test_only_coinruns_actions_can_be_mirrored(change):
+    config = config_of("pocket")
+    config["model"] |= change
+    with pytest.raises(
+        UserError, match=r"config\.noise\.mirror_share=0\.4 needs CoinRun's actions"
+    ):
+        Settings.from_config(config)
+
+
 def test_a_run_goes_on_from_a_config_that_is_older_than_a_setting():
     now = config_of("small")
-    before = {name: value for name, value in now.items() if name not in ("noise", "decay_steps")}
+    before = {
+        name: value
+        for name, value in now.items()
+        if name not in ("noise", "decay_steps", "init_from")
+    }
     before["model"] = {
         k: v for k, v in now["model"].items() if k not in ("history", "change_scale")
     }

@@ -33,11 +33,11 @@ def check_game(network: DiTConfig) -> None:
             f"this checkpoint draws frames of {network.image_size}×{network.image_size} pixels, "
             f"and the data has {IMAGE_SIZE}×{IMAGE_SIZE}: it cannot be measured against it"
         )
-    actions = network.num_actions, network.action_encoding
-    if actions != (NUM_ACTIONS, "one_hot"):
+    if not network.has_coinrun_actions:
         raise UserError(
-            f"this checkpoint has num_actions {actions[0]} and action_encoding {actions[1]}; only "
-            f"CoinRun is measured here, which has {NUM_ACTIONS} and one_hot"
+            f"this checkpoint has num_actions {network.num_actions} and action_encoding "
+            f"{network.action_encoding}; only CoinRun is measured here, which has {NUM_ACTIONS} "
+            f"and one_hot"
         )
 
 

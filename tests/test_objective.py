@@ -1,0 +1,93 @@
+"""Which examples are made of clips: noise labels, own drawings, mirrored clips."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from cwm_jax import coinrun, diffusion, objective, training
+
+KEY = jax.random.key(3)
+
+
+def test_labels_and_clips_are_drawn_in_the_shares_asked_for():
+    shape = (200, 5, 2, 2, 3)
+    t, _ = objective.draw(KEY, shape, objective.NoiseConfig())
+    assert (t == diffusion.draw(KEY, shape)[0]).all()
+    noise = objective.NoiseConfig(top_share=0.3, own_share=0.25, own_passes=3)
+    t, noise, *own = objective.draw(KEY, shape, noise)
+    own = objective.Own(*own)
+    assert 0.25 < (t == 999).mean() < 0.35
+    assert 0.15 < own.clips_B.mean() < 0.35
+    assert own.t_BPT.shape == (200, 3, 5)
+    assert 0.25 < (own.t_BPT == 999).mean() < 0.35
+    assert abs((own.noise_BTHWC * noise).mean()) < 0.05  # of its own, or it could be read off
+
+
+def test_in_some_own_clips_nothing_betrays_the_real_frames():
+    """Every label of such a clip is the highest, in its passes and where it is learned from."""
+    noise = objective.NoiseConfig(own_share=0.5, own_passes=2, own_top_share=0.4)
+    t, _, *own = objective.draw(KEY, (400, 3, 2, 2, 3), noise)
+    own = objective.Own(*own)
+    blind = (own.t_BPT == 999).all((1, 2))
+    assert 0.3 < blind.mean() < 0.5
+    assert ((t == 999).all(1) == (blind & own.clips_B)).all()
+    plain = objective.NoiseConfig(own_share=0.5, own_passes=2)
+    before, _, *own_before = objective.draw(KEY, (400, 3, 2, 2, 3), plain)
+    assert (before == t)[~(blind & own.clips_B)].all()  # the others' labels are what they were
+    assert (objective.Own(*own_before).t_BPT == own.t_BPT)[~blind].all()
+
+
+def test_in_a_mirror_left_and_right_are_exchanged_and_nothing_else():
+    for action in range(-1, coinrun.NUM_ACTIONS):
+        other = coinrun.mirrored(action)
+        keys, seen = coinrun.action_keys(action), coinrun.action_keys(other)
+        assert (seen.left, seen.right) == (keys.right, keys.left)
+        assert (seen.up, seen.down) == (keys.up, keys.down)
+        assert coinrun.mirrored(other) == action
+    assert coinrun.mirrored(coinrun.JUMP_LEFT) == coinrun.JUMP_RIGHT
+    assert coinrun.mirrored(9) == 9  # a key that does nothing
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    actions = rng.integers(-1, coinrun.NUM_ACTIONS, (40, 3)).astype(np.int32)
+    return {"frames": rng.integers(0, 256, (40, 3, 4, 4, 3), np.uint8), "actions": actions}
+
+
+def in_a_mirror(batch):
+    other = np.array([[coinrun.mirrored(a) for a in row] for row in batch["actions"].tolist()])
+    return {"frames": batch["frames"][:, :, :, ::-1], "actions": other}
+
+
+def test_a_share_of_the_clips_is_seen_in_a_mirror_whole(batch):
+    found = jax.device_get(objective.mirrored(KEY, batch, 0.5))
+    flipped = in_a_mirror(batch)
+    same = lambda a, b: (a == b).all(axis=(1, 2, 3, 4))
+    mirrored = same(found["frames"], flipped["frames"])
+    assert (mirrored ^ same(found["frames"], batch["frames"])).all()
+    assert 0.25 < mirrored.mean() < 0.75
+    wanted = np.where(mirrored[:, None], flipped["actions"], batch["actions"])
+    assert (found["actions"] == wanted).all()
+    for share, whole in ((0.0, batch), (1.0, flipped)):
+        found = objective.mirrored(KEY, batch, share)
+        assert all((found[name] == whole[name]).all() for name in whole)
+
+
+def test_mirrored_clips_are_learned_as_if_they_had_been_played_so(tiny):
+    rng = np.random.default_rng(1)
+    frames = rng.integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
+    batch = {"frames": frames, "actions": np.array([[-1, 7, 2], [-1, 4, 8]], np.int32)}
+    optim = training.OptimizerConfig(
+        lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
+    )
+    step = functools.partial(training.train_step, key=KEY, network=tiny, optim=optim)
+    start = lambda: training.init_state(tiny, optim, 0)
+    mirror = objective.NoiseConfig(mirror_share=1.0)
+    _, found = step(start(), batch, noise=mirror)
+    _, wanted = step(start(), in_a_mirror(batch))
+    _, plain = step(start(), batch)
+    assert found["train/loss"] == pytest.approx(float(wanted["train/loss"]), rel=1e-6)
+    assert found["train/loss"] != pytest.approx(float(plain["train/loss"]), rel=1e-6)
