@@ -9,6 +9,7 @@ import importlib.resources
 
 import gradio as gr
 
+from cwm_jax.play.prompts import MAX_PROMPT, USUAL_PROMPT
 from cwm_jax.play.studio import Rules
 
 _STATIC = importlib.resources.files("cwm_jax.play") / "static"
@@ -81,8 +82,8 @@ def _start_controls() -> None:
         with gr.Row():
             clip = gr.Number(0, label="Validation clip", precision=0, minimum=0,
                              min_width=120, elem_id="play-clip")  # fmt: skip
-            frames = gr.Slider(1, 32, 1, step=1, label="Prompt frames", min_width=160,
-                               buttons=[], elem_id="play-prompt")  # fmt: skip
+            frames = gr.Slider(1, MAX_PROMPT, USUAL_PROMPT, step=1, label="Prompt frames",
+                               min_width=160, buttons=[], elem_id="play-prompt")  # fmt: skip
         with gr.Row():
             chosen = gr.Button("This clip", size="sm", min_width=90, elem_id="play-start")
             random = gr.Button("Random clip", size="sm", variant="primary", min_width=90,

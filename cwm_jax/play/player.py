@@ -328,7 +328,7 @@ class Player:
         await self._say("started", seed=session.seed, clip=clip, given=given)
         await self._show(session.history.frame(session.at))
 
-    async def _do_start(self, clip=None, prompt=1, seed=None) -> None:
+    async def _do_start(self, clip=None, prompt=prompts.USUAL_PROMPT, seed=None) -> None:
         """A new session from a clip; a random one where `clip` is null."""
         fields = dict(clip=clip, prompt=prompt, seed=seed)
         count = len(self._studio.prompts)

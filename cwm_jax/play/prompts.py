@@ -14,7 +14,8 @@ from cwm_jax.coinrun import IMAGE_SIZE, NO_ACTION
 from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
 
-MAX_PROMPT = 32  # frames
+USUAL_PROMPT = 4  # frames; from one alone it cannot be seen how fast the player moves
+MAX_PROMPT = 32
 MAX_SIDE = 1024  # pixels of a picture; larger ones are refused before they are unpacked
 MAX_PICTURE_BYTES = 4 << 20
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
