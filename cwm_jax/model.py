@@ -157,8 +157,8 @@ class DiT(nnx.Module):
         self.final_modulation = _zeros_linear(config, size, 2 * size, rngs=rngs)
         self.patch_out = _zeros_linear(config, size, pixels, rngs=rngs)
         if config.motion:
-            filters = 2 * motion.taps(config.motion)
-            self.motion_out = _zeros_linear(config, size, filters, rngs=rngs)
+            weights = 2 * motion.taps(config.motion)
+            self.motion_out = _zeros_linear(config, size, weights, rngs=rngs)
             self.doubt_out = _zeros_linear(config, size, 1, rngs=rngs)
 
     def modulations(self, t_BT: jax.Array, action_BT: jax.Array) -> Modulations:
@@ -204,8 +204,8 @@ class DiT(nnx.Module):
         modulated = _modulate(x_BTSD, shift, scale)
         patches = self.patch_out(modulated).astype(jnp.float32)
         if self.config.motion:
-            last, filters = earlier_BTHWC[..., :3], self.motion_out(modulated)
-            moved = motion.change(last, filters, reach=self.config.motion, patch=size)
+            last, scores = earlier_BTHWC[..., :3], self.motion_out(modulated)
+            moved = motion.change(last, scores, reach=self.config.motion, patch=size)
             moved = moved / self.config.change_scale
             doubt = self.doubt_out(modulated).astype(jnp.float32)
             sample, alpha_bar = self._patches(sample_BTHWC), jnp.asarray(alpha_bar)[..., None, None]

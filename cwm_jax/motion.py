@@ -3,8 +3,9 @@
 From one frame of a game to the next most pixels only move. So a network that draws changes may say
 them in two parts: whence the pixels come, and what is left to draw. The first part is adaptive
 separable convolution (Niklaus et al. 2017, https://arxiv.org/abs/1708.01692), used to predict as in
-Finn et al. 2016 (https://arxiv.org/abs/1605.07157), with one pair of filters for a whole patch. The
-filters are not normalised, so that they can sharpen as well as move.
+Finn et al. 2016 (https://arxiv.org/abs/1605.07157), with one pair of filters for a whole patch. A
+filter is a softmax, so it can point at one place: what is moved exactly stays sharp, however often
+it is moved.
 
 Beside them each patch says how far the truth may be from what they find, and so how much the
 noised sample is to be heeded: the more, the less is known, and the less noise is left in it.
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 _DOUBTS = -5.0, 1.0  # logarithms of the least and the largest variance
+_STAY = 4.0  # what the middle of a filter has before anything is learned: three quarters stay
 
 
 def taps(reach: int) -> int:
@@ -41,26 +43,26 @@ def velocity(
     return known / whole + jnp.sqrt(variance / whole) * rest
 
 
-def change(last_BTHWC: jax.Array, filters_BTSF: jax.Array, *, reach: int, patch: int) -> jax.Array:
+def change(last_BTHWC: jax.Array, scores_BTSF: jax.Array, *, reach: int, patch: int) -> jax.Array:
     """What the filters change of each patch of `patch` pixels, float32 [B, T, S, P · P · C].
 
     Args:
         last_BTHWC: the frames that are seen, float; beyond its edge a frame repeats it.
-        filters_BTSF: the filter down, then the one across, each of `taps(reach)` numbers for
-            pixels −reach … reach away, less the filter that keeps all as it is. 0: no change.
+        scores_BTSF: of the filter down, then of the one across, the logits of `taps(reach)`
+            weights for pixels −reach … reach away. 0: most of a pixel stays.
         reach: at most `patch`.
     """
     last = last_BTHWC.astype(jnp.float32)
-    filters = filters_BTSF.astype(jnp.float32)
+    scores = scores_BTSF.astype(jnp.float32)
     around, inner = _around(last, reach, patch), slice(reach, reach + patch)
-    down, across = jnp.split(filters, 2, axis=-1)
-    seen = _filtered("...yr,...rsc->...ysc", _keep(down, reach), around, patch)
-    seen = _filtered("...xs,...ysc->...yxc", _keep(across, reach), seen, patch)
-    return (seen - around[..., inner, inner, :]).reshape(*filters.shape[:3], -1)
+    down, across = jnp.split(scores, 2, axis=-1)
+    seen = _filtered("...yr,...rsc->...ysc", _weights(down, reach), around, patch)
+    seen = _filtered("...xs,...ysc->...yxc", _weights(across, reach), seen, patch)
+    return (seen - around[..., inner, inner, :]).reshape(*scores.shape[:3], -1)
 
 
-def _keep(offsets, reach: int) -> jax.Array:
-    return offsets.at[..., reach].add(1)
+def _weights(scores, reach: int) -> jax.Array:
+    return jax.nn.softmax(scores.at[..., reach].add(_STAY), axis=-1)
 
 
 def _filtered(axes: str, filter_, around, patch: int) -> jax.Array:

@@ -22,43 +22,48 @@ def frames():
     return np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
 
 
-def changed(frames, filters):
-    """The frames, changed by filters [B, T, S, 2 · taps]."""
-    moved = motion.change(jnp.asarray(frames), jnp.asarray(filters), reach=REACH, patch=PATCH)
+def changed(frames, scores):
+    """The frames, changed by filters of these logits, [B, T, S, 2 · taps]."""
+    moved = motion.change(jnp.asarray(frames), jnp.asarray(scores), reach=REACH, patch=PATCH)
     blocks = np.asarray(moved).reshape(2, 3, ROWS, COLUMNS, PATCH, PATCH, 3)
     return frames + blocks.swapaxes(3, 4).reshape(frames.shape)
 
 
-def no_filters():
+def nothing_said():
     return np.zeros((2, 3, ROWS * COLUMNS, 2 * WIDTH), np.float32)
 
 
-def test_without_filters_all_stays(frames):
-    assert (changed(frames, no_filters()) == frames).all()
+def test_where_nothing_is_said_most_of_a_pixel_stays(frames):
+    spread = np.abs(changed(frames, nothing_said()) - frames).mean()
+    elsewhere = nothing_said()
+    elsewhere[..., [0, WIDTH]] = 50.0
+    assert spread < 0.5 * np.abs(changed(frames, elsewhere) - frames).mean()
+    flat = np.full_like(frames, 0.3)  # there is nothing that could move
+    np.testing.assert_allclose(changed(flat, nothing_said()), flat, atol=1e-6)
 
 
-@pytest.mark.parametrize(("down", "across"), [(0, 3), (-REACH, 0), (2, -REACH)])
+@pytest.mark.parametrize(("down", "across"), [(0, 0), (0, 3), (-REACH, 0), (2, -REACH)])
 def test_pixels_come_from_where_the_filters_look(frames, down, across):
-    filters = no_filters()
-    for place, offset in ((REACH, down), (WIDTH + REACH, across)):
-        filters[..., place] -= 1
-        filters[..., place + offset] += 1
+    scores = nothing_said()
+    scores[..., [REACH + down, WIDTH + REACH + across]] = 50.0
     rows = np.clip(np.arange(ROWS * PATCH) + down, 0, ROWS * PATCH - 1)
     columns = np.clip(np.arange(COLUMNS * PATCH) + across, 0, COLUMNS * PATCH - 1)
     wanted = frames[:, :, rows][:, :, :, columns]  # beyond the edge, the edge again
-    np.testing.assert_allclose(changed(frames, filters), wanted, atol=1e-6)
+    np.testing.assert_allclose(changed(frames, scores), wanted, atol=1e-6)
 
 
-def test_each_pixel_is_the_sum_that_its_patch_asks_for(frames):
-    filters = np.random.default_rng(1).normal(size=no_filters().shape).astype(np.float32)
-    found = changed(frames, filters)
+def test_each_pixel_is_the_mean_that_its_patch_asks_for(frames):
+    scores = np.random.default_rng(1).normal(size=nothing_said().shape).astype(np.float32)
+    found = changed(frames, scores)
     around = [(0, 0), (0, 0), (REACH, REACH), (REACH, REACH), (0, 0)]
     padded = np.pad(frames, around, mode="edge")
     for y, x in np.ndindex(ROWS * PATCH, COLUMNS * PATCH):
-        own = filters[:, :, y // PATCH * COLUMNS + x // PATCH].copy()
-        own[..., [REACH, WIDTH + REACH]] += 1
+        own = np.exp(scores[:, :, y // PATCH * COLUMNS + x // PATCH])
+        own[..., [REACH, WIDTH + REACH]] *= np.exp(4)
+        down, across = own[..., :WIDTH], own[..., WIDTH:]
         seen = padded[:, :, y : y + WIDTH, x : x + WIDTH]
-        wanted = np.einsum("btr,bts,btrsc->btc", own[..., :WIDTH], own[..., WIDTH:], seen)
+        wanted = np.einsum("btr,bts,btrsc->btc", down, across, seen)
+        wanted /= (down.sum(-1) * across.sum(-1))[..., None]
         np.testing.assert_allclose(found[:, :, y, x], wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -88,9 +93,7 @@ def moving(config: DiTConfig, *, down: int, across: int) -> dict[str, jax.Array]
     """A network that has learned nothing but to see all pixels from so far away."""
     params = model.init(config, 0)
     bias, taps = np.zeros(2 * motion.taps(config.motion), np.float32), motion.taps(config.motion)
-    for place, offset in ((config.motion, down), (taps + config.motion, across)):
-        bias[place] -= 1
-        bias[place + offset] += 1
+    bias[[config.motion + down, taps + config.motion + across]] = 50.0
     return params | {"motion_out.bias": jnp.asarray(bias)}
 
 
