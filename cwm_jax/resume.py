@@ -7,16 +7,9 @@ from cwm_jax.errors import UserError
 
 # Settings that make it another run. Of the rest, some change the curve (`lr`), and are said.
 _FIXED = (
-    *(
-        "seed",
-        "init_from",
-        "model.hidden_size",
-        "model.depth",
-        "model.num_heads",
-        "model.patch_size",
-    ),
+    *("seed", "model.hidden_size", "model.depth", "model.num_heads", "model.patch_size"),
     *("model.image_size", "model.num_actions", "model.max_frames", "model.history"),
-    *("model.change_scale", "model.motion", "data.clip_len", "data.stride"),
+    *("model.change_scale", "model.motion", "data.clip_len", "data.stride", "init_from"),
 )
 # What settings were that are younger than the checkpoints that may lack them.
 _BEFORE = {"init_from": "", "model.history": 0, "model.change_scale": 0.2, "model.motion": 0}
