@@ -34,7 +34,7 @@ from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
 from cwm_jax.training import TrainState
 
-_HOW_COMPUTED = ("dtype", "attention")  # of a network: what its parameters do not depend on
+_FREE = ("dtype", "attention", "max_frames")  # of a network: its parameters fit any of these
 
 
 def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
@@ -191,7 +191,7 @@ class _Run:
             raise UserError(f"config.init_from: {error}") from None
         for field in dataclasses.fields(wanted):
             have, want = (getattr(network, field.name) for network in (given.network, wanted))
-            if have != want and field.name not in _HOW_COMPUTED:
+            if have != want and field.name not in _FREE:
                 raise UserError(
                     f"config.init_from={path} has another network: {field.name}={have!r}, and this "
                     f"run config.model.{field.name}={want!r}"

@@ -199,6 +199,7 @@ def test_a_run_begins_with_anothers_parameters(tmp_path, small_data, exported):
         trained = checkpoint.load(tmp_path / "first")
         weights.write(source, trained.params, dict(step=trained.step, config=trained.config))
     config = config_of(small_data, init_from=str(source), lr=0.0, max_steps=1)
+    config["model"] = config["model"] | dict(max_frames=8)
     second = train(tmp_path / "second", config)
     assert int(second.step) == 1
     for name, average in first.ema.items():  # what a run draws with; a rate of 0 leaves it so
