@@ -59,8 +59,10 @@ def action_keys(action: int) -> Keys:
 def mirrored(action: int) -> int:
     """The action that does in a mirror what `action` does: left and right are exchanged."""
     other = {"LEFT": "RIGHT", "RIGHT": "LEFT"}
-    names = ["+".join(other.get(k, k) for k in name.split("+")) for name in ACTION_NAMES]
-    return names.index(ACTION_NAMES[action]) if action != NO_ACTION else NO_ACTION
+    if action == NO_ACTION:
+        return NO_ACTION
+    parts = ACTION_NAMES[action].split("+")
+    return ACTION_NAMES.index("+".join(other.get(part, part) for part in parts))
 
 
 def action_name(action: int) -> str:

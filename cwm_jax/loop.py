@@ -157,8 +157,10 @@ class _Run:
         Also the steps done, and whether a pause after the last of them was put off.
         """
         settings = self.settings
-        fresh = lambda: training.init_state(settings.model, settings.optimizer, settings.seed)
-        shapes = jax.eval_shape(fresh)
+        begin = functools.partial(
+            training.init_state, settings.model, settings.optimizer, settings.seed
+        )
+        shapes = jax.eval_shape(begin)
         saved = self.checkpoints.newest()
         differing = resume.compare(saved.config, self.config) if saved else []
         given = None if saved else self._given_params()
@@ -168,12 +170,8 @@ class _Run:
             with files.written_whole(self.workdir / "config.json") as temporary:
                 temporary.write_text(json.dumps(self.config, indent=2) + "\n")
         if saved is None:
-            placement = parallel.placement(shapes, self.mesh)
-            if given is None:
-                return 0, jax.jit(fresh, out_shardings=placement)(), False
-            begin = functools.partial(training.begin, optim=settings.optimizer)
-            tell(f"beginning with the parameters of {settings.init_from}", file=sys.stdout)
-            return 0, jax.jit(begin, out_shardings=placement)(given), False
+            make = jax.jit(begin, out_shardings=parallel.placement(shapes, self.mesh))
+            return 0, make(given), False
         state = self.checkpoints.restore(parallel.abstract(shapes, self.mesh))
         told = [f"continuing from step {saved.step} of {self.total_steps} in {self.workdir}"]
         told += [f"  with another setting than before: {line}" for line in differing]
@@ -196,6 +194,7 @@ class _Run:
                     f"config.init_from={path} has another network: {field.name}={have!r}, and this "
                     f"run config.model.{field.name}={want!r}"
                 )
+        tell(f"beginning with the parameters of {path}", file=sys.stdout)
         return jax.tree.map(np.asarray, given.params)
 
     def _progress(self, first: int, state: TrainState) -> progress.Progress:

@@ -110,13 +110,11 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def init_state(network: DiTConfig, optim: OptimizerConfig, seed: int) -> TrainState:
-    """A run's state before its first update, from random parameters."""
-    return begin(model.init(network, seed), optim)
-
-
-def begin(params: Params, optim: OptimizerConfig) -> TrainState:
-    """A run's state before its first update, from these float32 parameters."""
+def init_state(
+    network: DiTConfig, optim: OptimizerConfig, seed: int, params: Params | None = None
+) -> TrainState:
+    """A run's state before its first update, from float32 parameters; random without them."""
+    params = model.init(network, seed) if params is None else params
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
