@@ -5,26 +5,33 @@
 DIR is a checkout of the original, of which nothing is kept here; needs torch and einops. The step
 is the one of its training script: noise, forward pass, loss, gradients, clipping, AdamW; on a GPU
 with bfloat16 autocast and `torch.compile`. With `--beside` our step takes its turn after each of
-its steps, on the same CPU cores, so that whatever else the machine does meets both alike. With
+its steps, on the same CPU cores, so that whatever else the machine does meets both alike; each in a
+process of its own, as each would train, and the one whose turn it is not sleeps. With
 `--draw 32` a frame is drawn after so many, one and sixteen at once, before the training steps.
 """
 
 import argparse
+import contextlib
+import functools
 import importlib
 import json
+import multiprocessing
 import sys
 import time
 import types
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks import sizes
+from cwm_jax import memory
 from cwm_jax.errors import UserError, shown_to_user
 
 Step = Callable[[], float]  # takes one update and tells its loss
+Taken = tuple[float, float]  # seconds, seconds of processors
 
 
 def stand_in_for_timm() -> None:
@@ -186,14 +193,41 @@ def our_step(size: str, *, clips: int, frames: int) -> Step:
     return step
 
 
-def timed(steps: dict[str, Step], count: int) -> dict[str, dict[str, float]]:
+def _take(step: Step) -> Taken:
+    clock, cpu = time.perf_counter(), time.process_time()
+    step()
+    return time.perf_counter() - clock, time.process_time() - cpu
+
+
+class _Child:
+    """The step of a process that takes turns with others; set by `_begin`, there alone."""
+
+    step: Step
+
+
+def _begin(make: Callable[[], Step]) -> None:
+    memory.keep_freed()  # as train.py does; the original gets it too
+    _Child.step = make()
+
+
+def _take_there() -> Taken:
+    return _take(_Child.step)
+
+
+@contextlib.contextmanager
+def in_own_process(make: Callable[[], Step]):
+    """What makes a step, as a turn that is taken in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=(make,)) as process:
+        yield lambda: process.submit(_take_there).result()
+
+
+def timed(turns: dict[str, Callable[[], Taken]], count: int) -> dict[str, dict[str, float]]:
     """Seconds, and seconds of processors, of each; they take turns, the first turn not counted."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    taken: dict[str, list[Taken]] = {name: [] for name in turns}
     for _ in range(count + 1):
-        for name, step in steps.items():
-            clock, cpu = time.perf_counter(), time.process_time()
-            step()
-            taken[name].append((time.perf_counter() - clock, time.process_time() - cpu))
+        for name, turn in turns.items():
+            taken[name].append(turn())
     counted = {name: np.array(pairs[1:]) for name, pairs in taken.items()}
     return {
         name: {
@@ -220,22 +254,26 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
 
-    def keep(steps: dict[str, Step], clips: int) -> None:
-        for name, numbers in timed(steps, args.steps).items():
+    def keep(turns: dict[str, Callable[[], Taken]], clips: int) -> None:
+        for name, numbers in timed(turns, args.steps).items():
             found[name] = {"clips": clips} | numbers
             print(_told(name, numbers), flush=True)
         if args.output:
             args.output.write_text(json.dumps(found, indent=2) + "\n")
 
     shape = dict(clips=args.batch, frames=args.frames)
-    with shown_to_user():
+    theirs = functools.partial(their_step, args.folder, args.size, compiled=args.compile, **shape)
+    with shown_to_user(), contextlib.ExitStack() as stack:
         for clips in (1, 16) if args.draw else ():
             draw = their_frame(args.folder, args.size, clips=clips, context=args.draw)
-            keep({f"original, a frame of {clips}": draw}, clips)
-        steps = {"original": their_step(args.folder, args.size, compiled=args.compile, **shape)}
+            keep({f"original, a frame of {clips}": functools.partial(_take, draw)}, clips)
         if args.beside:
-            steps["ours"] = our_step(args.size, **shape)
-        keep(steps, args.batch)
+            ours = functools.partial(our_step, args.size, **shape)
+            makers = {"original": theirs, "ours": ours}
+            turns = {n: stack.enter_context(in_own_process(m)) for n, m in makers.items()}
+        else:
+            turns = {"original": functools.partial(_take, theirs())}
+        keep(turns, args.batch)
 
 
 def _told(name: str, numbers: dict[str, float]) -> str:

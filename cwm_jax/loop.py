@@ -16,6 +16,7 @@ from cwm_jax import (
     curves,
     data,
     files,
+    memory,
     metrics_file,
     parallel,
     progress,
@@ -239,7 +240,9 @@ class _Run:
     def _pause(self, step: int, state: TrainState, stop: stopping.Stop) -> TrainState:
         """What follows a step; put off to the next start of the run where a stop is asked for."""
         try:
-            return self._look_and_save(step, state, stop)
+            state = self._look_and_save(step, state, stop)
+            memory.release_freed()
+            return state
         except stopping.StopAsked:
             self._save(state, pause_due=True)
             self._leave(step, stop)

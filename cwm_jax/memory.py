@@ -4,8 +4,14 @@ import ctypes
 import os
 
 _SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX's own, new and old
-_MALLOC = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_")  # glibc's own
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's numbers, see mallopt(3)
+_MALLOC = (  # glibc's own, see mallopt(3)
+    "MALLOC_ARENA_MAX",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "MALLOC_TRIM_THRESHOLD_",
+)
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8  # its numbers for them
 
 
 def claim_gpu(share: float = 0.92) -> None:
@@ -20,14 +26,25 @@ def claim_gpu(share: float = 0.92) -> None:
 def keep_freed() -> bool:
     """Makes the C library keep what is freed, for this process, instead of handing it back.
 
-    Decoding takes 2 MB for each record; handed back each time, every page of them is asked for and
-    zeroed anew, and threads wait for each other at it. False where nothing was changed: the library
-    is not glibc, or the environment says how it is to behave (`MALLOC_TRIM_THRESHOLD_=131072`).
+    Decoding takes 2 MB for each record, and a step on a CPU takes all its activations at once, up
+    to some GB; handed back each time, every page of them is asked for and zeroed anew, and threads
+    wait for each other at it. False where nothing was changed: the library is not glibc, or the
+    environment says how it is to behave (`MALLOC_TRIM_THRESHOLD_=131072`).
     """
     if any(name in os.environ for name in _MALLOC):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    wanted = {_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: 1 << 30, _TOP_PAD: 1 << 26}
+    # One heap for all threads, which holds blocks of any size, is never trimmed, grows by 64 MB.
+    wanted = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 1 << 26}
     return all(mallopt(option, size) for option, size in wanted.items())
+
+
+def release_freed() -> None:
+    """Hands back what was kept, once: after something rare, such as a look at validation clips.
+
+    What it took and freed may not fit what comes next, and so would be kept for nothing.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

@@ -20,6 +20,7 @@ from flax import nnx
 
 from cwm_jax import attention, diffusion, motion, rope
 from cwm_jax.errors import UserError
+from cwm_jax.layers import linear, modulated_norm, zeros_linear
 from cwm_jax.network import DiTConfig
 
 Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spatial.qkv.kernel"
@@ -49,29 +50,6 @@ class Past(NamedTuple):
     kv: FrameKV  # each [B, S, N, M, K]
     visible_BM: jax.Array  # bool: slots that hold a frame of the window
     position_B: jax.Array  # the new frame's own place in time, int32
-
-
-def _linear(config: DiTConfig, inputs: int, outputs: int, *, rngs, **kwargs) -> nnx.Linear:
-    # float32 has to mean float32: without `precision` a GPU would multiply in TF32.
-    precision = jax.lax.Precision.HIGHEST if config.compute_dtype == jnp.float32 else None
-    kwargs.setdefault("kernel_init", nnx.initializers.xavier_uniform())
-    dtype = config.compute_dtype
-    return nnx.Linear(inputs, outputs, dtype=dtype, precision=precision, rngs=rngs, **kwargs)
-
-
-_zeros_linear = functools.partial(_linear, kernel_init=nnx.initializers.zeros)
-
-
-def _layer_norm(x: jax.Array) -> jax.Array:
-    """LayerNorm without parameters over the last axis, ε = 1e-6, in float32."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
-
-
-def _modulate(x_BTSD, shift_BTD, scale_BTD) -> jax.Array:
-    normed = _layer_norm(x_BTSD) * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
-    return normed.astype(x_BTSD.dtype)
 
 
 def _kept(function):
@@ -107,11 +85,11 @@ class AxialLayer(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         size = config.hidden_size
         self.num_heads = config.num_heads
-        self.modulation = _zeros_linear(config, size, 6 * size, rngs=rngs)
-        self.qkv = _linear(config, size, 3 * size, use_bias=False, rngs=rngs)
-        self.out = _linear(config, size, size, rngs=rngs)
-        self.mlp_in = _linear(config, size, MLP_RATIO * size, rngs=rngs)
-        self.mlp_out = _linear(config, MLP_RATIO * size, size, rngs=rngs)
+        self.modulation = zeros_linear(config, size, 6 * size, rngs=rngs)
+        self.qkv = linear(config, size, 3 * size, use_bias=False, rngs=rngs)
+        self.out = linear(config, size, size, rngs=rngs)
+        self.mlp_in = linear(config, size, MLP_RATIO * size, rngs=rngs)
+        self.mlp_out = linear(config, MLP_RATIO * size, size, rngs=rngs)
 
     def project(self, x_BTSD, modulation_BT6D, *, cheap=_kept):
         """Queries, keys and values of the normed, modulated tokens, each [B, T, S, N, K].
@@ -119,14 +97,14 @@ class AxialLayer(nnx.Module):
         `cheap` wraps what costs little to compute again, here and in `finish`.
         """
         shift, scale = modulation_BT6D[:, :, 0], modulation_BT6D[:, :, 1]
-        qkv = self.qkv(cheap(_modulate)(x_BTSD, shift, scale))
+        qkv = self.qkv(cheap(modulated_norm)(x_BTSD, shift, scale))
         return jnp.moveaxis(qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, -1), 3, 0)
 
     def finish(self, x_BTSD, attended_BTSNK, modulation_BT6D, *, cheap=_kept) -> jax.Array:
         """Adds what attention found, then what the MLP makes of it, each through its gate."""
         gate, shift, scale, mlp_gate = (modulation_BT6D[:, :, i, None] for i in (2, 3, 4, 5))
         x = x_BTSD + gate * self.out(attended_BTSNK.reshape(x_BTSD.shape))
-        hidden = self.mlp_in(cheap(_modulate)(x, shift[:, :, 0], scale[:, :, 0]))
+        hidden = self.mlp_in(cheap(modulated_norm)(x, shift[:, :, 0], scale[:, :, 0]))
         return x + mlp_gate * self.mlp_out(cheap(_gelu)(hidden))
 
 
@@ -146,20 +124,20 @@ class DiT(nnx.Module):
         size = config.hidden_size
         pixels = config.patch_size**2 * 3
         small = nnx.initializers.normal(0.02)
-        self.patch_in = _linear(config, pixels, size, rngs=rngs)
+        self.patch_in = linear(config, pixels, size, rngs=rngs)
         if config.history:
             earlier = config.history * pixels
-            self.history_in = _linear(config, earlier, size, use_bias=False, rngs=rngs)
-        self.time_in = _linear(config, SINUSOID, size, kernel_init=small, rngs=rngs)
-        self.time_out = _linear(config, size, size, kernel_init=small, rngs=rngs)
-        self.action = _linear(config, config.num_actions, size, rngs=rngs)
+            self.history_in = linear(config, earlier, size, use_bias=False, rngs=rngs)
+        self.time_in = linear(config, SINUSOID, size, kernel_init=small, rngs=rngs)
+        self.time_out = linear(config, size, size, kernel_init=small, rngs=rngs)
+        self.action = linear(config, config.num_actions, size, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
-        self.final_modulation = _zeros_linear(config, size, 2 * size, rngs=rngs)
-        self.patch_out = _zeros_linear(config, size, pixels, rngs=rngs)
+        self.final_modulation = zeros_linear(config, size, 2 * size, rngs=rngs)
+        self.patch_out = zeros_linear(config, size, pixels, rngs=rngs)
         if config.motion:
             weights = 2 * motion.taps(config.motion)
-            self.motion_out = _zeros_linear(config, size, weights, rngs=rngs)
-            self.doubt_out = _zeros_linear(config, size, 1, rngs=rngs)
+            self.motion_out = zeros_linear(config, size, weights, rngs=rngs)
+            self.doubt_out = zeros_linear(config, size, 1, rngs=rngs)
 
     def modulations(self, t_BT: jax.Array, action_BT: jax.Array) -> Modulations:
         """What noise labels 0…999 and actions (−1: none) say to each frame."""
@@ -201,7 +179,7 @@ class DiT(nnx.Module):
         """
         frames, grid, size = x_BTSD.shape[:2], self.config.grid, self.config.patch_size
         shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
-        modulated = _modulate(x_BTSD, shift, scale)
+        modulated = modulated_norm(x_BTSD, shift, scale)
         patches = self.patch_out(modulated).astype(jnp.float32)
         if self.config.motion:
             last, scores = earlier_BTHWC[..., :3], self.motion_out(modulated)

@@ -41,6 +41,7 @@ FLOORS = (
         "weights",
     ),
     ("key_panel", "network"),
+    ("layers",),
     ("metrics", "model", "shards", "recordings", "sheet", "simulator", "video", "curves"),
     ("bundle", "change", "clips", "flops", "torch_format"),
     ("data", "world"),

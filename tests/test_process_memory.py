@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -28,10 +30,53 @@ def test_freed_memory_is_kept_unless_the_environment_speaks(monkeypatch):
     assert not said
     monkeypatch.setattr(os, "environ", {})
     assert memory.keep_freed()
-    assert said == {
-        -1: 2**30,
-        -2: 2**26,
-        -3: 2**30,
-    }  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+    # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX
+    assert said == {-1: -1, -2: 2**26, -4: 0, -8: 1}
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())  # not glibc
     assert not memory.keep_freed()
+
+
+TAKE = """
+import ctypes, resource, sys, threading
+from cwm_jax import memory
+
+library, size = ctypes.CDLL(None), 1 << 30
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+
+def take():
+    block = library.malloc(size)
+    ctypes.memset(block, 1, size)
+    library.free(block)
+
+def faults(of):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread = threading.Thread(target=of)  # as XLA does: not the first thread, whose heap is another
+    thread.start()
+    thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "kept":
+    assert memory.keep_freed()
+take()
+again = faults(take)
+memory.release_freed()
+print(again, faults(take))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_what_is_kept_costs_nothing_when_taken_again_until_it_is_released():
+    pages = 2**30 // os.sysconf("SC_PAGE_SIZE")
+
+    def faults(how):
+        done = subprocess.run(
+            [sys.executable, "-c", TAKE, how], capture_output=True, text=True, check=True
+        )
+        return [int(number) for number in done.stdout.split()]
+
+    again, released = faults("kept")
+    assert again < pages / 100
+    assert released > pages / 2
+    again, _ = faults("handed back")
+    assert again > pages / 2

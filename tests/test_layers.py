@@ -1,0 +1,76 @@
+"""The layers against the plain formulas, and the gradients that their own backward passes find."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cwm_jax import layers
+
+KEYS = jax.random.split(jax.random.key(5), 4)
+
+
+def plain_norm(x, shift, scale):
+    """adaLN as it is written down; its gradients are autodiff's."""
+    x = x.astype(jnp.float32)
+    normed = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    return normed * (1 + scale[:, :, None]) + shift[:, :, None]
+
+
+def arguments(dtype="float32"):
+    x = 3 + 2 * jax.random.normal(KEYS[0], (2, 3, 5, 7))
+    shift, scale = (jax.random.normal(key, (2, 3, 7)) for key in KEYS[1:3])
+    return [a.astype(dtype) for a in (x, shift, scale)]
+
+
+def test_the_modulated_norm_and_its_gradients_are_those_of_the_formula():
+    weights = jax.random.normal(KEYS[3], (2, 3, 5, 7))
+    pulled = lambda norm: lambda *args: (norm(*args) * weights).sum()
+    args = arguments()
+    np.testing.assert_allclose(layers.modulated_norm(*args), plain_norm(*args), atol=1e-5)
+    found = jax.grad(pulled(layers.modulated_norm), argnums=(0, 1, 2))(*args)
+    wanted = jax.grad(pulled(plain_norm), argnums=(0, 1, 2))(*args)
+    for name, a, b in zip(("x", "shift", "scale"), found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+
+
+def test_the_norm_is_taken_in_float32_and_told_in_the_dtype_of_its_input():
+    args = arguments("bfloat16")
+    found = layers.modulated_norm(*args)
+    assert found.dtype == jnp.bfloat16
+    wanted = plain_norm(*(a.astype(jnp.float32) for a in args))
+    np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=1e-2, atol=1e-2)
+    grads = jax.grad(lambda *a: layers.modulated_norm(*a).sum(), argnums=(0, 1, 2))(*args)
+    assert {grad.dtype for grad in grads} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 5, 6)])
+def test_a_linear_layer_takes_any_leading_axes(tiny, shape):
+    layer = layers.linear(tiny, 6, 4, rngs=nnx.Rngs(0))
+    x = jax.random.normal(KEYS[0], shape)
+    found = layer(x)
+    assert found.shape == (*shape[:-1], 4)
+    np.testing.assert_allclose(found, np.asarray(x) @ layer.kernel[...], atol=1e-6)
+
+
+def test_the_gradient_of_a_kernel_sums_over_one_axis(tiny):
+    """Over several, XLA on CPU transposes all activations first: a tenth of a training step."""
+    layer = layers.linear(tiny, 6, 4, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    loss = lambda state, x: jnp.square(nnx.merge(graph, state)(x)).sum()
+    program = jax.make_jaxpr(jax.grad(loss))(state, jnp.zeros((2, 3, 5, 6)))
+    products = [e for e in program.eqns if e.primitive.name == "dot_general"]
+    summed = [e.params["dimension_numbers"][0][0] for e in products]
+    assert len(summed) == 2  # forward, and for the kernel
+    assert all(len(axes) == 1 for axes in summed)
+
+
+def test_float32_means_float32(tiny):
+    precise = lambda dtype: layers.linear(
+        dataclasses.replace(tiny, dtype=dtype), 6, 4, rngs=nnx.Rngs(0)
+    ).precision
+    assert precise("float32") == jax.lax.Precision.HIGHEST
+    assert precise("bfloat16") is None
