@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
     config.noise.own_passes = 1  # … so many times over, each from the ones before
     config.noise.own_top_share = 0.0  # … in this share of them with all labels the highest
     config.noise.mirror_share = 0.0  # of clips, with left and right exchanged (CoinRun's actions)
+    config.noise.middle_weight = 1.0  # of the pixels around the player in the loss
 
     # What happens every so many steps.
     config.log_every_steps = 50

@@ -81,6 +81,6 @@ def draw(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     return t_BT, jax.random.normal(noise_key, shape)
 
 
-def loss(predicted: jax.Array, velocity: jax.Array) -> jax.Array:
-    """Mean squared error of the velocity, float32."""
-    return jnp.square(predicted.astype(jnp.float32) - velocity).mean()
+def loss(predicted: jax.Array, velocity: jax.Array, weights: jax.Array | float = 1.0) -> jax.Array:
+    """Mean squared error of the velocity, float32; `weights`, 1 on the mean, broadcast."""
+    return (weights * jnp.square(predicted.astype(jnp.float32) - velocity)).mean()

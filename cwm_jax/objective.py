@@ -2,7 +2,8 @@
 
 The plain objective is the original's: each frame at a noise label of its own (Diffusion Forcing,
 Chen et al. 2024, https://arxiv.org/abs/2407.01392), its velocity predicted, mean squares counted.
-`NoiseConfig` can shift it to what a rollout meets: the first pass, and frames of its own drawing.
+`NoiseConfig` can shift it to what a rollout meets, the first pass and frames of its own drawing,
+and to what a player looks at.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cwm_jax import change, coinrun, diffusion, model
 from cwm_jax.coinrun import NO_ACTION, to_model
@@ -21,18 +23,19 @@ _TOP = diffusion.NUM_LEVELS - 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
-    """Which examples are made of clips; `config.noise` of a config file."""
+    """Which examples are made of clips, and what counts in them; `config.noise` of a config."""
 
     top_share: float = 0.0  # of frames, that get the highest noise label: a frame's first pass
     own_share: float = 0.0  # of clips, shown their earlier frames as the network itself draws them
     own_passes: int = 1  # how often these are drawn, each time from the ones before
     own_top_share: float = 0.0  # of those clips, in which all labels are the highest
     mirror_share: float = 0.0  # of clips, in which left and right are exchanged
+    middle_weight: float = 1.0  # of pixels in the middle, where CoinRun keeps the player
 
     def __post_init__(self):
         names = ("top_share", "own_share", "own_top_share", "mirror_share")
         shares = [(name, 0, 1) for name in names]
-        for name, low, high in (*shares, ("own_passes", 1, 16)):
+        for name, low, high in (*shares, ("own_passes", 1, 16), ("middle_weight", 0, 1000)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"config.noise.{name}={getattr(self, name)}: must be {low}…{high}")
 
@@ -96,10 +99,12 @@ def clip_loss(
     *own,
     network: DiTConfig,
     remat="none",
+    middle_weight: float = 1.0,
 ):
     """Diffusion loss of clips, float32 []; frames are uint8, t and noise as `diffusion.draw`.
 
     With history the first frame of a clip, of which there is no change to draw, does not count.
+    With `middle_weight` other than 1 it is a mean in which the pixels of the middle weigh so much.
     `own`, nothing or an `Own`, says which clips are shown earlier frames of the network's drawing.
     """
     net, frames = model.bind(network, params), to_model(frames_BTHWC)
@@ -113,7 +118,18 @@ def clip_loss(
     sample = diffusion.noised(x0, t_BT, noise_BTHWC)
     predicted = net(sample.x, t_BT, actions_BT, earlier, remat=remat)
     counted = change.counted(network)
-    return diffusion.loss(predicted[:, counted], sample.velocity[:, counted])
+    weights = 1.0 if middle_weight == 1 else _weights(network.image_size, middle_weight)
+    return diffusion.loss(predicted[:, counted], sample.velocity[:, counted], weights)
+
+
+def _weights(size: int, middle_weight: float) -> np.ndarray:
+    """What each pixel counts, float32 [H, W, 1], 1 on the mean.
+
+    The middle is a quarter of the height and of the width: the player, who is a tenth of each.
+    """
+    weights, middle = np.ones((size, size, 1), np.float32), slice(3 * size // 8, 5 * size // 8)
+    weights[middle, middle] = middle_weight
+    return weights / weights.mean()
 
 
 def own_frames(net, frames_BTHWC, actions_BT, own: Own) -> jax.Array:

@@ -125,9 +125,11 @@ def init_state(
     )
 
 
-def _value_and_grad(params, *batch, network: DiTConfig, step: StepConfig):
+def _value_and_grad(params, *batch, network: DiTConfig, step: StepConfig, middle_weight: float):
     """Loss and gradients of clips, means over them; the gradients of parts are added in float32."""
-    loss = functools.partial(objective.clip_loss, network=network, remat=step.remat)
+    loss = functools.partial(
+        objective.clip_loss, network=network, remat=step.remat, middle_weight=middle_weight
+    )
     if step.accumulate_steps == 1:
         return jax.value_and_grad(loss)(params, *batch)
 
@@ -140,12 +142,21 @@ def _value_and_grad(params, *batch, network: DiTConfig, step: StepConfig):
     return jax.lax.scan(add, (jnp.zeros(()), zeros), parts)[0]
 
 
-def gradients(params, *batch, network: DiTConfig, step: StepConfig, mesh: Mesh | None):
+def gradients(
+    params,
+    *batch,
+    network: DiTConfig,
+    step: StepConfig,
+    mesh: Mesh | None,
+    middle_weight: float = 1.0,
+):
     """Loss and float32 gradients at the clips of a batch: (loss, gradients).
 
     Parameters are cast to the compute dtype once, here, and not again by each matmul.
     """
-    function = functools.partial(_value_and_grad, network=network, step=step)
+    function = functools.partial(
+        _value_and_grad, network=network, step=step, middle_weight=middle_weight
+    )
     if mesh is not None:
         function = parallel.mean_over_devices(function, mesh)
     cast = jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
@@ -162,6 +173,7 @@ def update(
     network: DiTConfig,
     optim: OptimizerConfig,
     step: StepConfig = _PLAIN,
+    middle_weight: float = 1.0,
     mesh: Mesh | None = None,
 ):
     """One AdamW update on given examples, as `objective.draw` makes them: (next state, metrics).
@@ -170,7 +182,8 @@ def update(
     `skipped` count on, so no state is ever poisoned, however late somebody looks at the metrics.
     """
     arrays = batch["frames"], batch["actions"], t_BT, noise_BTHWC, *own
-    loss, grads = gradients(state.params, *arrays, network=network, step=step, mesh=mesh)
+    how = dict(network=network, step=step, middle_weight=middle_weight, mesh=mesh)
+    loss, grads = gradients(state.params, *arrays, **how)
     updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     grad_norm = optax.tree.norm(grads)  # before clipping
@@ -230,9 +243,8 @@ def train_step(
         batch = objective.mirrored(step_key, batch, noise.mirror_share)
     # Drawn as one array over all devices, so that no clip's noise depends on where it lies.
     draws = objective.draw(step_key, batch["frames"].shape, noise)
-    following, metrics = update(
-        state, batch, *draws, network=network, optim=optim, step=step, mesh=mesh
-    )
+    how = dict(network=network, optim=optim, step=step, mesh=mesh)
+    following, metrics = update(state, batch, *draws, middle_weight=noise.middle_weight, **how)
     if mesh is not None:
         following = jax.lax.with_sharding_constraint(following, parallel.placement(following, mesh))
     return following, metrics

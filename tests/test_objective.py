@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import coinrun, diffusion, objective, training
+from cwm_jax import coinrun, diffusion, model, objective, training
 
 KEY = jax.random.key(3)
 
@@ -91,3 +91,38 @@ def test_mirrored_clips_are_learned_as_if_they_had_been_played_so(tiny):
     _, plain = step(start(), batch)
     assert found["train/loss"] == pytest.approx(float(wanted["train/loss"]), rel=1e-6)
     assert found["train/loss"] != pytest.approx(float(plain["train/loss"]), rel=1e-6)
+
+
+def test_what_is_wrong_in_the_middle_counts_as_much_as_asked_for(tiny, tiny_params):
+    """Wrong by 1 in one pixel: the loss is that pixel's weight, over the pixels of a clip."""
+    weights = objective._weights(64, 10.0)
+    assert weights.mean() == pytest.approx(1)
+    assert weights[32, 32] == pytest.approx(10 * weights[0, 0])
+    assert (weights > 1).sum() == 16 * 16  # a quarter of each side
+    assert weights[24:40, 24:40].min() > 1
+
+    frames = np.random.default_rng(2).integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
+    given = frames, np.zeros((2, 3), np.int32), *diffusion.draw(KEY, frames.shape)
+    loss = functools.partial(objective.clip_loss, tiny_params, *given, network=tiny)
+    sample = diffusion.noised(coinrun.to_model(frames), *given[2:])
+    net = model.bind(tiny, tiny_params)
+    squares = np.square(net(sample.x, given[2], given[1]) - sample.velocity)
+    assert loss() == pytest.approx(squares.mean(), rel=1e-5)
+    assert loss(middle_weight=10.0) == pytest.approx((squares * weights).mean(), rel=1e-5)
+    assert loss(middle_weight=10.0) != pytest.approx(float(loss()), rel=1e-6)
+
+
+def test_the_middle_weighs_in_a_training_step(tiny):
+    rng = np.random.default_rng(1)
+    frames = rng.integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
+    clips = {"frames": frames, "actions": np.zeros((2, 3), np.int32)}
+    optim = training.OptimizerConfig(
+        lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
+    )
+    losses = [
+        training.train_step(
+            training.init_state(tiny, optim, 0), clips, KEY, network=tiny, optim=optim, noise=noise
+        )[1]["train/loss"]
+        for noise in (objective.NoiseConfig(), objective.NoiseConfig(middle_weight=10.0))
+    ]
+    assert float(losses[0]) != pytest.approx(float(losses[1]), rel=1e-6)

@@ -60,6 +60,7 @@ def test_small_keeps_the_originals_settings():
         ("noise.own_passes", 0, r"config\.noise\.own_passes=0: must be 1…16"),
         ("noise.own_share", 0.5, r"config\.noise\.own_share=0\.5 needs config\.model\.history"),
         ("noise.mirror_share", -0.1, r"config\.noise\.mirror_share=-0\.1: must be 0…1"),
+        ("noise.middle_weight", -1.0, r"config\.noise\.middle_weight=-1\.0: must be 0…1000"),
         ("decay_steps", 7, r"config\.decay_steps=7 needs config\.max_steps"),
     ],
 )
