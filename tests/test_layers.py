@@ -69,8 +69,8 @@ def test_the_gradient_of_a_kernel_sums_over_one_axis(tiny):
 
 
 def test_float32_means_float32(tiny):
-    precise = lambda dtype: layers.linear(
-        dataclasses.replace(tiny, dtype=dtype), 6, 4, rngs=nnx.Rngs(0)
-    ).precision
+    precise = lambda dtype: (
+        layers.linear(dataclasses.replace(tiny, dtype=dtype), 6, 4, rngs=nnx.Rngs(0)).precision
+    )
     assert precise("float32") == jax.lax.Precision.HIGHEST
     assert precise("bfloat16") is None
