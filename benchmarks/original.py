@@ -217,8 +217,8 @@ def _take_there() -> Taken:
 @contextlib.contextmanager
 def in_own_process(make: Callable[[], Step]):
     """What makes a step, as a turn that is taken in a process of its own."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=(make,)) as process:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(_begin, make).result()  # no initializer, whose errors would not be told
         yield lambda: process.submit(_take_there).result()
 
 
@@ -264,6 +264,8 @@ def main() -> None:
     shape = dict(clips=args.batch, frames=args.frames)
     theirs = functools.partial(their_step, args.folder, args.size, compiled=args.compile, **shape)
     with shown_to_user(), contextlib.ExitStack() as stack:
+        if absent := [name for name in ("torch", "einops") if _missing(name)]:
+            raise UserError(f"the original needs {' and '.join(absent)}, not installed here")
         for clips in (1, 16) if args.draw else ():
             draw = their_frame(args.folder, args.size, clips=clips, context=args.draw)
             keep({f"original, a frame of {clips}": functools.partial(_take, draw)}, clips)

@@ -76,53 +76,47 @@ def test_a_share_of_the_clips_is_seen_in_a_mirror_whole(batch):
         assert all((found[name] == whole[name]).all() for name in whole)
 
 
-def test_mirrored_clips_are_learned_as_if_they_had_been_played_so(tiny):
-    rng = np.random.default_rng(1)
-    frames = rng.integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
-    batch = {"frames": frames, "actions": np.array([[-1, 7, 2], [-1, 4, 8]], np.int32)}
+@pytest.fixture(scope="module")
+def clips():
+    frames = np.random.default_rng(1).integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
+    return {"frames": frames, "actions": np.array([[-1, 7, 2], [-1, 4, 8]], np.int32)}
+
+
+def first_loss(network, clips, **noise):
+    """Of a training step from the start."""
     optim = training.OptimizerConfig(
         lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
     )
-    step = functools.partial(training.train_step, key=KEY, network=tiny, optim=optim)
-    start = lambda: training.init_state(tiny, optim, 0)
-    mirror = objective.NoiseConfig(mirror_share=1.0)
-    _, found = step(start(), batch, noise=mirror)
-    _, wanted = step(start(), in_a_mirror(batch))
-    _, plain = step(start(), batch)
-    assert found["train/loss"] == pytest.approx(float(wanted["train/loss"]), rel=1e-6)
-    assert found["train/loss"] != pytest.approx(float(plain["train/loss"]), rel=1e-6)
+    noise = objective.NoiseConfig(**noise)
+    state = training.init_state(network, optim, 0)
+    _, told = training.train_step(state, clips, KEY, network=network, optim=optim, noise=noise)
+    return float(told["train/loss"])
 
 
-def test_what_is_wrong_in_the_middle_counts_as_much_as_asked_for(tiny, tiny_params):
-    """Wrong by 1 in one pixel: the loss is that pixel's weight, over the pixels of a clip."""
+def test_mirrored_clips_are_learned_as_if_they_had_been_played_so(tiny, clips):
+    found, plain = first_loss(tiny, clips, mirror_share=1.0), first_loss(tiny, clips)
+    assert found == pytest.approx(first_loss(tiny, in_a_mirror(clips)), rel=1e-6)
+    assert found != pytest.approx(plain, rel=1e-6)
+
+
+def test_what_is_wrong_in_the_middle_counts_as_much_as_asked_for(tiny, tiny_params, clips):
     weights = objective._weights(64, 10.0)
     assert weights.mean() == pytest.approx(1)
     assert weights[32, 32] == pytest.approx(10 * weights[0, 0])
     assert (weights > 1).sum() == 16 * 16  # a quarter of each side
     assert weights[24:40, 24:40].min() > 1
 
-    frames = np.random.default_rng(2).integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
-    given = frames, np.zeros((2, 3), np.int32), *diffusion.draw(KEY, frames.shape)
+    frames, actions = clips["frames"], clips["actions"]
+    given = frames, actions, *diffusion.draw(KEY, frames.shape)
     loss = functools.partial(objective.clip_loss, tiny_params, *given, network=tiny)
     sample = diffusion.noised(coinrun.to_model(frames), *given[2:])
     net = model.bind(tiny, tiny_params)
-    squares = np.square(net(sample.x, given[2], given[1]) - sample.velocity)
+    squares = np.square(net(sample.x, given[2], actions) - sample.velocity)
     assert loss() == pytest.approx(squares.mean(), rel=1e-5)
     assert loss(middle_weight=10.0) == pytest.approx((squares * weights).mean(), rel=1e-5)
     assert loss(middle_weight=10.0) != pytest.approx(float(loss()), rel=1e-6)
 
 
-def test_the_middle_weighs_in_a_training_step(tiny):
-    rng = np.random.default_rng(1)
-    frames = rng.integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
-    clips = {"frames": frames, "actions": np.zeros((2, 3), np.int32)}
-    optim = training.OptimizerConfig(
-        lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
-    )
-    losses = [
-        training.train_step(
-            training.init_state(tiny, optim, 0), clips, KEY, network=tiny, optim=optim, noise=noise
-        )[1]["train/loss"]
-        for noise in (objective.NoiseConfig(), objective.NoiseConfig(middle_weight=10.0))
-    ]
-    assert float(losses[0]) != pytest.approx(float(losses[1]), rel=1e-6)
+def test_the_middle_weighs_in_a_training_step(tiny, clips):
+    weighed = first_loss(tiny, clips, middle_weight=10.0)
+    assert weighed != pytest.approx(first_loss(tiny, clips), rel=1e-6)
