@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cwm_jax import cluster, compile_cache, dry_run, loop, memory, stopping
+from cwm_jax import attention, cluster, compile_cache, dry_run, loop, memory, stopping
 from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.settings import Settings
 
@@ -27,7 +27,7 @@ _CACHE = flags.DEFINE_string(
     "compile_cache", "auto", "Folder of compiled programs; auto: the user's cache; empty: none."
 )
 _LAUNCHER = flags.DEFINE_enum(
-    "launcher", "none", cluster.LAUNCHERS, "What starts one process per host, or `flags` below."
+    "launcher", "none", cluster.LAUNCHERS, "What started the processes, or `flags` below."
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "Processes in all.")
@@ -46,7 +46,8 @@ def main(_) -> None:
         memory.keep_freed()
         compile_cache.enable(_CACHE.value)
         _join_others()
-        cluster.check_same(config)
+        cluster.check_same({"config": config})
+        attention.check_device(settings.model.attention)
         if _DRY_RUN.value:
             dry_run.tell(settings)
         else:

@@ -1,5 +1,6 @@
 """Devices and processes: the same batch gives the same losses however many share it."""
 
+import concurrent.futures
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 # Trains three steps, saves, and goes on from `restore_from`, each printed as a line of losses.
 SCRIPT = """
-import dataclasses, json, sys
+import dataclasses, json, re, sys
 from pathlib import Path
 import jax
 sys.path[:0] = [".", "tests"]
@@ -30,9 +31,9 @@ if int(count) > 1:
     cluster.join(cluster.Place(coordinator="localhost:" + port, count=int(count), index=int(index)))
 from tiny_network import TINY
 from test_training import KEY, batch_of, settings
-cluster.check_same({"a": {"b": 1}})
+cluster.check_same({"config": {"a": {"b": 1}}})
 try:
-    cluster.check_same({"a": {"b": jax.process_index()}})
+    cluster.check_same({"config": {"a": {"b": jax.process_index()}}})
 except Exception as error:
     print("refused", error)
 mesh, optim = parallel.make_mesh(int(fsdp)), settings(ema_decay=0.5)
@@ -53,6 +54,10 @@ def train(state):
 
 state = train(jax.jit(fresh, out_shardings=parallel.placement(shapes, mesh))())
 kept = state.params["blocks.0.spatial.qkv.kernel"].addressable_shards[0].data.size
+fast = dataclasses.replace(network, dtype="bfloat16")
+lowered = run.func.lower(state, batch, KEY, **run.keywords | {"network": fast}).as_text()
+over_devices = r'stablehlo.(?:all_reduce|reduce_scatter)".*?\\^bb0\\(%\\w+: tensor<(\\w+)>'
+print("sums", *sorted(set(re.findall(over_devices, lowered, re.DOTALL))))
 print("part", kept / state.params["blocks.0.spatial.qkv.kernel"].size)
 with checkpoint.Checkpoints(Path(folder), retention=checkpoint.Retention(1)) as kept_in:
     kept_in.save(state, data_position="", config={})
@@ -86,27 +91,35 @@ def launch(folder, *, processes, devices, fsdp=1, restore_from=""):
     outputs = [process.communicate(timeout=200) for process in started]
     for process, (_, error) in zip(started, outputs, strict=True):
         assert process.returncode == 0, error
-    ours = ("[[", "part", "refused")  # gloo speaks too
+    ours = ("[[", "part", "refused", "sums")  # gloo speaks too
     return [[line for line in out.splitlines() if line.startswith(ours)] for out, _ in outputs]
 
 
 def test_one_device_four_devices_and_two_processes_train_alike(tmp_path):
-    """… with parameters whole or in parts; and each goes on from another's checkpoint."""
+    """… with parameters whole or in parts; and each goes on from another's checkpoint.
+
+    Where matmuls are in bfloat16, sums over devices are in float32 still.
+    """
     one, four, two = tmp_path / "1x1", tmp_path / "1x4", tmp_path / "2x2"
     [alone] = launch(one, processes=1, devices=1)
+    [whole] = launch(tmp_path / "whole", processes=1, devices=4)
     [shared] = launch(four, processes=1, devices=4, fsdp=4, restore_from=one)
     hosts = launch(two, processes=2, devices=2, fsdp=2, restore_from=four)
     expected = json.loads(alone[0])
-    assert alone[1] == "part 1.0"
-    assert shared[1] == "part 0.25"
+    assert [printed[1:3] for printed in (alone, whole, shared)] == [
+        ["sums f32", "part 1.0"],
+        ["sums f32", "part 1.0"],
+        ["sums f32", "part 0.25"],
+    ]
     assert hosts[0][1:] == hosts[1][1:]  # both processes know all
     assert "config.a.b is 0 at process 0 and 1 at process 1" in hosts[0][0]
+    np.testing.assert_allclose(json.loads(whole[0]), expected, rtol=2e-5)
     np.testing.assert_allclose(json.loads(shared[0]), expected, rtol=2e-5)
     np.testing.assert_allclose(json.loads(hosts[0][1]), expected, rtol=2e-5)
-    assert hosts[0][2] == "part 0.5"
-    later = json.loads(shared[2])
+    assert hosts[0][2:4] == ["sums f32", "part 0.5"]
+    later = json.loads(shared[3])
     assert later[0] != expected[0]
-    np.testing.assert_allclose(json.loads(hosts[0][3]), later, rtol=2e-5)
+    np.testing.assert_allclose(json.loads(hosts[0][4]), later, rtol=2e-5)
 
 
 @pytest.mark.parametrize("index", [0, 2])
@@ -133,6 +146,21 @@ def test_a_process_that_finds_no_coordinator_says_so():
         cluster.join(place, wait_seconds=0.5)
 
 
+def test_processes_that_count_differently_are_told():
+    coordinator = f"localhost:{free_port()}"
+    counts = [3, 2]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        places = [
+            Place(coordinator=coordinator, count=count, index=i) for i, count in enumerate(counts)
+        ]
+        joining = [pool.submit(cluster.join, place, wait_seconds=30) for place in places]
+        for joined in joining:
+            with pytest.raises(
+                UserError, match="--num_processes is 3 at process 0, 2 at process 1"
+            ):
+                joined.result()
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -145,14 +173,34 @@ def test_a_place_that_cannot_be_is_named(wrong, told):
         Place(**(dict(coordinator="here:1", count=2, index=0) | wrong))
 
 
-def test_slurm_tells_the_place(monkeypatch):
-    with pytest.raises(UserError, match="--launcher=slurm"):
+@pytest.mark.parametrize(("tasks", "local_devices"), [(2, None), (4, [1])])
+def test_slurm_tells_the_place(monkeypatch, tasks, local_devices):
+    """A task that has its node to itself has all of its GPUs; of two on a node, each has one."""
+    with pytest.raises(UserError, match=r"--launcher=slurm.*SLURM_STEP_NODELIST"):
         cluster.find_place("slurm")
-    told = dict(JOB_ID=4097, STEP_NODELIST="node[03-04]", NTASKS=2, PROCID=1, LOCALID=0)
-    for name, value in told.items():
+    told = dict(JOB_ID=4097, STEP_NODELIST="node[03-04]", STEP_NUM_NODES=2, NTASKS=tasks, PROCID=1)
+    for name, value in (told | dict(LOCALID=tasks // 2 - 1)).items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     place = cluster.find_place("slurm")
-    assert place == Place(coordinator="node03:61441", count=2, index=1, local_devices=[0])
+    expected = dict(coordinator="node03:61441", count=tasks, index=1)
+    assert place == Place(**expected, local_devices=local_devices)
+
+
+@pytest.mark.parametrize(("on_this_host", "local_devices"), [(1, None), (2, [0])])
+def test_open_mpi_tells_the_place(monkeypatch, on_this_host, local_devices):
+    told = dict(SIZE=2, RANK=1, LOCAL_RANK=0, LOCAL_SIZE=on_this_host)
+    for name, value in told.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    with pytest.raises(UserError, match="OMPI_MCA_orte_hnp_uri"):  # as Open MPI 5 leaves it out
+        cluster.find_place("openmpi")
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911")
+    expected = dict(coordinator="10.96.0.1:62624", count=2, index=1)
+    assert cluster.find_place("openmpi") == Place(**expected, local_devices=local_devices)
+
+
+def test_kubernetes_asks_for_what_it_needs():
+    with pytest.raises(UserError, match="pip install kubernetes"):
+        cluster.find_place("kubernetes")
 
 
 def test_batches_that_cannot_be_shared_out_are_refused():

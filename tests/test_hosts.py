@@ -1,0 +1,91 @@
+"""The training program over two hosts, here two processes whose working folders are their disks."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "model": dict(hidden_size=32, depth=1, num_heads=2, max_frames=5),
+    "data": dict(dir="data", clip_len=5, stride=3, num_workers=0, num_threads=1),
+}
+OFTEN = dict(log_every_steps=1, val_every_steps=2, val_batches=1, eval_every_steps=2)
+SHORT = dict(global_batch_size=6, eval_clips=1, eval_frames=6)
+FILM = dict(rollout_frames=6, n_rollout_samples=2)
+
+
+@pytest.fixture
+def disks(tmp_path, make_data) -> list[Path]:
+    """Two hosts' own disks with the same data; runs go to a third, which they share."""
+    data = make_data(train=[[11, 12], [14], [13]], val=[[11, 9]])
+    disks = [tmp_path / "host0", tmp_path / "host1"]
+    for disk in disks:
+        for split in ("train", "val"):
+            shutil.copytree(data / split, disk / "data" / split)
+    return disks
+
+
+def train(workdir: Path, disks: list[Path], *, steps: int, fsdp: int = 1) -> list[tuple[int, str]]:
+    """Runs `train.py` once on each disk, together; the exit code and errors of each."""
+    settings = [f"{group}.{k}={v}" for group, values in SMALL.items() for k, v in values.items()]
+    settings += [
+        f"{k}={v}" for k, v in (OFTEN | SHORT | FILM | {"max_steps": steps, "fsdp": fsdp}).items()
+    ]
+    command = [sys.executable, ROOT / "train.py", "--config", ROOT / "configs/debug.py"]
+    command += ["--workdir", workdir, *(f"--config.{setting}" for setting in settings)]
+    if len(disks) > 1:
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        command += ["--launcher=flags", f"--coordinator=localhost:{port}"]
+        command += [f"--num_processes={len(disks)}"]
+    started = [
+        subprocess.Popen(
+            [*command, *([f"--process_id={i}"] if len(disks) > 1 else [])],
+            cwd=disk,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, disk in enumerate(disks)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    return [(process.returncode, error) for process, error in zip(started, errors, strict=True)]
+
+
+def measured(workdir: Path, name: str) -> dict[int, float]:
+    """What was measured under a name, by step."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def test_two_hosts_train_as_one_does(tmp_path, disks):
+    """They read, train, validate and draw alike, with one copy of the parameters between them.
+
+    Then one alone goes on from their checkpoint. An epoch has two updates.
+    """
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for ended in [*train(alone, disks[:1], steps=3), *train(together, disks, steps=2, fsdp=2)]:
+        assert ended[0] == 0, ended[1]
+    [(code, error)] = train(together, disks[:1], steps=3)
+    assert code == 0, error
+    for name in ("train/loss", "val/loss", "eval/psnr", "epoch/train_loss"):
+        expected, found = measured(alone, name), measured(together, name)
+        assert expected.keys() == found.keys()
+        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+    assert measured(alone, "train/loss").keys() == {1, 2, 3}
+
+
+def test_hosts_with_different_data_do_not_start(tmp_path, disks):
+    """One copy lacks a shard: the same clip number would mean another clip there."""
+    next((disks[1] / "data" / "train").iterdir()).unlink()
+    for code, error in train(tmp_path / "run", disks, steps=1):
+        assert code == 2, error
+        assert "all processes must have the same, but data.train.clips is" in error
+        assert "Traceback" not in error
