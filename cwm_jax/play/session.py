@@ -144,6 +144,7 @@ class Session:
         for frame, program in zip(frames, programs, strict=True):
             self.history.append(frame, action, program)
         self.at, self.branches = len(self.history) - 1, []
+        self._memory = None  # after a rewind it may be of as many frames, but of others
 
     def recipe(self) -> Recipe:
         """How to draw this session again, up to the frame that is shown."""

@@ -40,6 +40,7 @@ class Studio:
     ) -> None:
         self.prompts, self.title, self.demo = prompts, title, demo
         self.scheduler = scheduler
+        scheduler.want_lanes(len(self.players))  # who came while it was starting
 
     @property
     def is_open(self) -> bool:

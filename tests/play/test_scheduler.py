@@ -138,6 +138,16 @@ def test_a_program_that_cannot_be_compiled_is_told():
         assert not studio.is_open
 
 
+def test_players_who_came_before_the_device_are_drawn_together():
+    drawer, studio = Counting(ready=(1,)), Studio(Rules())
+    for _ in range(3):
+        assert studio.enter(None)
+    with Scheduler(drawer) as scheduler:
+        studio.open(scheduler, None, title="", demo=False)
+        time.sleep(0.1)
+    assert sorted(drawer.compiled) == [(1, 1), (1, 4), (4, 1), (4, 4)]
+
+
 def test_a_later_program_that_cannot_be_compiled_ends_nothing():
     drawer = Counting(ready=(1,))
     with Scheduler(drawer) as scheduler:

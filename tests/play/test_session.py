@@ -143,6 +143,17 @@ def test_frames_drawn_in_company_are_drawn_again_alone(new, scheduler, clips):
         assert np.array_equal(frames_of(again), frames_of(one))
 
 
+def test_a_choice_as_long_as_the_rewind_before_it_forgets_the_old_frames(new, scheduler, clips):
+    one = new()
+    play(one, STORY)
+    one.rewind(one.at - 4)
+    asyncio.run(one.what_if(4, steps=2))
+    one.choose(5)
+    play(one, [7])
+    again = replayed(scheduler, clips, one.recipe().encoded)
+    assert np.array_equal(frames_of(again), frames_of(one))
+
+
 def test_what_if_shows_each_future_and_a_choice_goes_on_in_it(new, scheduler, clips):
     one = new()
     play(one, STORY[:7])
