@@ -1,5 +1,7 @@
 """The three ways in which tokens look at each other; softmax in float32 throughout."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,15 @@ def check(kernel: str, dtype: str) -> None:
         raise UserError(
             "config.model.attention=cudnn works in bfloat16 only, and config.model.dtype is "
             "float32: choose attention=xla or dtype=bfloat16"
+        )
+
+
+def check_device(kernel: str) -> None:
+    """Raises a UserError where `config.model.attention` asks for a GPU that is not here."""
+    if kernel == "cudnn" and not _fuses_attention():
+        raise UserError(
+            f"config.model.attention=cudnn needs an NVIDIA GPU of compute capability 8 or newer, "
+            f"and here is {jax.devices()[0].device_kind}: use auto or xla"
         )
 
 
@@ -40,9 +51,10 @@ def _fuses_attention() -> bool:
 def over_space(q_BTSNK, k_BTSNK, v_BTSNK, *, implementation: str = "xla") -> jax.Array:
     """Full attention among the tokens of each frame → [B, T, S, N, K]."""
     fold = lambda x: x.reshape(-1, *x.shape[2:])
-    out = jax.nn.dot_product_attention(
-        fold(q_BTSNK), fold(k_BTSNK), fold(v_BTSNK), implementation=implementation
-    )
+    with _exact(q_BTSNK.dtype):
+        out = jax.nn.dot_product_attention(
+            fold(q_BTSNK), fold(k_BTSNK), fold(v_BTSNK), implementation=implementation
+        )
     return out.reshape(q_BTSNK.shape)
 
 
@@ -52,10 +64,17 @@ def over_time(q_BTSNK, k_BTSNK, v_BTSNK, *, implementation: str = "xla") -> jax.
     Token places are folded into the heads, so nothing is transposed.
     """
     fold = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
-    out = jax.nn.dot_product_attention(
-        fold(q_BTSNK), fold(k_BTSNK), fold(v_BTSNK), is_causal=True, implementation=implementation
-    )
+    folded = fold(q_BTSNK), fold(k_BTSNK), fold(v_BTSNK)
+    with _exact(q_BTSNK.dtype):
+        out = jax.nn.dot_product_attention(*folded, is_causal=True, implementation=implementation)
     return out.reshape(q_BTSNK.shape)
+
+
+def _exact(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
+    """float32 has to mean float32: left alone, a GPU would multiply in TF32."""
+    if dtype != jnp.float32:
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision("highest")
 
 
 def over_past(q_BSNK, k_BSNK, v_BSNK, past_k_BSNMK, past_v_BSNMK, visible_BM) -> jax.Array:

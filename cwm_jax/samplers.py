@@ -1,5 +1,6 @@
 """Opens whatever holds a model: a run, an export of one, or a bundle."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,10 +52,18 @@ def open_sampler(path: Path | str, *, step: int | None = None, **drawing: Any) -
 def load(path: Path | str, *, step: int | None = None) -> Trained:
     """The network and its parameters in float32, of whatever `open_sampler` opens.
 
+    A network trained with cuDNN's attention takes what is best on the device that is here.
+
     Raises:
         UserError: there is no model at `path`, or it is damaged.
     """
-    path = Path(path)
+    trained = _load(Path(path), step)
+    if trained.network.attention != "cudnn":
+        return trained
+    return trained._replace(network=dataclasses.replace(trained.network, attention="auto"))
+
+
+def _load(path: Path, step: int | None) -> Trained:
     if is_bundle(path):
         bundle.read_manifest(path)  # whose checksums must hold
         return _from_file(path / bundle.PARAMS)

@@ -1,5 +1,6 @@
 """Exports hold what was trained: every form draws the same frames, a bundle without model code."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import bundle, checkpoint, model, samplers, training, weights
+from cwm_jax import attention, bundle, checkpoint, model, samplers, training, weights
 from cwm_jax.errors import UserError
 from cwm_jax.network import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
@@ -99,6 +100,19 @@ except ImportError:
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "drawn without the model code\n", done.stderr
+
+
+def test_what_was_trained_with_cudnn_opens_and_exports_anywhere(run, tmp_path, monkeypatch):
+    trained = checkpoint.load(run)
+    network = dataclasses.replace(trained.network, dtype="bfloat16", attention="cudnn")
+    path = tmp_path / "run.safetensors"
+    meta = {"config": {"model": dataclasses.asdict(network)}, "step": 7}
+    weights.write(path, trained.params, meta)
+    assert samplers.load(path).network == dataclasses.replace(network, attention="auto")
+    monkeypatch.setattr(attention, "_fuses_attention", lambda: True)  # as on a GPU
+    flags = "--format bundle --dtype bfloat16 --ddim-steps 2"
+    export.main([str(path), "--output", str(tmp_path / "bundle"), *flags.split()])
+    assert samplers.open_sampler(tmp_path / "bundle").step == 7
 
 
 def test_a_damaged_or_unfit_bundle_is_refused(made, tmp_path):

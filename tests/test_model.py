@@ -1,6 +1,8 @@
 """The network: its size, what may influence what, and its start."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import debug, large, pocket, small
-from cwm_jax import model
+from cwm_jax import attention, model, objective
 from cwm_jax.errors import UserError
 from cwm_jax.network import DiTConfig
 
@@ -104,6 +106,20 @@ def test_bfloat16_is_near_float32(tiny, tiny_params):
     assert 0 < error < 2e-3
 
 
+@pytest.mark.parametrize("change", [{}, {"history": 2, "motion": 4}])
+def test_float32_means_float32_on_every_device(tiny, change):
+    """Left to its default, a GPU multiplies float32 numbers in TF32, of ten bits."""
+    network = dataclasses.replace(tiny, **change)
+    frames = jax.ShapeDtypeStruct((2, 4, 64, 64, 3), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((2, 4), jnp.int32)
+    noise = jax.ShapeDtypeStruct(frames.shape, jnp.float32)
+    loss = functools.partial(objective.clip_loss, network=network)
+    lowered = jax.jit(jax.grad(loss)).lower(model.shapes(network), frames, labels, labels, noise)
+    products = re.findall(r"stablehlo.dot_general.*", lowered.as_text())
+    assert len(products) > 20
+    assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -117,6 +133,12 @@ def test_bfloat16_is_near_float32(tiny, tiny_params):
 def test_sizes_that_cannot_be(tiny, change, told):
     with pytest.raises(UserError, match=told):
         dataclasses.replace(tiny, **change)
+
+
+def test_a_kernel_that_this_device_lacks_is_told():
+    with pytest.raises(UserError, match=r"config.model.attention=cudnn needs an NVIDIA GPU"):
+        attention.check_device("cudnn")
+    attention.check_device("auto")
 
 
 def test_foreign_parameters_are_named(tiny):

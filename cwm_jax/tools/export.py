@@ -150,7 +150,8 @@ def lower(network: DiTConfig, config: SamplerConfig, params: Params) -> dict[str
 
 def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str, dir: str) -> None:
     """A folder for `bundle.Bundle`; `dir` is the data folder that the example comes from."""
-    network = dataclasses.replace(trained.network, dtype=dtype)
+    # cuDNN's attention is for one kind of device, and a bundle for several.
+    network = dataclasses.replace(trained.network, dtype=dtype, attention="xla")
     params = {name: jax.numpy.asarray(p, dtype) for name, p in trained.params.items()}
     example = _example(network, params, config, dir)
     with _folder_written_whole(out) as folder:
