@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 
 from cwm_jax import (
     checkpoint,
+    cluster,
     curves,
     data,
     files,
@@ -35,6 +36,7 @@ from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
 from cwm_jax.training import TrainState
 
+_LEAVING_SECONDS = 60  # so long a run may take to stop where it is begun again meanwhile
 _FREE = ("dtype", "attention", "max_frames")  # of a network: its parameters fit any of these
 
 
@@ -51,7 +53,8 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
         stopping.Preempted: a signal asked it to stop; everything done so far is saved.
     """
     run = _Run(settings, workdir, config)
-    with contextlib.closing(run.batches):
+    _make_workdir(workdir)
+    with _claimed(workdir), contextlib.closing(run.batches):
         return run.train()
 
 
@@ -72,6 +75,9 @@ class _Run:
         )
         self.validation = self._val_batches(limit=settings.val_batches * self.batch_size)
         self.whole_validation = self._val_batches(limit=None)
+        # Hosts may have copies of their own, of which one may be incomplete.
+        val = {"clips": self.whole_validation.num_clips}
+        cluster.check_same({"data": {"train": self.batches.get_state(), "val": val}})
         self.script = self._script()
         self.quick = self._quick()
         total = settings.epochs * self.batches.per_epoch
@@ -114,7 +120,6 @@ class _Run:
 
     def train(self) -> TrainState:
         settings = self.settings
-        _make_workdir(self.workdir)
         key = jax.random.key(settings.seed)
         step_args = dict(
             network=settings.model,
@@ -266,7 +271,7 @@ class _Run:
         if self._ends_epoch(step):
             batches = stop.until(self.whole_validation)
             results = single_step.epoch_end(settings.model, weights, batches, self.mesh)
-            loss_sum, count = state.epoch_loss
+            loss_sum, count = parallel.local(parallel.whole(state.epoch_loss, self.mesh))
             self.reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
             state = state._replace(epoch_loss=state.epoch_loss * 0)
         if step % settings.ckpt_every_steps == 0 or self._ends_epoch(step) or last:
@@ -349,3 +354,21 @@ def _make_workdir(workdir: Path) -> None:
                 f"{path} is a link, and a run writes only inside its workdir: put what it points "
                 f"at in its place, or take it away"
             )
+
+
+@contextlib.contextmanager
+def _claimed(workdir: Path) -> Iterator[None]:
+    """Keeps a second run out of the workdir, where it would delete what this one is saving."""
+    with contextlib.ExitStack() as until_the_end:
+        if jax.process_index() == 0:
+            claim = files.claimed(workdir, wait_seconds=_LEAVING_SECONDS)
+            try:
+                until_the_end.enter_context(claim)
+            except BlockingIOError:
+                raise UserError(
+                    f"another run is at work in {workdir}, since {_LEAVING_SECONDS} seconds at "
+                    f"least: stop it, or name another --workdir"
+                ) from None
+            except OSError as error:
+                raise UserError(f"cannot write in {workdir}: {error.strerror}") from None
+        yield

@@ -9,11 +9,13 @@ from cwm_jax.errors import UserError
 _FIXED = (
     *("seed", "model.hidden_size", "model.depth", "model.num_heads", "model.patch_size"),
     *("model.image_size", "model.num_actions", "model.max_frames", "model.history"),
-    *("model.change_scale", "model.motion", "data.clip_len", "data.stride", "init_from"),
+    *("model.change_scale", "model.motion", "model.action_encoding"),
+    *("data.clip_len", "data.stride", "init_from"),
 )
 # What settings were that are younger than the checkpoints that may lack them.
 _BEFORE = {"init_from": "", "model.history": 0, "model.change_scale": 0.2, "model.motion": 0}
 _BEFORE |= {"decay_steps": 0, "noise.top_share": 0.0, "noise.own_share": 0.0, "noise.own_passes": 1}
+_BEFORE |= {"model.action_encoding": "one_hot"}
 _BEFORE |= {"noise.own_top_share": 0.0, "noise.mirror_share": 0.0, "noise.middle_weight": 1.0}
 
 
@@ -32,7 +34,7 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     fixed = [
         text
         for key, text in differing.items()
-        if key in _FIXED or _has_lost_average(key, after, before)
+        if _makes_it_another(key, before) or _has_lost_average(key, after, before)
     ]
     if fixed:
         told = "\n".join(f"  {text}" for text in fixed)
@@ -41,6 +43,11 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             f"Use the old values to go on, or another --workdir to start anew."
         )
     return list(differing.values())
+
+
+def _makes_it_another(key: str, before: Mapping) -> bool:
+    """Whether such a difference may not be; what an imported checkpoint does not tell may."""
+    return key in _FIXED and key in before
 
 
 def _has_lost_average(key: str, after: Mapping, before: Mapping) -> bool:

@@ -201,7 +201,7 @@ def update(
     metrics = {
         "train/loss": loss,
         "train/grad_norm": grad_norm,
-        "train/lr": learning_rate(optim)(state.step),
+        "train/lr": learning_rate(optim)(state.step - state.skipped),
         "train/skipped": following.skipped,
     }
     return following, metrics

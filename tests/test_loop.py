@@ -15,7 +15,7 @@ from tiny_network import TINY
 
 import sample
 from configs import base
-from cwm_jax import checkpoint, data, loop, stopping, training, weights
+from cwm_jax import checkpoint, data, files, loop, stopping, training, weights
 from cwm_jax.errors import UserError
 from cwm_jax.settings import Settings
 from cwm_jax.video import read_mp4
@@ -85,6 +85,30 @@ def test_a_run_writes_what_it_promises(tmp_path, small_data):
     assert len(film) == 7
     assert (run / "curves.png").stat().st_size > 1000
     assert checkpoint.load(run).step == 10
+
+
+def test_training_goes_on_from_an_import_that_tells_less(tmp_path, small_data):
+    """A PyTorch checkpoint tells neither how its clips were cut nor the seed."""
+    state = train(tmp_path / "theirs", config_of(small_data, max_steps=2))
+    imported, told = tmp_path / "imported", config_of(small_data)
+    told = {name: told[name] for name in ("model", "lr", "ema_decay", "n_prompt")}
+    with checkpoint.Checkpoints(imported, retention=checkpoint.Retention(1)) as saved:
+        saved.save(state, data_position="", config=told)
+    assert int(train(imported, config_of(small_data, max_steps=3)).step) == 3
+    other = config_of(small_data, max_steps=4)
+    other["model"]["depth"] += 1
+    with pytest.raises(UserError, match=r"config.model.depth=\d, was"):
+        train(imported, other)
+
+
+def test_two_runs_do_not_share_a_workdir(tmp_path, small_data, monkeypatch):
+    monkeypatch.setattr(loop, "_LEAVING_SECONDS", 0.1)
+    run = tmp_path / "run"
+    run.mkdir()
+    with files.claimed(run), pytest.raises(UserError, match=f"another run is at work in {run}"):
+        train(run, config_of(small_data, max_steps=1))
+    assert not (run / "checkpoints").exists()
+    train(run, config_of(small_data, max_steps=1))  # the first has left
 
 
 def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path, small_data):
