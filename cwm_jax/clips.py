@@ -2,7 +2,8 @@
 
 Start-up reads no video: a record's length in bytes stands in its shard's chunk headers, and
 records of the same length in bytes are taken to have the same number of frames. One of each
-length is decoded to learn that number; all others are held to it when they are read.
+length is decoded to learn that number; all others are held to it when they are read. Where bad
+records may be passed over and the one decoded is bad, the next of its length is decoded instead.
 """
 
 from collections.abc import Sequence
@@ -10,12 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
 from cwm_jax.coinrun import FRAME_SHAPE, NO_ACTION, NUM_ACTIONS
 from cwm_jax.episodes import BadRecord, Episode, decode
 from cwm_jax.errors import UserError
-from cwm_jax.shards import Readers, check_sizes, open_shard, read_record, record_sizes
+from cwm_jax.shards import (
+    Readers,
+    check_size,
+    check_sizes,
+    open_shard,
+    read_record,
+    record_sizes,
+)
 
 Batch = dict[str, np.ndarray]
 
@@ -27,17 +36,26 @@ _SILENT_SECONDS = 2.0  # an index that takes longer shows its progress
 class Episodes:
     """The episodes of some shards, numbered from 0 in order of shard and record.
 
-    `lengths` (int32 [R]) holds the number of frames of each.
+    `lengths` (int32 [R]) holds the number of frames of each: 0 of those in `bad`, the faults of
+    records of which no other one tells the length.
+
+    Args:
+        max_bad: so many bad records are passed over here; one more is raised as `BadRecord`.
     """
 
-    def __init__(self, shards: Sequence[Path], *, num_actions: int = NUM_ACTIONS):
-        per_shard = _lengths(shards, num_actions)
+    def __init__(self, shards: Sequence[Path], *, num_actions: int = NUM_ACTIONS, max_bad: int = 0):
+        index = _Index(num_actions, max_bad)
+        per_shard = index.lengths(shards)
         self.lengths = np.concatenate(per_shard)
         if not len(self.lengths):
             raise UserError(f"{shards[0].parent} holds no records: its shards are all empty.")
         self._shard_ends = np.cumsum([len(lengths) for lengths in per_shard])
         self._readers = Readers(shards)
         self._num_actions = num_actions
+        (unknown,) = np.nonzero(self.lengths == 0)
+        self.bad = {int(number): index.bad[self.path(number)] for number in unknown}
+        if len(self.bad) == len(self):
+            raise self.bad[0]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -55,6 +73,8 @@ class Episodes:
 
     def __getitem__(self, number: int) -> Episode:
         """Raises `BadRecord` with its place if the record is no episode, or its file has gone."""
+        if number in self.bad:
+            raise self.bad[number]
         shard, index = self.place(number)
         path, expected = self._readers.shards[shard], self.lengths[number]
         try:
@@ -162,32 +182,46 @@ def cut(episodes: Episodes, places: Sequence[tuple[int, int]], length: int) -> B
     return {"frames": frames, "actions": actions}
 
 
-def _lengths(shards: Sequence[Path], num_actions: int) -> list[np.ndarray]:
-    """The number of frames of each record of each shard."""
-    frames_of_size: dict[int, int] = {}  # shared by the threads; two may find the same twice
+class _Index:
+    """Finds the number of frames of each record; `bad` holds, by place, what it passed over."""
 
-    def of_shard(shard: Path) -> np.ndarray:
-        return _shard_lengths(shard, num_actions, frames_of_size)
+    def __init__(self, num_actions: int, max_bad: int):
+        self.bad: dict[tuple[Path, int], BadRecord] = {}
+        self._num_actions, self._max_bad = num_actions, max_bad
+        self._frames: dict[int, int] = {}  # of a size; threads share it and may find one twice
 
-    with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-        found = pool.map(of_shard, shards)
-        progress = tqdm(found, "Indexing", len(shards), unit=" shards", delay=_SILENT_SECONDS)
-        return list(progress)
+    def lengths(self, shards: Sequence[Path]) -> list[np.ndarray]:
+        """The number of frames of each record of each shard, 0 where it cannot be known."""
+        with ThreadPoolExecutor(_INDEX_THREADS) as pool:
+            found = pool.map(self._of_shard, shards)
+            progress = tqdm(found, "Indexing", len(shards), unit=" shards", delay=_SILENT_SECONDS)
+            pairs = list(zip(shards, progress, strict=True))
+        # A later shard may have told of a size of which an earlier one held bad records only.
+        return [known if known.all() else self._of_shard(shard) for shard, known in pairs]
 
+    def _of_shard(self, shard: Path) -> np.ndarray:
+        reader = open_shard(shard)
+        sizes, count = record_sizes(shard), reader.num_records()
+        if sizes is None or len(sizes) != count:  # a layout we cannot step through
+            check_sizes(shard, sizes or ())
+            return np.array([self._frames_of(reader, shard, i) for i in range(count)], np.int32)
+        for index, size in enumerate(sizes):
+            if size not in self._frames and (frames := self._frames_of(reader, shard, index, size)):
+                self._frames[size] = frames
+        return np.array([self._frames.get(size, 0) for size in sizes], np.int32)
 
-def _shard_lengths(shard: Path, num_actions: int, frames_of_size: dict[int, int]) -> np.ndarray:
-    reader = open_shard(shard)
-    sizes = record_sizes(shard)
-    if sizes is None or len(sizes) != reader.num_records():  # a layout we cannot step through
-        records = (read_record(reader, shard, index) for index in range(reader.num_records()))
-        episodes = (_decoded(record, shard, i, num_actions) for i, record in enumerate(records))
-        return np.array([len(episode) for episode in episodes], np.int32)
-    check_sizes(shard, sizes)
-    for index, size in enumerate(sizes):
-        if size not in frames_of_size:
+    def _frames_of(self, reader: ArrayRecordReader, shard: Path, index: int, size: int = 0) -> int:
+        """The number of frames of a record, 0 if it is bad."""
+        try:
+            check_size(shard, index, size)
             record = read_record(reader, shard, index)
-            frames_of_size[size] = len(_decoded(record, shard, index, num_actions))
-    return np.array([frames_of_size[size] for size in sizes], np.int32)
+            return len(_decoded(record, shard, index, self._num_actions))
+        except BadRecord as bad:
+            self.bad[shard, index] = bad
+        if len(self.bad) <= self._max_bad:
+            return 0
+        more = f"; more than {self._max_bad} records are bad" if self._max_bad else ""
+        raise BadRecord(self.bad[shard, index].reason + more, shard, index)
 
 
 def _decoded(record: bytes, shard: Path, index: int, num_actions: int) -> Episode:

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,25 +84,38 @@ class _Loader:
 class _Tally:
     """Counts the bad records of a split that were passed over, and says when they are too many."""
 
-    def __init__(self, clips: Clips, limit: int):
+    def __init__(self, records: Episodes, limit: int):
         self.episodes: set[int] = set()
-        self._clips, self._limit = clips, limit
+        self._records, self._limit = records, limit
 
     def take(self, batch: Batch) -> Batch:
         """The batch alone. Raises `UserError` once more than `limit` records were bad."""
-        for number in batch.pop(_BAD, np.array([], np.int64)).tolist():
+        self.add(batch.pop(_BAD, np.array([], np.int64)).tolist())
+        return batch
+
+    def is_good(self, number: int) -> bool:
+        """Reads a record; raises as `take`."""
+        try:
+            self._records[number]
+        except BadRecord:
+            self.add([number])
+            return False
+        return True
+
+    def add(self, numbers: Iterable[int]) -> None:
+        """Counts and tells bad records; raises as `take`."""
+        for number in numbers:
             if number not in self.episodes:
                 self.episodes.add(number)
                 self._tell(number)
-        return batch
 
     def _tell(self, number: int) -> None:
         try:
-            self._clips.episodes[number]
+            self._records[number]
             reason = "it could not be read a moment ago"
         except BadRecord as bad:
             reason = bad.reason
-        path, index = self._clips.episodes.path(number)
+        path, index = self._records.path(number)
         count = len(self.episodes)
         told = f"{path}, record {index}: {reason}"
         if count > self._limit:
@@ -137,7 +150,8 @@ class TrainBatches(Iterator[Batch]):
     ):
         self._numbers, self._batches = numbers, numbers.map(loader)
         self._clips, self._config, self._identity = loader.clips, config, identity
-        self._tally = _Tally(loader.clips, config.max_bad_records)
+        self._tally = _Tally(loader.clips.episodes, config.max_bad_records)
+        self._tally.add(loader.clips.episodes.bad)
         self._taken = 0
         self._iterator: grain.DatasetIterator | None = None
 
@@ -209,7 +223,7 @@ class TrainBatches(Iterator[Batch]):
             )
         self.close()
         self._taken = state["batches_taken"]
-        self._tally.episodes = set(state[_BAD])
+        self._tally.episodes = {*state[_BAD], *self._clips.episodes.bad}
 
     def close(self) -> None:
         """Stops threads and worker processes; the next batch starts them again."""
@@ -280,7 +294,8 @@ class EvalBatches:
     def __init__(self, numbers: np.ndarray, batch_size: int, loader: _Loader, config: DataConfig):
         self.num_clips = len(numbers)  # in all batches of all processes, without the padding
         self._batch_size, self._loader, self._config = batch_size, loader, config
-        self._tally = _Tally(loader.clips, config.max_bad_records)
+        self._tally = _Tally(loader.clips.episodes, config.max_bad_records)
+        self._tally.add(loader.clips.episodes.bad)
         padding = -len(numbers) % batch_size
         self._numbers = np.pad(numbers, (0, padding), mode="edge")
 
@@ -327,8 +342,13 @@ def eval_batches(
 
 
 def open_episodes(config: DataConfig, split: str, *, num_actions: int = NUM_ACTIONS) -> Episodes:
-    """The episodes of `split`, by number. Raises `UserError` if there are none to be found."""
-    return Episodes(find_shards(config.dir, split), num_actions=num_actions)
+    """The episodes of `split`, by number.
+
+    Raises `UserError` if there are none to be found, and `BadRecord` if more of those that tell
+    the lengths are bad than `config` allows.
+    """
+    allowed = config.max_bad_records if _skips(config) else 0
+    return Episodes(find_shards(config.dir, split), num_actions=num_actions, max_bad=allowed)
 
 
 def open_clips(config: DataConfig, split: str, *, num_actions: int = NUM_ACTIONS) -> Clips:
@@ -346,6 +366,29 @@ def pick_episodes(episodes: Episodes, *, count: int, length: int, seed: int = 0)
             f"{len(episodes)} are that long (the longest has {episodes.lengths.max()})"
         )
     return np.random.default_rng(seed).permutation(eligible)[:count].tolist()
+
+
+def good_episodes(
+    config: DataConfig, episodes: Episodes, numbers: Sequence[int], *, length: int
+) -> list[int]:
+    """`numbers`; if `config` skips bad records, with the next good one in place of each bad one.
+
+    That one has at least `length` frames and is not among `numbers`. Where there is no such one,
+    the bad one is left out; if all are bad, none is. Bad records are told and counted as in
+    batches, and too many raise `UserError`.
+    """
+    if not _skips(config):
+        return list(numbers)
+    tally = _Tally(episodes, config.max_bad_records)
+    (eligible,) = np.nonzero(episodes.lengths >= length)
+    spare, good = np.setdiff1d(eligible, numbers), []
+    for number in numbers:
+        following = np.roll(spare, -np.searchsorted(spare, number)).tolist()
+        found = next((n for n in (number, *following) if tally.is_good(n)), None)
+        if found is not None:
+            good.append(found)
+            spare = spare[spare != found]
+    return good or list(numbers)
 
 
 def load_clips(episodes: Episodes, numbers: Sequence[int], *, length: int) -> Batch:

@@ -48,6 +48,8 @@ def write_script(
 ) -> Script:
     """Picks `count` different episodes of a split, and the actions to take after their prompt.
 
+    Where bad records are skipped, there may be fewer that are good.
+
     Args:
         source: "gt", those really taken; "random", uniform; "pattern", `pattern` over and over.
 
@@ -67,11 +69,12 @@ def write_script(
         )
     length = frames if whole.sum() >= count or source == "gt" else n_prompt
     numbers = data.pick_episodes(episodes, count=count, length=length, seed=seed)
+    numbers = data.good_episodes(config, episodes, numbers, length=length)
     clips = data.load_clips(episodes, numbers, length=length)
     actions = clips["actions"]
     if source != "gt":
         led_in = clips["actions"][:, :n_prompt]
-        chosen = _chosen(source, (count, frames - n_prompt), pattern, num_actions, seed)
+        chosen = _chosen(source, (len(numbers), frames - n_prompt), pattern, num_actions, seed)
         actions = np.concatenate([led_in, chosen], axis=1)
     real = clips["frames"] if length == frames else None
     return Script(real, clips["frames"][:, :n_prompt], actions, controls.read(config.dir))

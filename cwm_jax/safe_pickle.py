@@ -85,7 +85,10 @@ def _array(buffer: object, dtype: object, shape: object, order: object) -> np.nd
     numpy_dtype = np.dtype(dtype.order + dtype.code)
     if math.prod(shape) * numpy_dtype.itemsize != len(buffer):
         raise RefusedError(f"it holds {len(buffer)} bytes for an array of shape {shape}"[:200])
-    return np.frombuffer(buffer, numpy_dtype).reshape(shape, order=order)
+    try:
+        return np.frombuffer(buffer, numpy_dtype).reshape(shape, order=order)
+    except ValueError:  # of no bytes, and yet too large: (0, 2**70)
+        raise RefusedError(f"it holds an array of impossible shape {shape}"[:200]) from None
 
 
 def _call(function: object, args: object) -> object:

@@ -19,7 +19,7 @@ from cwm_jax.episodes import BadRecord
 from cwm_jax.errors import UserError
 
 SPLITS = ("train", "val", "test")
-PATTERN = "*.array_record"
+PATTERN = "[!.]*.array_record"  # hidden ones are being written, or left behind by a kill
 MAX_RECORD_BYTES = 1 << 30  # 87,000 frames; a longer claim is a fault, or an attack on memory
 
 _HOW_TO_GET_DATA = """\
@@ -29,7 +29,10 @@ Name the small dataset that comes with the project, assets/coinrun, or download 
 
 
 def find_shards(dir: str | os.PathLike, split: str) -> list[Path]:
-    """The `*.array_record` files of `dir/split` in order of name; `split` is one of `SPLITS`."""
+    """The `*.array_record` files of `dir/split` in order of name; `split` is one of `SPLITS`.
+
+    Hidden files are passed over: they are not whole yet, or never will be.
+    """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     root = Path(dir)
@@ -40,11 +43,11 @@ def find_shards(dir: str | os.PathLike, split: str) -> list[Path]:
     present = [name for name in SPLITS if any(root.joinpath(name).glob(PATTERN))]
     if not present:
         raise UserError(
-            f"The data folder {root} has no {PATTERN} files in {', '.join(SPLITS)}.\n"
+            f"The data folder {root} has no *.array_record files in {', '.join(SPLITS)}.\n"
             f"{_HOW_TO_GET_DATA}"
         )
     raise UserError(
-        f"The data folder {root} has no {PATTERN} files for the split {split!r}: "
+        f"The data folder {root} has no *.array_record files for the split {split!r}: "
         f"{root / split} is missing or empty (there is {' and '.join(present)})."
     )
 
@@ -142,6 +145,8 @@ _BLOCK, _BLOCK_HEADER = 1 << 16, 24  # every 64 KiB a block header interrupts th
 _USABLE = _BLOCK - _BLOCK_HEADER
 _CHUNK_HEADER = struct.Struct("<8xQ8xQQ")  # sizes: data; type (1 byte), records (7); unpacked
 _SIGNATURE_END = 64  # a file begins with one block header and one empty chunk
+_HOLDING_RECORDS = b"rt"  # kinds of chunks: records one after the other, or transposed
+_PLAIN = b"rp"  # or padding
 
 
 def record_sizes(shard: Path) -> list[int] | None:
@@ -149,32 +154,51 @@ def record_sizes(shard: Path) -> list[int] | None:
 
     Steps from chunk header to chunk header: some 40 bytes of each 100 KB. None where the layout
     is not one plain record to a chunk, so that lengths must be found by reading.
+
+    Raises:
+        BadRecord: the layout is another, and a chunk claims more bytes than a record may have.
     """
-    chunks = []
+    chunks, plain = [], True
     with shard.open("rb", buffering=0) as file:
-        end = os.fstat(file.fileno()).st_size - _BLOCK  # the last block only points to the footer
-        at = _SIGNATURE_END
+        size = os.fstat(file.fileno()).st_size
+        at, end = _SIGNATURE_END, size - _BLOCK  # the last block only points to the footer
         while at < end:
             data_size, kind_and_count, unpacked = _chunk_header(file.fileno(), at)
             at = _chunk_end(at, data_size)
             kind, count = kind_and_count & 0xFF, kind_and_count >> 8
-            if kind == ord("r"):
+            if at > size:  # no chunk
+                break
+            if kind in _HOLDING_RECORDS:
                 chunks.append((count, unpacked))
-            elif kind != ord("p"):  # padding
-                return None
+            plain &= kind in _PLAIN
     records = chunks[:-1]  # the last chunk is the footer
-    if at != end or not chunks or any(count != 1 for count, _ in records):
-        return None
-    return [unpacked for _, unpacked in records]
+    if plain and at == end and chunks and all(count == 1 for count, _ in records):
+        return [unpacked for _, unpacked in records]
+    _check_chunks(shard, chunks)
+    return None
+
+
+def _check_chunks(shard: Path, chunks: Sequence[tuple[int, int]]) -> None:
+    """As `check_sizes`: to read one record is to unpack all of its chunk."""
+    first = 0
+    for count, unpacked in chunks:
+        what = "it" if count == 1 else f"its chunk of {count} records"
+        check_size(shard, first, unpacked, what)
+        first += count
 
 
 def check_sizes(shard: Path, sizes: Sequence[int]) -> None:
     """Raises `BadRecord` for a record that claims more bytes than one may have."""
     for index, size in enumerate(sizes):
-        if size > MAX_RECORD_BYTES:
-            raise BadRecord(
-                f"it unpacks to {size} bytes; at most {MAX_RECORD_BYTES} are read", shard, index
-            )
+        check_size(shard, index, size)
+
+
+def check_size(shard: Path, index: int, size: int, what: str = "it") -> None:
+    """As `check_sizes`, for the record with this index."""
+    if size > MAX_RECORD_BYTES:
+        raise BadRecord(
+            f"{what} unpacks to {size} bytes; at most {MAX_RECORD_BYTES} are read", shard, index
+        )
 
 
 def _chunk_header(file: int, at: int) -> tuple[int, int, int]:

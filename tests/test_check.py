@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from cwm_jax import shards
 from cwm_jax.data import DataConfig, open_episodes
@@ -63,6 +64,25 @@ def test_a_mended_folder_is_healthy_and_holds_the_rest(spoiled, tmp_path, capsys
     shutil.rmtree(out / "val")
     check.main([str(spoiled), "--repair", str(out)])  # broken off and done again
     assert open_episodes(DataConfig(dir=str(out)), "val").lengths.tolist() == [41]
+
+
+def test_a_shard_that_was_never_finished_is_none(make_data, capsys):
+    folder = make_data(train=[[40]])
+    (folder / "train" / ".data_0000.7.array_record").write_bytes(b"broken off")
+    check.main([str(folder)])
+    assert "train: 1 shards, 1 readable records" in capsys.readouterr().out
+
+
+def test_a_chunk_that_is_too_large_makes_a_shard_unreadable(make_data, monkeypatch, capsys):
+    folder = make_data(train=[[40]])
+    writer = ArrayRecordWriter(str(folder / "train/data_0001.array_record"), "group_size:2")
+    for _ in range(2):
+        writer.write(bytes(700_000))
+    writer.close()
+    monkeypatch.setattr(shards, "MAX_RECORD_BYTES", 1_000_000)
+    with pytest.raises(SystemExit):
+        check.main([str(folder)])
+    assert "data_0001.array_record: unreadable, record 0: its chunk" in capsys.readouterr().out
 
 
 def test_faults_of_the_call_are_told(make_data, tmp_path, capsys):

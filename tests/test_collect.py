@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -133,6 +134,56 @@ def test_recipes_are_checked():
     for field, value in (("game", "pong"), ("chunk", 3), ("records_per_shard", 0)):
         with pytest.raises(UserError):
             recipe(**{field: value})
+
+
+SHORT_GAME = """
+import runpy, sys, types
+import numpy as np
+
+class Short:
+    def __init__(self, num, **_):
+        self.num, self.steps = num, 0
+
+    def observe(self):
+        ended = np.full(self.num, self.steps and self.steps % 5 == 0)
+        return np.zeros(self.num), {"rgb": np.zeros((self.num, 64, 64, 3), np.uint8)}, ended
+
+    def act(self, actions):
+        self.steps += 1
+
+    def get_info(self):
+        return [{"level_seed": 3}] * self.num
+
+    def close(self):
+        pass
+
+sys.modules["procgen"] = types.SimpleNamespace(ProcgenGym3Env=Short)
+runpy.run_path(sys.argv[-1], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def short_game(tmp_path):
+    """A simulator's Python whose every game is over after 5 frames."""
+    program, python = tmp_path / "short.py", tmp_path / "python"
+    program.write_text(SHORT_GAME)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable!r} {str(program)!r} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+def test_episodes_that_are_all_too_short_end_the_recording(tmp_path, short_game):
+    make = lambda **changed: collect.collect(
+        tmp_path / "data", recipe(**changed), python=short_game, jobs=1
+    )
+    with pytest.raises(UserError, match=r"1000 episodes of coinrun .* no 7 frames .* 5 at most"):
+        make(min_chunk=7)
+    assert not list((tmp_path / "data").rglob("*.array_record"))
+    with game.Simulator(short_game) as simulator:
+        jobs = [recording(min_chunk=n, chunk=43, records=3, num_envs=1) for n in (6, 5)]
+        with pytest.raises(UserError, match="lower --min-chunk"):
+            list(simulator.record(jobs[0]))
+        assert [len(c.episode) for c in simulator.record(jobs[1])] == [5, 5, 5]
 
 
 @pytest.fixture(scope="module")

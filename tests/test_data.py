@@ -18,7 +18,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from cwm_jax import clips as clips_module
-from cwm_jax import shared_memory
+from cwm_jax import rollouts, shared_memory
 from cwm_jax.clips import Clips, Episodes, clip_counts
 from cwm_jax.coinrun import NO_ACTION, NUM_ACTIONS
 from cwm_jax.data import (
@@ -482,6 +482,107 @@ def test_skipped_clips_give_way_to_those_of_the_next_good_record(config, capsys)
     told = capsys.readouterr().err
     assert told.count(f"{path}, record 0: ") == 1
     assert "1 of at most 100" in told
+
+
+@pytest.fixture
+def wrong_episode(marked_episode):
+    """wrong_episode(number, length): one with an action that does not exist."""
+
+    def make(number, length):
+        episode = marked_episode(number, length)
+        episode.actions[17] = 99
+        return episode
+
+    return make
+
+
+def test_a_record_that_is_bad_at_the_start_is_skipped_as_later(
+    config, marked_episode, wrong_episode
+):
+    """Two that are the first of their sizes: the next of that size is in the same shard, or not."""
+    last = find_shards(config.dir, "train")[3]
+    episodes = [wrong_episode(4, 37), marked_episode(5, 37), marked_episode(6, 40)]
+    write_shard(last, map(encode, episodes))
+    first = spoil(config)  # of 40 frames
+    with pytest.raises(BadRecord, match=f"{first}, record 0"):
+        epoch_of(config)
+    batches = train_batches(skipping(config), batch_size=1, seed=5, epochs=1)
+    assert batches.bad_records == 0
+    found = collections.Counter(flat(taken(batches)))
+    every = every_clip([[40, 33, 31], [], [160], [37, 37, 40]])
+    instead = {0: (1, 0), 4: (5, 0)}
+    assert found == collections.Counter(instead.get(place[0], place) for place in every)
+    assert batches.bad_records == 2
+
+
+def test_records_of_which_none_tells_the_length_have_no_clips(config, wrong_episode, capsys):
+    path = find_shards(config.dir, "train")[2]  # holds the only one of its size
+    write_shard(path, [encode(wrong_episode(3, 160))])
+    batches = train_batches(skipping(config), batch_size=1, seed=5, epochs=1)
+    assert sorted(flat(taken(batches))) == every_clip([[40, 33, 31], [], [0], [32, 47]])
+    assert batches.bad_records == 1
+    assert capsys.readouterr().err.count(f"{path}, record 0: its action at frame 17 is 99") == 1
+    batches.set_state({**batches.get_state(), "bad_episodes": []})
+    assert batches.bad_records == 1
+    episodes = open_episodes(skipping(config), "train")
+    assert episodes.lengths.tolist() == [40, 33, 31, 0, 32, 47]
+    with pytest.raises(BadRecord, match="its action at frame 17 is 99"):
+        episodes[3]
+
+
+def test_a_record_that_claims_too_much_can_be_skipped_and_is_never_read(config, monkeypatch):
+    monkeypatch.setattr("cwm_jax.shards.MAX_RECORD_BYTES", 1_000_000)
+    with pytest.raises(BadRecord, match="it unpacks to 19"):
+        open_episodes(config, "train")
+    episodes = open_episodes(skipping(config), "train")
+    assert episodes.lengths.tolist() == [40, 33, 31, 0, 32, 47]
+    monkeypatch.setattr(episodes._readers, "read", None)
+    with pytest.raises(BadRecord, match="it unpacks to 19"):
+        episodes[3]
+
+
+def test_bad_records_of_another_layout_are_skipped(tmp_path, marked_episode, wrong_episode):
+    (tmp_path / "train").mkdir()
+    writer = ArrayRecordWriter(str(tmp_path / "train/x.array_record"), "group_size:3")
+    for episode in (marked_episode(0, 40), wrong_episode(1, 40), marked_episode(2, 33)):
+        writer.write(encode(episode))
+    writer.close()
+    config = DataConfig(dir=str(tmp_path))
+    with pytest.raises(BadRecord, match="record 1: its action"):
+        open_episodes(config, "train")
+    assert open_episodes(skipping(config), "train").lengths.tolist() == [40, 0, 33]
+
+
+def test_too_many_bad_records_at_the_start_stop_the_run(tmp_path, wrong_episode):
+    (tmp_path / "train").mkdir()
+    bad = [encode(wrong_episode(number, 40)) for number in range(3)]
+    write_shard(tmp_path / "train/x.array_record", bad)
+    config = skipping(DataConfig(dir=str(tmp_path)))
+    with pytest.raises(BadRecord, match=r"record 0: its action at frame 17 is 99; .*14$"):
+        open_episodes(config, "train")  # not one is good
+    limited = dataclasses.replace(config, max_bad_records=1)
+    with pytest.raises(BadRecord, match=r"record 1: .*14; more than 1 records are bad"):
+        open_episodes(limited, "train")
+
+
+def test_films_start_from_good_records(make_data, marked_episode, wrong_episode):
+    folder = make_data(val=[[40] * 5])
+    config = skipping(DataConfig(dir=str(folder)))
+    sizes = dict(count=3, frames=20, n_prompt=1, num_actions=NUM_ACTIONS, source="random")
+    number = lambda script: script.prompt[:, 0, 0, 0, 0].tolist()
+    whole = rollouts.write_script(config, "val", **sizes)
+    first, *others = number(whole)
+    make = [wrong_episode if n == first else marked_episode for n in range(5)]
+    records = [encode(make[n](n, 40)) for n in range(5)]
+    write_shard(folder / "val/data_0000.array_record", records)
+    with pytest.raises(BadRecord, match=f"record {first}: "):
+        rollouts.write_script(DataConfig(dir=str(folder)), "val", **sizes)
+    replaced, *rest = number(rollouts.write_script(config, "val", **sizes))
+    assert rest == others
+    assert replaced not in number(whole)
+    fewer = rollouts.write_script(config, "val", **sizes | {"count": 5})
+    assert sorted(number(fewer)) == sorted({*range(5)} - {first})
+    assert fewer.actions.shape == (4, 20)
 
 
 def test_skipping_does_not_depend_on_who_reads(config):

@@ -319,6 +319,16 @@ def test_memory_bombs_stay_small(name):
     assert peak < 3 << 20
 
 
+@pytest.mark.parametrize("shape", [(0, 2**70), (0, 2**62, 2**62), (2**63, 0)])
+def test_an_array_of_no_bytes_and_impossible_shape_is_refused(shape):
+    raw = pickle.dumps(np.zeros((0, 5), np.uint8), protocol=3)
+    size = lambda n: b"\x8a\x0a" + n.to_bytes(10, "little")
+    spelled = b"(" + b"".join(map(size, shape)) + b"t"
+    assert raw.count(b"K\0K\5\x86") == 1
+    with pytest.raises(safe_pickle.RefusedError, match="impossible shape"):
+        safe_pickle.loads(raw.replace(b"K\0K\5\x86", spelled))
+
+
 def test_deep_nesting_does_not_break_the_message():
     nested = b"\x80\x04)" + b"\x85" * 9_000
     dtype = b"cnumpy\ndtype\n(" + nested[2:] + b"\x89\x88tR."

@@ -1,6 +1,9 @@
 """Own games: films and pictures with their actions become records, and the model takes them."""
 
 import json
+import re
+import shutil
+import zipfile
 from pathlib import Path
 
 import jax
@@ -150,6 +153,42 @@ def test_packing_again_gives_the_same_and_strange_folders_are_left_alone(films, 
         run(films)
 
 
+def test_packing_again_replaces_the_shards_once_all_is_read(films, capsys):
+    """Two recordings are split in time, four by recording: left side by side, splits would mix."""
+    for number in (1, 2):
+        for path in films.glob(f"run{number}.*"):
+            path.rename(films.parent / path.name)
+    shutil.copy(films / "run0.mp4", films / "run3.mp4")
+    shutil.copy(films / "run0.csv", films / "run3.csv")
+    out = run(films, "--chunk", "20", "--min-chunk", "10")
+    mine = out / "train" / "mine.array_record"
+    shards.write_shard(mine, [b"not packed"])
+    (out / "val" / ".data_0000.7.array_record").write_bytes(b"left by a call that was killed")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name[0] != "."}
+
+    csv = films / "run3.csv"
+    whole = csv.read_text()
+    for number in (1, 2):
+        for path in films.parent.glob(f"run{number}.*"):
+            path.rename(films / path.name)
+    csv.write_text(whole.rsplit("\n", 4)[0])
+    with pytest.raises(SystemExit):
+        run(films, "--chunk", "13")
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+    csv.write_text(whole)
+    shutil.copy(films / "run1.mp4", films / "run3.mp4")
+    shutil.copy(films / "run1.csv", films / "run3.csv")
+    capsys.readouterr()
+    run(films, "--chunk", "20", "--min-chunk", "10")
+    assert mine.read_bytes() == before[mine]
+    mine.unlink()
+    told = re.findall(r"(\d+) records of (\w+)", capsys.readouterr().out)
+    split_of = [split for split, _ in every_episode(out, PAD)]
+    assert [(str(split_of.count(s)), s) for s in shards.SPLITS] == told
+    assert len(list(out.rglob("*.array_record"))) == 4
+
+
 def test_pictures_with_named_actions(tmp_path):
     for name, length in (("a", 19), ("b", 17), ("c", 23)):
         (tmp_path / "in" / name).mkdir(parents=True)
@@ -213,6 +252,69 @@ def test_wrong_actions_are_named(tmp_path, name, content, known, fault):
         recordings.read_actions(path, known)
     assert fault in str(error.value)
     assert str(path) in str(error.value)
+
+
+def damaged(archive):
+    """The archive with its array's packed bytes overwritten."""
+    begin = archive.index(b"actions.npy") + 60
+    return archive[:begin] + bytes(20) + archive[begin + 20 :]
+
+
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "it is no whole .npz archive"),
+        (damaged, "x.npz: Error -3 while decompressing"),
+        (lambda whole: whole.replace(b"actions", b"ACTIONS"), "'actions is not a file"),
+    ],
+)
+def test_archives_that_cannot_be_read_are_named(tmp_path, make, fault):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, actions=np.random.default_rng(0).integers(0, 2, 500))
+    path.write_bytes(make(path.read_bytes()))
+    with pytest.raises(UserError, match=f"cannot read {path}: ") as error:
+        recordings.read_actions(path, DICE)
+    assert fault in str(error.value)
+
+
+def test_what_is_no_archive_of_actions_is_told(tmp_path):
+    path = tmp_path / "x.npz"
+    with path.open("wb") as file:
+        np.save(file, np.array([0, 1]))
+    with pytest.raises(UserError, match=r"x\.npz: it is no whole \.npz archive"):
+        recordings.read_actions(path, DICE)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("actions", "0 1")
+    with pytest.raises(UserError, match=r"x\.npz: its actions is no array"):
+        recordings.read_actions(path, DICE)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("x.csv", 'action\n1\n"' + "0\n" * 100_000, "field larger than field limit"),
+        ("x.jsonl", '{"action": ' + "[" * 100_000, "recursion"),
+    ],
+)
+def test_texts_without_an_end_are_named(tmp_path, name, content, fault):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"cannot read actions from .*{name}: .*{fault}"):
+        recordings.read_actions(tmp_path / name, DICE)
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    for number in range(2):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
+    read = lambda: list(recordings.read_frames(tmp_path, fit="crop", every=1))
+    assert len(read()) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
+        with pytest.raises(UserError, match=r"0\.png: Image size"):
+            read()
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[:40] + whole[-12:])
+    with pytest.raises(UserError, match=r"1\.png: "):
+        read()
 
 
 def test_all_forms_of_button_actions_agree(tmp_path):

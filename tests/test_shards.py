@@ -76,6 +76,20 @@ def test_other_layouts_are_left_to_reading(tmp_path, options):
     assert record_sizes(tmp_path / "x") is None
 
 
+@pytest.mark.parametrize("options", ["group_size:2", "group_size:1,transpose:true"])
+def test_an_enormous_chunk_of_another_layout_is_refused(tmp_path, monkeypatch, options):
+    """Only its last chunk of records is too large, and only unpacked."""
+    write(tmp_path / "x", [bytes(100)] * 6 + [bytes(1_000_000)], options)
+    monkeypatch.setattr(shards, "MAX_RECORD_BYTES", 1_000_000 - 1)
+    with pytest.raises(
+        BadRecord, match=r"x, record 6: it unpacks to 100\d{4} bytes; at most 999999"
+    ):
+        record_sizes(tmp_path / "x")
+    write(tmp_path / "x", [bytes(600_000)] * 2, "group_size:2")
+    with pytest.raises(BadRecord, match=r"record 0: its chunk of 2 records unpacks to 1200000 "):
+        record_sizes(tmp_path / "x")
+
+
 def test_sizes_of_no_shard_end(tmp_path):
     for content in (b"", b"text " * 40_000, bytes(300_000), random.Random(0).randbytes(300_000)):
         (tmp_path / "x").write_bytes(content)
@@ -127,7 +141,7 @@ def test_damage_inside_is_told_by_record(shard):
 
 def test_shards_are_found_in_order(tmp_path):
     (tmp_path / "val").mkdir()
-    for name in ("b.array_record", "a.array_record", "notes.txt"):
+    for name in ("b.array_record", "a.array_record", ".c.7.array_record", "notes.txt"):
         (tmp_path / "val" / name).touch()
     assert [path.name for path in find_shards(tmp_path, "val")] == [
         "a.array_record",
@@ -140,7 +154,9 @@ def test_missing_data_is_explained(tmp_path):
         find_shards(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match=r"(?s)no \*\.array_record files in train, val, test.*hub "):
         find_shards(tmp_path, "train")
-    (tmp_path / "train").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / ".a.array_record").touch()  # hidden: not whole
     (tmp_path / "train" / "a.array_record").touch()
     with pytest.raises(UserError, match=r"split 'test': .*test is missing or empty \(there is tra"):
         find_shards(tmp_path, "test")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cwm_jax import data
+from cwm_jax.clips import Episodes
 from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
@@ -42,13 +43,7 @@ def load(
         UserError: where no record is that long, or fewer than asked for.
     """
     episodes = data.open_episodes(config, split, num_actions=num_actions)
-    eligible = int((episodes.lengths >= frames).sum())
-    if not eligible:
-        longest = int(episodes.lengths.max())
-        raise UserError(
-            f"no record of {config.dir}/{split} has {frames} frames (the longest has {longest}): "
-            f"draw at least {frames - longest} frames fewer"
-        )
+    eligible = len(long_enough(episodes, config, split, frames=frames))
     if clips > eligible:
         raise UserError(
             f"{clips} clips were asked for; {eligible} of {len(episodes)} records of "
@@ -63,6 +58,18 @@ def load(
         too_short=len(episodes) - eligible,
         digest=digest(**batch),
     )
+
+
+def long_enough(episodes: Episodes, config: DataConfig, split: str, *, frames: int) -> np.ndarray:
+    """The numbers of the records of `frames` or more. Raises `UserError` where there are none."""
+    (found,) = np.nonzero(episodes.lengths >= frames)
+    if not len(found):
+        longest = int(episodes.lengths.max())
+        raise UserError(
+            f"no record of {config.dir}/{split} has {frames} frames (the longest has {longest}): "
+            f"draw at least {frames - longest} frames fewer"
+        )
+    return found
 
 
 def digest(frames: np.ndarray, actions: np.ndarray) -> str:

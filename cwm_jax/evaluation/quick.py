@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cwm_jax import data
 from cwm_jax.data import DataConfig
 from cwm_jax.evaluation import control, drawing, held_out, quality
 from cwm_jax.evaluation.drawing import Draw
@@ -30,12 +31,17 @@ def prepare(
 ) -> Quick:
     """Loads the clips, the same for a run's whole life: as many as asked for, or as there are.
 
+    They come from records at even distances over the split.
+
     Raises:
-        UserError: where no record has `frames` + 1 frames.
+        UserError: where no record has `frames` + 1 frames, or a bad one may not be skipped.
     """
-    held = held_out.load(config, split, frames=frames + 1, num_actions=num_actions)
-    few = slice(None, None, max(1, len(held) // clips))
-    real, actions = held.frames[few][:clips].copy(), held.actions[few][:clips].copy()
+    episodes = data.open_episodes(config, split, num_actions=num_actions)
+    eligible = held_out.long_enough(episodes, config, split, frames=frames + 1)
+    spread = eligible[:: max(1, len(eligible) // clips)][:clips].tolist()
+    chosen = data.good_episodes(config, episodes, spread, length=frames + 1)
+    batch = data.load_clips(episodes, chosen, length=frames + 1)
+    real, actions = batch["frames"], batch["actions"]
     random = control.random_actions(
         actions, n_prompt=1, frames=frames, seed=seed, num_actions=num_actions
     )

@@ -106,11 +106,15 @@ class Simulator:
         """Plays a recording; the same one gives the same chunks. To be gone through to its end.
 
         Raises:
-            UserError: the process broke down, with its last words.
+            UserError: the process broke down, with its last words; or a thousand episodes in a
+                row were all too short for a chunk.
         """
         self._ask({"do": "record", **dataclasses.asdict(recording)})
         for _ in range(recording.records):
-            yield self._chunk(json.loads(self._line()))
+            head = json.loads(self._line())
+            if "fault" in head:
+                raise UserError(head["fault"])
+            yield self._chunk(head)
 
     def replay(
         self, game: str, runs: Sequence[tuple[int, Sequence[int]]], *, difficulty: str = "hard"

@@ -2,7 +2,8 @@
 
 Jobs come in on stdin, a line of JSON each, and what they make goes out on stdout:
 
-    record  chunks of episodes, each a line of JSON and then the raw bytes of its arrays
+    record  chunks of episodes, each a line of JSON and then the raw bytes of its arrays; or, where
+            no more will come, a line with the fault
     replay  a line with a number of bytes, then an npz of so many: the frames of given levels
             under given actions
 
@@ -18,6 +19,7 @@ import numpy as np
 from procgen import ProcgenGym3Env
 
 NUM_ACTIONS = 15
+PATIENCE = 1000  # episodes in a row of which none is long enough to record
 MEAN_HOLD = 8  # frames that a sticky player holds an action on average
 #                 left:+down   -    +up  down noop  up  right:+down  -    +up   the letter keys
 STICKY = np.array([0.01, 0.10, 0.05, 0.02, 0.08, 0.04, 0.02, 0.36, 0.32, 0, 0, 0, 0, 0, 0])
@@ -67,7 +69,10 @@ def level_seeds(env):
 
 
 def record(job, out):
-    """Writes `records` chunks of at most `chunk` frames; shorter ones only where a level ends."""
+    """Writes `records` chunks of at most `chunk` frames; shorter ones only where a level ends.
+
+    Gives up, and writes why, after `PATIENCE` episodes without a chunk of `min_chunk` frames.
+    """
     num, length = job["num_envs"], job["chunk"]
     rng = np.random.default_rng(job["seed"])
     env = environment(job, num, int(rng.integers(2**31 - 1)))
@@ -78,7 +83,8 @@ def record(job, out):
     filled = np.zeros(num, int)  # frames in each unfinished chunk
     starts = np.zeros(num, int)  # the frame of its level that each chunk starts with
     seeds, rows, written = level_seeds(env), np.arange(num), 0
-    while written < job["records"]:
+    passed_over, longest = 0, 0  # ends of episodes since the last chunk; frames of the longest
+    while written < job["records"] and passed_over < PATIENCE:
         _, seen, _ = env.observe()
         pressed = players.act()
         frames[rows, filled], actions[rows, filled] = seen["rgb"], pressed
@@ -95,12 +101,21 @@ def record(job, out):
                 for part in (frames, actions, rewards):
                     out.write(part[i, :size].tobytes())
                 written += 1
+                passed_over = 0
+            elif ended[i]:
+                passed_over, longest = passed_over + 1, max(longest, size)
             starts[i] = 0 if ended[i] else starts[i] + size
             filled[i] = 0
         if ended.any():
             players.restart(ended)
             seeds = level_seeds(env)
     env.close()
+    if written < job["records"]:
+        fault = (
+            f"{PATIENCE} episodes of {job['game']} in a row had no {job['min_chunk']} frames to "
+            f"record, but {longest} at most: lower --min-chunk"
+        )
+        out.write(json.dumps({"fault": fault}).encode() + b"\n")
 
 
 def replay(job, out):

@@ -44,7 +44,7 @@ def download(
     for split in splits:
         mine = [f for f in listed if PurePosixPath(f.path).match(f"{split}/{shards.PATTERN}")]
         if not mine:
-            raise UserError(f"{repo} has no {split}/{shards.PATTERN} files")
+            raise UserError(f"{repo} has no {split}/*.array_record files")
         wanted += sorted(mine, key=lambda file: file.path)[:count]
     return get(api, repo, "dataset", revision, wanted, folder, jobs=jobs)
 

@@ -17,7 +17,8 @@ KEYS.toml tells what the actions are:
     keys = ["ArrowLeft"]               # as browsers name keys (KeyboardEvent.code)
 
 Frames become 64×64. Whole recordings go to one split each; where there are fewer than three, the
-end of each is held back. Broken off, the same command does it again.
+end of each is held back. Broken off, the same command does it again. What an earlier call packed
+from this folder gives way to the new once all of that is there.
 """
 
 import argparse
@@ -36,6 +37,8 @@ from cwm_jax import controls, episodes, files, recordings, shards
 from cwm_jax.controls import Controls
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.recordings import Recording
+
+_NAME = "data_{}.array_record"  # with a dot before it, which hides it, until all are written
 
 
 class Piece(NamedTuple):
@@ -89,6 +92,8 @@ def _chunks(length: int, cut: Cut) -> Iterator[tuple[int, int]]:
 def pack(folder: Path, out: Path, known: Controls, cut: Cut, *, jobs: int) -> dict[str, int]:
     """Packs every recording of `folder`, `jobs` at a time; returns the records of each split.
 
+    What was packed before stays until all is written, and is then replaced.
+
     Raises:
         UserError: for a recording that cannot be used, naming file and fault.
     """
@@ -96,6 +101,18 @@ def pack(folder: Path, out: Path, known: Controls, cut: Cut, *, jobs: int) -> di
     actions = [recordings.read_actions(r.actions, known) for r in found]
     pieces = plan([len(a[:: cut.every]) for a in actions], cut)
     _claim(out, folder, known)
+    try:
+        counts = _write_all(out, found, actions, pieces, known, cut, jobs)
+        _replace_shards(out)
+        _write_metadata(out, folder, known)
+    finally:
+        _remove_hidden(out)
+    return {split: counts[split] for split in shards.SPLITS}
+
+
+def _write_all(out, found, actions, pieces, known, cut, jobs) -> collections.Counter[str]:
+    """Writes every shard under its hidden name."""
+    _remove_hidden(out)  # of a call that was killed
     counts: collections.Counter[str] = collections.Counter()
     with (
         ThreadPoolExecutor(jobs) as pool,
@@ -104,24 +121,44 @@ def pack(folder: Path, out: Path, known: Controls, cut: Cut, *, jobs: int) -> di
         write = lambda *job: _write_recording(out, *job, known, cut, bar)
         for written in pool.map(write, range(len(found)), found, actions, pieces):
             counts.update(written)
-    return {split: counts[split] for split in shards.SPLITS}
+    return counts
 
 
 def _claim(out: Path, folder: Path, known: Controls) -> None:
-    """Writes the metadata of an empty folder, or of one that was packed from the same source."""
-    path, source = out / controls.METADATA, folder.name
+    """Makes sure that a folder was packed from the same source, or is empty: then it marks it."""
+    path = out / controls.METADATA
     if path.is_file():
-        if json.loads(path.read_text()).get("source") != source:
+        if json.loads(path.read_text()).get("source") != folder.name:
             raise UserError(f"{out} holds other data; name a new folder")
     elif out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} holds something that was not packed; name a new folder")
-    said = known.to_json() | {"source": source, "frame_shape": [64, 64, 3]}
-    with files.written_whole(path) as temporary:
+    else:
+        _write_metadata(out, folder, known)
+
+
+def _write_metadata(out: Path, folder: Path, known: Controls) -> None:
+    said = known.to_json() | {"source": folder.name, "frame_shape": [64, 64, 3]}
+    with files.written_whole(out / controls.METADATA) as temporary:
         temporary.write_text(json.dumps(said, indent=1) + "\n")
 
 
+def _replace_shards(out: Path) -> None:
+    """Takes away the shards of an earlier call, and gives the new ones their names."""
+    for split in shards.SPLITS:
+        for old in (out / split).glob(_NAME.format("[0-9]*")):
+            old.unlink()
+        for new in (out / split).glob("." + _NAME.format("*")):
+            new.rename(new.with_name(new.name.removeprefix(".")))
+
+
+def _remove_hidden(out: Path) -> None:
+    for split in shards.SPLITS:
+        for left in (out / split).glob(".*.array_record"):
+            left.unlink()
+
+
 def _write_recording(out, number, recording: Recording, actions, pieces, known, cut, bar):
-    """Writes one shard for each split of a recording; returns its records by split."""
+    """Writes one hidden shard for each split of a recording; returns its records by split."""
     frames = _counted(recording, len(actions), cut)
     kept, at = actions[:: cut.every], 0
     for split in dict.fromkeys(piece.split for piece in pieces):
@@ -138,7 +175,7 @@ def _write_recording(out, number, recording: Recording, actions, pieces, known, 
                 bar.update()
                 yield record
 
-        target = out / split / f"data_{number:04d}.array_record"
+        target = out / split / ("." + _NAME.format(f"{number:04d}"))
         with files.written_whole(target) as temporary:
             shards.write_shard(temporary, records())
     collections.deque(frames, maxlen=0)  # to its end, which tells whether the counts agree
