@@ -200,8 +200,9 @@ class _Index:
         return [known if known.all() else self._of_shard(shard) for shard, known in pairs]
 
     def _of_shard(self, shard: Path) -> np.ndarray:
+        sizes = record_sizes(shard)
         reader = open_shard(shard)
-        sizes, count = record_sizes(shard), reader.num_records()
+        count = reader.num_records()
         if sizes is None or len(sizes) != count:  # a layout we cannot step through
             check_sizes(shard, sizes or ())
             return np.array([self._frames_of(reader, shard, i) for i in range(count)], np.int32)

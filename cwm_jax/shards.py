@@ -12,6 +12,7 @@ import struct
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
@@ -153,13 +154,15 @@ def record_sizes(shard: Path) -> list[int] | None:
     """The length in bytes of each record, unpacked, without reading the records.
 
     Steps from chunk header to chunk header: some 40 bytes of each 100 KB. None where the layout
-    is not one plain record to a chunk, so that lengths must be found by reading.
+    is not one plain record to a chunk, so that lengths must be found by reading. To be asked
+    before `open_shard`, which unpacks the footer.
 
     Raises:
         BadRecord: the layout is another, and a chunk claims more bytes than a record may have.
+        UserError: the footer does, or there is no file to be read.
     """
     chunks, plain = [], True
-    with shard.open("rb", buffering=0) as file:
+    with _opened(shard) as file:
         size = os.fstat(file.fileno()).st_size
         at, end = _SIGNATURE_END, size - _BLOCK  # the last block only points to the footer
         while at < end:
@@ -172,10 +175,22 @@ def record_sizes(shard: Path) -> list[int] | None:
                 chunks.append((count, unpacked))
             plain &= kind in _PLAIN
     records = chunks[:-1]  # the last chunk is the footer
+    if chunks and chunks[-1][1] > MAX_RECORD_BYTES:
+        raise UserError(
+            f"{shard}: its footer unpacks to {chunks[-1][1]} bytes; at most {MAX_RECORD_BYTES} "
+            f"are read"
+        )
     if plain and at == end and chunks and all(count == 1 for count, _ in records):
         return [unpacked for _, unpacked in records]
-    _check_chunks(shard, chunks)
+    _check_chunks(shard, records)
     return None
+
+
+def _opened(shard: Path) -> BinaryIO:
+    try:
+        return shard.open("rb", buffering=0)
+    except OSError as error:
+        raise UserError(f"cannot read {shard}: {error.strerror}") from None
 
 
 def _check_chunks(shard: Path, chunks: Sequence[tuple[int, int]]) -> None:

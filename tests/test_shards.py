@@ -90,6 +90,14 @@ def test_an_enormous_chunk_of_another_layout_is_refused(tmp_path, monkeypatch, o
         record_sizes(tmp_path / "x")
 
 
+def test_an_enormous_footer_is_refused(tmp_path, monkeypatch):
+    """It lists the chunks, and is unpacked to open the file at all."""
+    write_shard(tmp_path / "x", [b"a"] * 50)
+    monkeypatch.setattr(shards, "MAX_RECORD_BYTES", 20)
+    with pytest.raises(UserError, match=r"x: its footer unpacks to \d+ bytes; at most 20"):
+        record_sizes(tmp_path / "x")
+
+
 def test_sizes_of_no_shard_end(tmp_path):
     for content in (b"", b"text " * 40_000, bytes(300_000), random.Random(0).randbytes(300_000)):
         (tmp_path / "x").write_bytes(content)

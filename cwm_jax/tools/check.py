@@ -59,10 +59,8 @@ def read_shard(path: Path, num_actions: int) -> Shard:
     """Decodes every record of a shard; its faults are part of the answer."""
     found = Shard(path, {}, {}, {}, np.zeros(num_actions, int), [])
     try:
+        shards.check_sizes(path, shards.record_sizes(path) or ())
         reader = shards.open_shard(path)
-        sizes = shards.record_sizes(path)
-        if sizes is not None:
-            shards.check_sizes(path, sizes)
     except UserError as error:
         found.unreadable = str(error).removeprefix(f"{path}")
         return found
