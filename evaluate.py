@@ -119,6 +119,8 @@ def close_the_loop(words: list[str]) -> None:
     add("--simulator", type=Path, help="folder of its environment (.venv-procgen; made if absent)")
     _add_drawing_flags(add)
     args = parser.parse_args(words)
+    sampler.check_seed(args.seed)
+    closed_loop.check(levels=args.levels, frames=args.frames, n_prompt=args.n_prompt)
     opened = _open(args)
     drawing.check_game(opened.network)
     draw = drawing.by_sampler(opened.sampler)

@@ -20,11 +20,13 @@ from cwm_jax.coinrun import FPS
 from cwm_jax.errors import UserError, shown_to_user
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
+_MAX_FPS = 1000
 
 
 def main() -> None:
     args = _flags().parse_args()
     with shown_to_user():
+        _check(args)
         drawing = _drawing(args)
         checkpoint = pocket.unless(args.checkpoint)
         opened = samplers.open_sampler(checkpoint, step=args.step, **drawing)
@@ -86,6 +88,13 @@ def _data_config(folder: str | None, opened: samplers.Opened) -> data.DataConfig
     if not folder:
         folder = used if used and Path(used).is_dir() else str(_EMBEDDED)
     return data.DataConfig(dir=folder)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises `UserError` for numbers that nothing checks before frames are drawn."""
+    sampler.check_seed(args.seed)
+    if not 1 <= args.fps <= _MAX_FPS:
+        raise UserError(f"--fps {args.fps}: must be 1…{_MAX_FPS}")
 
 
 def _drawing(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,6 +10,7 @@ it, one for each frame: what was pressed while that frame was shown.
 
 import csv
 import dataclasses
+import functools
 import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from cwm_jax import controls
+from cwm_jax import controls, npz
 from cwm_jax.coinrun import IMAGE_SIZE
 from cwm_jax.controls import Controls
 from cwm_jax.errors import UserError
@@ -87,11 +88,11 @@ def read_actions(path: Path, known: Controls) -> np.ndarray:
     Raises:
         UserError: naming the file, the line and the value that is wrong.
     """
+    if path.suffix == ".npz":
+        return _from_array(path, known)
     try:
-        if path.suffix == ".npz":
-            return _from_array(path, known)
         rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"cannot read actions from {path}: {error}") from None
     if not rows:
         raise UserError(f"{path} holds no actions")
@@ -152,8 +153,7 @@ def _number(value, known: Controls, place: str) -> int:
 
 
 def _from_array(path: Path, known: Controls) -> np.ndarray:
-    with np.load(path) as arrays:
-        actions = arrays["actions"]
+    actions = npz.read(path, ["actions"])["actions"]
     if actions.ndim == 2 and known.encoding == "buttons":
         if actions.shape[1] != len(known.controls) or not np.isin(actions, (0, 1)).all():
             raise UserError(
@@ -189,13 +189,20 @@ def _pictures(path: Path) -> Iterator[Callable[[], Image.Image]]:
     """What makes each picture: those that are passed over cost no conversion."""
     if path.is_dir():
         for png in sorted(path.glob("*.png")):
-            yield lambda png=png: Image.open(png).convert("RGB")
+            yield functools.partial(_read_png, png)
         return
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         for frame in container.decode(stream):
             yield frame.to_image
+
+
+def _read_png(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read a frame from {path}: {error}") from None
 
 
 def fitted(picture: Image.Image, fit: str) -> Image.Image:

@@ -38,6 +38,12 @@ def ddim_levels(steps: int) -> tuple[int, ...]:
     return tuple(diffusion.NUM_LEVELS * i // steps - 1 for i in range(steps, 0, -1))
 
 
+def check_seed(seed: int) -> None:
+    """Raises `UserError` for a seed of noise that is not 0…2³² − 1: JAX would cut it to these."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed}: must be 0…{2**32 - 1}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """How frames are drawn."""

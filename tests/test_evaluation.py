@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import model
+from cwm_jax import data, model
 from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.data import DataConfig
+from cwm_jax.episodes import BadRecord, encode
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import (
     comparison,
@@ -30,6 +31,7 @@ from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.scores import score
 from cwm_jax.network import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig
+from cwm_jax.shards import write_shard
 
 CLIPS, LENGTH = 5, 24
 EMBEDDED = DataConfig(dir="assets/coinrun")
@@ -288,9 +290,11 @@ def test_a_cached_probe_is_the_trained_one_and_other_data_has_another(clips, tmp
 def test_a_broken_cached_probe_is_named(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "_EPOCHS", 1)
     path = tmp_path / f"probe_{probe.cached_on(clips, tmp_path).name}.npz"
-    path.write_bytes(b"no archive")
-    with pytest.raises(UserError, match=path.name):
-        probe.cached_on(clips, tmp_path)
+    whole = path.read_bytes()
+    for content in (b"no archive", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path.name}: .*remove it"):
+            probe.cached_on(clips, tmp_path)
 
 
 # Drift
@@ -488,6 +492,9 @@ def test_a_plan_that_cannot_be_is_refused():
     for wrong in (dict(horizon=1), dict(clips=-1), dict(drift_frames=100), dict(n_prompt=(0,))):
         with pytest.raises(UserError):
             full.Plan(**wrong)
+    for seed in (-1, 2**32):
+        with pytest.raises(UserError, match=f"seed={seed}: must be 0…4294967295"):
+            full.Plan(seed=seed)
 
 
 def test_more_clips_than_memory_holds_are_refused_before_anything_is_drawn():
@@ -498,6 +505,45 @@ def test_more_clips_than_memory_holds_are_refused_before_anything_is_drawn():
 
 
 # The quick form
+
+
+def test_the_quick_form_loads_the_few_clips_that_it_shows(make_data, monkeypatch):
+    folder = make_data(val=[[40, 12, 40, 40, 40], [40, 40, 40]])
+    loaded = []
+    real = data.load_clips
+    monkeypatch.setattr(
+        data,
+        "load_clips",
+        lambda e, numbers, **kw: loaded.extend(numbers) or real(e, numbers, **kw),
+    )
+    few = quick.prepare(
+        DataConfig(dir=str(folder)), "val", clips=3, frames=29, num_actions=15, seed=0
+    )
+    assert loaded == [0, 3, 5]  # every second of 0, 2, 3, 4, 5, 6, 7
+    assert few.frames[:, 0, 0, 0, 0].tolist() == loaded
+
+
+def test_the_quick_form_passes_over_bad_records(make_data, marked_episode, capsys):
+    folder = make_data(val=[[40] * 6])
+    wrong = [marked_episode(number, 40) for number in range(6)]
+    for number in (0, 2, 3):
+        wrong[number].actions[17] = 99
+    shard = folder / "val" / "data_0000.array_record"
+    write_shard(shard, map(encode, wrong))
+    sizes = dict(clips=3, frames=29, num_actions=15, seed=0)
+    with pytest.raises(BadRecord, match="record 0: its action at frame 17 is 99"):
+        quick.prepare(DataConfig(dir=str(folder)), "val", **sizes)
+    skipping = DataConfig(dir=str(folder), on_bad_record="skip")
+    few = quick.prepare(skipping, "val", **sizes)  # of 0, 2, 4
+    assert few.frames[:, 0, 0, 0, 0].tolist() == [1, 5, 4]
+    told = capsys.readouterr().err
+    assert [told.count(f"{shard}, record {number}: ") for number in range(6)] == [1, 0, 1, 1, 0, 0]
+    few = quick.prepare(skipping, "val", **sizes | {"clips": 6})
+    assert few.frames[:, 0, 0, 0, 0].tolist() == [1, 4, 5]  # as many as are good
+    with pytest.raises(UserError, match=r"bad record number 2 .*data\.max_bad_records=1"):
+        quick.prepare(
+            DataConfig(dir=str(folder), on_bad_record="skip", max_bad_records=1), "val", **sizes
+        )
 
 
 def test_the_quick_form_scores_an_oracle_above_copying_and_tells_that_it_ignores_keys():

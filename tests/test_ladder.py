@@ -21,6 +21,7 @@ FLOORS = (
         "coinrun",
         "files",
         "motion",
+        "npz",
         "pocket",
         "resume",
         "rope",

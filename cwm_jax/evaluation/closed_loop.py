@@ -34,6 +34,14 @@ class Loop(NamedTuple):
     n_prompt: int
 
 
+def check(*, levels: int, frames: int, n_prompt: int) -> None:
+    """Raises a UserError where there is nothing to play, or no frames are left to draw."""
+    if levels < 1:
+        raise UserError(f"levels={levels}: must be 1 or more")
+    if not 1 <= n_prompt < frames:
+        raise UserError(f"{n_prompt} of {frames} frames given leave none to draw")
+
+
 def random_keys(count: int, frames: int, *, seed: int) -> np.ndarray:
     """Uniform random actions, as in the dataset: int32 [count, frames]."""
     return np.random.default_rng(seed).integers(NUM_ACTIONS, size=(count, frames), dtype=np.int32)
@@ -51,8 +59,7 @@ def play(
         UserError: where no level lasts so long, or there are no frames left to draw.
     """
     length = keys.shape[1] + 1
-    if not 1 <= n_prompt < length:
-        raise UserError(f"{n_prompt} of {length} frames given leave none to draw")
+    check(levels=len(keys), frames=length, n_prompt=n_prompt)
     played = replay([(level, row.tolist()) for level, row in zip(levels, keys, strict=True)])
     lasting = [i for i, frames in enumerate(played) if len(frames) == length]
     if not lasting:

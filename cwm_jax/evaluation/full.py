@@ -33,7 +33,7 @@ from cwm_jax.evaluation.scores import Scores, score
 from cwm_jax.files import written_whole
 from cwm_jax.model import Params
 from cwm_jax.network import DiTConfig
-from cwm_jax.sampler import Sampler
+from cwm_jax.sampler import Sampler, check_seed
 
 PROBED = 31  # frames whose actions are read back: what fits the window of the original
 
@@ -54,6 +54,7 @@ class Plan:
         for name, least in (("horizon", 2), ("drift_frames", drift.WINDOW), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)}: must be {least} or more")
+        check_seed(self.seed)
         if min(self.n_prompt) < 1 or self.clips < 0:
             raise UserError(f"n_prompt={self.n_prompt}, clips={self.clips}: need at least one")
         if self.drift_frames < self.horizon:

@@ -21,7 +21,7 @@ from einops import rearrange
 from flax import nnx
 from tqdm import tqdm
 
-from cwm_jax import data
+from cwm_jax import data, npz
 from cwm_jax.coinrun import CHANNELS, MEANINGFUL_ACTIONS, NUM_ACTIONS, action_keys, to_model
 from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
@@ -187,10 +187,10 @@ def cache_folder() -> Path:
 def _load(path: Path) -> nnx.State:
     flat = nnx.to_flat_state(_skeleton()[1])
     try:
-        with np.load(path) as saved:
-            leaves = [(at, leaf.replace(jnp.asarray(saved[_key(at)]))) for at, leaf in flat]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the cached probe {path} cannot be read ({error}); remove it") from None
+        saved = npz.read(path, [_key(at) for at, _ in flat])
+    except UserError as error:
+        raise UserError(f"{error}; it is a cached probe: remove it") from None
+    leaves = [(at, leaf.replace(jnp.asarray(saved[_key(at)]))) for at, leaf in flat]
     return nnx.from_flat_state(leaves)
 
 

@@ -89,6 +89,11 @@ def from_picture(raw: bytes) -> Prompt:
                 f"at most {MAX_SIDE}×{MAX_SIDE} are taken, and 64×64 are used"
             )
         picture = picture.convert("RGB")
+    except Image.DecompressionBombError:  # Pillow's own limit, before the size can be asked for
+        raise UserError(
+            f"the picture is far too large: at most {MAX_SIDE}×{MAX_SIDE} pixels are taken, and "
+            f"64×64 are used"
+        ) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError):
         raise UserError("that file is no picture that can be read: send a PNG or JPEG") from None
     side = min(picture.size)
@@ -107,6 +112,10 @@ def _from_png(source: PictureSource) -> Prompt:
         if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
             raise UserError(f"the picture is {picture.size}, not {(IMAGE_SIZE, IMAGE_SIZE)}")
         frame = np.array(picture.convert("RGB"))
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"the picture in it is far too large, not {(IMAGE_SIZE, IMAGE_SIZE)}"
+        ) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         raise UserError("the picture in it cannot be read") from None
     return Prompt(frame[None], np.array([NO_ACTION], np.int32), source)

@@ -1,6 +1,8 @@
 """What a session may start from, and what is refused before it can do harm."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -55,6 +57,19 @@ def test_what_is_no_picture_or_too_large_is_refused(monkeypatch):
             prompts.from_picture(raw)
     with pytest.raises(UserError, match="bytes; at most"):
         prompts.from_picture(bytes(prompts.MAX_PICTURE_BYTES + 1))
+
+
+def test_a_picture_that_claims_more_than_pillow_opens_is_too_large():
+    def chunk(name, content):
+        check = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+    with pytest.raises(UserError, match="far too large: at most 1024×1024"):
+        prompts.from_picture(bomb)
+    with pytest.raises(UserError, match=r"in it is far too large, not \(64, 64\)"):
+        prompts._from_png(PictureSource(bomb))
 
 
 def test_clips_are_found_by_number(clips):

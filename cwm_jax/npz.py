@@ -1,0 +1,29 @@
+"""Arrays out of an .npz file, which may be damaged or something else."""
+
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from cwm_jax.errors import UserError
+
+
+def read(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
+    """The arrays with these names; no other is unpacked.
+
+    Raises:
+        UserError: the file cannot be read, or lacks one of them.
+    """
+    try:
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("it is no whole .npz archive")
+            loaded = np.load(file)
+            arrays = {name: loaded[name] for name in names}
+        if wrong := [name for name in names if not isinstance(arrays[name], np.ndarray)]:
+            raise ValueError(f"its {wrong[0]} is no array")
+    except Exception as error:  # of a damaged file nearly anything, from zlib's to a tokenizer's
+        reason = str(error) or type(error).__name__
+        raise UserError(f"cannot read {path}: {reason}") from None
+    return arrays
