@@ -196,21 +196,26 @@ class Checkpoints:
         `like` gives shapes, dtypes and shardings (arrays, or `jax.ShapeDtypeStruct`s).
         """
         step = self.latest()
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(like).items()}
         try:
-            saved = self._manager.restore(step, args=ocp.args.Composite(**items))
+            return _state(self._manager.restore(step, args=_wanted(_items(like))))
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
                 f"cannot continue from {self._manager.directory / str(step)}: {_first_line(error)}"
             ) from None
-        ema = saved.ema if "ema" in items else None
-        return TrainState(params=saved.params, ema=ema, **saved.optimizer)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
     rest = {k: v for k, v in state._asdict().items() if k not in ("params", "ema")}
     items = dict(params=state.params, optimizer=rest)
     return items if state.ema is None else items | dict(ema=state.ema)
+
+
+def _wanted(items: dict[str, Any]) -> ocp.args.Composite:
+    return ocp.args.Composite(**{k: ocp.args.StandardRestore(tree) for k, tree in items.items()})
+
+
+def _state(items: ocp.args.Composite) -> TrainState:
+    return TrainState(params=items.params, ema=items.get("ema"), **items.optimizer)
 
 
 def _seal(root: Path, step: int | None) -> None:
@@ -300,18 +305,38 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
 
 def _loaded(folder: Path, item: str) -> Trained:
     saved = _meta(folder)
-    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     try:
         network = DiTConfig(**saved.config["model"])
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), model.shapes(network)
         )
-        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(shapes)})
-        params = checkpointer.restore(folder, args)[item]
+        params = _read(folder, {item: shapes})[item]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{folder} is not a whole checkpoint: {_first_line(error)}") from None
     return Trained(network, params, saved.config, saved.step, folder)
+
+
+def load_state(folder: Path, like: TrainState) -> TrainState:
+    """The whole training state of one checkpoint; nothing in its run is changed.
+
+    Args:
+        folder: the checkpoint, such as `Trained.path`.
+        like: as for `Checkpoints.restore`.
+
+    Raises:
+        UserError: where it is damaged, or its arrays are not such.
+    """
+    if fault := checksums.fault(folder):
+        raise UserError(f"{folder} is not a whole checkpoint: {fault}")
+    try:
+        return _state(_read(folder, _items(like)))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{folder} is not a whole checkpoint: {_first_line(error)}") from None
+
+
+def _read(folder: Path, items: dict[str, Any]) -> ocp.args.Composite:
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler()).restore(folder, _wanted(items))
 
 
 def _find(path: Path, step: int | None) -> list[Path]:

@@ -117,6 +117,23 @@ def test_another_network_does_not_continue_it(run):
         saved.restore(like)
 
 
+def test_one_checkpoint_is_read_whole_and_its_run_stays_as_it_is(run):
+    kept = run / "checkpoints"
+    (kept / "13.orbax-checkpoint-tmp").mkdir()
+    (kept / "11" / "meta" / "metadata").write_text("damaged")
+    before = {p: p.is_file() and p.read_bytes() for p in run.rglob("*")}
+    like = jax.eval_shape(lambda: state_at(0))
+    state = checkpoint.load_state(kept / "7", like)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state, state_at(7)))
+    assert {p: p.is_file() and p.read_bytes() for p in run.rglob("*")} == before
+    with pytest.raises(UserError, match="11 is not a whole checkpoint: meta"):
+        checkpoint.load_state(kept / "11", like)
+    shutil.rmtree(kept / "7" / "optimizer")  # as in an export
+    checksums.write(kept / "7")
+    with pytest.raises(UserError, match="7 is not a whole checkpoint"):
+        checkpoint.load_state(kept / "7", like)
+
+
 def flip(path, place=-3):
     raw = bytearray(path.read_bytes())
     raw[place] ^= 0x10

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cwm_jax import checkpoint, training
+from cwm_jax.errors import UserError
 from cwm_jax.network import DiTConfig
 from cwm_jax.tools import import_torch
 
@@ -46,16 +48,23 @@ def wanted_config(wanted):
     return {path[1] for path in wanted if path[0] == "config"}
 
 
-def save(tmp_path, *, ema_decay):
+def save(tmp_path, *, ema_decay, steps=(0,)):
     network = DiTConfig(**TINY, max_frames=8, dtype="float32")
     config = dict(lr=1e-3, weight_decay=0.01, warmup_steps=0, grad_clip=1.0)
     optim = training.OptimizerConfig(**config, ema_decay=ema_decay)
     state = training.init_state(network, optim, 5)
     if ema_decay:
         state = state._replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
-    with checkpoint.Checkpoints(tmp_path / "run", retention=checkpoint.Retention(1)) as saved:
+    keep = checkpoint.Retention(len(steps))
+    with checkpoint.Checkpoints(tmp_path / "run", retention=keep) as saved:
         model = {k: getattr(network, k) for k in DiTConfig.__dataclass_fields__}
-        saved.save(state, data_position="", config=config | {"model": model})
+        for step in steps:
+            params = jax.tree.map(lambda x, step=step: x + step, state.params)
+            saved.save(
+                state._replace(params=params, step=jnp.int32(step)),
+                data_position="",
+                config=config | {"model": model},
+            )
 
 
 def test_the_average_goes_out_where_it_is_asked_for(tmp_path):
@@ -68,6 +77,30 @@ def test_the_average_goes_out_where_it_is_asked_for(tmp_path):
         for path in (plain, average)
     ]
     np.testing.assert_array_equal(biases, [[0] * 192, [1] * 192])
+
+
+def content(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_checkpoint_that_is_named_goes_out_and_its_run_stays_as_it_is(tmp_path, capsys):
+    save(tmp_path, ema_decay=0, steps=(1, 2, 3))
+    kept = tmp_path / "run" / "checkpoints"
+    (kept / "7.orbax-checkpoint-tmp").mkdir()  # what a run that goes on is at
+    (kept / "7.orbax-checkpoint-tmp" / "half").write_bytes(b"half a save")
+    (kept / "3" / "meta" / "metadata").write_bytes(b"damaged")
+    before = content(tmp_path / "run")
+    for source, step in ((kept / "1", 1), (tmp_path / "run", 2)):
+        import_torch.main([str(source), str(tmp_path / "x.pt")])
+        found = torch.load(tmp_path / "x.pt", weights_only=True)
+        assert found["step"] == step
+        assert (found["model"]["final_layer.linear.bias"] == step).all()
+    assert f"{tmp_path / 'run'}: step 2 →" in capsys.readouterr().out
+    assert content(tmp_path / "run") == before
+    victim = next(p for p in sorted((kept / "2" / "optimizer").rglob("*")) if p.is_file())
+    victim.unlink()
+    with pytest.raises(UserError, match=r"2 is not a whole checkpoint: optimizer/.* is missing"):
+        import_torch.convert_back(kept / "2", tmp_path / "x.pt", ema=False)
 
 
 def test_faults_are_told(tmp_path, capsys):

@@ -100,6 +100,14 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     assert checkpoint.load(run).step == 0
 
 
+def test_a_run_in_its_first_save_is_left_alone(tmp_path):
+    half = tmp_path / "run" / "checkpoints" / "7.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    with pytest.raises(UserError, match="already holds"):
+        imported(tmp_path, "ckpt_step_0000003.pt")
+    assert [p.name for p in half.parent.iterdir()] == [half.name]
+
+
 def test_its_settings_are_kept(tmp_path):
     trained = checkpoint.load(imported(tmp_path, "ckpt_step_0000003.pt"))
     theirs = torch.load(FOLDER / "ckpt_step_0000003.pt", weights_only=True)["config"]

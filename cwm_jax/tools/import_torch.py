@@ -3,8 +3,9 @@
     python -m cwm_jax.tools.import_torch ckpt_step_0110000.pt runs/imported
     python -m cwm_jax.tools.import_torch runs/small ckpt_step_0110000.pt
 
-A `.pt` file as the target means the way back: the newest checkpoint of a run, which the original
-loads and trains on. Nothing is lost either way: parameters and moments keep every bit.
+A `.pt` file as the target means the way back: the newest checkpoint of a run, or the one that is
+named (`runs/small/checkpoints/110000`), as a file that the original loads and trains on. Nothing is
+lost either way: parameters and moments keep every bit.
 
 What an import makes holds parameters, AdamW moments, the step and the settings that both share;
 `sample.py --checkpoint runs/imported` draws from it, and
@@ -188,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", type=Path, help="the original's .pt file, or a run's workdir")
+    add("source", type=Path, help="the original's .pt file, or a run or one checkpoint of it")
     add("target", type=Path, help="workdir to make, which must not hold a run yet, or a .pt file")
     add("--max-frames", type=int, default=32, help="window; a .pt does not tell (%(default)s)")
     add("--ema", action="store_true", help="way back: the moving average as the parameters")
@@ -201,27 +202,33 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def convert(path: Path, out_dir: Path, *, max_frames: int) -> None:
-    """Writes `path`, a checkpoint of the original, as a checkpoint of ours under `out_dir`."""
+    """Writes `path`, a checkpoint of the original, as a checkpoint of ours under `out_dir`.
+
+    Raises:
+        UserError: `path` is no such checkpoint, or `out_dir` holds a run, finished saves or not.
+    """
+    if any((out_dir / checkpoint.FOLDER).glob("*")):  # a run that lives would lose its save
+        raise UserError(f"{out_dir} already holds checkpoints; name an empty folder")
     loaded = read(path)
     weights = {k: v.numpy() for k, v in loaded["model"].items()}
     network = torch_format.infer_config(weights, image_size=64, max_frames=max_frames, dtype="auto")
     settings = settings_of(loaded, network)
     optim = _optimizer_of(settings, ema=False)
     with checkpoint.Checkpoints(out_dir, retention=_ONE) as saved:
-        if saved.latest() is not None:
-            raise UserError(f"{out_dir} already holds checkpoints; name an empty folder")
         saved.save(state_of(loaded, network, optim), data_position="", config=settings)
     print(f"{path}: step {loaded['step']}, {network} → {out_dir}")
 
 
 def convert_back(workdir: Path, path: Path, *, ema: bool) -> None:
-    """Writes the newest checkpoint of a run as `path`, a checkpoint of the original.
+    """Writes a checkpoint of ours as `path`, a checkpoint of the original.
 
     Args:
+        workdir: a run, whose newest checkpoint is taken, or one checkpoint in it.
         ema: write the moving average where the original has its parameters.
 
     Raises:
-        UserError: there is no run, it has no moving average, or the original has no such network.
+        UserError: there is no whole checkpoint, it has no moving average, or the original has no
+            such network.
     """
     torch = _torch()
     trained = checkpoint.load(workdir)
@@ -232,8 +239,7 @@ def convert_back(workdir: Path, path: Path, *, ema: bool) -> None:
     like = jax.eval_shape(lambda: training.init_state(trained.network, optim, 0))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-    with checkpoint.Checkpoints(trained.path.parents[1], retention=_ONE) as saved:
-        state = saved.restore(like)
+    state = checkpoint.load_state(trained.path, like)
     if ema:
         state = state._replace(params=state.ema)
     with files.written_whole(path) as temporary:
