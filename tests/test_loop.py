@@ -302,16 +302,25 @@ def program(*words, cwd=ROOT, devices=1):
     )
 
 
+DEBUG = ["--config", "configs/debug.py", "--workdir", "W"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--config", "configs/small.py"], "--workdir"),
-        (["--config", "configs/none.py", "--workdir", "W"], "configs/none.py"),
-        (["--config", "configs/debug.py", "--workdir", "W", "--config.lrr=1"], "config.lrr (did"),
-        (["--config", "configs/debug.py", "--workdir", "W", "--config.data.d=1"], "config.data.d;"),
-        (["--config", "configs/debug.py", "--workdir", "W", "--config.lr=fast"], "lr"),
-        (["--config", "configs/debug.py", "--workdir", "W", "--config.data.dir=no"], "no"),
-        (["--config", "configs/debug.py", "--workdir", "W", "--config.global_batch_size=3"], "3"),
+        (["--config", "configs/small.py"], "say where the run goes: --workdir=runs/NAME"),
+        (
+            ["--config", "configs/none.py", "--workdir", "W"],
+            "No such file or directory: 'configs/none.py'",
+        ),
+        ([*DEBUG, "--config.lrr=1"], "there is no setting config.lrr (did you mean lr?); see"),
+        ([*DEBUG, "--config.data.d=1"], "there is no setting config.data.d; see configs/base.py"),
+        ([*DEBUG, "--config.lr=fast"], "flag --config.lr=fast: could not convert string to float"),
+        ([*DEBUG, "--config.data.dir=no"], "error: The data folder no does not exist."),
+        (
+            [*DEBUG, "--config.global_batch_size=3"],
+            "error: config.global_batch_size=3 cannot be shared out over 2 devices",
+        ),
     ],
 )
 def test_the_training_program_tells_mistakes_without_a_traceback(tmp_path, words, told):
