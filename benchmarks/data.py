@@ -22,11 +22,13 @@ from cwm_jax import data, memory
 from cwm_jax.data import DataConfig
 from cwm_jax.shards import find_shards, open_shard, read_record
 
+_BATCHES = "training batches, global shuffle"
+
 
 def rate(counts: Iterator[int], seconds: float) -> dict[str, float]:
     """Clips a second from an iterator of numbers of clips; the first item is not counted.
 
-    Processors are those of this process, so `per_core` means nothing with reading processes.
+    `per_core` and `cores` know the processors of this process alone.
     """
     next(counts)
     clips, start, cpu = 0, time.perf_counter(), time.process_time()
@@ -88,14 +90,17 @@ def main() -> None:
     memory.keep_freed()  # as train.py does
     config = DataConfig(dir=args.dir, num_threads=args.threads, num_workers=args.workers)
     counts = {
-        "training batches, global shuffle": batches(config, args.batch),
+        _BATCHES: batches(config, args.batch),
         "records read, not decoded": records_alone(config),
         "one clip of each record, in order": one_clip_of_each_record(config),
     }
     found = {name: rate(source, args.seconds) for name, source in counts.items()}
+    if args.workers:
+        found[_BATCHES] = {"clips_per_s": found[_BATCHES]["clips_per_s"]}
     print(f"{os.cpu_count()} cores, {args.threads} threads, {args.workers} reading processes")
     for name, numbers in found.items():
-        print(f"{name:36} {numbers['clips_per_s']:7.0f} clips/s, {numbers['per_core']:7.0f} a core")
+        each = f", {numbers['per_core']:7.0f} a core" if "per_core" in numbers else ""
+        print(f"{name:36} {numbers['clips_per_s']:7.0f} clips/s{each}")
     found["episodes_per_batch"] = episodes_per_batch(config, args.batch)
     print(f"{found['episodes_per_batch']:.1f} episodes in a batch of {args.batch} clips")
     if args.output:

@@ -44,10 +44,10 @@ def compile_for_target(network, step: training.StepConfig, *, clips: int, frames
     return lowered.compile()
 
 
-def measure(size: str, attention: str, step, *, clips: int, frames: int) -> dict:
+def measure(size: str, attention: str, step, *, clips: int, frames: int, devices: int) -> dict:
     network = sizes.network(size, dtype="bfloat16", attention=attention)
     start = time.perf_counter()
-    compiled = compile_for_target(network, step, clips=clips, frames=frames)
+    compiled = compile_for_target(network, step, clips=clips, frames=frames, devices=devices)
     memory, found = compiled.memory_analysis(), hlo.kernels(compiled.as_text())
     state = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
@@ -69,7 +69,9 @@ def table(results: dict[str, dict]) -> str:
         "by matmuls",
         "attention",
         "copies",
+        "between devices",
         "GB within the step",
+        "compiled in, s",
     )
     lines = [head, ["---"] * len(head)]
     for name, found in results.items():
@@ -77,8 +79,9 @@ def table(results: dict[str, dict]) -> str:
             gbytes for kind, (_, gbytes) in kinds.items() if kind.startswith(word)
         )
         parts = [f"{moved(word):.0f}" for word in ("matmul", "attention", "copy")]
+        parts += [f"{moved('between'):.2f}", f"{found['working_gbytes']:.1f}"]
         total = f"{found['gbytes']:.0f}"
-        lines.append([name, str(found["kernels"]), total, *parts, f"{found['working_gbytes']:.1f}"])
+        lines.append([name, str(found["kernels"]), total, *parts, f"{found['compile_s']:.0f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -90,6 +93,7 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=["xla", "cudnn"])
     parser.add_argument("--remat", nargs="+", choices=REMAT, default=list(REMAT))
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a step")
+    parser.add_argument("--devices", type=int, default=1, help="each with so many clips")
     parser.add_argument(
         "--output", type=Path, help="gets all numbers as JSON; what it holds is not compiled again"
     )
@@ -100,10 +104,12 @@ def main() -> None:
         results = json.loads(args.output.read_text())
     for attention, remat in itertools.product(args.attention, args.remat):
         name = f"{args.size} × {args.batch}, {attention}, {remat}, parts {args.accumulate}"
+        name += f", devices {args.devices}" if args.devices > 1 else ""
         if name in results:
             continue
         step = training.StepConfig(remat=remat, accumulate_steps=args.accumulate)
-        results[name] = measure(args.size, attention, step, clips=args.batch, frames=args.frames)
+        shape = dict(clips=args.batch, frames=args.frames, devices=args.devices)
+        results[name] = measure(args.size, attention, step, **shape)
         results[name]["jax"] = jax.__version__
         print(f"{name}: compiled in {results[name]['compile_s']:.0f} s", flush=True)
         if args.output:

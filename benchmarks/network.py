@@ -26,7 +26,10 @@ Result = dict[str, object]
 
 
 def parity(dtype: str, kernel: str) -> Result:
-    """Largest difference of a velocity, and of the loss, from what the original computed."""
+    """Largest difference of a velocity, and of the loss, from what the original computed.
+
+    `within`: at most 1e-4 everywhere in float32; in bfloat16, root mean squares of 5 %.
+    """
     told = json.loads((GOLDEN / "model.json").read_text())
     names = "patch_size", "hidden_size", "depth", "num_heads", "num_actions", "max_frames"
     config = DiTConfig(
@@ -43,12 +46,16 @@ def parity(dtype: str, kernel: str) -> Result:
     sample = diffusion.noised(to_model(golden["frames"]), golden["t"], noise)
     network = jax.jit(lambda params, *args: model.bind(config, params)(*args))
     v = np.asarray(network(params, sample.x, golden["t"], golden["actions"]))
+    rms = lambda x: float(np.sqrt(np.square(x).mean()))
+    wrong, right = v - golden["v_pred"], rms(golden["v_pred"])
+    worst = float(np.abs(wrong).max())
     return {
         "dtype": dtype,
         "attention": kernel,
-        "worst_v": float(np.abs(v - golden["v_pred"]).max()),
-        "rms_v": float(np.sqrt(np.square(v - golden["v_pred"]).mean())),
-        "rms_of_v": float(np.sqrt(np.square(golden["v_pred"]).mean())),
+        "within": worst <= 1e-4 if dtype == "float32" else rms(wrong) <= 0.05 * right,
+        "worst_v": worst,
+        "rms_v": rms(wrong),
+        "rms_of_v": right,
         "loss_off": abs(float(diffusion.loss(v, sample.velocity)) - float(golden["loss"])),
     }
 

@@ -4,9 +4,10 @@
 
 Prints the arithmetic that the model asks for (our count, beside XLA's), the bytes that the compiled
 program moves, the least time that both would take at the speeds measured on this machine, the time
-it takes, and what kinds of kernels take it (one step more, under JAX's profiler). MFU is the
-model's arithmetic over the measured time and matmul speed. Needs jax, flax, optax and numpy; no
-data.
+it takes, and what kinds of kernels take it (one step more, under JAX's profiler). XLA counts the
+body of a loop once; with `--accumulate` its counts are multiplied by the parts, a little too much
+for what is outside of their loop. MFU is the model's arithmetic over the measured time and matmul
+speed. Needs jax, flax, optax and numpy; no data.
 """
 
 import argparse
@@ -58,7 +59,8 @@ def measure(
     state, times, cpu_times, loss = _times(compiled, state, batch, key, steps)
     where = trace.seconds_by_kind(lambda: compiled(state, batch, key), compiled.as_text())
     asked = flops.train_step(network, clips=clips, frames=frames)
-    moved = float(cost.get("bytes accessed", np.nan))
+    parts = step.accumulate_steps
+    moved = parts * float(cost.get("bytes accessed", np.nan))
     seconds = float(np.median(times))
     return {
         "device": jax.devices()[0].device_kind,
@@ -71,7 +73,7 @@ def measure(
         "frames": frames,
         "parameters": model.parameter_count(model.shapes(network)),
         "model_tflop": asked.total / 1e12,
-        "xla_tflop": float(cost.get("flops", np.nan)) / 1e12,
+        "xla_tflop": parts * float(cost.get("flops", np.nan)) / 1e12,
         "xla_gbytes": moved / 1e9,
         "working_gbytes": compiled.memory_analysis().temp_size_in_bytes / 1e9,
         "floor_matmul_s": asked.total / machine["matmul_flops"],

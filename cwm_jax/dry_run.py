@@ -104,7 +104,7 @@ def tell(settings: Settings) -> None:
         f"memory per device  {memory.total / _GIB:.2f} GiB: {memory.state / _GIB:.2f} of state and "
         f"batch, {memory.working / _GIB:.2f} within the step; there are {limit / _GIB:.1f} GiB"
     )
-    print(f"arithmetic         {asked.total / 1e12:.3f} TFLOP a step, counted from the sizes")
+    print(f"arithmetic         {asked.total / 1e12:.4g} TFLOP a step, counted from the sizes")
     _tell_time(settings, asked.total / devices, compiled)
     if memory.total > limit:
         _tell_what_fits(settings, limit)
@@ -112,7 +112,9 @@ def tell(settings: Settings) -> None:
 
 def _tell_time(settings: Settings, asked: float, compiled) -> None:
     rate, copying = speed.matmul_flops(settings.model.compute_dtype), speed.copy_bytes()
-    moved = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
+    # XLA counts a loop's body once. Nearly all of a step is in the loop over its parts.
+    counted = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
+    moved = settings.accumulate_steps * counted
     soonest = asked / rate
     latest = soonest + moved / copying
     print(
@@ -121,7 +123,7 @@ def _tell_time(settings: Settings, asked: float, compiled) -> None:
     )
     print(
         f"a step             between {soonest:.3g} s (arithmetic alone) and {latest:.3g} s "
-        f"(and then {moved / 1e9:.3g} GB of memory traffic, nothing overlapped)"
+        f"(and then at most {moved / 1e9:.3g} GB of memory traffic, nothing overlapped)"
     )
     print(f"expected           {1 / latest:.3g}…{1 / soonest:.3g} steps/s")
     if steps := _steps(settings):

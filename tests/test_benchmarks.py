@@ -8,9 +8,10 @@ import sys
 import pytest
 from tiny_network import TINY
 
-from benchmarks import data, gpu, hlo, sample, sizes
+from benchmarks import data, gpu, hlo, network, sample, sizes, train
 from cwm_jax import flops
 from cwm_jax.data import DataConfig
+from cwm_jax.training import StepConfig
 
 PROGRAM = """HloModule made_up
 
@@ -79,6 +80,22 @@ def test_the_sampling_benchmark_runs(tmp_path, monkeypatch, capsys):
     assert all(r["ms/frame"] > 0 and r["resident MB"] > 10 for r in rows)
 
 
+def test_the_network_benchmark_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, "network", lambda size, dtype, attention: TINY)
+    out = tmp_path / "network.json"
+    words = f"network --size tiny --batch 2 --output {out}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    network.main()
+    told = json.loads(out.read_text())
+    rows = [row for section in told.values() for row in section]
+    assert [row for row in rows if "failed" in row] == []
+    assert {name: len(section) for name, section in told.items()} == {
+        **dict(machine=1, parity=2, step=3, attention=2)
+    }
+    assert all(row["within"] for row in told["parity"])
+    assert all(row["step_s"] > 0 for row in told["step"])
+
+
 def test_what_a_gpu_is_asked():
     asked = gpu.parts("small", 128, "somewhere")
     assert [part.name for part in asked] == [
@@ -144,3 +161,22 @@ def test_arithmetic_of_a_step():
     assert found.total == pytest.approx(60.9e12, rel=1e-3)
     assert found.linears == 3 * 24 * 512**2 * 12 * 64 * 128 * 32
     assert found.conditioning < 0.01 * found.total
+
+
+def test_every_part_of_a_step_counts():
+    """XLA counts the body of the loop over the parts once."""
+    machine = {"matmul_flops": 1e12, "copy_bytes": 1e9}
+    whole, parts = (
+        train.measure(
+            TINY,
+            clips=4,
+            frames=5,
+            step=StepConfig(accumulate_steps=n),
+            steps=1,
+            machine=machine,
+        )
+        for n in (1, 4)
+    )
+    for name in ("xla_tflop", "xla_gbytes", "floor_copy_s"):
+        assert parts[name] >= whole[name], name
+    assert parts["model_tflop"] == whole["model_tflop"]

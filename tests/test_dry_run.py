@@ -1,11 +1,14 @@
-"""The dry run suggests the mildest change with which a step fits."""
+"""The dry run tells what a step takes, and suggests the mildest change with which it fits."""
 
 import dataclasses
+import re
 
+import jax
 import pytest
+from test_loop import ROOT, config_of, program
 
 from configs import small
-from cwm_jax import dry_run
+from cwm_jax import dry_run, flops, speed, training
 from cwm_jax.dry_run import Memory
 from cwm_jax.settings import Settings
 
@@ -43,3 +46,79 @@ def test_what_is_set_already_is_not_tried_again(tried):
     settings = dataclasses.replace(SETTINGS, remat="gelu_norm")
     assert dry_run.what_fits(settings, 1) is None
     assert tried == [("gelu_norm", 2), *(("layer", parts) for parts in (1, 2, 3, 6))]
+
+
+@pytest.fixture
+def tiny(make_data, monkeypatch) -> Settings:
+    """A run of 2 · 5 steps on a machine of known speed."""
+    monkeypatch.setattr(speed, "matmul_flops", lambda dtype: 5e8)
+    monkeypatch.setattr(speed, "copy_bytes", lambda: 2e8)
+    folder = make_data(train=[[11, 12], [14]], val=[[11, 9]])  # 3 + 3 + 4 = 10 clips
+    return Settings.from_config(config_of(folder, remat="none"))
+
+
+def told(settings, capsys) -> dict[str, str]:
+    """What `tell` prints, by what stands before it."""
+    dry_run.tell(settings)
+    lines = (re.split(" {2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    return {name: rest.strip() for name, rest in lines}
+
+
+def numbers(text: str) -> list[float]:
+    return [float(word) for word in re.findall(r"\d+(?:\.\d+)?(?:e[-+]\d+)?", text)]
+
+
+def test_what_is_told_follows_from_the_sizes(tiny, capsys):
+    found = told(tiny, capsys)
+    assert found["global batch"] == "2 clips of 5 frames"
+    asked = flops.train_step(tiny.model, clips=2, frames=5).total
+    assert numbers(found["arithmetic"])[0] == pytest.approx(asked / 1e12, rel=0.01)
+    soonest, latest, gbytes = numbers(found["a step"])
+    assert soonest == pytest.approx(asked / 5e8, rel=0.01)
+    assert latest == pytest.approx(soonest + gbytes / 0.2, rel=0.02)
+    assert numbers(found["expected"]) == pytest.approx([1 / latest, 1 / soonest], rel=0.02)
+    steps, *hours = numbers(found["the whole run"])
+    assert steps == 10
+    assert hours == pytest.approx([10 * soonest / 3600, 10 * latest / 3600], rel=0.02)
+    assert "this will not fit" not in found
+
+
+def test_memory_is_that_of_state_and_batch_and_what_a_step_adds(tiny):
+    memory = dry_run.memory_of(dry_run.compile_step(tiny))
+    state = jax.eval_shape(lambda: training.init_state(tiny.model, tiny.optimizer, 0))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    batch = 2 * 5 * (64 * 64 * 3 + 4)
+    assert memory.state == pytest.approx(size + batch, rel=1e-3)
+    assert memory.working > size  # the gradients alone would be a third
+
+
+def test_parts_of_a_step_move_no_fewer_bytes(tiny, capsys):
+    traffic = lambda settings: numbers(told(settings, capsys)["a step"])[2]
+    whole = dataclasses.replace(tiny, batch_size=4)
+    assert traffic(dataclasses.replace(whole, accumulate_steps=4)) > traffic(whole)
+
+
+def test_what_is_suggested_fits(tiny, capsys, monkeypatch):
+    limit = dry_run.memory_of(dry_run.compile_step(tiny)).total - 1
+    monkeypatch.setattr(dry_run, "memory_limit", lambda: limit)
+    suggested = told(tiny, capsys)["this will not fit"]
+    pattern = r"--config\.remat=(\w+) --config\.accumulate_steps=(\d)"
+    remat, parts = re.search(pattern, suggested).groups()
+    changed = dataclasses.replace(tiny, remat=remat, accumulate_steps=int(parts))
+    assert changed != tiny
+    assert dry_run.memory_of(dry_run.compile_step(changed)).total <= limit
+
+
+def test_the_training_program_only_tells(tmp_path):
+    sizes = dict(hidden_size=24, depth=1, num_heads=3, patch_size=16)
+    result = program(
+        *[str(ROOT / "train.py"), f"--config={ROOT / 'configs' / 'debug.py'}", "--dry-run"],
+        *[f"--config.model.{name}={size}" for name, size in sizes.items()],
+        *["--config.batch_size=3", "--config.data.clip_len=5", "--compile_cache="],
+        *[f"--config.data.dir={ROOT / 'assets' / 'coinrun'}"],
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "global batch       3 clips of 5 frames" in result.stdout
+    assert "the whole run" in result.stdout
+    assert not list(tmp_path.iterdir())

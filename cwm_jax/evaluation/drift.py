@@ -120,7 +120,8 @@ def fit_features(real_BTHWC: np.ndarray) -> Features:
 
 def moments(frames_BTHWC: np.ndarray, features: Features) -> Moments:
     """All that signs are made of, clip by clip."""
-    parts = [jax.device_get(_moments(clip, *features)) for clip in frames_BTHWC]
+    with jax.default_matmul_precision("highest"):  # else a GPU would judge otherwise, in TF32
+        parts = [jax.device_get(_moments(clip, *features)) for clip in frames_BTHWC]
     return Moments(*(np.stack(x).astype(np.float64) for x in zip(*parts, strict=True)))
 
 
