@@ -96,6 +96,15 @@ def test_how_a_step_is_computed_does_not_change_it(tiny, tiny_params, how):
         np.testing.assert_allclose(other[name], gradient, rtol=0, atol=1e-4 * scale, err_msg=name)
 
 
+def test_a_step_takes_over_the_memory_of_the_state(tiny):
+    optim = settings(ema_decay=0.9)
+    state = jax.eval_shape(lambda: training.init_state(tiny, optim, 0))
+    lowered = training.train_step.lower(state, batch_of(2), KEY, network=tiny, optim=optim)
+    (given, batch, key), _ = lowered.args_info
+    assert all(leaf.donated for leaf in jax.tree.leaves(given))
+    assert not any(leaf.donated for leaf in jax.tree.leaves((batch, key)))
+
+
 def test_gradients_are_float32_whatever_the_matmuls(tiny):
     network = dataclasses.replace(tiny, dtype="bfloat16")
     state = jax.eval_shape(lambda: training.init_state(network, settings(), 0))

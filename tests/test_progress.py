@@ -1,0 +1,50 @@
+"""Metrics are looked at when the next step is under way, so that the device never waits."""
+
+import numpy as np
+import pytest
+
+from cwm_jax import progress
+from cwm_jax.errors import UserError
+
+
+class Told:
+    def __init__(self):
+        self.steps = []
+
+    def scalars(self, step, values):
+        self.steps.append((step, values["train/loss"]))
+
+
+def metrics(loss, skipped=0):
+    numbers = {"train/loss": loss, "train/grad_norm": 1.0, "train/skipped": skipped}
+    return {name: np.float32(value) for name, value in numbers.items()}
+
+
+def made(told, workdir, max_skipped=0):
+    counts = dict(frames_per_step=6, skipped=0, max_skipped=max_skipped)
+    return progress.Progress(told, workdir, lambda step: [{"clip": step}], **counts)
+
+
+def test_metrics_are_told_a_step_late(tmp_path):
+    told = Told()
+    late = made(told, tmp_path)
+    late.after(1, metrics(0.5), told=True)
+    assert told.steps == []
+    late.after(2, metrics(0.4), told=False)
+    assert told.steps == [(1, 0.5)]
+    late.after(3, metrics(0.25), told=True)
+    late.catch_up()
+    late.catch_up()
+    assert told.steps == [(1, 0.5), (3, 0.25)]
+
+
+def test_one_skipped_update_too_many_stops_the_run_a_step_late(tmp_path):
+    late = made(Told(), tmp_path, max_skipped=1)
+    late.after(1, metrics(np.nan, skipped=1), told=False)
+    late.after(2, metrics(np.inf, skipped=2), told=False)  # one is allowed
+    with pytest.raises(UserError, match=r"step 2 has loss inf.*\n.*max_skipped_updates=1"):
+        late.after(3, metrics(0.4, skipped=2), told=False)
+    assert sorted(path.name for path in (tmp_path / progress.FOLDER).iterdir()) == [
+        "step_0000001.json",
+        "step_0000002.json",
+    ]
