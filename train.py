@@ -43,6 +43,7 @@ def main(_) -> None:
         config = _CONFIG.value.to_dict()
         settings = Settings.from_config(config)
         memory.claim_gpu()
+        memory.schedule_for_memory()
         memory.keep_freed()
         compile_cache.enable(_CACHE.value)
         _join_others()

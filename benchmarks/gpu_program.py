@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from benchmarks import hlo, sizes
 from benchmarks.train import OPTIM
-from cwm_jax import flops, parallel, training
+from cwm_jax import flops, memory, parallel, training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.model import REMAT
 
@@ -99,6 +99,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # there is no GPU to start
+    memory.schedule_for_memory()  # as train.py does
     results = {}
     if args.output and args.output.exists():
         results = json.loads(args.output.read_text())

@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="gets the numbers as JSON")
     args = parser.parse_args()
     memory.claim_gpu()
+    memory.schedule_for_memory()
     found: dict[str, list[Result]] = {}
     for section, asked, measure in measurements(args.size, args.batch):
         row = asked | tried(measure)

@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="gets the numbers as JSON")
     args = parser.parse_args()
     memory.claim_gpu()
+    memory.schedule_for_memory()
     found = measure(
         sizes.network(args.size, dtype=args.dtype, attention=args.attention),
         clips=args.batch,

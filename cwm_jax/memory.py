@@ -11,6 +11,7 @@ _MALLOC = (  # glibc's own, see mallopt(3)
     "MALLOC_TOP_PAD_",
     "MALLOC_TRIM_THRESHOLD_",
 )
+_HIDE = "xla_gpu_enable_latency_hiding_scheduler"
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8  # its numbers for them
 
 
@@ -21,6 +22,18 @@ def claim_gpu(share: float = 0.92) -> None:
     """
     if not any(name in os.environ for name in _SHARE):
         os.environ[_SHARE[0]] = str(share)
+
+
+def schedule_for_memory() -> None:
+    """Tells XLA not to hide sums over GPUs behind other work, unless `XLA_FLAGS` says whether to.
+
+    For that it begins work early, whose results must be kept: 16.6 GB more within a step on 128
+    clips of the small network (60.0 → 76.6, compiled for H200s), which fills an 80 GB card, to
+    hide what takes a hundredth of the step over NVLink.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _HIDE not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{_HIDE}=false".strip()
 
 
 def keep_freed() -> bool:

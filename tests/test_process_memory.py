@@ -21,6 +21,18 @@ def test_the_share_of_a_gpu_is_claimed_unless_another_is_named(monkeypatch, name
     assert os.environ == {name: "0.5"}
 
 
+def test_sums_over_gpus_are_not_hidden_unless_the_environment_says_so(monkeypatch):
+    flag = "--xla_gpu_enable_latency_hiding_scheduler"
+    monkeypatch.setattr(os, "environ", {})
+    memory.schedule_for_memory()
+    assert os.environ == {"XLA_FLAGS": f"{flag}=false"}
+    others = "--xla_force_host_platform_device_count=2"
+    for said, kept in ((others, f"{others} {flag}=false"), (f"{flag}=true", f"{flag}=true")):
+        monkeypatch.setattr(os, "environ", {"XLA_FLAGS": said})
+        memory.schedule_for_memory()
+        assert os.environ == {"XLA_FLAGS": kept}
+
+
 def test_freed_memory_is_kept_unless_the_environment_speaks(monkeypatch):
     said = {}
     library = SimpleNamespace(mallopt=lambda option, size: said.update({option: size}) or 1)
