@@ -54,7 +54,7 @@ pocket: install-procgen  ## Make checkpoints/pocket anew: record the game, train
 	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket \
 	  --config.max_steps=2000 --config.decay_steps=0 --config.noise.own_share=0.0
 	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket \
-	  --config.max_steps=12100 --config.decay_steps=0 --config.noise.own_passes=1
+	  --config.max_steps=16150 --config.decay_steps=0 --config.noise.own_passes=1
 	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket
 	$(BIN)/python -m cwm_jax.tools.export runs/pocket --format safetensors --dtype bfloat16 \
 	  --output checkpoints/pocket/model.safetensors

@@ -2,7 +2,7 @@
 
     make pocket
 
-records the game, trains for three hours on two CPU cores, and exports. 5.2M parameters.
+records the game, trains for four to six hours on two CPU cores, and exports. 5.2M parameters.
 It draws the change from the last frame, and is shown the last two: `docs/pocket.md` says why, what
 was compared, how long it took and how good it is.
 """
@@ -28,16 +28,17 @@ def get_config() -> ConfigDict:
 
     config.batch_size = 4
     config.global_batch_size = 4
-    config.max_steps = 13_950
+    config.max_steps = 17_550
     config.lr = 1.5e-3
     config.warmup_steps = 100
-    config.decay_steps = 1850
+    config.decay_steps = 1400
     config.ema_decay = 0.999
     config.noise.top_share = 0.2
     config.noise.own_share = 0.5  # 0 in the first 2000 updates, as there is little to mend yet
-    config.noise.own_passes = 3  # 1 until update 12,100
+    config.noise.own_passes = 3  # 1 until update 16,150
     config.noise.own_top_share = 0.5
     config.noise.mirror_share = 0.4
+    config.noise.middle_weight = 6.0
 
     config.log_every_steps = 50
     config.val_every_steps = 1000
