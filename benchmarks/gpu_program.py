@@ -48,14 +48,14 @@ def measure(size: str, attention: str, step, *, clips: int, frames: int, devices
     network = sizes.network(size, dtype="bfloat16", attention=attention)
     start = time.perf_counter()
     compiled = compile_for_target(network, step, clips=clips, frames=frames, devices=devices)
-    memory, found = compiled.memory_analysis(), hlo.kernels(compiled.as_text())
-    state = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    taken, found = compiled.memory_analysis(), hlo.kernels(compiled.as_text())
+    state = taken.argument_size_in_bytes + taken.output_size_in_bytes - taken.alias_size_in_bytes
     return {
         "model_tflop": flops.train_step(network, clips=clips, frames=frames).total / 1e12,
         "kernels": found.total_count,
         "gbytes": found.total_bytes / 1e9,
         "state_gbytes": state / 1e9,
-        "working_gbytes": memory.temp_size_in_bytes / 1e9,
+        "working_gbytes": taken.temp_size_in_bytes / 1e9,
         "compile_s": time.perf_counter() - start,
         "kinds": {kind: [n, found.bytes[kind] / 1e9] for kind, n in found.count.items()},
     }

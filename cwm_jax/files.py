@@ -2,9 +2,7 @@
 
 import contextlib
 import errno
-import fcntl
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,30 +36,3 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def claimed(folder: Path, *, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Keeps others who ask for the same folder out while the block lasts, by a lock on `.lock`.
-
-    The system takes the lock away from a process that ends, however it ends. On a disk without
-    locks nobody is kept out.
-
-    Raises:
-        BlockingIOError: another process has it, after so many seconds still.
-        OSError: nothing can be written there.
-    """
-    deadline = time.monotonic() + wait_seconds
-    with (folder / ".lock").open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.2)
-            except OSError:  # no locks here
-                break
-            else:
-                break
-        yield

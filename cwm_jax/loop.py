@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -24,6 +24,7 @@ from cwm_jax import (
     report,
     resume,
     rollouts,
+    run_folder,
     samplers,
     sheet,
     stopping,
@@ -36,7 +37,6 @@ from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
 from cwm_jax.training import TrainState
 
-_LEAVING_SECONDS = 60  # so long a run may take to stop where it is begun again meanwhile
 _FREE = ("dtype", "attention", "max_frames")  # of a network: its parameters fit any of these
 
 
@@ -53,8 +53,10 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
         stopping.Preempted: a signal asked it to stop; everything done so far is saved.
     """
     run = _Run(settings, workdir, config)
-    _make_workdir(workdir)
-    with _claimed(workdir), contextlib.closing(run.batches):
+    run_folder.make(workdir)
+    is_first = jax.process_index() == 0
+    alone = run_folder.held(workdir) if is_first else contextlib.nullcontext()
+    with alone, contextlib.closing(run.batches):
         return run.train()
 
 
@@ -341,34 +343,3 @@ def _attempt(what: str, action: Callable[[], None]) -> None:
         action()
     except (OSError, UserError) as error:
         tell(f"WARNING: cannot {what}: {error}")
-
-
-def _make_workdir(workdir: Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write the workdir {workdir}: {error.strerror}") from None
-    for path in workdir.rglob("*"):  # W&B makes links of its own
-        if path.is_symlink() and workdir / "wandb" not in path.parents:
-            raise UserError(
-                f"{path} is a link, and a run writes only inside its workdir: put what it points "
-                f"at in its place, or take it away"
-            )
-
-
-@contextlib.contextmanager
-def _claimed(workdir: Path) -> Iterator[None]:
-    """Keeps a second run out of the workdir, where it would delete what this one is saving."""
-    with contextlib.ExitStack() as until_the_end:
-        if jax.process_index() == 0:
-            claim = files.claimed(workdir, wait_seconds=_LEAVING_SECONDS)
-            try:
-                until_the_end.enter_context(claim)
-            except BlockingIOError:
-                raise UserError(
-                    f"another run is at work in {workdir}, since {_LEAVING_SECONDS} seconds at "
-                    f"least: stop it, or name another --workdir"
-                ) from None
-            except OSError as error:
-                raise UserError(f"cannot write in {workdir}: {error.strerror}") from None
-        yield

@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_parallel import free_port
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -41,9 +41,7 @@ def train(workdir: Path, disks: list[Path], *, steps: int, fsdp: int = 1) -> lis
     command = [sys.executable, ROOT / "train.py", "--config", ROOT / "configs/debug.py"]
     command += ["--workdir", workdir, *(f"--config.{setting}" for setting in settings)]
     if len(disks) > 1:
-        with socket.create_server(("localhost", 0)) as server:
-            port = server.getsockname()[1]
-        command += ["--launcher=flags", f"--coordinator=localhost:{port}"]
+        command += ["--launcher=flags", f"--coordinator=localhost:{free_port()}"]
         command += [f"--num_processes={len(disks)}"]
     started = [
         subprocess.Popen(

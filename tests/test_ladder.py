@@ -25,6 +25,7 @@ FLOORS = (
         "pocket",
         "resume",
         "rope",
+        "run_folder",
         "safe_pickle",
         "shared_memory",
         "stopping",

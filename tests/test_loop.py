@@ -15,7 +15,7 @@ from tiny_network import TINY
 
 import sample
 from configs import base
-from cwm_jax import checkpoint, data, files, loop, stopping, training, weights
+from cwm_jax import checkpoint, data, loop, run_folder, stopping, training, weights
 from cwm_jax.errors import UserError
 from cwm_jax.settings import Settings
 from cwm_jax.video import read_mp4
@@ -102,10 +102,10 @@ def test_training_goes_on_from_an_import_that_tells_less(tmp_path, small_data):
 
 
 def test_two_runs_do_not_share_a_workdir(tmp_path, small_data, monkeypatch):
-    monkeypatch.setattr(loop, "_LEAVING_SECONDS", 0.1)
+    monkeypatch.setattr(run_folder, "LEAVING_SECONDS", 0.1)
     run = tmp_path / "run"
     run.mkdir()
-    with files.claimed(run), pytest.raises(UserError, match=f"another run is at work in {run}"):
+    with run_folder.held(run), pytest.raises(UserError, match=f"another run is at work in {run}"):
         train(run, config_of(small_data, max_steps=1))
     assert not (run / "checkpoints").exists()
     train(run, config_of(small_data, max_steps=1))  # the first has left
