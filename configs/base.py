@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of the parameters, the order of the data, and all noise
+    config.distil_from = ""  # a model whose drawing in 2 · ddim_steps steps is learned; empty: none
     config.init_from = ""  # a run or an export whose parameters a new run begins with; empty: none
 
     # The network (57.8M parameters as it stands; see docs for the other sizes).

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from cwm_jax import data, flops, parallel, speed, training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.errors import UserError
+from cwm_jax.objective import Teacher
 from cwm_jax.settings import Settings
 
 _GIB = 2**30
@@ -41,6 +42,7 @@ def compile_step(settings: Settings):
     shape = clips, settings.data.clip_len
     place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.by_clip(mesh))
     batch = {"frames": place((*shape, *FRAME_SHAPE), jnp.uint8), "actions": place(shape, jnp.int32)}
+    teacher = Teacher(state.params, jax.ShapeDtypeStruct((), jnp.int32))
     lowered = training.train_step.lower(
         state,
         batch,
@@ -50,6 +52,7 @@ def compile_step(settings: Settings):
         step=settings.step,
         noise=settings.noise,
         mesh=mesh,
+        teacher=teacher if settings.distil_from else None,
     )
     return lowered.compile()
 
@@ -95,7 +98,7 @@ def tell(settings: Settings) -> None:
         settings.model,
         clips=clips,
         frames=settings.data.clip_len,
-        own_passes=settings.noise.own_passes if settings.noise.own_share else 0,
+        more_passes=settings.more_passes,
     )
     kind = jax.devices()[0].device_kind
     print(f"devices            {devices} × {kind}, {jax.process_count()} process(es)")

@@ -50,16 +50,16 @@ def forward(config: DiTConfig, *, clips: int, frames: int) -> Flops:
     return frame(config, in_view=(frames + 1) / 2) * (clips * frames)
 
 
-def train_step(config: DiTConfig, *, clips: int, frames: int, own_passes: int = 0) -> Flops:
+def train_step(config: DiTConfig, *, clips: int, frames: int, more_passes: int = 0) -> Flops:
     """Of a forward and a backward pass; the optimizer's are too few to count.
 
-    `own_passes`: forward passes more, see `objective.NoiseConfig`.
+    `more_passes`: forward passes beside the one that is learned from.
     """
     once = forward(config, clips=clips, frames=frames)
     first = 2 * config.hidden_size * clips * frames
     pixels = 3 * config.patch_size**2 * (1 + config.history)
     inputs = pixels * config.tokens, SINUSOID + config.num_actions
-    whole = once * (3 + own_passes)
+    whole = once * (3 + more_passes)
     return whole._replace(
         patches=whole.patches - first * inputs[0],
         conditioning=whole.conditioning - first * inputs[1],

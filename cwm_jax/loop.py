@@ -33,6 +33,7 @@ from cwm_jax import (
 )
 from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import drawing, quick, single_step
+from cwm_jax.objective import Teacher
 from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
 from cwm_jax.training import TrainState
@@ -129,6 +130,7 @@ class _Run:
             step=settings.step,
             noise=settings.noise,
             mesh=self.mesh,
+            teacher=self._teacher(),
         )
         with stopping.Stop() as stop, self._checkpoints() as self.checkpoints:
             first, state, pause_due = self._start()
@@ -188,21 +190,36 @@ class _Run:
 
     def _given_params(self) -> dict[str, np.ndarray] | None:
         """The parameters that a new run begins with; None where they are random."""
-        path, wanted = self.settings.init_from, self.settings.model
+        path = self.settings.init_from
         if not path:
             return None
+        tell(f"beginning with the parameters of {path}", file=sys.stdout)
+        return self._params_of("init_from", path)
+
+    def _teacher(self) -> Teacher | None:
+        path = self.settings.distil_from
+        if not path:
+            return None
+        params = self._params_of("distil_from", path)
+        tell(f"learning to draw as {path} does in twice as many steps", file=sys.stdout)
+        placement = parallel.placement(params, self.mesh)
+        place = jax.jit(lambda params: params, out_shardings=placement)
+        return Teacher(place(params), np.int32(self.settings.ddim_steps))
+
+    def _params_of(self, setting: str, path: str) -> dict[str, np.ndarray]:
+        """The parameters of a model that a setting names; it must have this run's network."""
+        wanted = self.settings.model
         try:
             given = samplers.load(path)
         except UserError as error:
-            raise UserError(f"config.init_from: {error}") from None
+            raise UserError(f"config.{setting}: {error}") from None
         for field in dataclasses.fields(wanted):
             have, want = (getattr(network, field.name) for network in (given.network, wanted))
             if have != want and field.name not in _FREE:
                 raise UserError(
-                    f"config.init_from={path} has another network: {field.name}={have!r}, and this "
+                    f"config.{setting}={path} has another network: {field.name}={have!r}, and this "
                     f"run config.model.{field.name}={want!r}"
                 )
-        tell(f"beginning with the parameters of {path}", file=sys.stdout)
         return jax.tree.map(np.asarray, given.params)
 
     def _progress(self, first: int, state: TrainState) -> progress.Progress:

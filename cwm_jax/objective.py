@@ -3,7 +3,7 @@
 The plain objective is the original's: each frame at a noise label of its own (Diffusion Forcing,
 Chen et al. 2024, https://arxiv.org/abs/2407.01392), its velocity predicted, mean squares counted.
 `NoiseConfig` can shift it to what a rollout meets, the first pass and frames of its own drawing,
-and to what a player looks at.
+and to what a player looks at. With a `Teacher`, its velocities are learned instead of the data's.
 """
 
 import dataclasses
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import change, coinrun, diffusion, model
+from cwm_jax import change, coinrun, diffusion, distillation, model
 from cwm_jax.coinrun import NO_ACTION, to_model
 from cwm_jax.errors import UserError
+from cwm_jax.model import Params
 from cwm_jax.network import DiTConfig
 
 _TOP = diffusion.NUM_LEVELS - 1
@@ -48,12 +49,23 @@ class Own(NamedTuple):
     noise_BTHWC: jax.Array  # and the noise, the same in all: nothing is learned in them
 
 
-def draw(key, shape: tuple[int, ...], noise: NoiseConfig) -> tuple[jax.Array, ...]:
+class Teacher(NamedTuple):
+    """A model from which a student of the same network learns to draw in fewer steps."""
+
+    params: Params
+    steps: jax.Array | int  # the student's; the teacher takes twice as many
+
+
+def draw(
+    key, shape: tuple[int, ...], noise: NoiseConfig, teacher: Teacher | None = None
+) -> tuple[jax.Array, ...]:
     """Labels and noise of a batch, followed by an `Own` where the config asks for it."""
     t_BT, noise_BTHWC = diffusion.draw(key, shape)
     top_key, clips_key, own_key, label_key = jax.random.split(jax.random.fold_in(key, 1), 4)
     if noise.top_share:
         t_BT = _with_top(top_key, t_BT, noise.top_share)
+    if teacher is not None:
+        t_BT = distillation.draw(jax.random.fold_in(key, 3), t_BT, teacher.steps)
     if not noise.own_share:
         return t_BT, noise_BTHWC
     clips_B = jax.random.bernoulli(clips_key, noise.own_share, shape[:1])
@@ -100,12 +112,14 @@ def clip_loss(
     network: DiTConfig,
     remat="none",
     middle_weight: float = 1.0,
+    teacher: Teacher | None = None,
 ):
     """Diffusion loss of clips, float32 []; frames are uint8, t and noise as `diffusion.draw`.
 
     With history the first frame of a clip, of which there is no change to draw, does not count.
     With `middle_weight` other than 1 it is a mean in which the pixels of the middle weigh so much.
     `own`, nothing or an `Own`, says which clips are shown earlier frames of the network's drawing.
+    A `teacher` says what is learned instead of the clips' own velocities.
     """
     net, frames = model.bind(network, params), to_model(frames_BTHWC)
     earlier = change.earlier(network, frames)
@@ -117,9 +131,14 @@ def clip_loss(
     x0 = change.to_sample(network, frames, earlier)
     sample = diffusion.noised(x0, t_BT, noise_BTHWC)
     predicted = net(sample.x, t_BT, actions_BT, earlier, remat=remat)
+    wanted = sample.velocity
+    if teacher is not None:
+        taught = model.bind(network, teacher.params)
+        predict = lambda x, t: taught(x, t, actions_BT, earlier)
+        wanted = distillation.velocity(predict, sample.x, t_BT, teacher.steps)
     counted = change.counted(network)
     weights = 1.0 if middle_weight == 1 else _weights(network.image_size, middle_weight)
-    return diffusion.loss(predicted[:, counted], sample.velocity[:, counted], weights)
+    return diffusion.loss(predicted[:, counted], wanted[:, counted], weights)
 
 
 def _weights(size: int, middle_weight: float) -> np.ndarray:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from cwm_jax import diffusion
 from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.data import DataConfig
 from cwm_jax.errors import UserError
@@ -20,6 +21,7 @@ class Settings:
 
     seed: int
     init_from: str
+    distil_from: str
     model: DiTConfig
     data: DataConfig
     noise: NoiseConfig
@@ -81,6 +83,11 @@ class Settings:
                 f"config.data.clip_len={self.data.clip_len} must be 2 or more where changes are "
                 f"drawn (config.model.history={self.model.history}): one frame shows none"
             )
+        if self.distil_from and self.ddim_steps > diffusion.NUM_LEVELS // 2:
+            raise UserError(
+                f"config.ddim_steps={self.ddim_steps} must be at most {diffusion.NUM_LEVELS // 2} "
+                f"with config.distil_from: the teacher takes twice as many steps"
+            )
         if self.noise.own_share and not self.model.history:
             raise UserError(
                 f"config.noise.own_share={self.noise.own_share} needs config.model.history ≥ 1: "
@@ -116,6 +123,11 @@ class Settings:
     @property
     def step(self) -> StepConfig:
         return StepConfig(remat=self.remat, accumulate_steps=self.accumulate_steps)
+
+    @property
+    def more_passes(self) -> int:
+        """Forward passes of an update beside the one that is learned from."""
+        return self.noise.own_passes * bool(self.noise.own_share) + 2 * bool(self.distil_from)
 
     @property
     def sampler(self) -> SamplerConfig:

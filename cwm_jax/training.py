@@ -18,7 +18,7 @@ from cwm_jax import model, objective, parallel
 from cwm_jax.errors import UserError
 from cwm_jax.model import Params
 from cwm_jax.network import DiTConfig
-from cwm_jax.objective import NoiseConfig
+from cwm_jax.objective import NoiseConfig, Teacher
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,10 +125,16 @@ def init_state(
     )
 
 
-def _value_and_grad(params, *batch, network: DiTConfig, step: StepConfig, middle_weight: float):
+def _value_and_grad(
+    params, teacher, *batch, network: DiTConfig, step: StepConfig, middle_weight: float
+):
     """Loss and gradients of clips, means over them; the gradients of parts are added in float32."""
     loss = functools.partial(
-        objective.clip_loss, network=network, remat=step.remat, middle_weight=middle_weight
+        objective.clip_loss,
+        network=network,
+        remat=step.remat,
+        middle_weight=middle_weight,
+        teacher=teacher,
     )
     if step.accumulate_steps == 1:
         return jax.value_and_grad(loss)(params, *batch)
@@ -149,6 +155,7 @@ def gradients(
     step: StepConfig,
     mesh: Mesh | None,
     middle_weight: float = 1.0,
+    teacher: Teacher | None = None,
 ):
     """Loss and float32 gradients at the clips of a batch: (loss, gradients).
 
@@ -159,8 +166,10 @@ def gradients(
     )
     if mesh is not None:
         function = parallel.mean_over_devices(function, mesh)
-    cast = jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
-    loss, grads = function(cast, *batch)
+    cast = lambda params: jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
+    if teacher is not None:
+        teacher = teacher._replace(params=cast(teacher.params))
+    loss, grads = function(cast(params), teacher, *batch)
     return loss, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
 
 
@@ -175,6 +184,7 @@ def update(
     step: StepConfig = _PLAIN,
     middle_weight: float = 1.0,
     mesh: Mesh | None = None,
+    teacher: Teacher | None = None,
 ):
     """One AdamW update on given examples, as `objective.draw` makes them: (next state, metrics).
 
@@ -182,7 +192,7 @@ def update(
     `skipped` count on, so no state is ever poisoned, however late somebody looks at the metrics.
     """
     arrays = batch["frames"], batch["actions"], t_BT, noise_BTHWC, *own
-    how = dict(network=network, step=step, middle_weight=middle_weight, mesh=mesh)
+    how = dict(network=network, step=step, middle_weight=middle_weight, mesh=mesh, teacher=teacher)
     loss, grads = gradients(state.params, *arrays, **how)
     updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -229,6 +239,7 @@ def train_step(
     step: StepConfig = _PLAIN,
     noise: NoiseConfig = _UNIFORM,
     mesh: Mesh | None = None,
+    teacher: Teacher | None = None,
 ):
     """One update on a batch of uint8 clips: (next state, metrics as device scalars).
 
@@ -237,13 +248,14 @@ def train_step(
         batch: `{"frames": uint8 [B, T, H, W, 3], "actions": int32 [B, T]}`.
         key: the run's PRNG key; the step's number is folded in here.
         mesh: where state and batch lie, as `parallel` places them; None for one device.
+        teacher: whose drawing is learned, see `distillation`; its parameters lie as the state's.
     """
     step_key = jax.random.fold_in(key, state.step)
     if noise.mirror_share:
         batch = objective.mirrored(step_key, batch, noise.mirror_share)
     # Drawn as one array over all devices, so that no clip's noise depends on where it lies.
-    draws = objective.draw(step_key, batch["frames"].shape, noise)
-    how = dict(network=network, optim=optim, step=step, mesh=mesh)
+    draws = objective.draw(step_key, batch["frames"].shape, noise, teacher)
+    how = dict(network=network, optim=optim, step=step, mesh=mesh, teacher=teacher)
     following, metrics = update(state, batch, *draws, middle_weight=noise.middle_weight, **how)
     if mesh is not None:
         following = jax.lax.with_sharding_constraint(following, parallel.placement(following, mesh))

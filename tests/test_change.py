@@ -213,7 +213,7 @@ def test_operations_of_own_drawings(known):
     config, _ = known
     count = functools.partial(flops.train_step, config, clips=2, frames=3)
     once = flops.forward(config, clips=2, frames=3)
-    assert count(own_passes=3).total - count().total == pytest.approx(3 * once.total)
+    assert count(more_passes=3).total - count().total == pytest.approx(3 * once.total)
 
 
 def test_the_original_cannot_hold_such_a_network(known):

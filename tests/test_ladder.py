@@ -42,7 +42,7 @@ FLOORS = (
         "wandb_run",
         "weights",
     ),
-    ("key_panel", "network"),
+    ("distillation", "key_panel", "network"),
     ("layers",),
     ("metrics", "model", "shards", "recordings", "sheet", "simulator", "video", "curves"),
     ("bundle", "change", "clips", "flops", "torch_format"),

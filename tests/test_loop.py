@@ -15,7 +15,7 @@ from tiny_network import TINY
 
 import sample
 from configs import base
-from cwm_jax import checkpoint, data, loop, run_folder, stopping, training, weights
+from cwm_jax import checkpoint, data, loop, metrics_file, run_folder, stopping, training, weights
 from cwm_jax.errors import UserError
 from cwm_jax.settings import Settings
 from cwm_jax.video import read_mp4
@@ -235,6 +235,25 @@ def test_a_run_begins_with_anothers_parameters(tmp_path, small_data, exported):
     assert int(train(tmp_path / "second", longer).step) == 2
     with pytest.raises(UserError, match=r"another run:\n  config\.init_from='', was "):
         train(tmp_path / "second", longer | dict(init_from=""))
+
+
+def test_a_student_learns_from_a_teacher_and_goes_on(tmp_path, small_data, capsys):
+    """The loss is of what the teacher draws: 0 where the student is the teacher, but for steps."""
+    train(tmp_path / "teacher", config_of(small_data, max_steps=2))
+    teacher = str(tmp_path / "teacher")
+    config = config_of(small_data, init_from=teacher, distil_from=teacher, max_steps=2)
+    config |= dict(ddim_steps=500)  # steps of two labels, which are hardly longer than the halves
+    train(tmp_path / "student", config)
+    assert f"learning to draw as {teacher} does in twice as many steps" in capsys.readouterr().out
+    series = metrics_file.read_series(tmp_path / "student" / "metrics.jsonl")
+    assert series["train/loss"][1][0] < 1e-3
+    assert int(train(tmp_path / "student", config | dict(max_steps=3)).step) == 3
+    with pytest.raises(UserError, match=r"config\.distil_from: no checkpoint folder at .*nowhere"):
+        train(tmp_path / "student", config | dict(distil_from=str(tmp_path / "nowhere")))
+    config["model"] = config["model"] | dict(depth=1)
+    config["init_from"] = ""
+    with pytest.raises(UserError, match=r"config\.distil_from=.*another network: depth=2"):
+        train(tmp_path / "other", config)
 
 
 def test_a_run_begins_with_no_other_network(tmp_path, small_data):

@@ -59,6 +59,7 @@ def test_small_keeps_the_originals_settings():
         ("noise.top_share", 1.5, r"config\.noise\.top_share=1\.5: must be 0…1"),
         ("noise.own_passes", 0, r"config\.noise\.own_passes=0: must be 1…16"),
         ("noise.own_share", 0.5, r"config\.noise\.own_share=0\.5 needs config\.model\.history"),
+        ("distil_from", 3, r"config\.distil_from must be str, not 3"),
         ("noise.mirror_share", -0.1, r"config\.noise\.mirror_share=-0\.1: must be 0…1"),
         ("noise.middle_weight", -1.0, r"config\.noise\.middle_weight=-1\.0: must be 0…1000"),
         ("decay_steps", 7, r"config\.decay_steps=7 needs config\.max_steps"),
@@ -106,7 +107,7 @@ def test_a_run_goes_on_from_a_config_that_is_older_than_a_setting():
     before = {
         name: value
         for name, value in now.items()
-        if name not in ("noise", "decay_steps", "init_from")
+        if name not in ("noise", "decay_steps", "init_from", "distil_from")
     }
     before["model"] = {
         k: v for k, v in now["model"].items() if k not in ("history", "change_scale")

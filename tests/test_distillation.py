@@ -1,0 +1,140 @@
+"""A teacher's drawing learned in half the steps: which labels, what target, what is learned."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cwm_jax import change, diffusion, distillation, model, objective, parallel, training
+from cwm_jax.coinrun import to_model
+from cwm_jax.objective import NoiseConfig, Teacher
+from cwm_jax.sampler import ddim_levels
+
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    frames = np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64, 3), np.uint8)
+    return frames, np.array([[-1, 7, 2]] * 4, np.int32)
+
+
+def altered(params):
+    """A teacher that draws differently."""
+    return {name: 0.9 * leaf for name, leaf in params.items()}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 7])
+def test_half_of_the_labels_are_where_the_students_steps_begin(steps):
+    plain = jax.random.randint(KEY, (4000,), 0, 1000)
+    t = np.asarray(distillation.draw(KEY, plain, steps))
+    is_step = np.isin(t, ddim_levels(steps))
+    assert 0.46 < is_step.mean() < 0.54
+    assert (t == plain)[~is_step].all()
+    shares = [(t == label).mean() for label in ddim_levels(steps)]
+    np.testing.assert_allclose(shares, 0.5 / steps, rtol=0.3)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 7, 500])
+def test_a_students_step_ends_where_the_sampler_begins_the_next(steps):
+    levels = (*ddim_levels(steps), -1)
+    labels = np.arange(1000)
+    ends = np.asarray(distillation._ends(jnp.asarray(labels), steps))
+    for begin, end in itertools.pairwise(levels):
+        assert ends[begin] == end
+    others = ~np.isin(labels, levels)
+    assert (ends == labels)[others].all()
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_one_step_of_the_student_ends_where_two_of_the_teacher_do(steps):
+    """By the sampler's formula, through the clean sample and the noise."""
+    predict = lambda x, t: jnp.sin(3 * x) + 0.001 * t[..., None, None, None]
+    alpha_bars = np.append(diffusion.alpha_bars(), np.float32(1))
+
+    def ddim(x, velocity, now, after):
+        x0 = diffusion.clean(x, velocity, alpha_bars[now])
+        if after == -1:
+            return x0
+        noise = diffusion.epsilon(x, x0, alpha_bars[now])
+        return np.sqrt(alpha_bars[after]) * x0 + np.sqrt(1 - alpha_bars[after]) * noise
+
+    of_student, of_teacher = ((*ddim_levels(n), -1) for n in (steps, 2 * steps))
+    x = jax.random.normal(KEY, (1, 1, 8, 8, 3))
+    for number, (begin, end) in enumerate(itertools.pairwise(of_student)):
+        label = jnp.full((1, 1), begin)
+        there = x
+        for now, after in itertools.pairwise(of_teacher[2 * number :][:3]):
+            there = ddim(there, predict(there, jnp.full((1, 1), now)), now, after)
+        assert after == end
+        once = distillation.velocity(predict, x, label, steps)
+        np.testing.assert_allclose(ddim(x, once, begin, end), there, atol=2e-4)
+    between = jnp.full((1, 1), 500)  # where no step begins
+    plain = distillation.velocity(predict, x, between, steps)
+    np.testing.assert_array_equal(plain, predict(x, between))
+
+
+def test_a_teacher_that_knows_the_frame_teaches_what_the_data_does():
+    t = distillation.draw(KEY, jax.random.randint(KEY, (1, 60), 0, 1000), 4)
+    x0, noise = jax.random.normal(jax.random.key(1), (2, 1, 60, 4, 4, 3))
+    knowing = lambda x, t: diffusion.noised(x0, t, noise).velocity
+    found = distillation.velocity(knowing, diffusion.noised(x0, t, noise).x, t, 4)
+    np.testing.assert_allclose(found, knowing(None, t), atol=1e-5)
+
+
+@pytest.mark.parametrize("history", [0, 2])
+def test_the_loss_is_the_distance_to_the_teachers_steps(network_of, clips, history):
+    """After the same frames and actions; and no gradient of it is the teacher's."""
+    network, params = network_of(history)
+    teacher = Teacher(altered(params), 2)
+    frames, actions = clips
+    t, noise = diffusion.draw(KEY, frames.shape)
+    t = t.at[:, 1].set(999).at[:2, 2].set(499)
+    earlier = change.earlier(network, to_model(frames))
+    x = diffusion.noised(change.to_sample(network, to_model(frames), earlier), t, noise).x
+    taught = model.bind(network, teacher.params)
+    wanted = distillation.velocity(lambda x, t: taught(x, t, actions, earlier), x, t, 2)
+    off = model.bind(network, params)(x, t, actions, earlier) - wanted
+    loss = functools.partial(
+        objective.clip_loss, params, frames, actions, t, noise, network=network
+    )
+    counted = change.counted(network)
+    np.testing.assert_allclose(loss(teacher=teacher), jnp.square(off[:, counted]).mean(), rtol=1e-4)
+    assert loss(teacher=teacher) != pytest.approx(float(loss()), rel=0.01)
+
+
+@pytest.mark.parametrize("how", [dict(accumulate_steps=2), dict(remat="layer")])
+def test_a_teacher_teaches_however_an_update_is_computed(network_of, clips, how):
+    network, params = network_of(2)
+    teacher = Teacher(altered(params), np.int32(2))
+    noise = NoiseConfig(own_share=0.5)
+    arrays = *clips, *objective.draw(KEY, clips[0].shape, noise, teacher)
+    gradients = functools.partial(training.gradients, network=network, teacher=teacher)
+    loss, plain = gradients(params, *arrays, step=training.StepConfig(), mesh=None)
+    step, mesh = training.StepConfig(**how), parallel.make_mesh()
+    other_loss, other = gradients(params, *arrays, step=step, mesh=mesh)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+    for name, gradient in plain.items():
+        scale = float(jnp.abs(gradient).max())
+        np.testing.assert_allclose(other[name], gradient, atol=1e-3 * scale, err_msg=name)
+
+
+def test_a_student_comes_nearer_to_its_teachers_steps(network_of, clips):
+    """On the same noise each time, from which one step has to go where two do."""
+    network, params = network_of(2)
+    teacher = Teacher(params, np.int32(1))
+    optim = training.OptimizerConfig(
+        lr=3e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
+    )
+    batch = dict(zip(("frames", "actions"), clips, strict=True))
+    draws = jnp.full((4, 3), 999), diffusion.draw(KEY, clips[0].shape)[1]
+    state = training.init_state(network, optim, 0, jax.tree.map(jnp.copy, params))
+    update = jax.jit(functools.partial(training.update, network=network, optim=optim))
+    losses = []
+    for _ in range(40):
+        state, told = update(state, batch, *draws, teacher=teacher)
+        losses.append(float(told["train/loss"]))
+    assert losses[-1] < 0.75 * losses[0]
