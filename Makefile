@@ -56,7 +56,10 @@ pocket: install-procgen  ## Make checkpoints/pocket anew: record the game, train
 	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket \
 	  --config.max_steps=16150 --config.decay_steps=0 --config.noise.own_passes=1
 	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket
-	$(BIN)/python -m cwm_jax.tools.export runs/pocket --format safetensors --dtype bfloat16 \
+	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket-few-steps \
+	  --config.init_from=runs/pocket --config.distil_from=runs/pocket --config.noise.own_passes=1 \
+	  --config.max_steps=900 --config.decay_steps=900 --config.lr=7e-4 --config.ema_decay=0.99
+	$(BIN)/python -m cwm_jax.tools.export runs/pocket-few-steps --format safetensors --dtype bfloat16 \
 	  --output checkpoints/pocket/model.safetensors
 
 test: $(STAMP)  ## Run the whole test suite
