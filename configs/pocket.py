@@ -3,8 +3,8 @@
     make pocket
 
 records the game, trains for five to seven hours on two CPU cores, distils what it trained to four
-steps, and exports it. 5.2M parameters. It draws the change from the last frame, and is shown the last two: `docs/pocket.md` says why, what
-was compared, how long it took and how good it is.
+steps, and exports it. 5.2M parameters. It draws the change from the last frame, and is shown the
+last two: `docs/pocket.md` says why, what was compared, how long it took and how good it is.
 """
 
 from ml_collections import ConfigDict
