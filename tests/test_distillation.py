@@ -2,6 +2,10 @@
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -138,3 +142,40 @@ def test_a_student_comes_nearer_to_its_teachers_steps(network_of, clips):
         state, told = update(state, batch, *draws, teacher=teacher)
         losses.append(float(told["train/loss"]))
     assert losses[-1] < 0.75 * losses[0]
+
+
+IN_PARTS = """
+import dataclasses, jax, numpy as np
+from cwm_jax import model, objective, parallel, training
+from tiny_network import TINY
+network = dataclasses.replace(TINY, depth=1)
+params, others = model.init(network, 0), model.init(network, 1)
+teacher = objective.Teacher(others, np.int32(4))
+frames = np.random.default_rng(0).integers(0, 256, (4, 2, 64, 64, 3), np.uint8)
+actions = np.full((4, 2), 7, np.int32)
+draws = objective.draw(jax.random.key(0), frames.shape, objective.NoiseConfig(), teacher)
+how = dict(network=network, step=training.StepConfig())
+alone = training.gradients(params, frames, actions, *draws, mesh=None, teacher=teacher, **how)
+mesh = parallel.make_mesh(2)
+place = lambda tree: jax.device_put(tree, parallel.placement(tree, mesh))
+params, teacher = place(params), teacher._replace(params=place(others))
+shared = jax.jit(lambda p, t: training.gradients(
+    p, frames, actions, *draws, mesh=mesh, teacher=t, **how))(params, teacher)
+for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5)
+print(jax.device_count(), "devices alike")
+"""
+
+
+def test_a_teacher_may_lie_in_parts_on_several_devices():
+    """… which share the clips: two copies of it and of the student, each of two parts."""
+    found = subprocess.run(
+        [sys.executable, "-c", IN_PARTS],
+        cwd=Path(__file__).parent,
+        env=os.environ
+        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert found.stdout == "4 devices alike\n", found.stderr
