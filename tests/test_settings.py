@@ -116,3 +116,9 @@ def test_a_run_goes_on_from_a_config_that_is_older_than_a_setting():
     now["model"]["history"] = 1
     with pytest.raises(UserError, match=r"config\.model\.history=1, was 0"):
         resume.compare(before, now)
+
+
+def test_a_teacher_needs_steps_to_take():
+    config = config_of("small") | dict(distil_from="runs/small", ddim_steps=501)
+    with pytest.raises(UserError, match=r"config\.ddim_steps=501 must be at most 500"):
+        Settings.from_config(config)
