@@ -38,6 +38,14 @@ def alpha_bars() -> np.ndarray:
     return np.cumprod(factors, dtype=np.float64).astype(np.float32)
 
 
+def step_label(number, steps):
+    """Where the last `number` of so many steps begin: linspace(−1, 999, steps + 1), cut to int.
+
+    −1, where none is left, is the clean sample. Whole numbers, or arrays of them.
+    """
+    return NUM_LEVELS * number // steps - 1
+
+
 class Noised(NamedTuple):
     """A training example: the noised frames and the velocity to predict, each [B, T, H, W, C]."""
 

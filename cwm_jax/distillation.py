@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cwm_jax import diffusion
-from cwm_jax.diffusion import NUM_LEVELS
+from cwm_jax.diffusion import NUM_LEVELS, step_label
 
 _SHARE = 0.5  # of frames, at which the student's steps begin
 
@@ -22,7 +22,7 @@ def draw(key: jax.Array, t: jax.Array, steps: int) -> jax.Array:
     """Labels of the same shape, half of them those where a sampler of so many steps begins one."""
     share_key, step_key = jax.random.split(key)
     number = jax.random.randint(step_key, t.shape, 1, steps + 1)
-    return jnp.where(jax.random.bernoulli(share_key, _SHARE, t.shape), _label(number, steps), t)
+    return jnp.where(jax.random.bernoulli(share_key, _SHARE, t.shape), step_label(number, steps), t)
 
 
 def velocity(predict: Callable, x_BTHWC: jax.Array, t_BT: jax.Array, steps: int) -> jax.Array:
@@ -43,15 +43,10 @@ def velocity(predict: Callable, x_BTHWC: jax.Array, t_BT: jax.Array, steps: int)
     return jnp.where(is_step, (cos * x_BTHWC - there) / jnp.where(is_step, sin, 1), first)
 
 
-def _label(number: jax.Array, steps: int) -> jax.Array:
-    """Where the last `number` steps of a sampler begin, as in `sampler.ddim_levels`; −1: clean."""
-    return NUM_LEVELS * number // steps - 1
-
-
 def _ends(t: jax.Array, steps: int) -> jax.Array:
     """Where the step that begins at a label ends; the label itself where none does."""
     number = -(-(t + 1) * steps // NUM_LEVELS)  # the least whose label is not below t
-    return jnp.where(_label(number, steps) == t, _label(number - 1, steps), t)
+    return jnp.where(step_label(number, steps) == t, step_label(number - 1, steps), t)
 
 
 def _after(x, velocity, t, next_t):

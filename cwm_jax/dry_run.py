@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from cwm_jax import data, flops, parallel, speed, training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.errors import UserError
-from cwm_jax.objective import Teacher
 from cwm_jax.settings import Settings
 
 _GIB = 2**30
@@ -42,7 +41,10 @@ def compile_step(settings: Settings):
     shape = clips, settings.data.clip_len
     place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.by_clip(mesh))
     batch = {"frames": place((*shape, *FRAME_SHAPE), jnp.uint8), "actions": place(shape, jnp.int32)}
-    teacher = Teacher(state.params, jax.ShapeDtypeStruct((), jnp.int32))
+    teacher = None
+    if settings.distil_from:
+        make = lambda params: training.init_teacher(settings.model, params, settings.ddim_steps)
+        teacher = parallel.abstract(jax.eval_shape(make, state.params), mesh)
     lowered = training.train_step.lower(
         state,
         batch,
@@ -52,7 +54,7 @@ def compile_step(settings: Settings):
         step=settings.step,
         noise=settings.noise,
         mesh=mesh,
-        teacher=teacher if settings.distil_from else None,
+        teacher=teacher,
     )
     return lowered.compile()
 

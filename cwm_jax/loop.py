@@ -202,9 +202,11 @@ class _Run:
             return None
         params = self._params_of("distil_from", path)
         tell(f"learning to draw as {path} does in twice as many steps", file=sys.stdout)
-        placement = parallel.placement(params, self.mesh)
-        place = jax.jit(lambda params: params, out_shardings=placement)
-        return Teacher(place(params), np.int32(self.settings.ddim_steps))
+        make = functools.partial(
+            training.init_teacher, self.settings.model, steps=self.settings.ddim_steps
+        )
+        shapes = jax.eval_shape(make, params)
+        return jax.jit(make, out_shardings=parallel.placement(shapes, self.mesh))(params)
 
     def _params_of(self, setting: str, path: str) -> dict[str, np.ndarray]:
         """The parameters of a model that a setting names; it must have this run's network."""

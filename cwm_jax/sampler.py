@@ -35,7 +35,7 @@ def ddim_levels(steps: int) -> tuple[int, ...]:
     """
     if not isinstance(steps, int) or not 1 <= steps <= diffusion.NUM_LEVELS:
         raise UserError(f"ddim_steps must be 1…{diffusion.NUM_LEVELS}, not {steps!r}")
-    return tuple(diffusion.NUM_LEVELS * i // steps - 1 for i in range(steps, 0, -1))
+    return tuple(diffusion.step_label(number, steps) for number in range(steps, 0, -1))
 
 
 def check_seed(seed: int) -> None:

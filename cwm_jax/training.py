@@ -125,6 +125,15 @@ def init_state(
     )
 
 
+def init_teacher(network: DiTConfig, params: Params, steps: int) -> Teacher:
+    """A teacher for a student of so many steps: never updated, so in the compute dtype for good."""
+    return Teacher(_cast(params, network), jnp.int32(steps))
+
+
+def _cast(params: Params, network: DiTConfig) -> Params:
+    return jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
+
+
 def _value_and_grad(
     params, teacher, *batch, network: DiTConfig, step: StepConfig, middle_weight: float
 ):
@@ -166,10 +175,7 @@ def gradients(
     )
     if mesh is not None:
         function = parallel.mean_over_devices(function, mesh)
-    cast = lambda params: jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
-    if teacher is not None:
-        teacher = teacher._replace(params=cast(teacher.params))
-    loss, grads = function(cast(params), teacher, *batch)
+    loss, grads = function(_cast(params, network), teacher, *batch)
     return loss, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
 
 
@@ -248,7 +254,7 @@ def train_step(
         batch: `{"frames": uint8 [B, T, H, W, 3], "actions": int32 [B, T]}`.
         key: the run's PRNG key; the step's number is folded in here.
         mesh: where state and batch lie, as `parallel` places them; None for one device.
-        teacher: whose drawing is learned, see `distillation`; its parameters lie as the state's.
+        teacher: whose drawing is learned, from `init_teacher`; it lies as the state does.
     """
     step_key = jax.random.fold_in(key, state.step)
     if noise.mirror_share:
