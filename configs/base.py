@@ -28,6 +28,10 @@ def get_config() -> ConfigDict:
     config.model.history = 0  # earlier frames shown beside each, whose change is drawn; 0: none
     config.model.change_scale = 0.2  # with history: the unit of a change (CoinRun's deviation)
     config.model.motion = 0  # with history: pixels by which the last frame's may move, ≤ patch_size
+    config.model.displacement_down = 0  # with history: largest discrete displacement, rows …
+    config.model.displacement_across = 0  # … and columns; both 0: none
+    config.model.displacement_patch = 4  # pixels on a side that are displaced as one
+    config.model.qk_norm = False  # queries and keys scaled to unit RMS
 
     # Data: `dir` holds train/, val/ and test/ with *.array_record files.
     config.data = ConfigDict()

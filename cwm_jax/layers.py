@@ -46,6 +46,18 @@ def _matrix_product(x, kernel, dimension_numbers, **kwargs) -> jax.Array:
     return product.reshape(*x.shape[:-1], -1)
 
 
+def unit_rms(x: jax.Array) -> jax.Array:
+    """x scaled to a root mean square of 1 over its last axis, in float32, in the dtype of x.
+
+    RMSNorm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467) without a gain. Of queries
+    and keys it bounds the attention's logits by √K (Dehghani et al. 2023,
+    https://arxiv.org/abs/2302.05442).
+    """
+    exact = x.astype(jnp.float32)
+    mean = jnp.square(exact).mean(-1, keepdims=True)
+    return (exact * jax.lax.rsqrt(mean + _EPSILON)).astype(x.dtype)
+
+
 @jax.custom_vjp
 def modulated_norm(x_BTSD: jax.Array, shift_BTD: jax.Array, scale_BTD: jax.Array) -> jax.Array:
     """(1 + scale) · LayerNorm(x) + shift, as in adaLN (Peebles & Xie 2022), in the dtype of x.

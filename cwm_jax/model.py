@@ -18,15 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cwm_jax import attention, diffusion, motion, rope
+from cwm_jax import attention, diffusion, displacement, motion, rope
 from cwm_jax.errors import UserError
-from cwm_jax.layers import linear, modulated_norm, zeros_linear
+from cwm_jax.layers import linear, modulated_norm, unit_rms, zeros_linear
 from cwm_jax.network import DiTConfig
 
 Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spatial.qkv.kernel"
 
 SINUSOID = 256  # width of the timestep features
 MLP_RATIO = 4
+_STAY = 0.1  # what a pixel of displacement costs in logits before anything is learned
 REMAT = ("none", "gelu_norm", "layer")  # what the backward pass computes again, see `DiT.clip`
 
 
@@ -35,6 +36,15 @@ class Modulations(NamedTuple):
 
     layers: jax.Array  # [..., 2 · depth, 6, D]: shift, scale, gate of attention, then of MLP
     final: jax.Array  # [..., 2, D]: shift, scale before the last linear
+
+
+class Outputs(NamedTuple):
+    """What the last layers say, float32; the last three where the network has them."""
+
+    rest: jax.Array  # [B, T, S, P · P · C], each patch's pixels
+    doubt: jax.Array | None  # [B, T, S, 1], log-variance
+    filters: jax.Array | None  # [B, T, S, 2 · taps], logits, see `motion`
+    displacements: jax.Array | None  # [B, T, h, w, K], logits, see `displacement`
 
 
 class FrameKV(NamedTuple):
@@ -85,6 +95,7 @@ class AxialLayer(nnx.Module):
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         size = config.hidden_size
         self.num_heads = config.num_heads
+        self.qk_norm = config.qk_norm
         self.modulation = zeros_linear(config, size, 6 * size, rngs=rngs)
         self.qkv = linear(config, size, 3 * size, use_bias=False, rngs=rngs)
         self.out = linear(config, size, size, rngs=rngs)
@@ -98,7 +109,8 @@ class AxialLayer(nnx.Module):
         """
         shift, scale = modulation_BT6D[:, :, 0], modulation_BT6D[:, :, 1]
         qkv = self.qkv(cheap(modulated_norm)(x_BTSD, shift, scale))
-        return jnp.moveaxis(qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, -1), 3, 0)
+        q, k, v = jnp.moveaxis(qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, -1), 3, 0)
+        return (unit_rms(q), unit_rms(k), v) if self.qk_norm else (q, k, v)
 
     def finish(self, x_BTSD, attended_BTSNK, modulation_BT6D, *, cheap=_kept) -> jax.Array:
         """Adds what attention found, then what the MLP makes of it, each through its gate."""
@@ -137,6 +149,11 @@ class DiT(nnx.Module):
         if config.motion:
             weights = 2 * motion.taps(config.motion)
             self.motion_out = zeros_linear(config, size, weights, rngs=rngs)
+        if config.reach:
+            per_token = (config.patch_size // config.displacement_patch) ** 2
+            logits = per_token * config.reach.count
+            self.displacement_out = zeros_linear(config, size, logits, rngs=rngs)
+        if config.motion or config.reach:
             self.doubt_out = zeros_linear(config, size, 1, rngs=rngs)
 
     def modulations(self, t_BT: jax.Array, action_BT: jax.Array) -> Modulations:
@@ -164,32 +181,63 @@ class DiT(nnx.Module):
         patches = frames_BTHWC.reshape(*frames, grid, size, grid, size, -1).swapaxes(3, 4)
         return patches.reshape(*frames, grid * grid, -1)
 
-    def pixels(
+    def outputs(self, x_BTSD: jax.Array, modulations: Modulations) -> Outputs:
+        """What the last layers say of token vectors."""
+        shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
+        modulated = modulated_norm(x_BTSD, shift, scale)
+        exact = lambda layer: layer(modulated).astype(jnp.float32)
+        config = self.config
+        logits = None
+        if config.reach:
+            logits = exact(self.displacement_out)
+            logits = displacement.to_grid(logits, config.grid, config.reach)
+            logits -= _STAY * displacement.distances(config.reach)
+        return Outputs(
+            rest=exact(self.patch_out),
+            doubt=exact(self.doubt_out) if config.motion or config.reach else None,
+            filters=self.motion_out(modulated) if config.motion else None,
+            displacements=logits,
+        )
+
+    def velocity(
         self,
-        x_BTSD: jax.Array,
-        modulations: Modulations,
+        outputs: Outputs,
         sample_BTHWC: jax.Array,
         alpha_bar: jax.Array,
         earlier_BTHWC: jax.Array | None = None,
+        chosen_BThw: jax.Array | None = None,
     ) -> jax.Array:
-        """Token vectors to a velocity for each pixel, float32 [B, T, H, W, C].
+        """A velocity for each pixel, float32 [B, T, H, W, C].
 
         The noised sample, the share of signal in it (`alpha_bar`, [B, T] or []) and
-        `change.earlier` count only with `config.motion`.
+        `change.earlier` count only where the last frame is warped: by the displacements
+        `chosen_BThw`, or the likeliest.
         """
-        frames, grid, size = x_BTSD.shape[:2], self.config.grid, self.config.patch_size
-        shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
-        modulated = modulated_norm(x_BTSD, shift, scale)
-        patches = self.patch_out(modulated).astype(jnp.float32)
-        if self.config.motion:
-            last, scores = earlier_BTHWC[..., :3], self.motion_out(modulated)
-            moved = motion.change(last, scores, reach=self.config.motion, patch=size)
-            moved = moved / self.config.change_scale
-            doubt = self.doubt_out(modulated).astype(jnp.float32)
+        config, patches = self.config, outputs.rest
+        if outputs.doubt is not None:
+            last = earlier_BTHWC[..., :3]
+            if config.motion:
+                reach, size = config.motion, config.patch_size
+                moved = motion.change(last, outputs.filters, reach=reach, patch=size)
+            else:
+                if chosen_BThw is None:
+                    chosen_BThw = jnp.argmax(outputs.displacements, axis=-1)
+                last = last.astype(jnp.float32)
+                warped = displacement.warp(last, chosen_BThw, config.reach)
+                moved = self._patches(warped - last)
+            moved = moved / config.change_scale
             sample, alpha_bar = self._patches(sample_BTHWC), jnp.asarray(alpha_bar)[..., None, None]
-            patches = motion.velocity(sample, moved, doubt, patches, alpha_bar)
+            patches = motion.velocity(sample, moved, outputs.doubt, patches, alpha_bar)
+        frames, grid, size = patches.shape[:2], config.grid, config.patch_size
         rows = patches.reshape(*frames, grid, grid, size, size, 3).swapaxes(3, 4)
         return rows.reshape(*frames, grid * size, grid * size, 3)
+
+    def pixels(
+        self, x_BTSD, modulations: Modulations, sample_BTHWC, alpha_bar, earlier_BTHWC=None
+    ) -> jax.Array:
+        """Token vectors to a velocity for each pixel, as `velocity`."""
+        outputs = self.outputs(x_BTSD, modulations)
+        return self.velocity(outputs, sample_BTHWC, alpha_bar, earlier_BTHWC)
 
     def _spatial(self, block: Block, x_BTSD, modulation_BT6D, *, cheap=_kept) -> jax.Array:
         angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)[:, None]
@@ -241,7 +289,7 @@ class DiT(nnx.Module):
         for i, block in enumerate(self.blocks):
             x_B1SD = self._spatial(block, x_B1SD, modulations.layers[:, :, 2 * i])
             temporal = modulations.layers[:, :, 2 * i + 1]
-            q, k, v = block.temporal.project(x_B1SD, temporal)[:, :, 0]
+            q, k, v = (part[:, 0] for part in block.temporal.project(x_B1SD, temporal))
             turned = rope.rotate(q, angles_B11K), rope.rotate(k, angles_B11K)
             attended = attention.over_past(
                 *turned, v, past.kv.keys[i], past.kv.values[i], past.visible_BM
@@ -263,10 +311,17 @@ class DiT(nnx.Module):
             earlier_BTHWC: `change.earlier`, None for a network without history.
             remat: see `clip`.
         """
+        outputs = self.clip_outputs(sample_BTHWC, t_BT, action_BT, earlier_BTHWC, remat=remat)
+        alpha_bar = jnp.asarray(diffusion.alpha_bars())[t_BT]
+        return self.velocity(outputs, sample_BTHWC, alpha_bar, earlier_BTHWC)
+
+    def clip_outputs(
+        self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None, *, remat: str = "none"
+    ) -> Outputs:
+        """The network's outputs for every frame's sample; arguments as of `__call__`."""
         modulations = self.modulations(t_BT, action_BT)
         x_BTSD, _ = self.clip(self.tokens(sample_BTHWC, earlier_BTHWC), modulations, remat=remat)
-        alpha_bar = jnp.asarray(diffusion.alpha_bars())[t_BT]
-        return self.pixels(x_BTSD, modulations, sample_BTHWC, alpha_bar, earlier_BTHWC)
+        return self.outputs(x_BTSD, modulations)
 
 
 @functools.lru_cache

@@ -5,9 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import attention, controls
+from cwm_jax import attention, controls, displacement
 from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.errors import UserError
+
+_MAY_BE_ZERO = ("history", "motion", "displacement_down", "displacement_across")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,11 +35,17 @@ class DiTConfig:
     change_scale: float = dataclasses.field(default=0.2, repr=False)
     # Pixels by which the last frame's may move, see `cwm_jax.motion`. 0: none are moved.
     motion: int = dataclasses.field(default=0, repr=False)
+    # Largest displacement of a patch of `displacement_patch` pixels, down or up and across, see
+    # `cwm_jax.displacement`. 0: none.
+    displacement_down: int = dataclasses.field(default=0, repr=False)
+    displacement_across: int = dataclasses.field(default=0, repr=False)
+    displacement_patch: int = dataclasses.field(default=4, repr=False)
+    qk_norm: bool = dataclasses.field(default=False, repr=False)  # queries and keys of RMS 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("history", "motion") else 1
+            least = 0 if field.name in _MAY_BE_ZERO else 1
             if field.type is int and (not isinstance(value, int) or value < least):
                 raise UserError(
                     f"config.model.{field.name} must be a whole number ≥ {least}, not {value!r}"
@@ -84,6 +92,40 @@ class DiTConfig:
                 f"config.model.motion={self.motion} must be at most "
                 f"config.model.patch_size={self.patch_size}"
             )
+
+        self._check_displacement()
+
+    def _check_displacement(self) -> None:
+        down, across, patch = (
+            self.displacement_down,
+            self.displacement_across,
+            self.displacement_patch,
+        )
+        if self.reach is None:
+            return
+        for name, value in (("displacement_down", down), ("displacement_across", across)):
+            if not value < self.image_size:
+                raise UserError(
+                    f"config.model.{name}={value} must be less than image_size={self.image_size}"
+                )
+        if not self.history or self.motion:
+            raise UserError(
+                f"config.model.displacement_down={down} and displacement_across={across} need "
+                f"config.model.history ≥ 1, of which they displace the last frame, and motion=0"
+            )
+        if self.patch_size % patch:
+            raise UserError(
+                f"config.model.displacement_patch={patch} must divide patch_size={self.patch_size}"
+            )
+
+    @property
+    def reach(self) -> displacement.Reach | None:
+        """Of discrete displacements; None where there are none."""
+        if not (self.displacement_down or self.displacement_across):
+            return None
+        return displacement.Reach(
+            self.displacement_down, self.displacement_across, self.displacement_patch
+        )
 
     @property
     def action_values(self) -> int:

@@ -7,13 +7,14 @@ and to what a player looks at. With a `Teacher`, its velocities are learned inst
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import change, coinrun, diffusion, distillation, model
+from cwm_jax import change, coinrun, diffusion, displacement, distillation, model
 from cwm_jax.coinrun import NO_ACTION, to_model
 from cwm_jax.errors import UserError
 from cwm_jax.model import Params
@@ -30,6 +31,8 @@ class NoiseConfig:
     own_share: float = 0.0  # of clips, shown their earlier frames as the network itself draws them
     own_passes: int = 1  # how often these are drawn, each time from the ones before
     own_top_share: float = 0.0  # of those clips, in which all labels are the highest
+    own_renoised: bool = False  # passes after the first renoise the network's frames, not real ones
+    displacement_weight: float = 0.1  # of the cross-entropy of discrete displacements in the loss
     mirror_share: float = 0.0  # of clips, in which left and right are exchanged
     middle_weight: float = 1.0  # of pixels in the middle, where CoinRun keeps the player
 
@@ -44,7 +47,7 @@ class NoiseConfig:
 class Own(NamedTuple):
     """How the network draws the earlier frames that it is shown."""
 
-    clips_B: jax.Array  # bool, the clips in which it is shown them
+    blind_B: jax.Array  # bool, the clips in which all labels are the highest
     t_BPT: jax.Array  # the labels that they are drawn from, in each of P passes
     noise_BTHWC: jax.Array  # and the noise, the same in all: nothing is learned in them
 
@@ -68,17 +71,18 @@ def draw(
         t_BT = distillation.draw(jax.random.fold_in(key, 3), t_BT, teacher.steps)
     if not noise.own_share:
         return t_BT, noise_BTHWC
-    clips_B = jax.random.bernoulli(clips_key, noise.own_share, shape[:1])
     own_key, own_top_key = jax.random.split(own_key)
     blind_key = jax.random.fold_in(clips_key, 1)
     passes = shape[0], noise.own_passes, shape[1]
     t_BPT = jax.random.randint(label_key, passes, 0, diffusion.NUM_LEVELS)
     t_BPT = _with_top(own_top_key, t_BPT, noise.top_share)
-    if noise.own_top_share:
-        blind_B = jax.random.bernoulli(blind_key, noise.own_top_share, shape[:1])
-        t_BPT = jnp.where(blind_B[:, None, None], _TOP, t_BPT)
-        t_BT = jnp.where((clips_B & blind_B)[:, None], _TOP, t_BT)
-    return t_BT, noise_BTHWC, *Own(clips_B, t_BPT, jax.random.normal(own_key, shape))
+    if noise.own_renoised:  # the first pass starts from noise alone, so nothing real leaks
+        numbers = jax.random.choice(label_key, jnp.array([1, 2, 4, 4]), passes[:2])
+        t_BPT = jnp.broadcast_to(diffusion.step_label(numbers, 4)[..., None], passes)
+        t_BPT = t_BPT.at[:, 0].set(_TOP)
+    blind_B = jax.random.bernoulli(blind_key, noise.own_top_share, shape[:1])
+    t_BPT = jnp.where(blind_B[:, None, None], _TOP, t_BPT)
+    return t_BT, noise_BTHWC, *Own(blind_B, t_BPT, jax.random.normal(own_key, shape))
 
 
 def mirrored(key, batch: dict[str, jax.Array], share: float) -> dict[str, jax.Array]:
@@ -111,7 +115,7 @@ def clip_loss(
     *own,
     network: DiTConfig,
     remat="none",
-    middle_weight: float = 1.0,
+    noise: NoiseConfig = NoiseConfig(),
     teacher: Teacher | None = None,
 ):
     """Diffusion loss of clips, float32 []; frames are uint8, t and noise as `diffusion.draw`.
@@ -119,26 +123,47 @@ def clip_loss(
     With history the first frame of a clip, of which there is no change to draw, does not count.
     With `middle_weight` other than 1 it is a mean in which the pixels of the middle weigh so much.
     `own`, nothing or an `Own`, says which clips are shown earlier frames of the network's drawing.
-    A `teacher` says what is learned instead of the clips' own velocities.
+    A `teacher` says what is learned instead of the clips' own velocities. With discrete
+    displacements their cross-entropy is added, and in every second clip the last frame is warped
+    by the best of them instead of the likeliest, so that the residual is learned from both.
     """
     net, frames = model.bind(network, params), to_model(frames_BTHWC)
     earlier = change.earlier(network, frames)
     if own:
-        own = Own(*own)
-        drawn = own_frames(net, frames, actions_BT, own)
-        shown = jnp.where(own.clips_B[:, None, None, None, None], drawn, frames)
+        # The first so many clips, whose number is known: no other clip pays for these passes.
+        first = slice(math.ceil(len(frames) * noise.own_share))
+        own = jax.tree.map(lambda x: x[first], Own(*own))
+        fixed = model.bind(network, jax.lax.stop_gradient(params))
+        given = frames[first], actions_BT[first]
+        drawn = own_frames(fixed, *given, own, renoised=noise.own_renoised)
+        shown = jnp.concatenate([drawn, frames[len(drawn) :]])
+        t_BT = t_BT.at[first].set(jnp.where(own.blind_B[:, None], _TOP, t_BT[first]))
         earlier = change.earlier(network, shown)
     x0 = change.to_sample(network, frames, earlier)
     sample = diffusion.noised(x0, t_BT, noise_BTHWC)
-    predicted = net(sample.x, t_BT, actions_BT, earlier, remat=remat)
+    outputs = net.clip_outputs(sample.x, t_BT, actions_BT, earlier, remat=remat)
+    counted = change.counted(network)
+    middle = noise.middle_weight
+    chosen, added = None, 0.0
+    if network.reach:
+        reach = network.reach
+        errors = displacement.errors(earlier[..., :3], frames, reach)
+        likeliest = jnp.argmax(outputs.displacements, -1)
+        is_best = (jnp.arange(len(frames)) % 2 == 0)[:, None, None, None]
+        chosen = jnp.where(is_best, displacement.best(errors, reach), likeliest)
+        log_probs = jax.nn.log_softmax(outputs.displacements, axis=-1)
+        entropy = -(displacement.targets(errors, reach) * log_probs).sum(-1)[:, counted]
+        weights = _weights(network.image_size // reach.patch, middle)[..., 0]
+        added = noise.displacement_weight * (weights * entropy).mean()
+    alpha_bar = jnp.asarray(diffusion.alpha_bars())[t_BT]
+    predicted = net.velocity(outputs, sample.x, alpha_bar, earlier, chosen)
     wanted = sample.velocity
     if teacher is not None:
         taught = model.bind(network, teacher.params)
         predict = lambda x, t: taught(x, t, actions_BT, earlier)
         wanted = distillation.velocity(predict, sample.x, t_BT, teacher.steps)
-    counted = change.counted(network)
-    weights = 1.0 if middle_weight == 1 else _weights(network.image_size, middle_weight)
-    return diffusion.loss(predicted[:, counted], wanted[:, counted], weights)
+    weights = 1.0 if middle == 1 else _weights(network.image_size, middle)
+    return diffusion.loss(predicted[:, counted], wanted[:, counted], weights) + added
 
 
 def _weights(size: int, middle_weight: float) -> np.ndarray:
@@ -151,7 +176,7 @@ def _weights(size: int, middle_weight: float) -> np.ndarray:
     return weights / weights.mean()
 
 
-def own_frames(net, frames_BTHWC, actions_BT, own: Own) -> jax.Array:
+def own_frames(net, frames_BTHWC, actions_BT, own: Own, *, renoised: bool = False) -> jax.Array:
     """The first frame, and the others as the network draws them, float32 [B, T, H, W, 3].
 
     Scheduled sampling (Bengio et al. 2015, https://arxiv.org/abs/1506.03099) of all frames at
@@ -162,12 +187,14 @@ def own_frames(net, frames_BTHWC, actions_BT, own: Own) -> jax.Array:
     all labels are the highest (`own_top_share`), no noised frame betrays the real one that it was
     made of, to itself or to the next: that is as a rollout in one step is, and as hard.
     """
-    shown = frames_BTHWC
-    for t_BT in jnp.moveaxis(own.t_BPT, 1, 0):
+
+    def again(shown, t_BT):
         earlier = change.earlier(net.config, shown)
-        x0 = change.to_sample(net.config, frames_BTHWC, earlier)
+        x0 = change.to_sample(net.config, shown if renoised else frames_BTHWC, earlier)
         noised = diffusion.noised(x0, t_BT, own.noise_BTHWC).x
         velocity = net(noised, t_BT, actions_BT, earlier)
         sample = diffusion.predict_clean(noised, velocity, t_BT)
-        shown = change.to_frame(net.config, sample, earlier).at[:, 0].set(frames_BTHWC[:, 0])
-    return jax.lax.stop_gradient(shown)
+        frames = change.to_frame(net.config, sample, earlier)
+        return frames.at[:, 0].set(frames_BTHWC[:, 0]), None
+
+    return jax.lax.scan(again, frames_BTHWC, jnp.moveaxis(own.t_BPT, 1, 0))[0]

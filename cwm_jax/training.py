@@ -135,14 +135,14 @@ def _cast(params: Params, network: DiTConfig) -> Params:
 
 
 def _value_and_grad(
-    params, teacher, *batch, network: DiTConfig, step: StepConfig, middle_weight: float
+    params, teacher, *batch, network: DiTConfig, step: StepConfig, noise: NoiseConfig
 ):
     """Loss and gradients of clips, means over them; the gradients of parts are added in float32."""
     loss = functools.partial(
         objective.clip_loss,
         network=network,
         remat=step.remat,
-        middle_weight=middle_weight,
+        noise=noise,
         teacher=teacher,
     )
     if step.accumulate_steps == 1:
@@ -163,16 +163,14 @@ def gradients(
     network: DiTConfig,
     step: StepConfig,
     mesh: Mesh | None,
-    middle_weight: float = 1.0,
+    noise: NoiseConfig = _UNIFORM,
     teacher: Teacher | None = None,
 ):
     """Loss and float32 gradients at the clips of a batch: (loss, gradients).
 
     Parameters are cast to the compute dtype once, here, and not again by each matmul.
     """
-    function = functools.partial(
-        _value_and_grad, network=network, step=step, middle_weight=middle_weight
-    )
+    function = functools.partial(_value_and_grad, network=network, step=step, noise=noise)
     if mesh is not None:
         function = parallel.mean_over_devices(function, mesh)
     loss, grads = function(_cast(params, network), teacher, *batch)
@@ -188,7 +186,7 @@ def update(
     network: DiTConfig,
     optim: OptimizerConfig,
     step: StepConfig = _PLAIN,
-    middle_weight: float = 1.0,
+    noise: NoiseConfig = _UNIFORM,
     mesh: Mesh | None = None,
     teacher: Teacher | None = None,
 ):
@@ -198,7 +196,7 @@ def update(
     `skipped` count on, so no state is ever poisoned, however late somebody looks at the metrics.
     """
     arrays = batch["frames"], batch["actions"], t_BT, noise_BTHWC, *own
-    how = dict(network=network, step=step, middle_weight=middle_weight, mesh=mesh, teacher=teacher)
+    how = dict(network=network, step=step, noise=noise, mesh=mesh, teacher=teacher)
     loss, grads = gradients(state.params, *arrays, **how)
     updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -262,7 +260,7 @@ def train_step(
     # Drawn as one array over all devices, so that no clip's noise depends on where it lies.
     draws = objective.draw(step_key, batch["frames"].shape, noise, teacher)
     how = dict(network=network, optim=optim, step=step, mesh=mesh, teacher=teacher)
-    following, metrics = update(state, batch, *draws, middle_weight=noise.middle_weight, **how)
+    following, metrics = update(state, batch, *draws, noise=noise, **how)
     if mesh is not None:
         following = jax.lax.with_sharding_constraint(following, parallel.placement(following, mesh))
     return following, metrics

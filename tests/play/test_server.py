@@ -39,7 +39,12 @@ class Guest:
             raise WebSocketDisconnect(message["code"])
         if message.get("text") is not None:
             return json.loads(message["text"])
-        return message["bytes"]
+        raw = message["bytes"]
+        if raw[0] == 1:  # a frame, and what is said of it, be it looked at or passed over
+            _, _, self.action, self.steps, self.window, self.number, self.total, self.stamp = (
+                HEADER.unpack_from(raw)
+            )
+        return raw
 
     def say(self, what):
         """The next message of this name; frames before it are passed over."""
@@ -55,9 +60,6 @@ class Guest:
         while isinstance(message := self.next(), dict):
             assert message["say"] not in ("error", "fault"), message
         assert message[0] == 1
-        _, _, self.action, self.steps, self.window, self.number, self.total, self.stamp = (
-            HEADER.unpack_from(message)
-        )
         return np.frombuffer(message, np.uint8, offset=HEADER.size).reshape(64, 64, 3)
 
     def draw(self, action, count=1):
