@@ -20,7 +20,7 @@ from flax import nnx
 
 from cwm_jax import attention, diffusion, motion, rope
 from cwm_jax.errors import UserError
-from cwm_jax.layers import linear, modulated_norm, zeros_linear
+from cwm_jax.layers import Update, add, add_and_norm, gelu, linear, product, zeros_linear
 from cwm_jax.network import DiTConfig
 
 Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spatial.qkv.kernel"
@@ -57,10 +57,6 @@ def _kept(function):
     return function
 
 
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
 def sinusoid(t: jax.Array) -> jax.Array:
     """Features of noise labels [...], float32 [..., 256]: cos, then sin, of t · 10⁴^(−i/128)."""
     half = SINUSOID // 2
@@ -79,33 +75,50 @@ def action_vectors(config: DiTConfig, action: jax.Array) -> jax.Array:
     return jnp.where(action[..., None] < 0, 0, held).astype(jnp.float32)
 
 
+class Stream(NamedTuple):
+    """The residual stream between half blocks; the next norm adds the last update to it."""
+
+    x_BTSD: jax.Array
+    update: Update | None = None
+
+
 class AxialLayer(nnx.Module):
     """Half a block: attention along one axis, then an MLP, each under its adaLN."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         size = config.hidden_size
         self.num_heads = config.num_heads
+        self.norm = config.norm_kernel
         self.modulation = zeros_linear(config, size, 6 * size, rngs=rngs)
         self.qkv = linear(config, size, 3 * size, use_bias=False, rngs=rngs)
         self.out = linear(config, size, size, rngs=rngs)
         self.mlp_in = linear(config, size, MLP_RATIO * size, rngs=rngs)
         self.mlp_out = linear(config, MLP_RATIO * size, size, rngs=rngs)
 
-    def project(self, x_BTSD, modulation_BT6D, *, cheap=_kept):
-        """Queries, keys and values of the normed, modulated tokens, each [B, T, S, N, K].
+    def project(self, stream: Stream, modulation_BT6D, *, cheap=_kept):
+        """The stream, and queries, keys and values of its normed tokens, [3, B, T, S, N, K].
 
         `cheap` wraps what costs little to compute again, here and in `finish`.
         """
         shift, scale = modulation_BT6D[:, :, 0], modulation_BT6D[:, :, 1]
-        qkv = self.qkv(cheap(modulated_norm)(x_BTSD, shift, scale))
-        return jnp.moveaxis(qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, -1), 3, 0)
+        x_BTSD, normed = self._add_and_norm(stream, shift, scale, cheap)
+        qkv = self.qkv(normed)
+        qkv = qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, -1)
+        return x_BTSD, jnp.moveaxis(qkv, 3, 0)
 
-    def finish(self, x_BTSD, attended_BTSNK, modulation_BT6D, *, cheap=_kept) -> jax.Array:
+    def finish(self, x_BTSD, attended_BTSNK, modulation_BT6D, *, cheap=_kept) -> Stream:
         """Adds what attention found, then what the MLP makes of it, each through its gate."""
-        gate, shift, scale, mlp_gate = (modulation_BT6D[:, :, i, None] for i in (2, 3, 4, 5))
-        x = x_BTSD + gate * self.out(attended_BTSNK.reshape(x_BTSD.shape))
-        hidden = self.mlp_in(cheap(modulated_norm)(x, shift[:, :, 0], scale[:, :, 0]))
-        return x + mlp_gate * self.mlp_out(cheap(_gelu)(hidden))
+        gate, shift, scale, mlp_gate = (modulation_BT6D[:, :, i] for i in (2, 3, 4, 5))
+        attended = product(self.out, attended_BTSNK.reshape(x_BTSD.shape))
+        stream = Stream(x_BTSD, Update(attended, self.out.bias[...], gate))
+        x_BTSD, normed = self._add_and_norm(stream, shift, scale, cheap)
+        hidden = cheap(gelu)(self.mlp_in(normed))
+        return Stream(
+            x_BTSD, Update(product(self.mlp_out, hidden), self.mlp_out.bias[...], mlp_gate)
+        )
+
+    def _add_and_norm(self, stream: Stream, shift, scale, cheap):
+        return cheap(functools.partial(add_and_norm, kernel=self.norm))(*stream, shift, scale)
 
 
 class Block(nnx.Module):
@@ -166,20 +179,20 @@ class DiT(nnx.Module):
 
     def pixels(
         self,
-        x_BTSD: jax.Array,
+        stream: Stream,
         modulations: Modulations,
         sample_BTHWC: jax.Array,
         alpha_bar: jax.Array,
         earlier_BTHWC: jax.Array | None = None,
     ) -> jax.Array:
-        """Token vectors to a velocity for each pixel, float32 [B, T, H, W, C].
+        """The stream after the last block to a velocity for each pixel, float32 [B, T, H, W, C].
 
         The noised sample, the share of signal in it (`alpha_bar`, [B, T] or []) and
         `change.earlier` count only with `config.motion`.
         """
-        frames, grid, size = x_BTSD.shape[:2], self.config.grid, self.config.patch_size
+        frames, grid, size = stream.x_BTSD.shape[:2], self.config.grid, self.config.patch_size
         shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
-        modulated = modulated_norm(x_BTSD, shift, scale)
+        _, modulated = add_and_norm(*stream, shift, scale, kernel=self.config.norm_kernel)
         patches = self.patch_out(modulated).astype(jnp.float32)
         if self.config.motion:
             last, scores = earlier_BTHWC[..., :3], self.motion_out(modulated)
@@ -191,9 +204,9 @@ class DiT(nnx.Module):
         rows = patches.reshape(*frames, grid, grid, size, size, 3).swapaxes(3, 4)
         return rows.reshape(*frames, grid * size, grid * size, 3)
 
-    def _spatial(self, block: Block, x_BTSD, modulation_BT6D, *, cheap=_kept) -> jax.Array:
+    def _spatial(self, block: Block, stream: Stream, modulation_BT6D, *, cheap=_kept) -> Stream:
         angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)[:, None]
-        q, k, v = block.spatial.project(x_BTSD, modulation_BT6D, cheap=cheap)
+        x_BTSD, (q, k, v) = block.spatial.project(stream, modulation_BT6D, cheap=cheap)
         attended = attention.over_space(
             rope.rotate(q, angles_SK),
             rope.rotate(k, angles_SK),
@@ -202,10 +215,10 @@ class DiT(nnx.Module):
         )
         return block.spatial.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap)
 
-    def _temporal(self, block: Block, x_BTSD, modulation_BT6D, *, cheap=_kept):
-        angles_TK = rope.temporal_angles(np.arange(x_BTSD.shape[1]), self.config.head_size)
-        angles_T11K = angles_TK[:, None, None]
-        q, k, v = block.temporal.project(x_BTSD, modulation_BT6D, cheap=cheap)
+    def _temporal(self, block: Block, stream: Stream, modulation_BT6D, *, cheap=_kept):
+        frames = np.arange(stream.x_BTSD.shape[1])
+        angles_T11K = rope.temporal_angles(frames, self.config.head_size)[:, None, None]
+        x_BTSD, (q, k, v) = block.temporal.project(stream, modulation_BT6D, cheap=cheap)
         attended = attention.over_time(
             rope.rotate(q, angles_T11K),
             rope.rotate(k, angles_T11K),
@@ -216,7 +229,7 @@ class DiT(nnx.Module):
 
     def clip(
         self, x_BTSD: jax.Array, modulations: Modulations, *, remat: str = "none"
-    ) -> tuple[jax.Array, FrameKV]:
+    ) -> tuple[Stream, FrameKV]:
         """All frames of a clip at once, at places 0 … T−1; also their keys [B, T, S, N, K].
 
         `remat` is one of `REMAT`, what a backward pass computes again to save memory:
@@ -224,32 +237,35 @@ class DiT(nnx.Module):
         """
         cheap = jax.checkpoint if remat == "gelu_norm" else _kept
         whole = jax.checkpoint if remat == "layer" else _kept
-        keys, values = [], []
+        # An update that is not yet added would be a second array to store for each half block.
+        settled = (lambda x: Stream(add(*x))) if remat == "layer" else _kept
+        stream, keys, values = Stream(x_BTSD), [], []
         for i, block in enumerate(self.blocks):
             spatial = whole(functools.partial(self._spatial, block, cheap=cheap))
             temporal = whole(functools.partial(self._temporal, block, cheap=cheap))
-            x_BTSD = spatial(x_BTSD, modulations.layers[:, :, 2 * i])
-            x_BTSD, k, v = temporal(x_BTSD, modulations.layers[:, :, 2 * i + 1])
+            stream = spatial(settled(stream), modulations.layers[:, :, 2 * i])
+            stream, k, v = temporal(settled(stream), modulations.layers[:, :, 2 * i + 1])
             keys.append(k)
             values.append(v)
-        return x_BTSD, FrameKV(tuple(keys), tuple(values))
+        return stream, FrameKV(tuple(keys), tuple(values))
 
     def frame(self, x_B1SD: jax.Array, modulations: Modulations, past: Past):
         """One frame after a known past; also its own keys and values, each [B, S, N, K]."""
         angles_B11K = rope.temporal_angles(past.position_B, self.config.head_size)[:, None, None]
-        keys, values = [], []
+        stream, keys, values = Stream(x_B1SD), [], []
         for i, block in enumerate(self.blocks):
-            x_B1SD = self._spatial(block, x_B1SD, modulations.layers[:, :, 2 * i])
+            stream = self._spatial(block, stream, modulations.layers[:, :, 2 * i])
             temporal = modulations.layers[:, :, 2 * i + 1]
-            q, k, v = block.temporal.project(x_B1SD, temporal)[:, :, 0]
+            x_B1SD, qkv = block.temporal.project(stream, temporal)
+            q, k, v = qkv[:, :, 0]
             turned = rope.rotate(q, angles_B11K), rope.rotate(k, angles_B11K)
             attended = attention.over_past(
                 *turned, v, past.kv.keys[i], past.kv.values[i], past.visible_BM
             )
-            x_B1SD = block.temporal.finish(x_B1SD, attended[:, None], temporal)
+            stream = block.temporal.finish(x_B1SD, attended[:, None], temporal)
             keys.append(k)
             values.append(v)
-        return x_B1SD, FrameKV(tuple(keys), tuple(values))
+        return stream, FrameKV(tuple(keys), tuple(values))
 
     def __call__(
         self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None, *, remat: str = "none"
@@ -264,9 +280,9 @@ class DiT(nnx.Module):
             remat: see `clip`.
         """
         modulations = self.modulations(t_BT, action_BT)
-        x_BTSD, _ = self.clip(self.tokens(sample_BTHWC, earlier_BTHWC), modulations, remat=remat)
+        stream, _ = self.clip(self.tokens(sample_BTHWC, earlier_BTHWC), modulations, remat=remat)
         alpha_bar = jnp.asarray(diffusion.alpha_bars())[t_BT]
-        return self.pixels(x_BTSD, modulations, sample_BTHWC, alpha_bar, earlier_BTHWC)
+        return self.pixels(stream, modulations, sample_BTHWC, alpha_bar, earlier_BTHWC)
 
 
 @functools.lru_cache

@@ -31,6 +31,9 @@ class DiTConfig:
     # which share codes know a network: codes older than this must go on to work.
     history: int = dataclasses.field(default=0, repr=False)
     change_scale: float = dataclasses.field(default=0.2, repr=False)
+    # What adds a half block's output and takes the next norm, see `layers.add_and_norm`: xla, triton
+    # (NVIDIA GPUs), or auto.
+    norm: str = dataclasses.field(default="auto", repr=False)
     # Pixels by which the last frame's may move, see `cwm_jax.motion`. 0: none are moved.
     motion: int = dataclasses.field(default=0, repr=False)
 
@@ -67,6 +70,8 @@ class DiTConfig:
                 f"{controls.MAX_BUTTONS} buttons"
             )
         attention.check(self.attention, self.dtype)
+        if self.norm not in ("auto", "xla", "triton"):
+            raise UserError(f"config.model.norm must be auto, xla or triton, not {self.norm!r}")
         if self.history >= self.max_frames:
             raise UserError(
                 f"config.model.history={self.history} must be less than the window, "
@@ -117,3 +122,8 @@ class DiTConfig:
     def attention_kernel(self) -> str:
         """`attention`, where auto has become xla or cudnn."""
         return attention.choose(self.attention, self.compute_dtype, self.head_size)
+
+    @property
+    def norm_kernel(self) -> str:
+        """`norm`, where auto has become xla."""
+        return "xla" if self.norm == "auto" else self.norm
