@@ -61,7 +61,7 @@ class Variant(NamedTuple):
 
     function: Callable
     patches: Patches = ()
-    options: dict = {}
+    options: dict | None = None
 
 
 class Piece(NamedTuple):
@@ -80,7 +80,7 @@ class Step(NamedTuple):
 
     fields: dict[str, object]
     patches: Patches = ()
-    options: dict = {}
+    options: dict | None = None
 
 
 # How the layers were before: kept here to be compared with.
@@ -153,9 +153,7 @@ def pieces(clips: int, frames: int, tokens: int, size: int, dtype) -> list[Piece
             x, layers.Update(product, bias, gate), shift, scale
         )
     )
-    alone = lambda function: (
-        lambda x, shift, scale: function(x, None, shift, scale)
-    )
+    alone = lambda function: lambda x, shift, scale: function(x, None, shift, scale)
     tilings = {
         f"triton, {rows} rows, {warps} warps": (rows, warps)
         for rows, warps in ((4, 2), (8, 4), (8, 8), (2, 2))
@@ -248,7 +246,7 @@ def _formula(x, update, shift, scale):
 
 
 def _arguments(shapes, kind: str, *, dtype) -> tuple:
-    """Normal numbers; or, "extreme", a far mean, a constant frame, and numbers 30 times as large."""
+    """Normal numbers; or, "extreme", 30 times as large with a far mean and a constant frame."""
 
     @jax.jit
     def make(seed):
@@ -269,19 +267,19 @@ def steps() -> dict[str, Step]:
     chosen = next(iter(ATTENTION_VARIANTS))
     found = {}
 
-    def want(name: str, kind: str, fields: dict, patches: Patches, options: dict) -> None:
+    def want(name: str, kind: str, fields: dict, patches: Patches, options=None) -> None:
         choice = ATTENTION_VARIANTS[kind]
         found[f"{name}; attention {kind}"] = Step(
             choice.fields | fields, choice.patches + patches, options
         )
 
     want("norm triton, products by library", chosen, {"norm": "triton"}, (), BY_LIBRARY)
-    want("old", "cudnn", {"norm": "xla"}, OLD, {})
+    want("old", "cudnn", {"norm": "xla"}, OLD)
     for kind in list(ATTENTION_VARIANTS)[1:]:
         want("norm triton, products by library", kind, {"norm": "triton"}, (), BY_LIBRARY)
     want("norm xla, products by library", chosen, {"norm": "xla"}, (), BY_LIBRARY)
-    want("norm triton", chosen, {"norm": "triton"}, (), {})
-    want("old", chosen, {"norm": "xla"}, OLD, {})
+    want("norm triton", chosen, {"norm": "triton"}, ())
+    want("old", chosen, {"norm": "xla"}, OLD)
     return found
 
 
@@ -304,14 +302,14 @@ class Bench:
         found = {"about": machine.description(), "rows": self.rows}
         self.output.write_text(json.dumps(found, indent=1) + "\n")
 
-    def compile(self, lowered, options: dict) -> concurrent.futures.Future:
+    def compile(self, lowered, options: dict | None) -> concurrent.futures.Future:
         """(program, seconds), in a thread."""
 
         def work():
             if self.left < 0:
                 raise TimeoutError("no time was left to compile it")
             start = time.perf_counter()
-            return lowered.compile(compiler_options=options), time.perf_counter() - start
+            return lowered.compile(compiler_options=options or {}), time.perf_counter() - start
 
         self.futures.append(self.pool.submit(work))
         return self.futures[-1]
@@ -345,24 +343,34 @@ class Compiled(NamedTuple):
 
 
 def lower_piece(bench: Bench, piece: Piece, variant: Variant) -> Compiled:
-    """Compiles arguments → (results, kept) and (kept, gradients) → gradients, as in a step."""
+    """Compiles arguments → (results, kept) and (arguments, results, kept, gradients) → gradients.
+
+    As in a step; what is kept and is an argument or a result already is not copied.
+    """
     shapes = jax.eval_shape(lambda: piece.arguments("random"))
-    pulls = []
+    how = []
 
     def forward_and_kept(*args):
         results, pull = jax.vjp(variant.function, *args)
         leaves, tree = jax.tree.flatten(pull)
-        pulls.append(tree)
-        return results, leaves
+        known = [*args, *results]
+        places = [next((i for i, x in enumerate(known) if x is leaf), None) for leaf in leaves]
+        how.append((tree, places))
+        return results, [leaf for leaf, i in zip(leaves, places, strict=True) if i is None]
+
+    def pull(args, results, kept, grads):
+        (tree, places), known, kept = how[0], [*args, *results], iter(kept)
+        leaves = [next(kept) if i is None else known[i] for i in places]
+        return jax.tree.unflatten(tree, leaves)(grads)
 
     jax.clear_caches()  # a replaced function must be traced anew
     with replaced(variant.patches):
         forward = jax.jit(forward_and_kept).lower(*shapes)
-        pull = lambda kept, grads: jax.tree.unflatten(pulls[0], kept)(grads)
         results, kept = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), forward.out_info
         )
-        backward = jax.jit(pull).lower(kept, results)
+        # An argument that is not used would be dropped, and then be refused at the call.
+        backward = jax.jit(pull, keep_unused=True).lower(shapes, results, kept, results)
     return Compiled(
         bench.compile(forward, variant.options), bench.compile(backward, variant.options)
     )
@@ -391,7 +399,7 @@ def measure_piece(
     row = {"compiling": bench.compiling}
     for way, function, least in (
         ("forward", lambda: forward(*arguments), piece.forward_bytes),
-        ("backward", lambda: backward(kept, results), piece.backward_bytes),
+        ("backward", lambda: backward(arguments, results, kept, results), piece.backward_bytes),
     ):
         seconds = seconds_of(function, repeats)
         row |= {f"{way}_ms": 1e3 * seconds, f"{way}_gb_s": least / 1e9 / seconds}
@@ -403,15 +411,14 @@ def measure_piece(
         results, kept = forward(*arguments)
         wanted, pull = references[kind]
         if pull is not None:  # the same gradients for all variants: the formula's results
-            grads = backward(kept, jax.tree.map(lambda a, b: a.astype(b.dtype), wanted, results))
+            rounded = jax.tree.map(lambda a, b: a.astype(b.dtype), wanted, results)
+            grads = backward(arguments, results, kept, rounded)
             errors = _errors((results, grads), (wanted, pull))
         else:
             errors = _errors(results, wanted)
         row[f"{kind}_error"] = float(errors[0])
         row[f"{kind}_finite"] = bool(errors[1])
-    bench.report(
-        piece=piece.name, variant=name, **row, compile_s=forward_s + backward_s
-    )
+    bench.report(piece=piece.name, variant=name, **row, compile_s=forward_s + backward_s)
 
 
 @jax.jit

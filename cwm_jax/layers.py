@@ -98,23 +98,27 @@ def _one_pass(x_BTSD, update, shift_BTD, scale_BTD):
 def _one_pass_forward(x_BTSD, update, shift_BTD, scale_BTD):
     flat = jax.tree.map(_by_frame, (x_BTSD, update, shift_BTD, scale_BTD))
     found = norm.forward(*flat)
-    added, normed = (flat[0], found) if update is None else found
     back = lambda x: x.reshape(x_BTSD.shape)
-    return (back(added), back(normed)), (added, *flat[1:])
+    results = (x_BTSD, back(found)) if update is None else tuple(map(back, found))
+    return results, (results[0], update, shift_BTD, scale_BTD)
 
 
 def _one_pass_backward(kept, grads):
-    added_FSD, update, shift_FD, scale_FD = kept
-    of_x, of_normed = map(_by_frame, grads)
-    of_x, of_product, sums = norm.backward(added_FSD, update, scale_FD, of_normed, of_x)
-    frames = grads[0].shape[:2]
-    back = lambda x, like: x.reshape(*frames, *x.shape[1:]).astype(like.dtype)
+    added_BTSD, update, shift_BTD, scale_BTD = kept
+    flat = jax.tree.map(_by_frame, (added_BTSD, update, scale_BTD, grads[1], grads[0]))
+    of_x, of_product, sums = norm.backward(*flat)
+    back = lambda x, like: x.reshape(like.shape).astype(like.dtype)
     of_update = None
     if update is not None:
         # The bias has the gradient of its frames' products, summed over their tokens already.
-        of_bias = (update.gate_BTD.astype(jnp.float32) * sums[3]).sum(0).astype(update.bias_D.dtype)
-        of_update = Update(back(of_product, of_product), of_bias, back(sums[2], update.gate_BTD))
-    return back(of_x, of_x), of_update, back(sums[0], shift_FD), back(sums[1], scale_FD)
+        of_bias = (flat[1].gate_BTD.astype(jnp.float32) * sums[3]).sum(0)
+        of_update = Update(
+            back(of_product, added_BTSD),
+            of_bias.astype(update.bias_D.dtype),
+            back(sums[2], update.gate_BTD),
+        )
+    of_shift, of_scale = back(sums[0], shift_BTD), back(sums[1], scale_BTD)
+    return back(of_x, added_BTSD), of_update, of_shift, of_scale
 
 
 _one_pass.defvjp(_one_pass_forward, _one_pass_backward)
@@ -167,7 +171,7 @@ modulated_norm.defvjp(lambda *args: (modulated_norm(*args), args), _norm_backwar
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """GELU with tanh (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415), in the dtype of x.
+    """GELU by tanh (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415) in the dtype of x.
 
     Its backward pass reads x and nothing else of the forward pass.
     """

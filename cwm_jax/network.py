@@ -31,8 +31,8 @@ class DiTConfig:
     # which share codes know a network: codes older than this must go on to work.
     history: int = dataclasses.field(default=0, repr=False)
     change_scale: float = dataclasses.field(default=0.2, repr=False)
-    # What adds a half block's output and takes the next norm, see `layers.add_and_norm`: xla, triton
-    # (NVIDIA GPUs), or auto.
+    # What adds the output of a half block and takes the next norm, see `layers.add_and_norm`: xla,
+    # triton (NVIDIA GPUs), or auto.
     norm: str = dataclasses.field(default="auto", repr=False)
     # Pixels by which the last frame's may move, see `cwm_jax.motion`. 0: none are moved.
     motion: int = dataclasses.field(default=0, repr=False)

@@ -26,13 +26,16 @@ class Tiling(NamedTuple):
     warps: int = 4  # of 32 threads
 
 
+_TILING = Tiling()
+
+
 def fits(x_BTSD: jax.Array) -> bool:
     """Whether the kernels take arrays of this shape: Triton wants powers of two."""
     tokens, size = x_BTSD.shape[-2:]
-    return size & (size - 1) == 0 and 64 <= size <= 2048 and tokens % Tiling().rows == 0
+    return size & (size - 1) == 0 and 64 <= size <= 2048 and tokens % _TILING.rows == 0
 
 
-def forward(x_FSD, update, shift_FD, scale_FD, *, tiling: Tiling = Tiling(), interpret=False):
+def forward(x_FSD, update, shift_FD, scale_FD, *, tiling: Tiling = _TILING, interpret=False):
     """(x + gate · (product + bias), its modulated norm), each [F, S, D] in the dtype of x.
 
     Args:
@@ -59,7 +62,7 @@ def forward(x_FSD, update, shift_FD, scale_FD, *, tiling: Tiling = Tiling(), int
 
 
 def backward(
-    x_FSD, update, scale_FD, of_normed, of_x, *, tiling: Tiling = Tiling(), interpret=False
+    x_FSD, update, scale_FD, of_normed, of_x, *, tiling: Tiling = _TILING, interpret=False
 ):
     """Gradients of `forward`: (of x, of product, sums), of product None without an update.
 
