@@ -84,7 +84,6 @@ class AxialLayer(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         size = config.hidden_size
-        self.num_heads = config.num_heads
         self.modulation = zeros_linear(config, size, 6 * size, rngs=rngs)
         self.qkv = linear(config, size, 3 * size, use_bias=False, rngs=rngs)
         self.out = linear(config, size, size, rngs=rngs)
@@ -92,18 +91,17 @@ class AxialLayer(nnx.Module):
         self.mlp_out = linear(config, MLP_RATIO * size, size, rngs=rngs)
 
     def project(self, x_BTSD, modulation_BT6D, *, cheap=_kept):
-        """Queries, keys and values of the normed, modulated tokens, each [B, T, S, N, K].
+        """Queries, keys and values of the normed, modulated tokens, [B, T, S, 3 · D].
 
         `cheap` wraps what costs little to compute again, here and in `finish`.
         """
         shift, scale = modulation_BT6D[:, :, 0], modulation_BT6D[:, :, 1]
-        qkv = self.qkv(cheap(modulated_norm)(x_BTSD, shift, scale))
-        return jnp.moveaxis(qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, -1), 3, 0)
+        return self.qkv(cheap(modulated_norm)(x_BTSD, shift, scale))
 
-    def finish(self, x_BTSD, attended_BTSNK, modulation_BT6D, *, cheap=_kept) -> jax.Array:
+    def finish(self, x_BTSD, attended_BTSD, modulation_BT6D, *, cheap=_kept) -> jax.Array:
         """Adds what attention found, then what the MLP makes of it, each through its gate."""
         gate, shift, scale, mlp_gate = (modulation_BT6D[:, :, i, None] for i in (2, 3, 4, 5))
-        x = x_BTSD + gate * self.out(attended_BTSNK.reshape(x_BTSD.shape))
+        x = x_BTSD + gate * self.out(attended_BTSD)
         hidden = self.mlp_in(cheap(modulated_norm)(x, shift[:, :, 0], scale[:, :, 0]))
         return x + mlp_gate * self.mlp_out(cheap(_gelu)(hidden))
 
@@ -191,27 +189,24 @@ class DiT(nnx.Module):
         rows = patches.reshape(*frames, grid, grid, size, size, 3).swapaxes(3, 4)
         return rows.reshape(*frames, grid * size, grid * size, 3)
 
-    def _spatial(self, block: Block, x_BTSD, modulation_BT6D, *, cheap=_kept) -> jax.Array:
-        angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)[:, None]
-        q, k, v = block.spatial.project(x_BTSD, modulation_BT6D, cheap=cheap)
-        attended = attention.over_space(
-            rope.rotate(q, angles_SK),
-            rope.rotate(k, angles_SK),
-            v,
-            implementation=self.config.attention_kernel,
+    @property
+    def _how(self) -> dict:
+        """What attention over clips has to know of the network."""
+        return dict(
+            num_heads=self.config.num_heads, implementation=self.config.attention_kernel
         )
+
+    def _spatial(self, block: Block, x_BTSD, modulation_BT6D, *, cheap=_kept) -> jax.Array:
+        angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)
+        qkv = block.spatial.project(x_BTSD, modulation_BT6D, cheap=cheap)
+        attended = attention.along_space(qkv, angles_SK, **self._how)
         return block.spatial.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap)
 
     def _temporal(self, block: Block, x_BTSD, modulation_BT6D, *, cheap=_kept):
         angles_TK = rope.temporal_angles(np.arange(x_BTSD.shape[1]), self.config.head_size)
-        angles_T11K = angles_TK[:, None, None]
-        q, k, v = block.temporal.project(x_BTSD, modulation_BT6D, cheap=cheap)
-        attended = attention.over_time(
-            rope.rotate(q, angles_T11K),
-            rope.rotate(k, angles_T11K),
-            v,
-            implementation=self.config.attention_kernel,
-        )
+        qkv = block.temporal.project(x_BTSD, modulation_BT6D, cheap=cheap)
+        attended = attention.along_time(qkv, angles_TK, **self._how)
+        _, k, v = attention.split(qkv, self.config.num_heads)
         return block.temporal.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap), k, v
 
     def clip(
@@ -241,12 +236,13 @@ class DiT(nnx.Module):
         for i, block in enumerate(self.blocks):
             x_B1SD = self._spatial(block, x_B1SD, modulations.layers[:, :, 2 * i])
             temporal = modulations.layers[:, :, 2 * i + 1]
-            q, k, v = block.temporal.project(x_B1SD, temporal)[:, :, 0]
+            qkv = block.temporal.project(x_B1SD, temporal)
+            q, k, v = (part[:, 0] for part in attention.split(qkv, self.config.num_heads))
             turned = rope.rotate(q, angles_B11K), rope.rotate(k, angles_B11K)
             attended = attention.over_past(
                 *turned, v, past.kv.keys[i], past.kv.values[i], past.visible_BM
             )
-            x_B1SD = block.temporal.finish(x_B1SD, attended[:, None], temporal)
+            x_B1SD = block.temporal.finish(x_B1SD, attended.reshape(x_B1SD.shape), temporal)
             keys.append(k)
             values.append(v)
         return x_B1SD, FrameKV(tuple(keys), tuple(values))

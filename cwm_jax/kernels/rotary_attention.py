@@ -24,6 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from cwm_jax.kernels import reference
+
 TILE = 64  # rows; four warps multiply 64 at once
 _LEAST = 16  # rows of a sequence in a tile, the multiple that tensor cores take
 
@@ -105,14 +107,33 @@ def rotary_attention(qkv_RLMC: jax.Array, cos_LJ: np.ndarray, sin_LJ: np.ndarray
 
 def forward(qkv_RLMC, cos_LJ, sin_LJ, plan: Plan) -> jax.Array:
     """See `rotary_attention`; without gradients."""
-    arrays, tables = (qkv_RLMC,), (cos_LJ, sin_LJ)
-    return _call(_forward_kernel, plan, plan.forward, plan.width, arrays, tables)
+    tables = cos_LJ, sin_LJ
+    kernel = lambda *arrays: _call(
+        _forward_kernel, plan, plan.forward, plan.width, arrays, tables
+    )
+    return _where_it_runs(plan, kernel, _formula(plan, *tables), qkv_RLMC)
 
 
 def backward(qkv_RLMC, grad_RLMC, cos_LJ, sin_LJ, plan: Plan) -> jax.Array:
     """The gradient at qkv, [R, L, M, 3 · N · K], of that at the result."""
-    arrays, tables = (qkv_RLMC, grad_RLMC), (cos_LJ, sin_LJ)
-    return _call(_backward_kernel, plan, plan.backward, 3 * plan.width, arrays, tables)
+    tables = cos_LJ, sin_LJ
+    kernel = lambda *arrays: _call(
+        _backward_kernel, plan, plan.backward, 3 * plan.width, arrays, tables
+    )
+    formula = lambda qkv, grad: jax.vjp(_formula(plan, *tables), qkv)[1](grad)[0]
+    return _where_it_runs(plan, kernel, formula, qkv_RLMC, grad_RLMC)
+
+
+def _formula(plan: Plan, cos_LJ, sin_LJ):
+    known = dict(num_heads=plan.num_heads, causal=plan.causal)
+    return lambda qkv: reference.rotary_attention(qkv, cos_LJ, sin_LJ, **known)
+
+
+def _where_it_runs(plan: Plan, kernel, formula, *arrays) -> jax.Array:
+    """The kernel on NVIDIA GPUs, or in the interpreter; the formula on other devices."""
+    if plan.interpret:
+        return kernel(*arrays)
+    return lax.platform_dependent(*arrays, cuda=kernel, default=formula)
 
 
 def _call(kernel, plan: Plan, tuning: Tuning, width: int, arrays, tables) -> jax.Array:
