@@ -53,6 +53,7 @@ ATTENTION_VARIANTS: dict[str, Attention] = {
     ),
     "cudnn": Attention({"attention": "cudnn"}),
     "xla": Attention({"attention": "xla"}),
+    "fused": Attention({"attention": "fused"}),
 }
 
 
@@ -222,6 +223,7 @@ def attention_pieces(clips: int, frames: int, tokens: int, size: int, heads: int
                     choice.patches,
                 )
                 for name, choice in ATTENTION_VARIANTS.items()
+                if name != "fused"  # which starts at qkv: see `benchmarks.gpu_attention`
             },
             lambda *qkv, plain=plain: (plain(*qkv),),
             functools.partial(_arguments, (shape,) * 3, dtype=dtype),
@@ -273,12 +275,11 @@ def steps() -> dict[str, Step]:
             choice.fields | fields, choice.patches + patches, options
         )
 
-    want("norm triton, products by library", chosen, {"norm": "triton"}, (), BY_LIBRARY)
+    want("norm triton, products by library", "fused", {"norm": "triton"}, (), BY_LIBRARY)
+    want("norm triton", "fused", {"norm": "triton"}, ())
     want("old", "cudnn", {"norm": "xla"}, OLD)
-    for kind in list(ATTENTION_VARIANTS)[1:]:
-        want("norm triton, products by library", kind, {"norm": "triton"}, (), BY_LIBRARY)
-    want("norm xla, products by library", chosen, {"norm": "xla"}, (), BY_LIBRARY)
-    want("norm triton", chosen, {"norm": "triton"}, ())
+    want("norm triton, products by library", chosen, {"norm": "triton"}, (), BY_LIBRARY)
+    want("norm xla, products by library", "fused", {"norm": "xla"}, (), BY_LIBRARY)
     want("old", chosen, {"norm": "xla"}, OLD)
     return found
 

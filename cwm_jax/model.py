@@ -87,7 +87,6 @@ class AxialLayer(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         size = config.hidden_size
-        self.num_heads = config.num_heads
         self.norm = config.norm_kernel
         self.modulation = zeros_linear(config, size, 6 * size, rngs=rngs)
         self.qkv = linear(config, size, 3 * size, use_bias=False, rngs=rngs)
@@ -96,20 +95,18 @@ class AxialLayer(nnx.Module):
         self.mlp_out = linear(config, MLP_RATIO * size, size, rngs=rngs)
 
     def project(self, stream: Stream, modulation_BT6D, *, cheap=_kept):
-        """The stream, and queries, keys and values of its normed tokens, [3, B, T, S, N, K].
+        """The stream, and queries, keys and values of its normed tokens, [B, T, S, 3 · D].
 
         `cheap` wraps what costs little to compute again, here and in `finish`.
         """
         shift, scale = modulation_BT6D[:, :, 0], modulation_BT6D[:, :, 1]
         x_BTSD, normed = self._add_and_norm(stream, shift, scale, cheap)
-        qkv = self.qkv(normed)
-        qkv = qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, -1)
-        return x_BTSD, jnp.moveaxis(qkv, 3, 0)
+        return x_BTSD, self.qkv(normed)
 
-    def finish(self, x_BTSD, attended_BTSNK, modulation_BT6D, *, cheap=_kept) -> Stream:
+    def finish(self, x_BTSD, attended_BTSD, modulation_BT6D, *, cheap=_kept) -> Stream:
         """Adds what attention found, then what the MLP makes of it, each through its gate."""
         gate, shift, scale, mlp_gate = (modulation_BT6D[:, :, i] for i in (2, 3, 4, 5))
-        attended = product(self.out, attended_BTSNK.reshape(x_BTSD.shape))
+        attended = product(self.out, attended_BTSD)
         stream = Stream(x_BTSD, Update(attended, self.out.bias[...], gate))
         x_BTSD, normed = self._add_and_norm(stream, shift, scale, cheap)
         hidden = cheap(gelu)(self.mlp_in(normed))
@@ -204,27 +201,25 @@ class DiT(nnx.Module):
         rows = patches.reshape(*frames, grid, grid, size, size, 3).swapaxes(3, 4)
         return rows.reshape(*frames, grid * size, grid * size, 3)
 
-    def _spatial(self, block: Block, stream: Stream, modulation_BT6D, *, cheap=_kept) -> Stream:
-        angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)[:, None]
-        x_BTSD, (q, k, v) = block.spatial.project(stream, modulation_BT6D, cheap=cheap)
-        attended = attention.over_space(
-            rope.rotate(q, angles_SK),
-            rope.rotate(k, angles_SK),
-            v,
-            implementation=self.config.attention_kernel,
+    @property
+    def _how(self) -> dict:
+        """What attention over clips has to know of the network."""
+        return dict(
+            num_heads=self.config.num_heads, implementation=self.config.attention_kernel
         )
+
+    def _spatial(self, block: Block, stream: Stream, modulation_BT6D, *, cheap=_kept) -> Stream:
+        angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)
+        x_BTSD, qkv = block.spatial.project(stream, modulation_BT6D, cheap=cheap)
+        attended = attention.along_space(qkv, angles_SK, **self._how)
         return block.spatial.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap)
 
     def _temporal(self, block: Block, stream: Stream, modulation_BT6D, *, cheap=_kept):
         frames = np.arange(stream.x_BTSD.shape[1])
-        angles_T11K = rope.temporal_angles(frames, self.config.head_size)[:, None, None]
-        x_BTSD, (q, k, v) = block.temporal.project(stream, modulation_BT6D, cheap=cheap)
-        attended = attention.over_time(
-            rope.rotate(q, angles_T11K),
-            rope.rotate(k, angles_T11K),
-            v,
-            implementation=self.config.attention_kernel,
-        )
+        angles_TK = rope.temporal_angles(frames, self.config.head_size)
+        x_BTSD, qkv = block.temporal.project(stream, modulation_BT6D, cheap=cheap)
+        attended = attention.along_time(qkv, angles_TK, **self._how)
+        _, k, v = attention.split(qkv, self.config.num_heads)
         return block.temporal.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap), k, v
 
     def clip(
@@ -257,12 +252,12 @@ class DiT(nnx.Module):
             stream = self._spatial(block, stream, modulations.layers[:, :, 2 * i])
             temporal = modulations.layers[:, :, 2 * i + 1]
             x_B1SD, qkv = block.temporal.project(stream, temporal)
-            q, k, v = qkv[:, :, 0]
+            q, k, v = (part[:, 0] for part in attention.split(qkv, self.config.num_heads))
             turned = rope.rotate(q, angles_B11K), rope.rotate(k, angles_B11K)
             attended = attention.over_past(
                 *turned, v, past.kv.keys[i], past.kv.values[i], past.visible_BM
             )
-            stream = block.temporal.finish(x_B1SD, attended[:, None], temporal)
+            stream = block.temporal.finish(x_B1SD, attended.reshape(x_B1SD.shape), temporal)
             keys.append(k)
             values.append(v)
         return stream, FrameKV(tuple(keys), tuple(values))

@@ -25,7 +25,7 @@ class DiTConfig:
     # one_hot: an action is a number; buttons: its bit i is button i, and any may be held together.
     # The default is for checkpoints older than the setting.
     action_encoding: str = "one_hot"
-    attention: str = "auto"  # over whole clips: xla, cudnn, or auto; older checkpoints lack it
+    attention: str = "auto"  # over clips: xla, cudnn, fused or auto; older checkpoints lack it
     # Earlier frames shown beside each frame, of which then the change is drawn in units of
     # `change_scale`; see `cwm_jax.change`. 0: none, the original's network. Not in the repr, from
     # which share codes know a network: codes older than this must go on to work.

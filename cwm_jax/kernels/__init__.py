@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA GPUs, each with the same formula in plain JAX beside it."""
+"""Kernels for NVIDIA GPUs, each beside a plain-JAX function that computes the same."""
