@@ -38,9 +38,10 @@ def compile_for_target(network, step: training.StepConfig, *, clips: int, frames
     shape = clips * devices, frames
     batch = {"frames": place((*shape, *FRAME_SHAPE), jnp.uint8), "actions": place(shape, jnp.int32)}
     key = parallel.abstract(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-    lowered = training.train_step.lower(
-        state, batch, key, network=network, optim=OPTIM, step=step, mesh=mesh
-    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # names the GPU to Pallas
+        lowered = training.train_step.lower(
+            state, batch, key, network=network, optim=OPTIM, step=step, mesh=mesh
+        )
     return lowered.compile()
 
 

@@ -103,6 +103,8 @@ def _kind(line: re.Match, computations) -> str:
         library = target[1]
         if "gemm" in library or "matmul" in library:
             return "matmul (cuBLAS)"
+        if "triton" in library:
+            return "attention (fused)" if "rotary_attention" in line["rest"] else "other kernel"
         return "attention (cuDNN)" if "fmha" in library else "other library"
     if "gemm" in line["rest"] and line["op"] == "fusion":
         return "matmul (Triton)"

@@ -1,32 +1,37 @@
-"""The three ways in which tokens look at each other; softmax in float32 throughout."""
+"""The three ways in which tokens look at each other; softmax in float32 throughout.
+
+Within clips, attention starts at the output of the qkv projection, q | k | v of N heads in one axis
+of 3 · D: `along_space` and `along_time` rotate, attend and join the heads.
+"""
 
 import contextlib
 
 import jax
 import jax.numpy as jnp
 
+from cwm_jax import rope
 from cwm_jax.errors import UserError
 
-KERNELS = ("auto", "xla", "cudnn")
+KERNELS = ("auto", "xla", "cudnn", "fused")
 
 
 def check(kernel: str, dtype: str) -> None:
     """Raises a UserError where `config.model.attention` is nothing we have, or does not fit."""
     if kernel not in KERNELS:
         raise UserError(f"config.model.attention must be {', '.join(KERNELS)}, not {kernel!r}")
-    if kernel == "cudnn" and dtype == "float32":
+    if kernel in ("cudnn", "fused") and dtype == "float32":
         raise UserError(
-            "config.model.attention=cudnn works in bfloat16 only, and config.model.dtype is "
+            f"config.model.attention={kernel} works in bfloat16 only, and config.model.dtype is "
             "float32: choose attention=xla or dtype=bfloat16"
         )
 
 
 def check_device(kernel: str) -> None:
     """Raises a UserError where `config.model.attention` asks for a GPU that is not here."""
-    if kernel == "cudnn" and not _fuses_attention():
+    if kernel in ("cudnn", "fused") and not _fuses_attention():
         raise UserError(
-            f"config.model.attention=cudnn needs an NVIDIA GPU of compute capability 8 or newer, "
-            f"and here is {jax.devices()[0].device_kind}: use auto or xla"
+            f"config.model.attention={kernel} needs an NVIDIA GPU of compute capability 8 or "
+            f"newer, and here is {jax.devices()[0].device_kind}: use auto or xla"
         )
 
 
@@ -46,6 +51,71 @@ def _fuses_attention() -> bool:
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))  # AMD's names are no numbers
     return device.platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8
+
+
+def split(qkv_BTSC: jax.Array, num_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values, not yet rotated, each [B, T, S, N, K]."""
+    parts = qkv_BTSC.reshape(*qkv_BTSC.shape[:-1], 3, num_heads, -1)
+    q, k, v = jnp.moveaxis(parts, 3, 0)
+    return q, k, v
+
+
+def along_space(qkv_BTSC, angles_SJ, *, num_heads: int, implementation: str = "xla") -> jax.Array:
+    """Full attention among the tokens of each frame → [B, T, S, D].
+
+    Args:
+        qkv_BTSC: the projection's output, [B, T, S, 3 · D].
+        angles_SJ: of each token, float32 [S, K/2], known when a program is compiled.
+        num_heads: N.
+        implementation: one of `KERNELS`, but for auto.
+    """
+    if _takes(implementation, qkv_BTSC.shape[2], qkv_BTSC, num_heads):
+        frames = qkv_BTSC.reshape(-1, qkv_BTSC.shape[2], 1, qkv_BTSC.shape[-1])
+        attended = _fused(frames, angles_SJ, num_heads, causal=False)
+        return attended.reshape(*qkv_BTSC.shape[:-1], -1)
+    q, k, v = split(qkv_BTSC, num_heads)
+    turn = lambda x: rope.rotate(x, angles_SJ[:, None])
+    return _joined(over_space(turn(q), turn(k), v, implementation=_without(implementation)))
+
+
+def along_time(qkv_BTSC, angles_TJ, *, num_heads: int, implementation: str = "xla") -> jax.Array:
+    """Causal attention over the frames, each token place on its own → [B, T, S, D].
+
+    The arguments are those of `along_space`, but for the angles, which are of each frame.
+    """
+    if _takes(implementation, qkv_BTSC.shape[1], qkv_BTSC, num_heads):
+        return _fused(qkv_BTSC, angles_TJ, num_heads, causal=True)
+    q, k, v = split(qkv_BTSC, num_heads)
+    turn = lambda x: rope.rotate(x, angles_TJ[:, None, None])
+    return _joined(over_time(turn(q), turn(k), v, implementation=_without(implementation)))
+
+
+def _takes(implementation: str, length: int, qkv_BTSC, num_heads: int) -> bool:
+    if implementation != "fused":
+        return False
+    return _kernels().fits(length, qkv_BTSC.shape[-1] // (3 * num_heads))
+
+
+def _fused(qkv_RLMC, angles_LJ, num_heads: int, *, causal: bool) -> jax.Array:
+    head_size = qkv_RLMC.shape[-1] // (3 * num_heads)
+    plan = _kernels().Plan(num_heads=num_heads, head_size=head_size, causal=causal)
+    return _kernels().rotary_attention(qkv_RLMC, *rope.cos_sin(angles_LJ), plan)
+
+
+def _kernels():
+    """Imported where it is used: not every jaxlib has Pallas for GPUs."""
+    from cwm_jax.kernels import rotary_attention
+
+    return rotary_attention
+
+
+def _without(implementation: str) -> str:
+    """What attends where the fused kernel does not fit."""
+    return "xla" if implementation == "fused" else implementation
+
+
+def _joined(x_BTSNK: jax.Array) -> jax.Array:
+    return x_BTSNK.reshape(*x_BTSNK.shape[:3], -1)
 
 
 def over_space(q_BTSNK, k_BTSNK, v_BTSNK, *, implementation: str = "xla") -> jax.Array:

@@ -1,18 +1,21 @@
-"""The two layers that blocks are made of, with the backward passes that cost least.
+"""The layers that blocks are made of, with the backward passes that cost least.
 
-Both compute what the textbook says; the autodiff of the plain formulas finds the same gradients
+All compute what the textbook says; the autodiff of the plain formulas finds the same gradients
 through more passes over memory.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from cwm_jax.kernels import norm
 from cwm_jax.network import DiTConfig
 
-_EPSILON = 1e-6
+_SQRT_2_OVER_PI = 0.7978845608028654
 
 
 def linear(config: DiTConfig, inputs: int, outputs: int, *, rngs, **kwargs) -> nnx.Linear:
@@ -46,16 +49,99 @@ def _matrix_product(x, kernel, dimension_numbers, **kwargs) -> jax.Array:
     return product.reshape(*x.shape[:-1], -1)
 
 
-def unit_rms(x: jax.Array) -> jax.Array:
-    """x scaled to a root mean square of 1 over its last axis, in float32, in the dtype of x.
+def unit_rms(qkv_BTSC: jax.Array, num_heads: int) -> jax.Array:
+    """Queries, keys and values [B, T, S, 3 · N · K], queries and keys scaled to RMS 1 by head.
 
-    RMSNorm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467) without a gain. Of queries
-    and keys it bounds the attention's logits by √K (Dehghani et al. 2023,
+    RMSNorm (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467) without a gain, in float32.
+    It bounds the attention's logits by √K (Dehghani et al. 2023,
     https://arxiv.org/abs/2302.05442).
     """
-    exact = x.astype(jnp.float32)
+    exact = qkv_BTSC.reshape(*qkv_BTSC.shape[:-1], 3, num_heads, -1).astype(jnp.float32)
     mean = jnp.square(exact).mean(-1, keepdims=True)
-    return (exact * jax.lax.rsqrt(mean + _EPSILON)).astype(x.dtype)
+    is_value = (np.arange(3) == 2)[:, None, None]
+    scaled = exact * jnp.where(is_value, 1, jax.lax.rsqrt(mean + norm.EPSILON))
+    return scaled.astype(qkv_BTSC.dtype).reshape(qkv_BTSC.shape)
+
+
+def product(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    """What `layer` makes of x [..., I] before its bias is added."""
+    contracted = (((x.ndim - 1,), (0,)), ((), ()))
+    kernel = layer.kernel[...].astype(layer.dtype)
+    return _matrix_product(x.astype(layer.dtype), kernel, contracted, precision=layer.precision)
+
+
+class Update(NamedTuple):
+    """What a half block adds to the residual stream: gate · (product + bias)."""
+
+    product_BTSD: jax.Array
+    bias_D: jax.Array
+    gate_BTD: jax.Array
+
+
+def add(x_BTSD: jax.Array, update: Update | None) -> jax.Array:
+    """The residual stream with an update."""
+    if update is None:
+        return x_BTSD
+    product_BTSD, bias_D, gate_BTD = update
+    return x_BTSD + gate_BTD[:, :, None] * (product_BTSD + bias_D.astype(x_BTSD.dtype))
+
+
+def add_and_norm(
+    x_BTSD: jax.Array,
+    update: Update | None,
+    shift_BTD: jax.Array,
+    scale_BTD: jax.Array,
+    *,
+    kernel: str = "xla",
+) -> tuple[jax.Array, jax.Array]:
+    """The residual stream with an update, and its modulated norm.
+
+    `kernel` is "xla" or "triton", one pass over memory on NVIDIA GPUs; shapes that do not fit it
+    are left to XLA.
+    """
+    if kernel == "triton" and norm.fits(x_BTSD):
+        return _one_pass(x_BTSD, update, shift_BTD, scale_BTD)
+    x_BTSD = add(x_BTSD, update)
+    return x_BTSD, modulated_norm(x_BTSD, shift_BTD, scale_BTD)
+
+
+@jax.custom_vjp
+def _one_pass(x_BTSD, update, shift_BTD, scale_BTD):
+    return _one_pass_forward(x_BTSD, update, shift_BTD, scale_BTD)[0]
+
+
+def _one_pass_forward(x_BTSD, update, shift_BTD, scale_BTD):
+    flat = jax.tree.map(_by_frame, (x_BTSD, update, shift_BTD, scale_BTD))
+    found = norm.forward(*flat)
+    back = lambda x: x.reshape(x_BTSD.shape)
+    results = (x_BTSD, back(found)) if update is None else tuple(map(back, found))
+    return results, (results[0], update, shift_BTD, scale_BTD)
+
+
+def _one_pass_backward(kept, grads):
+    added_BTSD, update, shift_BTD, scale_BTD = kept
+    flat = jax.tree.map(_by_frame, (added_BTSD, update, scale_BTD, grads[1], grads[0]))
+    of_x, of_product, sums = norm.backward(*flat)
+    back = lambda x, like: x.reshape(like.shape).astype(like.dtype)
+    of_update = None
+    if update is not None:
+        # The bias has the gradient of its frames' products, summed over their tokens already.
+        of_bias = (flat[1].gate_BTD.astype(jnp.float32) * sums[3]).sum(0)
+        of_update = Update(
+            back(of_product, added_BTSD),
+            of_bias.astype(update.bias_D.dtype),
+            back(sums[2], update.gate_BTD),
+        )
+    of_shift, of_scale = back(sums[0], shift_BTD), back(sums[1], scale_BTD)
+    return back(of_x, added_BTSD), of_update, of_shift, of_scale
+
+
+_one_pass.defvjp(_one_pass_forward, _one_pass_backward)
+
+
+def _by_frame(x: jax.Array) -> jax.Array:
+    """[B, T, ...] → [B · T, ...]; a bias [D] stays."""
+    return x if x.ndim == 1 else x.reshape(-1, *x.shape[2:])
 
 
 @jax.custom_vjp
@@ -65,23 +151,25 @@ def modulated_norm(x_BTSD: jax.Array, shift_BTD: jax.Array, scale_BTD: jax.Array
     LayerNorm (Ba et al. 2016, https://arxiv.org/abs/1607.06450) over D, without parameters,
     ε = 1e-6, in float32. Shift and scale are those of a frame, the same for its S tokens.
     """
-    return _forward(x_BTSD, shift_BTD, scale_BTD)[0]
-
-
-def _forward(x_BTSD, shift_BTD, scale_BTD):
     x = x_BTSD.astype(jnp.float32)
+    mean, inverse = _statistics(x)
+    y = (x - mean) * inverse * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
+    return y.astype(x_BTSD.dtype)
+
+
+def _statistics(x):
+    """Mean and 1 / standard deviation of each token, float32 [..., 1]."""
     mean = x.mean(-1, keepdims=True)
-    centred = x - mean
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + _EPSILON)
-    y = centred * inverse * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
-    return y.astype(x_BTSD.dtype), (x_BTSD, mean, inverse, shift_BTD, scale_BTD)
+    return mean, jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + norm.EPSILON)
 
 
-def _backward(kept, grad_BTSD):
+def _norm_backward(kept, grad_BTSD):
     """With n = LayerNorm(x) and g the gradient at n: dx = (g − mean(g) − n · mean(g · n)) / σ."""
-    x_BTSD, mean, inverse, shift_BTD, scale_BTD = kept
-    grad = grad_BTSD.astype(jnp.float32)
-    normed = (x_BTSD.astype(jnp.float32) - mean) * inverse
+    x_BTSD, shift_BTD, scale_BTD = kept
+    x, grad = x_BTSD.astype(jnp.float32), grad_BTSD.astype(jnp.float32)
+    # A kernel of their own: else XLA on GPU has the normed x written in float32 for `of_scale`.
+    mean, inverse = jax.lax.optimization_barrier(_statistics(x))
+    normed = (x - mean) * inverse
     of_normed = grad * (1 + scale_BTD[:, :, None])
     along = normed * (of_normed * normed).mean(-1, keepdims=True)
     of_x = inverse * (of_normed - of_normed.mean(-1, keepdims=True) - along)
@@ -93,4 +181,25 @@ def _backward(kept, grad_BTSD):
     )
 
 
-modulated_norm.defvjp(_forward, _backward)
+modulated_norm.defvjp(lambda *args: (modulated_norm(*args), args), _norm_backward)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU by tanh (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415) in the dtype of x.
+
+    Its backward pass reads x and nothing else of the forward pass.
+    """
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_backward(x, grad):
+    """With u = √(2/π) (x + 0.044715 x³): (1 + tanh u) / 2 + x (1 − tanh² u) u′ / 2, in float32."""
+    z = x.astype(jnp.float32)
+    tanh = jnp.tanh(_SQRT_2_OVER_PI * (z + 0.044715 * z * z * z))
+    inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * z * z)
+    slope = 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh * tanh) * inner
+    return ((grad.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)

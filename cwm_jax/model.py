@@ -20,7 +20,16 @@ from flax import nnx
 
 from cwm_jax import attention, diffusion, displacement, motion, rope
 from cwm_jax.errors import UserError
-from cwm_jax.layers import linear, modulated_norm, unit_rms, zeros_linear
+from cwm_jax.layers import (
+    Update,
+    add,
+    add_and_norm,
+    gelu,
+    linear,
+    product,
+    unit_rms,
+    zeros_linear,
+)
 from cwm_jax.network import DiTConfig
 
 Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spatial.qkv.kernel"
@@ -67,10 +76,6 @@ def _kept(function):
     return function
 
 
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
 def sinusoid(t: jax.Array) -> jax.Array:
     """Features of noise labels [...], float32 [..., 256]: cos, then sin, of t · 10⁴^(−i/128)."""
     half = SINUSOID // 2
@@ -89,6 +94,13 @@ def action_vectors(config: DiTConfig, action: jax.Array) -> jax.Array:
     return jnp.where(action[..., None] < 0, 0, held).astype(jnp.float32)
 
 
+class Stream(NamedTuple):
+    """The residual stream between half blocks; the next norm adds the last update to it."""
+
+    x_BTSD: jax.Array
+    update: Update | None = None
+
+
 class AxialLayer(nnx.Module):
     """Half a block: attention along one axis, then an MLP, each under its adaLN."""
 
@@ -96,28 +108,36 @@ class AxialLayer(nnx.Module):
         size = config.hidden_size
         self.num_heads = config.num_heads
         self.qk_norm = config.qk_norm
+        self.norm = config.norm_kernel
         self.modulation = zeros_linear(config, size, 6 * size, rngs=rngs)
         self.qkv = linear(config, size, 3 * size, use_bias=False, rngs=rngs)
         self.out = linear(config, size, size, rngs=rngs)
         self.mlp_in = linear(config, size, MLP_RATIO * size, rngs=rngs)
         self.mlp_out = linear(config, MLP_RATIO * size, size, rngs=rngs)
 
-    def project(self, x_BTSD, modulation_BT6D, *, cheap=_kept):
-        """Queries, keys and values of the normed, modulated tokens, each [B, T, S, N, K].
+    def project(self, stream: Stream, modulation_BT6D, *, cheap=_kept):
+        """The stream, and queries, keys and values of its normed tokens, [B, T, S, 3 · D].
 
         `cheap` wraps what costs little to compute again, here and in `finish`.
         """
         shift, scale = modulation_BT6D[:, :, 0], modulation_BT6D[:, :, 1]
-        qkv = self.qkv(cheap(modulated_norm)(x_BTSD, shift, scale))
-        q, k, v = jnp.moveaxis(qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, -1), 3, 0)
-        return (unit_rms(q), unit_rms(k), v) if self.qk_norm else (q, k, v)
+        x_BTSD, normed = self._add_and_norm(stream, shift, scale, cheap)
+        qkv = self.qkv(normed)
+        return x_BTSD, unit_rms(qkv, self.num_heads) if self.qk_norm else qkv
 
-    def finish(self, x_BTSD, attended_BTSNK, modulation_BT6D, *, cheap=_kept) -> jax.Array:
+    def finish(self, x_BTSD, attended_BTSD, modulation_BT6D, *, cheap=_kept) -> Stream:
         """Adds what attention found, then what the MLP makes of it, each through its gate."""
-        gate, shift, scale, mlp_gate = (modulation_BT6D[:, :, i, None] for i in (2, 3, 4, 5))
-        x = x_BTSD + gate * self.out(attended_BTSNK.reshape(x_BTSD.shape))
-        hidden = self.mlp_in(cheap(modulated_norm)(x, shift[:, :, 0], scale[:, :, 0]))
-        return x + mlp_gate * self.mlp_out(cheap(_gelu)(hidden))
+        gate, shift, scale, mlp_gate = (modulation_BT6D[:, :, i] for i in (2, 3, 4, 5))
+        attended = product(self.out, attended_BTSD)
+        stream = Stream(x_BTSD, Update(attended, self.out.bias[...], gate))
+        x_BTSD, normed = self._add_and_norm(stream, shift, scale, cheap)
+        hidden = cheap(gelu)(self.mlp_in(normed))
+        return Stream(
+            x_BTSD, Update(product(self.mlp_out, hidden), self.mlp_out.bias[...], mlp_gate)
+        )
+
+    def _add_and_norm(self, stream: Stream, shift, scale, cheap):
+        return cheap(functools.partial(add_and_norm, kernel=self.norm))(*stream, shift, scale)
 
 
 class Block(nnx.Module):
@@ -181,10 +201,10 @@ class DiT(nnx.Module):
         patches = frames_BTHWC.reshape(*frames, grid, size, grid, size, -1).swapaxes(3, 4)
         return patches.reshape(*frames, grid * grid, -1)
 
-    def outputs(self, x_BTSD: jax.Array, modulations: Modulations) -> Outputs:
-        """What the last layers say of token vectors."""
+    def outputs(self, stream: Stream, modulations: Modulations) -> Outputs:
+        """What the last layers say of the stream after the last block."""
         shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
-        modulated = modulated_norm(x_BTSD, shift, scale)
+        _, modulated = add_and_norm(*stream, shift, scale, kernel=self.config.norm_kernel)
         exact = lambda layer: layer(modulated).astype(jnp.float32)
         config = self.config
         logits = None
@@ -233,38 +253,34 @@ class DiT(nnx.Module):
         return rows.reshape(*frames, grid * size, grid * size, 3)
 
     def pixels(
-        self, x_BTSD, modulations: Modulations, sample_BTHWC, alpha_bar, earlier_BTHWC=None
+        self, stream: Stream, modulations: Modulations, sample_BTHWC, alpha_bar, earlier_BTHWC=None
     ) -> jax.Array:
-        """Token vectors to a velocity for each pixel, as `velocity`."""
-        outputs = self.outputs(x_BTSD, modulations)
+        """The stream after the last block to a velocity for each pixel, as `velocity`."""
+        outputs = self.outputs(stream, modulations)
         return self.velocity(outputs, sample_BTHWC, alpha_bar, earlier_BTHWC)
 
-    def _spatial(self, block: Block, x_BTSD, modulation_BT6D, *, cheap=_kept) -> jax.Array:
-        angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)[:, None]
-        q, k, v = block.spatial.project(x_BTSD, modulation_BT6D, cheap=cheap)
-        attended = attention.over_space(
-            rope.rotate(q, angles_SK),
-            rope.rotate(k, angles_SK),
-            v,
-            implementation=self.config.attention_kernel,
-        )
+    @property
+    def _how(self) -> dict:
+        """What attention over clips has to know of the network."""
+        return dict(num_heads=self.config.num_heads, implementation=self.config.attention_kernel)
+
+    def _spatial(self, block: Block, stream: Stream, modulation_BT6D, *, cheap=_kept) -> Stream:
+        angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)
+        x_BTSD, qkv = block.spatial.project(stream, modulation_BT6D, cheap=cheap)
+        attended = attention.along_space(qkv, angles_SK, **self._how)
         return block.spatial.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap)
 
-    def _temporal(self, block: Block, x_BTSD, modulation_BT6D, *, cheap=_kept):
-        angles_TK = rope.temporal_angles(np.arange(x_BTSD.shape[1]), self.config.head_size)
-        angles_T11K = angles_TK[:, None, None]
-        q, k, v = block.temporal.project(x_BTSD, modulation_BT6D, cheap=cheap)
-        attended = attention.over_time(
-            rope.rotate(q, angles_T11K),
-            rope.rotate(k, angles_T11K),
-            v,
-            implementation=self.config.attention_kernel,
-        )
+    def _temporal(self, block: Block, stream: Stream, modulation_BT6D, *, cheap=_kept):
+        frames = np.arange(stream.x_BTSD.shape[1])
+        angles_TK = rope.temporal_angles(frames, self.config.head_size)
+        x_BTSD, qkv = block.temporal.project(stream, modulation_BT6D, cheap=cheap)
+        attended = attention.along_time(qkv, angles_TK, **self._how)
+        _, k, v = attention.split(qkv, self.config.num_heads)
         return block.temporal.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap), k, v
 
     def clip(
         self, x_BTSD: jax.Array, modulations: Modulations, *, remat: str = "none"
-    ) -> tuple[jax.Array, FrameKV]:
+    ) -> tuple[Stream, FrameKV]:
         """All frames of a clip at once, at places 0 … T−1; also their keys [B, T, S, N, K].
 
         `remat` is one of `REMAT`, what a backward pass computes again to save memory:
@@ -272,32 +288,35 @@ class DiT(nnx.Module):
         """
         cheap = jax.checkpoint if remat == "gelu_norm" else _kept
         whole = jax.checkpoint if remat == "layer" else _kept
-        keys, values = [], []
+        # An update that is not yet added would be a second array to store for each half block.
+        settled = (lambda x: Stream(add(*x))) if remat == "layer" else _kept
+        stream, keys, values = Stream(x_BTSD), [], []
         for i, block in enumerate(self.blocks):
             spatial = whole(functools.partial(self._spatial, block, cheap=cheap))
             temporal = whole(functools.partial(self._temporal, block, cheap=cheap))
-            x_BTSD = spatial(x_BTSD, modulations.layers[:, :, 2 * i])
-            x_BTSD, k, v = temporal(x_BTSD, modulations.layers[:, :, 2 * i + 1])
+            stream = spatial(settled(stream), modulations.layers[:, :, 2 * i])
+            stream, k, v = temporal(settled(stream), modulations.layers[:, :, 2 * i + 1])
             keys.append(k)
             values.append(v)
-        return x_BTSD, FrameKV(tuple(keys), tuple(values))
+        return stream, FrameKV(tuple(keys), tuple(values))
 
     def frame(self, x_B1SD: jax.Array, modulations: Modulations, past: Past):
         """One frame after a known past; also its own keys and values, each [B, S, N, K]."""
         angles_B11K = rope.temporal_angles(past.position_B, self.config.head_size)[:, None, None]
-        keys, values = [], []
+        stream, keys, values = Stream(x_B1SD), [], []
         for i, block in enumerate(self.blocks):
-            x_B1SD = self._spatial(block, x_B1SD, modulations.layers[:, :, 2 * i])
+            stream = self._spatial(block, stream, modulations.layers[:, :, 2 * i])
             temporal = modulations.layers[:, :, 2 * i + 1]
-            q, k, v = (part[:, 0] for part in block.temporal.project(x_B1SD, temporal))
+            x_B1SD, qkv = block.temporal.project(stream, temporal)
+            q, k, v = (part[:, 0] for part in attention.split(qkv, self.config.num_heads))
             turned = rope.rotate(q, angles_B11K), rope.rotate(k, angles_B11K)
             attended = attention.over_past(
                 *turned, v, past.kv.keys[i], past.kv.values[i], past.visible_BM
             )
-            x_B1SD = block.temporal.finish(x_B1SD, attended[:, None], temporal)
+            stream = block.temporal.finish(x_B1SD, attended.reshape(x_B1SD.shape), temporal)
             keys.append(k)
             values.append(v)
-        return x_B1SD, FrameKV(tuple(keys), tuple(values))
+        return stream, FrameKV(tuple(keys), tuple(values))
 
     def __call__(
         self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None, *, remat: str = "none"
@@ -320,8 +339,8 @@ class DiT(nnx.Module):
     ) -> Outputs:
         """The network's outputs for every frame's sample; arguments as of `__call__`."""
         modulations = self.modulations(t_BT, action_BT)
-        x_BTSD, _ = self.clip(self.tokens(sample_BTHWC, earlier_BTHWC), modulations, remat=remat)
-        return self.outputs(x_BTSD, modulations)
+        stream, _ = self.clip(self.tokens(sample_BTHWC, earlier_BTHWC), modulations, remat=remat)
+        return self.outputs(stream, modulations)
 
 
 @functools.lru_cache

@@ -27,12 +27,15 @@ class DiTConfig:
     # one_hot: an action is a number; buttons: its bit i is button i, and any may be held together.
     # The default is for checkpoints older than the setting.
     action_encoding: str = "one_hot"
-    attention: str = "auto"  # over whole clips: xla, cudnn, or auto; older checkpoints lack it
+    attention: str = "auto"  # over clips: xla, cudnn, fused or auto; older checkpoints lack it
     # Earlier frames shown beside each frame, of which then the change is drawn in units of
     # `change_scale`; see `cwm_jax.change`. 0: none, the original's network. Not in the repr, from
     # which share codes know a network: codes older than this must go on to work.
     history: int = dataclasses.field(default=0, repr=False)
     change_scale: float = dataclasses.field(default=0.2, repr=False)
+    # What adds the output of a half block and takes the next norm, see `layers.add_and_norm`: xla,
+    # triton (NVIDIA GPUs), or auto.
+    norm: str = dataclasses.field(default="auto", repr=False)
     # Pixels by which the last frame's may move, see `cwm_jax.motion`. 0: none are moved.
     motion: int = dataclasses.field(default=0, repr=False)
     # Largest displacement of a patch of `displacement_patch` pixels, down or up and across, see
@@ -75,6 +78,8 @@ class DiTConfig:
                 f"{controls.MAX_BUTTONS} buttons"
             )
         attention.check(self.attention, self.dtype)
+        if self.norm not in ("auto", "xla", "triton"):
+            raise UserError(f"config.model.norm must be auto, xla or triton, not {self.norm!r}")
         if self.history >= self.max_frames:
             raise UserError(
                 f"config.model.history={self.history} must be less than the window, "
@@ -159,3 +164,8 @@ class DiTConfig:
     def attention_kernel(self) -> str:
         """`attention`, where auto has become xla or cudnn."""
         return attention.choose(self.attention, self.compute_dtype, self.head_size)
+
+    @property
+    def norm_kernel(self) -> str:
+        """`norm`, where auto has become xla."""
+        return "xla" if self.norm == "auto" else self.norm

@@ -56,14 +56,14 @@ def _linspace(first: float, last: float, count: int) -> np.ndarray:
 
 def rotate(x: jax.Array, angles) -> jax.Array:
     """Turns the planes of x [..., K] by angles [..., K/2] (broadcast); keeps the dtype of x."""
-    cos, sin = _cos_sin(angles)
+    cos, sin = cos_sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
 
-def _cos_sin(angles):
-    """Of known angles when a program is compiled, so that no kernel takes them for every token."""
+def cos_sin(angles):
+    """Their cosines and sines, float32; of angles known when a program is compiled, as constants."""
     if isinstance(angles, np.ndarray):
         exact = angles.astype(np.float64)
         return np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)

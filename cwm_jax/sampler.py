@@ -120,8 +120,8 @@ def draw_frame(net: DiT, tables: Tables, state: World, action_B, noise_BHWC, key
         step, index = step_and_index
         modulations = jax.tree.map(lambda table: table[action_B][:, None], step.modulations)
         sample = x_BHWC[:, None]
-        tokens, _ = net.frame(net.tokens(sample, beside), modulations, past)
-        velocity = net.pixels(tokens, modulations, sample, step.alpha_bar, beside)[:, 0]
+        stream, _ = net.frame(net.tokens(sample, beside), modulations, past)
+        velocity = net.pixels(stream, modulations, sample, step.alpha_bar, beside)[:, 0]
         x0 = diffusion.clean(x_BHWC, velocity, step.alpha_bar)
         noise = diffusion.epsilon(x_BHWC, x0, step.alpha_bar)
         spread = jnp.sqrt(1 - step.alpha_bar_next - jnp.square(step.sigma))

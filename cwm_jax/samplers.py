@@ -52,13 +52,13 @@ def open_sampler(path: Path | str, *, step: int | None = None, **drawing: Any) -
 def load(path: Path | str, *, step: int | None = None) -> Trained:
     """The network and its parameters in float32, of whatever `open_sampler` opens.
 
-    A network trained with cuDNN's attention takes what is best on the device that is here.
+    A network trained with a GPU's own attention takes what is best on the device that is here.
 
     Raises:
         UserError: there is no model at `path`, or it is damaged.
     """
     trained = _load(Path(path), step)
-    if trained.network.attention != "cudnn":
+    if trained.network.attention not in ("cudnn", "fused"):
         return trained
     return trained._replace(network=dataclasses.replace(trained.network, attention="auto"))
 

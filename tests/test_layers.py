@@ -1,6 +1,7 @@
 """The layers against the plain formulas, and the gradients that their own backward passes find."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -74,3 +75,39 @@ def test_float32_means_float32(tiny):
     )
     assert precise("float32") == jax.lax.Precision.HIGHEST
     assert precise("bfloat16") is None
+
+
+@pytest.mark.parametrize(("dtype", "accuracy"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_gelu_and_its_gradient_are_those_of_the_formula(dtype, accuracy):
+    x = jnp.concatenate([jnp.linspace(-12, 12, 97), jnp.array([-1e4, -40, 0, 40, 1e4])])
+    exact = functools.partial(jax.nn.gelu, approximate=True)
+    x, grad = x.astype(dtype), jnp.cos(jnp.arange(len(x))).astype(dtype)
+    wanted, pull = jax.vjp(exact, x.astype(jnp.float32))
+    found, found_pull = jax.vjp(layers.gelu, x)
+    for a, b in ((found, wanted), (found_pull(grad)[0], pull(grad.astype(jnp.float32))[0])):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=accuracy, atol=accuracy)
+
+
+def test_gelu_keeps_its_input_and_nothing_else():
+    x = jnp.ones((4, 8), jnp.bfloat16)
+    _, pull = jax.vjp(layers.gelu, x)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "size", 0) > 1]
+    assert [(leaf.shape, leaf.dtype) for leaf in kept] == [(x.shape, x.dtype)]
+
+
+def test_an_update_is_added_through_its_gate():
+    x, shift, scale = arguments()
+    product, bias = jnp.flip(x), jnp.arange(7.0)
+    update = layers.Update(product, bias, shift)
+    wanted = x + shift[:, :, None] * (product + bias)
+    added, normed = layers.add_and_norm(x, update, shift, scale)
+    np.testing.assert_allclose(added, wanted, rtol=1e-6)
+    np.testing.assert_allclose(normed, plain_norm(wanted, shift, scale), atol=1e-5)
+    assert layers.add(x, None) is x
+
+
+def test_a_product_is_the_layer_without_its_bias(tiny):
+    layer = layers.linear(tiny, 6, 4, rngs=nnx.Rngs(0), bias_init=nnx.initializers.ones)
+    x = jax.random.normal(KEYS[0], (2, 3, 6))
+    np.testing.assert_allclose(layers.product(layer, x) + 1, layer(x), atol=1e-6)

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs, each beside a plain-JAX function that computes the same."""

@@ -1,0 +1,187 @@
+"""Residual addition and modulated LayerNorm in one pass over memory, forward and backward.
+
+One program handles the S tokens of a frame, some rows at a time: a row's statistics need D numbers,
+the sums over tokens for shift, scale and gate stay in registers until the frame is done. XLA needs
+several kernels for the same, each of which reads the activations again.
+
+Written with Pallas for its Triton backend.
+"""
+
+import functools
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+EPSILON = 1e-6
+
+
+class Tiling(NamedTuple):
+    """How a program goes through its frame; rows · D / (32 · warps) numbers in each thread."""
+
+    rows: int = 4  # at a time
+    warps: int = 4  # of 32 threads
+
+
+_TILING = Tiling()
+
+
+def fits(x_BTSD: jax.Array) -> bool:
+    """Whether the kernels take arrays of this shape: Triton wants powers of two."""
+    tokens, size = x_BTSD.shape[-2:]
+    return size & (size - 1) == 0 and 64 <= size <= 2048 and tokens % _TILING.rows == 0
+
+
+def forward(x_FSD, update, shift_FD, scale_FD, *, tiling: Tiling = _TILING, interpret=False):
+    """(x + gate · (product + bias), its modulated norm), each [F, S, D] in the dtype of x.
+
+    Args:
+        x_FSD: the residual stream of F frames.
+        update: (product [F, S, D], bias [D], gate [F, D]), or None; then only the norm comes back.
+        shift_FD, scale_FD: those of each frame.
+    """
+    frames, tokens, size = x_FSD.shape
+    whole, row = _whole(tokens, size), _row(size)
+    into = [] if update is None else [whole, _shared(size), row]
+    outs = 1 if update is None else 2
+    kernel = functools.partial(_forward, gated=update is not None, rows=tiling.rows)
+    found = _call(
+        kernel,
+        (frames,),
+        [whole, *into, row, row],
+        [whole] * outs,
+        [jax.ShapeDtypeStruct(x_FSD.shape, x_FSD.dtype)] * outs,
+        tiling,
+        interpret,
+        "norm_forward",
+    )(x_FSD, *(update or ()), shift_FD, scale_FD)
+    return found[0] if update is None else tuple(found)
+
+
+def backward(
+    x_FSD, update, scale_FD, of_normed, of_x, *, tiling: Tiling = _TILING, interpret=False
+):
+    """Gradients of `forward`: (of x, of product, sums), of product None without an update.
+
+    Args:
+        x_FSD: the normed stream, so with the update where there is one.
+        update, scale_FD: as in `forward`.
+        of_normed: gradient of the norm [F, S, D].
+        of_x: gradient of the stream from elsewhere [F, S, D].
+
+    The sums, each float32 [F, D], are the gradients of shift and scale, and with an update also of
+    the gate, and the sum of the gradient of x.
+    """
+    frames, tokens, size = x_FSD.shape
+    whole, row = _whole(tokens, size), _row(size)
+    gated = update is not None
+    into = [whole, _shared(size), row] if gated else []
+    wholes, sums = (2, 4) if gated else (1, 2)
+    found = _call(
+        functools.partial(_backward, gated=gated, rows=tiling.rows),
+        (frames,),
+        [whole, *into, row, whole, whole],
+        [whole] * wholes + [row] * sums,
+        [jax.ShapeDtypeStruct(x_FSD.shape, x_FSD.dtype)] * wholes
+        + [jax.ShapeDtypeStruct((frames, size), jnp.float32)] * sums,
+        tiling,
+        interpret,
+        "norm_backward",
+    )(x_FSD, *(update or ()), scale_FD, of_normed, of_x)
+    return found[0], found[1] if gated else None, found[wholes:]
+
+
+def _forward(*refs, gated: bool, rows: int):
+    if gated:
+        x_ref, product_ref, bias_ref, gate_ref, shift_ref, scale_ref, out_ref, normed_ref = refs
+        bias, gate = _float(bias_ref[:]), _float(gate_ref[0])
+    else:
+        x_ref, shift_ref, scale_ref, normed_ref = refs
+    shift, scale = _float(shift_ref[0]), 1 + _float(scale_ref[0])
+
+    def some(i, carry):
+        at = pl.ds(i * rows, rows)
+        x = _float(x_ref[0, at])
+        if gated:
+            x += gate * (_float(product_ref[0, at]) + bias)
+            out_ref[0, at] = x.astype(out_ref.dtype)
+            x = _float(x.astype(out_ref.dtype))  # what the backward pass finds
+        normed, _ = _norm(x)
+        normed_ref[0, at] = (normed * scale + shift).astype(normed_ref.dtype)
+        return carry
+
+    jax.lax.fori_loop(0, x_ref.shape[1] // rows, some, 0)
+
+
+def _backward(*refs, gated: bool, rows: int):
+    if gated:
+        x_ref, product_ref, bias_ref, gate_ref, scale_ref, of_normed_ref, of_x_ref = refs[:7]
+        out_ref, of_product_ref, *sum_refs = refs[7:]
+        bias, gate = _float(bias_ref[:]), _float(gate_ref[0])
+    else:
+        x_ref, scale_ref, of_normed_ref, of_x_ref, out_ref, *sum_refs = refs
+    scale = 1 + _float(scale_ref[0])
+
+    def some(i, sums):
+        at = pl.ds(i * rows, rows)
+        grad = _float(of_normed_ref[0, at])
+        normed, inverse = _norm(_float(x_ref[0, at]))
+        inner = grad * scale
+        along = normed * _mean(inner * normed)
+        of_x = _float(of_x_ref[0, at]) + inverse * (inner - _mean(inner) - along)
+        out_ref[0, at] = of_x.astype(out_ref.dtype)
+        parts = [grad, grad * normed]
+        if gated:
+            of_product_ref[0, at] = (gate * of_x).astype(of_product_ref.dtype)
+            parts += [of_x * (_float(product_ref[0, at]) + bias), of_x]
+        return tuple(a + b for a, b in zip(sums, parts, strict=True))
+
+    # Summed over rows at the end only: each such sum is an exchange between warps.
+    zeros = (jnp.zeros((rows, x_ref.shape[2]), jnp.float32),) * len(sum_refs)
+    sums = jax.lax.fori_loop(0, x_ref.shape[1] // rows, some, zeros)
+    for ref, found in zip(sum_refs, sums, strict=True):
+        ref[0] = found.sum(0)
+
+
+def _norm(x):
+    centred = x - _mean(x)
+    inverse = jax.lax.rsqrt(_mean(centred * centred) + EPSILON)
+    return centred * inverse, inverse
+
+
+def _mean(x):
+    return x.sum(-1, keepdims=True) * (1 / x.shape[-1])
+
+
+def _float(x):
+    return x.astype(jnp.float32)
+
+
+def _whole(tokens: int, size: int) -> pl.BlockSpec:
+    return pl.BlockSpec((1, tokens, size), lambda frame: (frame, 0, 0))
+
+
+def _row(size: int) -> pl.BlockSpec:
+    return pl.BlockSpec((1, size), lambda frame: (frame, 0))
+
+
+def _shared(size: int) -> pl.BlockSpec:
+    return pl.BlockSpec((size,), lambda frame: (0,))
+
+
+def _call(kernel, grid, in_specs, out_specs, out_shape, tiling, interpret, name):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of this backend
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            out_shape=out_shape,
+            compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=1),
+            interpret=interpret,
+            name=name,
+        )

@@ -1,0 +1,123 @@
+"""The kernels for GPUs, interpreted on the CPU, against the same formulas in plain JAX."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_layers import KEYS, plain_norm
+
+from cwm_jax import layers, model
+from cwm_jax.errors import UserError
+from cwm_jax.kernels import norm
+
+ACCURACY = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(norm, name, functools.partial(getattr(norm, name), interpret=True))
+
+
+def arguments(frames, tokens=8, size=64, gated=True, kind="random"):
+    keys = jax.random.split(KEYS[0], 6)
+    stream, row = (*frames, tokens, size), (*frames, size)
+    draw = lambda i, shape: jax.random.normal(keys[i], shape)
+    x = draw(0, stream)
+    if kind == "extreme":  # a far mean, and a frame without any variance
+        x = (30 * x + 300).at[0, 0].set(7.0)
+    update = layers.Update(draw(1, stream), draw(2, (size,)), draw(3, row)) if gated else None
+    return x, update, draw(4, row), draw(5, row)
+
+
+def formula(x, update, shift, scale):
+    x = layers.add(x, update)
+    return x, plain_norm(x, shift, scale)
+
+
+def close(found, wanted, dtype):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == dtype
+        least = ACCURACY[dtype] * float(jnp.sqrt(jnp.square(b).mean()))
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=ACCURACY[dtype], atol=4 * least)
+
+
+@pytest.mark.parametrize("dtype", ACCURACY)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("frames", [(1, 1), (3, 5), (2, 8)])
+def test_update_and_norm_in_one_pass_are_those_of_the_formula(frames, gated, dtype):
+    args = jax.tree.map(lambda x: x.astype(dtype), arguments(frames, gated=gated))
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), args)
+    wanted, wanted_pull = jax.vjp(formula, *exact)
+    found, pull = jax.vjp(functools.partial(layers.add_and_norm, kernel="triton"), *args)
+    close(found, wanted, dtype)
+    grads = jax.tree.map(
+        lambda x, key: jax.random.normal(key, x.shape).astype(dtype), found, tuple(KEYS[1:3])
+    )
+    exact_grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+    close(pull(grads), wanted_pull(exact_grads), dtype)
+
+
+def test_far_means_and_frames_without_variance_stay_finite_and_right():
+    args = arguments((2, 2), kind="extreme")
+    found, pull = jax.vjp(functools.partial(layers.add_and_norm, kernel="triton"), *args)
+    wanted, wanted_pull = jax.vjp(layers.add_and_norm, *args)
+    pairs = zip(
+        jax.tree.leaves((found, pull(found))),
+        jax.tree.leaves((wanted, wanted_pull(found))),
+        strict=True,
+    )
+    for a, b in pairs:
+        assert jnp.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("tiling", [norm.Tiling(1, 1), norm.Tiling(2, 4), norm.Tiling(8, 8)])
+def test_the_tiling_changes_nothing(tiling):
+    x, update, shift, scale = arguments((4,))
+    args = x, update, scale, x, x
+    for a, b in zip(
+        jax.tree.leaves(norm.forward(x, update, shift, scale, tiling=tiling)),
+        jax.tree.leaves(norm.forward(x, update, shift, scale)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    found, wanted = norm.backward(*args, tiling=tiling), norm.backward(*args)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "size", "fits"), [(64, 512, 1), (16, 640, 0), (9, 64, 0)])
+def test_shapes_that_do_not_fit_are_left_to_xla(tokens, size, fits):
+    x, update, shift, scale = arguments((1, 1), tokens, size)
+    assert norm.fits(x) == bool(fits)
+    program = jax.make_jaxpr(functools.partial(layers.add_and_norm, kernel="triton"))
+    assert ("pallas_call" in str(program(x, update, shift, scale))) == bool(fits)
+
+
+def test_a_network_with_the_kernels_computes_what_it_does_without(tiny):
+    network = dataclasses.replace(tiny, hidden_size=64, num_heads=2, depth=1)
+    keys = jax.random.split(jax.random.key(2), 100)
+    params = {
+        name: leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for key, (name, leaf) in zip(keys, model.init(network, 0).items(), strict=False)
+    }
+    sample = jax.random.normal(KEYS[0], (2, 3, 64, 64, 3))
+    t, action = jnp.array([[0, 5, 999]] * 2), jnp.array([[-1, 3, 7]] * 2)
+
+    def loss(params, norm):
+        net = model.bind(dataclasses.replace(network, norm=norm), params)
+        return jnp.square(net(sample, t, action)).mean()
+
+    one, other = (jax.value_and_grad(loss)(params, name) for name in ("triton", "xla"))
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
+    for name in params:
+        np.testing.assert_allclose(one[1][name], other[1][name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_a_norm_that_is_none_of_ours_is_refused(tiny):
+    with pytest.raises(UserError, match=r"config\.model\.norm must be auto, xla or triton"):
+        dataclasses.replace(tiny, norm="cudnn")
