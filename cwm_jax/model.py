@@ -192,9 +192,7 @@ class DiT(nnx.Module):
     @property
     def _how(self) -> dict:
         """What attention over clips has to know of the network."""
-        return dict(
-            num_heads=self.config.num_heads, implementation=self.config.attention_kernel
-        )
+        return dict(num_heads=self.config.num_heads, implementation=self.config.attention_kernel)
 
     def _spatial(self, block: Block, x_BTSD, modulation_BT6D, *, cheap=_kept) -> jax.Array:
         angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)
