@@ -34,6 +34,7 @@ Row = dict[str, object]
 # Most wanted first; the first is the default.
 TUNINGS = [
     Tuning(),
+    Tuning(whole_q=False),
     Tuning(heads=2),
     Tuning(num_warps=8),
     Tuning(heads=4),
@@ -173,11 +174,12 @@ def turns(case: Case, *, extreme: bool):
     return (np.ones_like(cos), np.zeros_like(sin)) if extreme else (cos, sin)
 
 
-def check(case: Case, *, extreme: bool, interpret: bool) -> Row:
+def check(case: Case, tuning: Tuning, *, extreme: bool, interpret: bool) -> Row:
     """Errors relative to the root mean square, and whether they are as small as they should be."""
     turn = turns(case, extreme=extreme)
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in numbers(case, extreme=extreme)]
-    found = jax.jit(both(fused(case, turn, interpret=interpret)))(*arrays)
+    attend = fused(case, turn, forward=tuning, backward=tuning, interpret=interpret)
+    found = jax.jit(both(attend))(*arrays)
     known = dict(num_heads=case.heads, causal=case.causal)
 
     def formula(qkv):
@@ -200,7 +202,7 @@ def check(case: Case, *, extreme: bool, interpret: bool) -> Row:
     }
 
 
-def checks(*, tiny: bool) -> Iterator[tuple[Case, bool]]:
+def checks(*, tiny: bool) -> Iterator[tuple[Case, Tuning, bool]]:
     """Cases, and whether their numbers are extreme; the most wanted first."""
     tokens, clips = (4, 2) if tiny else (64, 3)
     small = dict(clips=clips, heads=8, size=64, tokens=tokens)
@@ -208,13 +210,21 @@ def checks(*, tiny: bool) -> Iterator[tuple[Case, bool]]:
         small |= dict(heads=2, size=32)
     frames = 4 if tiny else 32
     for extreme in (False, True):
-        yield Case("space", frames=frames, **small), extreme
-        yield Case("time", frames=frames, **small), extreme
+        yield Case("space", frames=frames, **small), Tuning(), extreme
+        yield Case("time", frames=frames, **small), Tuning(), extreme
     for frames in (12, 1, 8, 16):
-        yield Case("time", frames=frames, **small), False
-    yield Case("time", frames=12, **small), True
-    yield Case("time", frames=32, **small | dict(size=32)), False
-    yield Case("space", frames=5, **small | dict(size=32)), False
+        yield Case("time", frames=frames, **small), Tuning(), False
+    yield Case("time", frames=12, **small), Tuning(), True
+    yield Case("time", frames=32, **small | dict(size=32)), Tuning(), False
+    yield Case("space", frames=5, **small | dict(size=32)), Tuning(), False
+    for tuning in TUNINGS[1:]:
+        if small["heads"] % tuning.heads == 0:
+            yield Case("time", frames=12, **small), tuning, True
+            yield Case("space", frames=5, **small), tuning, False
+
+
+def cut(tuning: Tuning) -> Row:
+    return {"heads/warps/stages/tile/whole_q": "/".join(map(str, dataclasses.astuple(tuning)))}
 
 
 def compiled(function, *shapes):
@@ -245,7 +255,7 @@ class Timing:
 
     def ask_tuning(self, tuning: Tuning) -> None:
         """The forward and the backward pass of the kernel on their own."""
-        case, cut = self._case, "/".join(map(str, dataclasses.astuple(tuning)))
+        case = self._case
         if case.heads % tuning.heads:
             return
         plan = Plan(case.heads, case.size, case.causal, tuning, tuning, self._interpret)
@@ -254,7 +264,7 @@ class Timing:
             case.rows(qkv), case.rows(grad), *self._turn, plan
         )
         least = case.least_bytes
-        asked = {"how": "fused", "heads/warps/stages/tile": cut}
+        asked = {"how": "fused"} | cut(tuning)
         self._compile(asked | {"passes": "forward"}, first, ("qkv",), least[0])
         behind = least[1] - least[0]
         self._compile(asked | {"passes": "backward"}, second, ("qkv", "grad"), behind)
@@ -314,10 +324,14 @@ def measure_all(report: Report, pool: ThreadPoolExecutor, cases: list[Case], *, 
     for timing, case in zip(timings, cases, strict=True):
         timing.ask("fused", fused(case, turns(case, extreme=False), interpret=tiny))
     asked = list(checks(tiny=tiny))
-    found = [pool.submit(check, case, extreme=extreme, interpret=tiny) for case, extreme in asked]
-    for (case, extreme), result in zip(asked, found, strict=True):
+    found = [
+        pool.submit(check, case, tuning, extreme=extreme, interpret=tiny)
+        for case, tuning, extreme in asked
+    ]
+    for (case, tuning, extreme), result in zip(asked, found, strict=True):
         wait = lambda result=result: result.result(timeout=report.left())
-        report.add("checks", case.told() | {"extreme": extreme}, wait)
+        what = {"extreme": extreme} | cut(tuning)
+        report.add("checks", case.told() | what, wait)
     for timing in timings:
         timing.run()
     for timing in timings[:2]:  # of the larger network

@@ -38,11 +38,12 @@ def compile_for_target(network, step: training.StepConfig, *, clips: int, frames
     shape = clips * devices, frames
     batch = {"frames": place((*shape, *FRAME_SHAPE), jnp.uint8), "actions": place(shape, jnp.int32)}
     key = parallel.abstract(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # names the GPU to Pallas
-        lowered = training.train_step.lower(
+    # Kernels of Pallas ask for the kind of device when they are lowered.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = training.train_step.trace(
             state, batch, key, network=network, optim=OPTIM, step=step, mesh=mesh
         )
-    return lowered.compile()
+        return traced.lower(lowering_platforms=("cuda",)).compile()
 
 
 def measure(size: str, attention: str, step, *, clips: int, frames: int, devices: int) -> dict:

@@ -67,10 +67,16 @@ def exact(plan: Plan, turn, qkv, grad):
         axis=-1,
     )
     cos, sin = (table[:, None, None].astype(np.float64) for table in turn)
-    q, k, v = rotate(parts[..., 0, :, :], sin), rotate(parts[..., 1, :, :], sin), parts[..., 2, :, :]
+    q, k, v = (
+        rotate(parts[..., 0, :, :], sin),
+        rotate(parts[..., 1, :, :], sin),
+        parts[..., 2, :, :],
+    )
     scale, length = plan.head_size**-0.5, qkv.shape[1]
     scores = np.einsum("rlmnk,rcmnk->rmnlc", q, k) * scale
-    scores[..., ~np.tri(length, dtype=bool) if plan.causal else np.zeros((length,) * 2, bool)] = -np.inf
+    scores[
+        ..., ~np.tri(length, dtype=bool) if plan.causal else np.zeros((length,) * 2, bool)
+    ] = -np.inf
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     grad = grad.reshape(v.shape)
@@ -113,7 +119,7 @@ def test_any_number_of_sequences_side_by_side(places):
     compare((2, 12, places, 32), plan(32, causal=True), "float32")
 
 
-@pytest.mark.parametrize("tuning", [Tuning(heads=2), Tuning(tile=16)])
+@pytest.mark.parametrize("tuning", [Tuning(heads=2), Tuning(tile=16), Tuning(whole_q=False)])
 def test_however_the_work_is_cut(tuning):
     compare((2, 8, 4, 32), plan(32, causal=True, forward=tuning, backward=tuning), "float32")
 

@@ -38,6 +38,7 @@ class Tuning:
     num_warps: int = 4
     num_stages: int = 1
     tile: int = TILE  # rows at most, where sequences are shorter
+    whole_q: bool = True  # read at once and split in registers, or by halves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,14 +192,14 @@ def _each_head(plan: Plan, tuning: Tuning, body) -> None:
 
 
 def _forward_kernel(cos_ref, sin_ref, qkv_ref, out_ref, *, plan: Plan, tuning: Tuning, tile: _Tile):
-    turn = _load_tables(cos_ref, sin_ref)
     size, width = plan.head_size, plan.width
     rows = _rows(plan, tuning, tile)
 
     def head(n) -> None:
-        halves = lambda part: rows.halves(qkv_ref, 3 * width, part * width + n * size, size)
-        q, k = _turned(halves(0), turn), _turned(halves(1), turn)
-        v = rows.load(qkv_ref, 3 * width, 2 * width + n * size, size)
+        k, v = rows.load_kv(qkv_ref, n, plan)
+        q = rows.load_q(qkv_ref, n, plan, tuning)
+        turn = _load_tables(cos_ref, sin_ref)
+        q, k = _turned(q, turn), _turned(k, turn)
         p, of_sum = _weights(q, k, plan, tile)
         rows.store(out_ref, width, n * size, _dot(p.astype(v.dtype), v, (1, 0)) * of_sum)
 
@@ -209,15 +210,15 @@ def _backward_kernel(
     cos_ref, sin_ref, qkv_ref, grad_ref, out_ref, *, plan: Plan, tuning: Tuning, tile: _Tile
 ):
     """With p = softmax(s) and g the gradient at p: ds = p · (g − Σ p · g), row by row."""
-    turn = _load_tables(cos_ref, sin_ref)
     size, width = plan.head_size, plan.width
     rows = _rows(plan, tuning, tile)
 
     def head(n) -> None:
-        halves = lambda part: rows.halves(qkv_ref, 3 * width, part * width + n * size, size)
-        q, k = _turned(halves(0), turn), _turned(halves(1), turn)
-        v = rows.load(qkv_ref, 3 * width, 2 * width + n * size, size)
+        k, v = rows.load_kv(qkv_ref, n, plan)
         grad = rows.load(grad_ref, width, n * size, size)
+        q = rows.load_q(qkv_ref, n, plan, tuning)
+        turn = _load_tables(cos_ref, sin_ref)
+        q, k = _turned(q, turn), _turned(k, turn)
         p, of_sum = _weights(q, k, plan, tile)
         p = p * of_sum
         store = functools.partial(rows.store, out_ref, 3 * width)
@@ -225,6 +226,7 @@ def _backward_kernel(
         of_p = _dot(grad, v, (1, 1))
         of_s = p * (of_p - (p * of_p).sum(1, keepdims=True)) * size**-0.5
         of_s = of_s.astype(v.dtype)
+        turn = _load_tables(cos_ref, sin_ref)  # again: meanwhile their registers are needed
         of_q = _turned_back([_dot(of_s, half, (1, 0)) for half in k], turn)
         of_k = _turned_back([_dot(of_s, half, (0, 0)) for half in q], turn)
         for part, halves in enumerate((of_q, of_k)):
@@ -251,8 +253,27 @@ class _Rows(NamedTuple):
         other = None if mask is None else 0.0
         return triton.load(part, mask=mask, other=other, eviction_policy="evict_first")
 
-    def halves(self, ref, stride: int, column, size: int):
-        return [self.load(ref, stride, column + i * (size // 2), size // 2) for i in (0, 1)]
+    def load_kv(self, qkv_ref, head, plan: Plan):
+        """The halves of k, and v."""
+        k, v = (part * plan.width + head * plan.head_size for part in (1, 2))
+        halves = self._halves(qkv_ref, k, plan)
+        return halves, self.load(qkv_ref, 3 * plan.width, v, plan.head_size)
+
+    def load_q(self, qkv_ref, head, plan: Plan, tuning: Tuning):
+        """The halves of q.
+
+        To be read last but for the tables: Triton carries q and these through shared memory as soon
+        as they are read, and what is read after that has to wait.
+        """
+        size, column = plan.head_size, head * plan.head_size
+        if not tuning.whole_q:
+            return self._halves(qkv_ref, column, plan)
+        q = self.load(qkv_ref, 3 * plan.width, column, size)
+        return lax.split(q, (size // 2, size // 2), axis=1)
+
+    def _halves(self, qkv_ref, column, plan: Plan):
+        half = plan.head_size // 2
+        return [self.load(qkv_ref, 3 * plan.width, column + i * half, half) for i in (0, 1)]
 
     def store(self, ref, stride: int, column, value) -> None:
         part, mask = self._part(ref, stride, column, value.shape[1])
