@@ -214,15 +214,17 @@ def attention_pieces(clips: int, frames: int, tokens: int, size: int, heads: int
     one = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
     for over in ("over_space", "over_time"):
         plain = functools.partial(getattr(attention, over), implementation="xla")
+        variants = {
+            name: Variant(
+                functools.partial(_attend, over, choice.fields.get("attention", "xla")),
+                choice.patches,
+            )
+            for name, choice in ATTENTION_VARIANTS.items()
+        }
+        variants["xla, products by library"] = variants["xla"]._replace(options=BY_LIBRARY)
         yield Piece(
             f"attention {over}",
-            {
-                name: Variant(
-                    functools.partial(_attend, over, choice.fields.get("attention", "xla")),
-                    choice.patches,
-                )
-                for name, choice in ATTENTION_VARIANTS.items()
-            },
+            variants,
             lambda *qkv, plain=plain: (plain(*qkv),),
             functools.partial(_arguments, (shape,) * 3, dtype=dtype),
             4 * one,
@@ -275,10 +277,10 @@ def steps() -> dict[str, Step]:
 
     want("norm triton, products by library", chosen, {"norm": "triton"}, (), BY_LIBRARY)
     want("old", "cudnn", {"norm": "xla"}, OLD)
-    for kind in list(ATTENTION_VARIANTS)[1:]:
-        want("norm triton, products by library", kind, {"norm": "triton"}, (), BY_LIBRARY)
     want("norm xla, products by library", chosen, {"norm": "xla"}, (), BY_LIBRARY)
     want("norm triton", chosen, {"norm": "triton"}, ())
+    for kind in list(ATTENTION_VARIANTS)[1:]:
+        want("norm triton, products by library", kind, {"norm": "triton"}, (), BY_LIBRARY)
     want("old", chosen, {"norm": "xla"}, OLD)
     return found
 
@@ -511,7 +513,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--clips", type=int, default=128)
-    parser.add_argument("--workers", type=int, default=6, help="threads that compile")
+    parser.add_argument("--workers", type=int, default=8, help="threads that compile")
+    parser.add_argument("--steps", type=int, default=6, help="variants of the training step")
     parser.add_argument("--only", choices=("pieces", "steps"), help="leaves out the others")
     parser.add_argument("--tiny", action="store_true", help="small shapes, kernels interpreted")
     args = parser.parse_args()
@@ -526,7 +529,8 @@ def main() -> None:
         call = functools.partial(_interpreted, norm._call)
         clips, frames, repeats, interpreted = 2, 4, 1, ((norm, "_call", call),)
     with replaced(interpreted):
-        run(bench, network, clips, frames, repeats, args.only)
+        chosen = {} if args.only == "pieces" else dict(list(steps().items())[: args.steps])
+        run(bench, network, clips, frames, repeats, chosen, args.only != "steps")
     os._exit(0)  # threads may still be compiling
 
 
@@ -535,12 +539,20 @@ def _interpreted(call, *args):
     return call(*most, True, name)
 
 
-def run(bench: Bench, network, clips: int, frames: int, repeats: int, only: str | None) -> None:
+def run(
+    bench: Bench,
+    network,
+    clips: int,
+    frames: int,
+    repeats: int,
+    all_steps: dict[str, Step],
+    with_pieces: bool,
+) -> None:
     dtype = network.compute_dtype
     shape = clips, frames, network.tokens, network.hidden_size
     batch = jax.device_put(random_batch(clips, frames))
-    wanted = [] if only == "steps" else pieces(*shape, dtype)
-    late = [] if only == "steps" else list(attention_pieces(*shape, network.num_heads, dtype))
+    wanted = pieces(*shape, dtype) if with_pieces else []
+    late = list(attention_pieces(*shape, network.num_heads, dtype)) if with_pieces else []
     step_programs, piece_programs = {}, {}
 
     def lower(piece: Piece) -> None:
@@ -554,7 +566,6 @@ def run(bench: Bench, network, clips: int, frames: int, repeats: int, only: str 
             with bench.isolated(step=name):
                 step_programs[name] = lower_step(bench, network, step, batch)
 
-    all_steps = {} if only == "pieces" else steps()
     names = list(all_steps)
     lower_steps({name: all_steps[name] for name in names[:2]})
     for piece in wanted[:2]:
