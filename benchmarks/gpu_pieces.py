@@ -392,11 +392,12 @@ def seconds_of(function: Callable, repeats: int) -> float:
 
 
 def measure_piece(
-    bench: Bench, piece: Piece, name: str, compiled: Compiled, references: dict, repeats: int
+    bench: Bench, piece: Piece, name: str, compiled: Compiled, cases: dict, repeats: int
 ) -> None:
+    """`cases` are (arguments, results and gradients in float32) by the kind of their numbers."""
     forward, forward_s = compiled.forward.result(timeout=max(bench.left, 1))
     backward, backward_s = compiled.backward.result(timeout=max(bench.left, 1))
-    arguments = piece.arguments("random")
+    arguments, _ = cases["random"]
     results, kept = forward(*arguments)
     row = {"compiling": bench.compiling}
     for way, function, least in (
@@ -408,18 +409,14 @@ def measure_piece(
     for way, program in (("forward", forward), ("backward", backward)):
         found = hlo.kernels(program.as_text())
         row |= {f"{way}_gb": found.total_bytes / 1e9, f"{way}_kernels": found.total_count}
-    for kind in ("random", "extreme"):
-        arguments = piece.arguments(kind)
+    for kind, (arguments, wanted) in cases.items():
         results, kept = forward(*arguments)
-        wanted, pull = references[kind]
-        if pull is not None:  # the same gradients for all variants: the formula's results
-            rounded = jax.tree.map(lambda a, b: a.astype(b.dtype), wanted, results)
-            grads = backward(arguments, results, kept, rounded)
-            errors = _errors((results, grads), (wanted, pull))
-        else:
-            errors = _errors(results, wanted)
-        row[f"{kind}_error"] = float(errors[0])
-        row[f"{kind}_finite"] = bool(errors[1])
+        # The same gradients for all variants: the results of the formula.
+        rounded = jax.tree.map(lambda a, b: a.astype(b.dtype), wanted[0], results)
+        grads = backward(arguments, results, kept, rounded)
+        for way, found, right in zip(("", "_grad"), (results, grads), wanted, strict=True):
+            error, finite = _errors(found, right)
+            row |= {f"{kind}{way}_error": float(error), f"{kind}{way}_finite": bool(finite)}
     bench.report(piece=piece.name, variant=name, **row, compile_s=forward_s + backward_s)
 
 
@@ -436,28 +433,32 @@ def _errors(found, wanted):
     return jnp.array([worst(a, b) for a, b in zip(found, wanted, strict=True)]).max(), finite
 
 
-def reference(piece: Piece, kind: str) -> tuple:
-    """Results of the formula in float32 and its gradients at these results."""
+def exact(piece: Piece) -> Callable:
+    """Arguments → results of the formula in float32, and its gradients at these results."""
 
-    @jax.jit
-    def exact(arguments):
+    def compute(arguments):
         wide = [x.astype(jnp.float32) for x in arguments]
         with jax.default_matmul_precision("highest"):
             results, pull = jax.vjp(piece.formula, *wide)
             rounded = jax.tree.map(lambda x: x.astype(arguments[0].dtype), results)
             return results, pull(jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
 
-    return exact(piece.arguments(kind))
+    return jax.jit(compute)
 
 
 def run_piece(bench: Bench, piece: Piece, compiled: dict[str, Compiled], repeats: int) -> None:
-    references = {}
+    if bench.left < 0:
+        return
+    cases = {}
     with bench.isolated(piece=piece.name, variant="float32 formula"):
-        references = {kind: reference(piece, kind) for kind in ("random", "extreme")}
+        formula = exact(piece)
+        for kind in ("random", "extreme"):
+            arguments = piece.arguments(kind)
+            cases[kind] = arguments, formula(arguments)
     for name, programs in compiled.items():
-        if bench.left > 0 and references:
+        if bench.left > 0 and cases:
             with bench.isolated(piece=piece.name, variant=name):
-                measure_piece(bench, piece, name, programs, references, repeats)
+                measure_piece(bench, piece, name, programs, cases, repeats)
 
 
 def abstract_state(network) -> training.TrainState:
