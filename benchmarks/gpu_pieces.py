@@ -215,16 +215,18 @@ def attention_pieces(clips: int, frames: int, tokens: int, size: int, heads: int
     one = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
     for over in ("over_space", "over_time"):
         plain = functools.partial(getattr(attention, over), implementation="xla")
+        variants = {
+            name: Variant(
+                functools.partial(_attend, over, choice.fields.get("attention", "xla")),
+                choice.patches,
+            )
+            for name, choice in ATTENTION_VARIANTS.items()
+            if name != "fused"  # which starts at qkv: see `benchmarks.gpu_attention`
+        }
+        variants["xla, products by library"] = variants["xla"]._replace(options=BY_LIBRARY)
         yield Piece(
             f"attention {over}",
-            {
-                name: Variant(
-                    functools.partial(_attend, over, choice.fields.get("attention", "xla")),
-                    choice.patches,
-                )
-                for name, choice in ATTENTION_VARIANTS.items()
-                if name != "fused"  # which starts at qkv: see `benchmarks.gpu_attention`
-            },
+            variants,
             lambda *qkv, plain=plain: (plain(*qkv),),
             functools.partial(_arguments, (shape,) * 3, dtype=dtype),
             4 * one,
@@ -391,11 +393,12 @@ def seconds_of(function: Callable, repeats: int) -> float:
 
 
 def measure_piece(
-    bench: Bench, piece: Piece, name: str, compiled: Compiled, references: dict, repeats: int
+    bench: Bench, piece: Piece, name: str, compiled: Compiled, cases: dict, repeats: int
 ) -> None:
+    """`cases` are (arguments, results and gradients in float32) by the kind of their numbers."""
     forward, forward_s = compiled.forward.result(timeout=max(bench.left, 1))
     backward, backward_s = compiled.backward.result(timeout=max(bench.left, 1))
-    arguments = piece.arguments("random")
+    arguments, _ = cases["random"]
     results, kept = forward(*arguments)
     row = {"compiling": bench.compiling}
     for way, function, least in (
@@ -407,18 +410,14 @@ def measure_piece(
     for way, program in (("forward", forward), ("backward", backward)):
         found = hlo.kernels(program.as_text())
         row |= {f"{way}_gb": found.total_bytes / 1e9, f"{way}_kernels": found.total_count}
-    for kind in ("random", "extreme"):
-        arguments = piece.arguments(kind)
+    for kind, (arguments, wanted) in cases.items():
         results, kept = forward(*arguments)
-        wanted, pull = references[kind]
-        if pull is not None:  # the same gradients for all variants: the formula's results
-            rounded = jax.tree.map(lambda a, b: a.astype(b.dtype), wanted, results)
-            grads = backward(arguments, results, kept, rounded)
-            errors = _errors((results, grads), (wanted, pull))
-        else:
-            errors = _errors(results, wanted)
-        row[f"{kind}_error"] = float(errors[0])
-        row[f"{kind}_finite"] = bool(errors[1])
+        # The same gradients for all variants: the results of the formula.
+        rounded = jax.tree.map(lambda a, b: a.astype(b.dtype), wanted[0], results)
+        grads = backward(arguments, results, kept, rounded)
+        for way, found, right in zip(("", "_grad"), (results, grads), wanted, strict=True):
+            error, finite = _errors(found, right)
+            row |= {f"{kind}{way}_error": float(error), f"{kind}{way}_finite": bool(finite)}
     bench.report(piece=piece.name, variant=name, **row, compile_s=forward_s + backward_s)
 
 
@@ -435,28 +434,32 @@ def _errors(found, wanted):
     return jnp.array([worst(a, b) for a, b in zip(found, wanted, strict=True)]).max(), finite
 
 
-def reference(piece: Piece, kind: str) -> tuple:
-    """Results of the formula in float32 and its gradients at these results."""
+def exact(piece: Piece) -> Callable:
+    """Arguments → results of the formula in float32, and its gradients at these results."""
 
-    @jax.jit
-    def exact(arguments):
+    def compute(arguments):
         wide = [x.astype(jnp.float32) for x in arguments]
         with jax.default_matmul_precision("highest"):
             results, pull = jax.vjp(piece.formula, *wide)
             rounded = jax.tree.map(lambda x: x.astype(arguments[0].dtype), results)
             return results, pull(jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
 
-    return exact(piece.arguments(kind))
+    return jax.jit(compute)
 
 
 def run_piece(bench: Bench, piece: Piece, compiled: dict[str, Compiled], repeats: int) -> None:
-    references = {}
+    if bench.left < 0:
+        return
+    cases = {}
     with bench.isolated(piece=piece.name, variant="float32 formula"):
-        references = {kind: reference(piece, kind) for kind in ("random", "extreme")}
+        formula = exact(piece)
+        for kind in ("random", "extreme"):
+            arguments = piece.arguments(kind)
+            cases[kind] = arguments, formula(arguments)
     for name, programs in compiled.items():
-        if bench.left > 0 and references:
+        if bench.left > 0 and cases:
             with bench.isolated(piece=piece.name, variant=name):
-                measure_piece(bench, piece, name, programs, references, repeats)
+                measure_piece(bench, piece, name, programs, cases, repeats)
 
 
 def abstract_state(network) -> training.TrainState:
@@ -512,7 +515,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--clips", type=int, default=128)
-    parser.add_argument("--workers", type=int, default=6, help="threads that compile")
+    parser.add_argument("--workers", type=int, default=8, help="threads that compile")
+    parser.add_argument("--steps", type=int, default=6, help="variants of the training step")
     parser.add_argument("--only", choices=("pieces", "steps"), help="leaves out the others")
     parser.add_argument("--tiny", action="store_true", help="small shapes, kernels interpreted")
     args = parser.parse_args()
@@ -527,7 +531,8 @@ def main() -> None:
         call = functools.partial(_interpreted, norm._call)
         clips, frames, repeats, interpreted = 2, 4, 1, ((norm, "_call", call),)
     with replaced(interpreted):
-        run(bench, network, clips, frames, repeats, args.only)
+        chosen = {} if args.only == "pieces" else dict(list(steps().items())[: args.steps])
+        run(bench, network, clips, frames, repeats, chosen, args.only != "steps")
     os._exit(0)  # threads may still be compiling
 
 
@@ -536,12 +541,20 @@ def _interpreted(call, *args):
     return call(*most, True, name)
 
 
-def run(bench: Bench, network, clips: int, frames: int, repeats: int, only: str | None) -> None:
+def run(
+    bench: Bench,
+    network,
+    clips: int,
+    frames: int,
+    repeats: int,
+    all_steps: dict[str, Step],
+    with_pieces: bool,
+) -> None:
     dtype = network.compute_dtype
     shape = clips, frames, network.tokens, network.hidden_size
     batch = jax.device_put(random_batch(clips, frames))
-    wanted = [] if only == "steps" else pieces(*shape, dtype)
-    late = [] if only == "steps" else list(attention_pieces(*shape, network.num_heads, dtype))
+    wanted = pieces(*shape, dtype) if with_pieces else []
+    late = list(attention_pieces(*shape, network.num_heads, dtype)) if with_pieces else []
     step_programs, piece_programs = {}, {}
 
     def lower(piece: Piece) -> None:
@@ -555,7 +568,6 @@ def run(bench: Bench, network, clips: int, frames: int, repeats: int, only: str 
             with bench.isolated(step=name):
                 step_programs[name] = lower_step(bench, network, step, batch)
 
-    all_steps = {} if only == "pieces" else steps()
     names = list(all_steps)
     lower_steps({name: all_steps[name] for name in names[:2]})
     for piece in wanted[:2]:

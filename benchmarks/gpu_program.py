@@ -7,6 +7,7 @@ This times nothing: the program is compiled, read and thrown away. Needs the CUD
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import time
@@ -46,8 +47,7 @@ def compile_for_target(network, step: training.StepConfig, *, clips: int, frames
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
 
-def measure(size: str, attention: str, step, *, clips: int, frames: int, devices: int) -> dict:
-    network = sizes.network(size, dtype="bfloat16", attention=attention)
+def measure(network, step, *, clips: int, frames: int, devices: int) -> dict:
     start = time.perf_counter()
     compiled = compile_for_target(network, step, clips=clips, frames=frames, devices=devices)
     taken, found = compiled.memory_analysis(), hlo.kernels(compiled.as_text())
@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--attention", nargs="+", default=["xla", "cudnn"])
+    parser.add_argument("--norm", choices=("xla", "triton"), default="xla")
+    parser.add_argument("--library", action="store_true", help="products in cuBLAS, with GELU")
     parser.add_argument("--remat", nargs="+", choices=REMAT, default=list(REMAT))
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a step")
     parser.add_argument("--devices", type=int, default=1, help="each with so many clips")
@@ -102,17 +104,23 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # there is no GPU to start
     memory.schedule_for_memory()  # as train.py does
+    if args.library:
+        memory.multiply_by_library()
     results = {}
     if args.output and args.output.exists():
         results = json.loads(args.output.read_text())
     for attention, remat in itertools.product(args.attention, args.remat):
         name = f"{args.size} × {args.batch}, {attention}, {remat}, parts {args.accumulate}"
         name += f", devices {args.devices}" if args.devices > 1 else ""
+        name += f", norm {args.norm}" if args.norm != "xla" else ""
+        name += ", products by library" if args.library else ""
         if name in results:
             continue
         step = training.StepConfig(remat=remat, accumulate_steps=args.accumulate)
         shape = dict(clips=args.batch, frames=args.frames, devices=args.devices)
-        results[name] = measure(args.size, attention, step, **shape)
+        network = sizes.network(args.size, dtype="bfloat16", attention=attention)
+        network = dataclasses.replace(network, norm=args.norm)
+        results[name] = measure(network, step, **shape)
         results[name]["jax"] = jax.__version__
         print(f"{name}: compiled in {results[name]['compile_s']:.0f} s", flush=True)
         if args.output:

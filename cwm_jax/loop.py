@@ -38,7 +38,12 @@ from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
 from cwm_jax.training import TrainState
 
-_FREE = ("dtype", "attention", "max_frames")  # of a network: its parameters fit any of these
+_FREE = (
+    "dtype",
+    "attention",
+    "norm",
+    "max_frames",
+)  # of a network: its parameters fit any of these
 
 
 def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:

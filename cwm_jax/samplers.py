@@ -52,15 +52,16 @@ def open_sampler(path: Path | str, *, step: int | None = None, **drawing: Any) -
 def load(path: Path | str, *, step: int | None = None) -> Trained:
     """The network and its parameters in float32, of whatever `open_sampler` opens.
 
-    A network trained with a GPU's own attention takes what is best on the device that is here.
+    A network trained with kernels for GPUs takes what is best on the device that is here.
 
     Raises:
         UserError: there is no model at `path`, or it is damaged.
     """
     trained = _load(Path(path), step)
-    if trained.network.attention not in ("cudnn", "fused"):
-        return trained
-    return trained._replace(network=dataclasses.replace(trained.network, attention="auto"))
+    network = trained.network
+    anywhere = {"norm": "auto"} if network.norm == "triton" else {}
+    anywhere |= {"attention": "auto"} if network.attention in ("cudnn", "fused") else {}
+    return trained._replace(network=dataclasses.replace(network, **anywhere))
 
 
 def _load(path: Path, step: int | None) -> Trained:

@@ -102,13 +102,18 @@ except ImportError:
     assert done.stdout == "drawn without the model code\n", done.stderr
 
 
-def test_what_was_trained_with_cudnn_opens_and_exports_anywhere(run, tmp_path, monkeypatch):
+def test_what_was_trained_with_kernels_for_gpus_opens_and_exports_anywhere(
+    run, tmp_path, monkeypatch
+):
     trained = checkpoint.load(run)
-    network = dataclasses.replace(trained.network, dtype="bfloat16", attention="cudnn")
+    network = dataclasses.replace(
+        trained.network, dtype="bfloat16", attention="cudnn", norm="triton"
+    )
     path = tmp_path / "run.safetensors"
     meta = {"config": {"model": dataclasses.asdict(network)}, "step": 7}
     weights.write(path, trained.params, meta)
-    assert samplers.load(path).network == dataclasses.replace(network, attention="auto")
+    anywhere = dataclasses.replace(network, attention="auto", norm="auto")
+    assert samplers.load(path).network == anywhere
     monkeypatch.setattr(attention, "_fuses_attention", lambda: True)  # as on a GPU
     flags = "--format bundle --dtype bfloat16 --ddim-steps 2"
     export.main([str(path), "--output", str(tmp_path / "bundle"), *flags.split()])

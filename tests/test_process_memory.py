@@ -33,6 +33,14 @@ def test_sums_over_gpus_are_not_hidden_unless_the_environment_says_so(monkeypatc
         assert os.environ == {"XLA_FLAGS": kept}
 
 
+def test_products_are_left_to_the_library_unless_the_environment_says_so(monkeypatch):
+    flag = "--xla_gpu_enable_triton_gemm"
+    for said, kept in (("", f"{flag}=false"), (f"{flag}=true", f"{flag}=true")):
+        monkeypatch.setattr(os, "environ", {"XLA_FLAGS": said})
+        memory.multiply_by_library()
+        assert os.environ == {"XLA_FLAGS": kept}
+
+
 def test_freed_memory_is_kept_unless_the_environment_speaks(monkeypatch):
     said = {}
     library = SimpleNamespace(mallopt=lambda option, size: said.update({option: size}) or 1)
