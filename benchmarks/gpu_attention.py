@@ -310,7 +310,7 @@ def main() -> None:
         for network in sizes
         for over in ("space", "time")
     ]
-    pool = ThreadPoolExecutor(2 if args.tiny else 12)
+    pool = ThreadPoolExecutor(12)
     try:
         measure_all(report, pool, cases, tiny=args.tiny)
     finally:
