@@ -63,7 +63,7 @@ def rotate(x: jax.Array, angles) -> jax.Array:
 
 
 def cos_sin(angles):
-    """Their cosines and sines, float32; of angles known when a program is compiled, as constants."""
+    """Cosines and sines of angles, float32; constants where the angles are."""
     if isinstance(angles, np.ndarray):
         exact = angles.astype(np.float64)
         return np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)

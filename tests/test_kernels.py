@@ -1,12 +1,11 @@
 """The kernels, in the interpreter of Pallas, against the plain formulas: values and gradients."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import rope
+from cwm_jax import attention, rope
 from cwm_jax.kernels import reference
 from cwm_jax.kernels.rotary_attention import Plan, Tuning, rotary_attention
 
@@ -183,3 +182,17 @@ def test_sequences_side_by_side_do_not_see_each_other():
     qkv, grad = numbers((1, 8, 4, 32), "float32")
     _, of_qkv = of_kernel(known, turn, qkv, grad.at[:, :, 1:].set(0))
     assert (of_qkv[:, :, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("along", [attention.along_space, attention.along_time])
+def test_a_network_with_the_kernel_computes_the_same_on_other_devices(along):
+    """There the formula takes its place, forward and backward."""
+    causal = along is attention.along_time
+    turned = angles(4, 32, causal=causal)
+    qkv, grad = numbers((2, 4, 4, 32), "bfloat16")
+    known = dict(num_heads=HEADS)
+    fused, plain = (
+        both(lambda qkv, how=how: along(qkv, turned, **known, implementation=how), qkv, grad)
+        for how in ("fused", "xla")
+    )
+    assert (errors(fused, plain) < 1e-2).all()

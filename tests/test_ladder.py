@@ -15,7 +15,7 @@ PACKAGE = ROOT / "cwm_jax"
 
 # From the ground up. A room imports only from floors strictly below its own.
 FLOORS = (
-    ("compile_cache", "errors", "memory", "speed"),
+    ("compile_cache", "errors", "kernels", "memory", "speed"),
     (
         "cluster",
         "coinrun",

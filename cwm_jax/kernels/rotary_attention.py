@@ -1,9 +1,9 @@
 """Attention with rotary position embedding, from the output of the qkv projection, as one kernel.
 
-The projection's output holds q | k | v of all N heads in each row of 3 · N · K numbers. Its rows are
-read, and those of the result written, where they lie: in an array [R, L, M, 3 · N · K] a sequence
-has L rows, with M sequences side by side. So tokens of a frame are [B · T, S, 1, …], and frames at
-one token's place [B, T, S, …], both without a copy.
+The projection's output holds q | k | v of all N heads in each row of 3 · N · K numbers. Its rows
+are read, and those of the result written, where they lie: in an array [R, L, M, 3 · N · K] a
+sequence has L rows, with M sequences side by side. So tokens of a frame are [B · T, S, 1, …], and
+frames at one token's place [B, T, S, …], both without a copy.
 
 One program takes a tile of 64 rows and all scores of a head among them: one sequence, or several
 short ones, each blind to the others. So the softmax is exact, and the backward pass computes it
