@@ -156,7 +156,7 @@ def pieces(clips: int, frames: int, tokens: int, size: int, dtype) -> list[Piece
     alone = lambda function: lambda x, shift, scale: function(x, None, shift, scale)
     tilings = {
         f"triton, {rows} rows, {warps} warps": (rows, warps)
-        for rows, warps in ((4, 2), (8, 4), (8, 8), (2, 2))
+        for rows, warps in ((2, 2), (2, 4), (4, 8), (8, 8))
     }
     norm_variants = lambda shape: {
         "triton": Variant(shape(fused)),
