@@ -25,6 +25,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from benchmarks import hlo, machine, sizes
 from benchmarks.train import OPTIM, random_batch
@@ -123,7 +124,11 @@ def old_add_and_norm(x, update, shift, scale, *, kernel="xla"):
     return x, old_norm(x, shift, scale)
 
 
-OLD: Patches = ((model, "add_and_norm", old_add_and_norm), (model, "gelu", old_gelu))
+OLD: Patches = (
+    (model, "add_and_norm", old_add_and_norm),
+    (model, "gelu", old_gelu),
+    (training, "_norm", optax.tree.norm),
+)
 
 
 def tiled(rows: int, warps: int) -> Patches:
