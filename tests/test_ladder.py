@@ -20,6 +20,7 @@ FLOORS = (
         "cluster",
         "coinrun",
         "files",
+        "kernels",
         "motion",
         "npz",
         "pocket",
