@@ -19,8 +19,8 @@ FLOORS = (
     (
         "cluster",
         "coinrun",
+        "displacement",
         "files",
-        "kernels",
         "motion",
         "npz",
         "pocket",
