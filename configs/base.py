@@ -68,8 +68,10 @@ def get_config() -> ConfigDict:
     config.noise.own_share = 0.0  # of clips, shown earlier frames as the network draws them …
     config.noise.own_passes = 1  # … so many times over, each from the ones before
     config.noise.own_top_share = 0.0  # … in this share of them with all labels the highest
+    config.noise.own_renoised = False  # … and passes after the first renoise those, not real ones
     config.noise.mirror_share = 0.0  # of clips, with left and right exchanged (CoinRun's actions)
     config.noise.middle_weight = 1.0  # of the pixels around the player in the loss
+    config.noise.displacement_weight = 0.1  # of the cross-entropy of displacements in the loss
 
     # What happens every so many steps.
     config.log_every_steps = 50
