@@ -245,6 +245,10 @@ class _Run:
             frames_per_step=self.batch_size * self.settings.data.clip_len,
             skipped=int(state.skipped),
             max_skipped=self.settings.max_skipped_updates,
+            kernels={
+                "attention": self.network.attention_kernel,
+                "norm": self.network.norm_kernel,
+            },
         )
 
     def _reporter(self, first: int) -> report.Reporter:
