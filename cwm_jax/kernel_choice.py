@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 
@@ -62,6 +62,13 @@ def fastest(found: Found) -> str:
     """The candidate that takes the least time; XLA's where none has a time."""
     times = {name: value for name, value in found.items() if not isinstance(value, str)}
     return min(times, key=times.get, default=FALLBACK)
+
+
+def errors(trial: Trial, name: str) -> dict[str, float]:
+    """Of a candidate, by the name of the check; NaN where something is not finite."""
+    programs, _ = _compile(trial._replace(timings=()), name)
+    wanted = [_wanted(check, trial.dtype) for check in trial.checks]
+    return dict(_errors(trial, programs, wanted))
 
 
 def measure(trial: Trial) -> Found:
@@ -127,15 +134,20 @@ def _wanted(check: Check, dtype):
 
 def _fault(trial: Trial, programs, wanted) -> str | None:
     """What is wrong with a candidate's results; None where they are right."""
+    found = _errors(trial, programs, wanted)
+    for check, (name, error) in zip(trial.checks, found, strict=True):
+        if not error <= check.near:
+            what = "not finite" if math.isnan(error) else f"off by {error:.2g}"
+            return f"{_WRONG}{what} on {name}"
+    return None
+
+
+def _errors(trial: Trial, programs, wanted) -> Iterator[tuple[str, float]]:
     for check, program, (arguments, grads, exact) in zip(
         trial.checks, programs, wanted, strict=True
     ):
         found = jax.device_get(program(arguments, grads))
-        error = largest_error(found, exact)
-        if not error <= check.near:
-            what = "not finite" if math.isnan(error) else f"off by {error:.2g}"
-            return f"{_WRONG}{what} on {check.name}"
-    return None
+        yield check.name, largest_error(found, exact)
 
 
 def largest_error(found, wanted) -> float:
