@@ -35,7 +35,7 @@ SECTIONS = {
         *("window", "B", "S", "context", "ms/frame", "frames/s", "GFLOP/frame"),
         *("of matmul speed", "compile s", "peak GB so far"),
     ),
-    "original": ("what", "clips", "step_s", "step_best_s", "first_step_s"),
+    "original": ("what", "frames", "clips", "step_s", "step_best_s", "first_step_s"),
     "parts": ("part", "how it ended"),
 }
 
