@@ -200,7 +200,7 @@ def test_kernels_of_a_program():
 
 
 def test_the_kinds_of_a_gpus_kernels():
-    """Within a CUDA graph an event has its kernel's own name; the operation is the command buffer."""
+    """Within a CUDA graph an event has its kernel's own name, and the operation of the graph."""
     in_graph = functools.partial(trace.Event, on_gpu=True, op="command_buffer_1")
     events = [
         in_graph("loop_fusion", 4.0),
