@@ -145,6 +145,23 @@ def test_whatever_fails_the_run_goes_on(tiny, on_gpu, monkeypatch, capsys):
     assert "the card is gone" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("here", "elsewhere", "taken"),
+    [
+        ({"xla": 3.0, "fused": 1.0}, [4.0, 2.0, np.inf], "fused"),
+        ({"xla": 3.0, "fused": 1.0}, [3.0, np.inf, np.inf], "xla"),  # wrong on that card
+        ({"xla": 2.0, "fused": 1.0}, [2.0, 9.0, np.inf], "xla"),
+        ({}, [3.0, 1.0, np.inf], "xla"),  # nothing could be measured here
+        ({"xla": "wrong: off", "cudnn": 5.0}, [1.0, np.inf, 4.0], "cudnn"),
+    ],
+)
+def test_all_processes_take_what_is_right_at_each(monkeypatch, here, elsewhere, taken):
+    gather = lambda mine: np.stack([mine, np.float32(elsewhere)])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(kernel_choice.multihost_utils, "process_allgather", gather)
+    assert kernel_choice.fastest(kernel_choice._agreed("attention", here)) == taken
+
+
 def test_on_a_cpu_nothing_is_timed(tiny, monkeypatch):
     monkeypatch.setattr(speed, "best_time", lambda *_, **__: pytest.fail("something was timed"))
     assert kernel_choice.measured(tiny, **BATCH) == tiny
