@@ -8,7 +8,7 @@ DEMO := runs/demo
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-torch install-procgen demo play pocket test test-torch-extra faults bench-gpu
+.PHONY: help install install-torch install-procgen demo play pocket test test-torch-extra faults check-gpu bench-gpu
 .PHONY: lint format lock clean
 
 help:  ## List what make can do here
@@ -70,6 +70,9 @@ test-torch-extra: install-torch  ## Run the whole suite with PyTorch present: th
 
 faults: $(STAMP)  ## Kill, starve and mislead training runs for MINUTES=10 (RESULTS=FILE adds up)
 	$(BIN)/python -m tests.faults --minutes $(or $(MINUTES),10) $(if $(RESULTS),--results $(RESULTS))
+
+check-gpu:  ## Check in 2 minutes that this GPU computes what a CPU does (PYTHON=…)
+	$(PYTHON) -m benchmarks.check_gpu
 
 bench-gpu:  ## Measure this GPU in 8 minutes (PYTHON=…; ORIGINAL=DIR, the PyTorch one, beside it)
 	$(PYTHON) -m benchmarks.gpu $(if $(ORIGINAL),--original $(ORIGINAL))

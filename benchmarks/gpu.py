@@ -26,7 +26,7 @@ SECTIONS = {
     "machine": ("device", "python", "jax", "dtype", "matmul_flops", "copy_bytes"),
     "parity": ("dtype", "attention", "within", "worst_v", "rms_v", "rms_of_v", "loss_off"),
     "step": (
-        *("attention", "remat", "accumulate_steps", "clips", "step_s", "step_best_s"),
+        *("attention", "norm", "remat", "accumulate_steps", "clips", "step_s", "step_best_s"),
         *("frames_per_s", "mfu", "floor_matmul_s", "floor_copy_s", "xla_gbytes", "working_gbytes"),
         *("compile_s", "seconds_by_kind"),
     ),
@@ -35,7 +35,7 @@ SECTIONS = {
         *("window", "B", "S", "context", "ms/frame", "frames/s", "GFLOP/frame"),
         *("of matmul speed", "compile s", "peak GB so far"),
     ),
-    "original": ("what", "clips", "step_s", "step_best_s", "first_step_s"),
+    "original": ("what", "frames", "clips", "step_s", "step_best_s", "first_step_s"),
     "parts": ("part", "how it ended"),
 }
 

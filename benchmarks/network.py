@@ -7,15 +7,17 @@ Each result is printed and written when it is there, the most wanted first. Run 
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from benchmarks import machine, sizes, train
-from cwm_jax import attention, diffusion, memory, model, speed, torch_format
+from cwm_jax import attention, diffusion, memory, model, rope, speed, torch_format
 from cwm_jax.coinrun import to_model
 from cwm_jax.network import DiTConfig
 from cwm_jax.training import StepConfig
@@ -25,27 +27,40 @@ GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 Result = dict[str, object]
 
 
-def parity(dtype: str, kernel: str) -> Result:
-    """Largest difference of a velocity, and of the loss, from what the original computed.
-
-    `within`: at most 1e-4 everywhere in float32; in bfloat16, root mean squares of 5 %.
-    """
+def config(dtype: str, kernel: str) -> DiTConfig:
+    """The network of the golden numbers."""
     told = json.loads((GOLDEN / "model.json").read_text())
     names = "patch_size", "hidden_size", "depth", "num_heads", "num_actions", "max_frames"
-    config = DiTConfig(
+    return DiTConfig(
         **{name: told[name] for name in names},
         image_size=told["input_size"],
         dtype=dtype,
         attention=kernel,
     )
-    with np.load(GOLDEN / "forward.npz") as file:
-        golden = {name: file[name] for name in file.files}
-    with np.load(GOLDEN / "weights_step0.npz") as file:
-        params = torch_format.from_original({n: file[n] for n in file.files}, config)
+
+
+def arrays(name: str) -> dict[str, np.ndarray]:
+    """Those of a golden file."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def parameters(network: DiTConfig) -> model.Params:
+    """The golden ones."""
+    found = torch_format.from_original(arrays("weights_step0"), network)
+    return {name: jax.numpy.asarray(value) for name, value in found.items()}
+
+
+def parity(dtype: str, kernel: str) -> Result:
+    """Largest difference of a velocity, and of the loss, from what the original computed.
+
+    `within`: at most 1e-4 everywhere in float32; in bfloat16, root mean squares of 5 %.
+    """
+    network, golden = config(dtype, kernel), arrays("forward")
     noise = golden["noise"].astype(np.float32)
     sample = diffusion.noised(to_model(golden["frames"]), golden["t"], noise)
-    network = jax.jit(lambda params, *args: model.bind(config, params)(*args))
-    v = np.asarray(network(params, sample.x, golden["t"], golden["actions"]))
+    forward = jax.jit(lambda params, *args: model.bind(network, params)(*args))
+    v = np.asarray(forward(parameters(network), sample.x, golden["t"], golden["actions"]))
     rms = lambda x: float(np.sqrt(np.square(x).mean()))
     wrong, right = v - golden["v_pred"], rms(golden["v_pred"])
     worst = float(np.abs(wrong).max())
@@ -61,35 +76,54 @@ def parity(dtype: str, kernel: str) -> Result:
 
 
 def attention_time(network: DiTConfig, kernel: str, over: str, *, clips: int) -> Result:
-    """Seconds of one attention, forward and with its gradients, over clips of 32 frames."""
-    shape = clips, 32, network.tokens, network.num_heads, network.head_size
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, g = (jax.random.normal(key, shape, network.compute_dtype) for key in keys)
-    function = attention.over_space if over == "space" else attention.over_time
-    forward = jax.jit(lambda q, k, v: function(q, k, v, implementation=kernel))
-    both = jax.jit(lambda q, k, v, g: jax.vjp(forward, q, k, v)[1](g))
-    one = q.nbytes
-    times = speed.best_time(forward, q, k, v), speed.best_time(both, q, k, v, g)
+    """Seconds of one attention, from qkv, forward and with its gradients, over whole windows."""
+    frames, tokens = network.max_frames, network.tokens
+    shape = clips, frames, tokens, 3 * network.hidden_size
+    angles = rope.spatial_angles(network.grid, network.head_size)
+    along = attention.along_space
+    if over == "time":
+        along, angles = attention.along_time, rope.temporal_angles(range(frames), network.head_size)
+    keys = jax.random.split(jax.random.key(0), 2)
+    qkv = jax.random.normal(keys[0], shape, network.compute_dtype)
+    grad = jax.random.normal(keys[1], (*shape[:3], network.hidden_size), network.compute_dtype)
+    attend = lambda qkv: along(qkv, angles, num_heads=network.num_heads, implementation=kernel)
+
+    @jax.jit
+    def both(qkv, grad):
+        out, pull = jax.vjp(attend, qkv)
+        return out, pull(grad)
+
+    times = speed.best_time(jax.jit(attend), qkv), speed.best_time(both, qkv, grad)
     return {
         "attention": kernel,
         "over": over,
         "forward_s": times[0],
         "forward_and_back_s": times[1],
-        "forward_gb_s": 4 * one / times[0] / 1e9,  # q, k, v in, one out: the least there is
+        "forward_gb_s": (qkv.nbytes + grad.nbytes) / times[0] / 1e9,  # read and written at least
     }
 
 
-def variants(*, on_gpu: bool) -> list[tuple[str, str, int]]:
-    """Attention, `remat` and parts of the training steps to time, the most wanted first."""
+class Variant(NamedTuple):
+    """A training step to time."""
+
+    attention: str
+    norm: str
+    remat: str = "none"
+    accumulate_steps: int = 1
+
+
+def variants(*, on_gpu: bool) -> list[Variant]:
+    """The most wanted first."""
     if not on_gpu:
-        return [("xla", "gelu_norm", 1), ("xla", "none", 1), ("xla", "layer", 1)]
+        return [Variant("xla", "xla", remat) for remat in ("gelu_norm", "none", "layer")]
     return [
-        ("cudnn", "gelu_norm", 1),  # what configs/small.py takes
-        ("cudnn", "none", 1),
-        ("xla", "gelu_norm", 1),
-        ("cudnn", "layer", 1),
-        ("cudnn", "gelu_norm", 2),
-        ("xla", "none", 1),  # too much for 80 GB at 128 clips
+        Variant("fused", "triton", "gelu_norm"),  # what configs/small.py takes
+        Variant("fused", "triton"),
+        Variant("fused", "xla"),
+        Variant("cudnn", "xla"),
+        Variant("xla", "xla", "gelu_norm"),
+        Variant("fused", "triton", "layer"),
+        Variant("fused", "triton", "gelu_norm", 2),
     ]
 
 
@@ -97,7 +131,7 @@ def measurements(size: str, clips: int) -> Iterator[tuple[str, Result, Callable[
     """Section, what is asked, and how to answer it; the most wanted first."""
     on_gpu = jax.default_backend() == "gpu"
     dtype = "bfloat16" if on_gpu else "float32"
-    kernels = ("cudnn", "xla") if on_gpu else ("xla",)
+    kernels = ("fused", "cudnn", "xla") if on_gpu else ("xla",)
     network = lambda kernel: sizes.network(size, dtype=dtype, attention=kernel)
     speeds: dict[str, float] = {}
 
@@ -105,30 +139,25 @@ def measurements(size: str, clips: int) -> Iterator[tuple[str, Result, Callable[
         speeds.update(train.machine_speed(network("xla").compute_dtype))
         return speeds
 
-    def step_time(kernel: str, remat: str, parts: int) -> Result:
-        how = StepConfig(remat=remat, accumulate_steps=parts)
-        return train.measure(network(kernel), clips=clips, step=how, steps=10, machine=speeds)
+    def step_time(variant: Variant) -> Result:
+        how = StepConfig(remat=variant.remat, accumulate_steps=variant.accumulate_steps)
+        known = dataclasses.replace(network(variant.attention), norm=variant.norm)
+        return train.measure(known, clips=clips, step=how, steps=10, machine=speeds)
 
     yield "machine", machine.description() | {"dtype": dtype}, measure_machine
     for dtype_, kernel in [("float32", "xla"), *(("bfloat16", kernel) for kernel in kernels)]:
         asked = {"dtype": dtype_, "attention": kernel}
         yield "parity", asked, lambda a=asked: parity(a["dtype"], a["attention"])
-    steps = [
-        (
-            {"attention": kernel, "remat": remat, "accumulate_steps": parts},
-            lambda variant=(kernel, remat, parts): step_time(*variant),
-        )
-        for kernel, remat, parts in variants(on_gpu=on_gpu)
-    ]
-    yield "step", *steps[0]
+    first, *others = variants(on_gpu=on_gpu)
+    yield "step", first._asdict(), lambda: step_time(first)
     for over in ("space", "time"):
         for kernel in kernels:
             measure = lambda over=over, kernel=kernel: attention_time(
                 network(kernel), kernel, over, clips=clips
             )
             yield "attention", {"over": over, "attention": kernel}, measure
-    for asked, measure in steps[1:]:
-        yield "step", asked, measure
+    for variant in others:
+        yield "step", variant._asdict(), lambda variant=variant: step_time(variant)
 
 
 def tried(measure: Callable[[], Result]) -> Result:

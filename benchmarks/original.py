@@ -4,10 +4,12 @@
 
 DIR is a checkout of the original, of which nothing is kept here; needs torch and einops. The step
 is the one of its training script: noise, forward pass, loss, gradients, clipping, AdamW; on a GPU
-with bfloat16 autocast and `torch.compile`. With `--beside` our step takes its turn after each of
-its steps, on the same CPU cores, so that whatever else the machine does meets both alike; each in a
-process of its own, as each would train, and the one whose turn it is not sleeps. With
-`--draw 32` a frame is drawn after so many, one and sixteen at once, before the training steps.
+with bfloat16 autocast and `torch.compile`, in turn with the frames on the card already, which is
+the number to compare ours with, and with frames that are copied from pinned memory in the step, as
+its script does. With `--beside` our step takes its turn after each of its steps, on the same CPU
+cores, so that whatever else the machine does meets both alike; each in a process of its own, as
+each would train, and the one whose turn it is not sleeps. With `--draw 32` a frame is drawn after
+so many, one and sixteen at once, before the training steps.
 """
 
 import argparse
@@ -29,6 +31,10 @@ import numpy as np
 from benchmarks import sizes
 from cwm_jax import memory
 from cwm_jax.errors import UserError, shown_to_user
+
+ON_DEVICE, COPIED = "on the device", "pinned, copied in the step"
+
+_FRAMES = {"original": ON_DEVICE, "original, frames copied": COPIED}  # by name of a measurement
 
 Step = Callable[[], float]  # takes one update and tells its loss
 Taken = tuple[float, float]  # seconds, seconds of processors
@@ -60,6 +66,22 @@ def stand_in_for_timm() -> None:
         vars(sys.modules[name]).update(content)
 
 
+def stand_in_for_write_video() -> None:
+    """Puts a name where the original's sampler imports it; torchvision has none since 0.26.
+
+    Its videos are not written here.
+    """
+    if _missing("torchvision"):
+        sys.modules["torchvision"] = types.ModuleType("torchvision")
+    try:
+        io = importlib.import_module("torchvision.io")
+    except ImportError:
+        io = sys.modules["torchvision.io"] = types.ModuleType("torchvision.io")
+        sys.modules["torchvision"].io = io
+    if not hasattr(io, "write_video"):
+        io.write_video = None
+
+
 def _missing(name: str) -> bool:
     return name not in sys.modules and importlib.util.find_spec(name) is None
 
@@ -71,10 +93,7 @@ def their_modules(folder: Path) -> tuple:
     sys.path.insert(0, str(folder))
     if _missing("timm"):
         stand_in_for_timm()
-    if _missing("torchvision"):  # its sampler writes films with it
-        sys.modules["torchvision"] = types.ModuleType("torchvision")
-        sys.modules["torchvision.io"] = types.ModuleType("torchvision.io")
-        sys.modules["torchvision.io"].write_video = None
+    stand_in_for_write_video()
     names = "model.dit", "training.noise_scheduler", "training.rollout_sampler"
     return tuple(map(importlib.import_module, names))
 
@@ -143,8 +162,14 @@ def their_frame(folder: Path, size: str, *, clips: int, context: int) -> Step:
     return draw
 
 
-def their_step(folder: Path, size: str, *, clips: int, frames: int, compiled: bool) -> Step:
-    """One update of the original on clips that stay the same, as its training script makes it."""
+def their_steps(
+    folder: Path, size: str, *, clips: int, frames: int, compiled: bool
+) -> dict[str, Step]:
+    """One update of the original on clips that stay the same, as its training script makes it.
+
+    By where the clips are: on the device already, or in pinned memory of the host, as its loader
+    has them. Both update the same network. On a CPU there is one step.
+    """
     import torch
 
     dit, noise, _ = their_modules(folder)
@@ -156,10 +181,13 @@ def their_step(folder: Path, size: str, *, clips: int, frames: int, compiled: bo
         optimizer, start_factor=1 / 2000, total_iters=2000
     )
     schedule = noise.NoiseScheduler(1000, device)
-    pixels, actions = random_clips(size, clips=clips, frames=frames)
+    given = random_clips(size, clips=clips, frames=frames)
+    places = {ON_DEVICE: [x.to(device) for x in given]}
+    if device == "cuda":
+        places[COPIED] = [x.pin_memory() for x in given]
 
-    def step() -> float:
-        x0, held = pixels.to(device), actions.to(device)
+    def step(place: str) -> float:
+        x0, held = (x.to(device, non_blocking=True) for x in places[place])
         optimizer.zero_grad()
         t = torch.randint(0, 1000, (clips, frames), device=device)
         x, target = schedule.noised_sample_and_velocity_target(x0 * 2 - 1, t, torch.randn_like(x0))
@@ -171,7 +199,12 @@ def their_step(folder: Path, size: str, *, clips: int, frames: int, compiled: bo
         scheduler.step()
         return loss.item()  # so does the original, at every step
 
-    return step
+    return {place: functools.partial(step, place) for place in places}
+
+
+def their_step(*args, **kwargs) -> Step:
+    """The first of `their_steps`."""
+    return next(iter(their_steps(*args, **kwargs).values()))
 
 
 def our_step(size: str, *, clips: int, frames: int) -> Step:
@@ -252,30 +285,33 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="gets the numbers as JSON")
     parser.add_argument("--draw", type=int, default=0, help="draw a frame after so many first")
     args = parser.parse_args()
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | str]] = {}
 
-    def keep(turns: dict[str, Callable[[], Taken]], clips: int) -> None:
+    def keep(turns: dict[str, Callable[[], Taken]], **about: object) -> None:
         for name, numbers in timed(turns, args.steps).items():
-            found[name] = {"clips": clips} | numbers
+            found[name] = about | numbers
+            found[name] |= {"frames": _FRAMES[name]} if name in _FRAMES else {}
             print(_told(name, numbers), flush=True)
         if args.output:
             args.output.write_text(json.dumps(found, indent=2) + "\n")
 
     shape = dict(clips=args.batch, frames=args.frames)
-    theirs = functools.partial(their_step, args.folder, args.size, compiled=args.compile, **shape)
+    asked = dict(size=args.size, compiled=args.compile, **shape)
     with shown_to_user(), contextlib.ExitStack() as stack:
         if absent := [name for name in ("torch", "einops") if _missing(name)]:
             raise UserError(f"the original needs {' and '.join(absent)}, not installed here")
         for clips in (1, 16) if args.draw else ():
             draw = their_frame(args.folder, args.size, clips=clips, context=args.draw)
-            keep({f"original, a frame of {clips}": functools.partial(_take, draw)}, clips)
+            keep({f"original, a frame of {clips}": functools.partial(_take, draw)}, clips=clips)
         if args.beside:
-            ours = functools.partial(our_step, args.size, **shape)
-            makers = {"original": theirs, "ours": ours}
+            theirs = functools.partial(their_step, args.folder, **asked)
+            makers = {"original": theirs, "ours": functools.partial(our_step, args.size, **shape)}
             turns = {n: stack.enter_context(in_own_process(m)) for n, m in makers.items()}
         else:
-            turns = {"original": functools.partial(_take, theirs())}
-        keep(turns, args.batch)
+            steps = their_steps(args.folder, **asked)
+            places = {place: name for name, place in _FRAMES.items()}
+            turns = {places[place]: functools.partial(_take, step) for place, step in steps.items()}
+        keep(turns, clips=args.batch)
 
 
 def _told(name: str, numbers: dict[str, float]) -> str:

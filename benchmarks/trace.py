@@ -1,13 +1,33 @@
 """Where the time of a compiled program goes: one run under JAX's profiler, by kind of kernel."""
 
 import collections
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 from benchmarks import hlo
+
+# Kernels of libraries, and copies, have names of their own; the first pattern that is found counts.
+_LIBRARIES = (
+    (re.compile(r"cudnn|fmha|flash", re.IGNORECASE), "attention (cuDNN)"),
+    (re.compile(r"nvjet|gemm|cublas|cutlass|xmma|splitk", re.IGNORECASE), "matmul (cuBLAS)"),
+    (re.compile(r"nccl", re.IGNORECASE), "between devices"),
+    (re.compile(r"memcpy|memset", re.IGNORECASE), "copy or transpose"),
+)
+
+
+class Event(NamedTuple):
+    """What the profiler saw run."""
+
+    name: str
+    seconds: float
+    on_gpu: bool
+    # The instruction, where the profiler has it; within a CUDA graph that of the command buffer.
+    op: str = ""
 
 
 def seconds_by_kind(run: Callable[[], object], text: str) -> dict[str, float]:
@@ -17,17 +37,32 @@ def seconds_by_kind(run: Callable[[], object], text: str) -> dict[str, float]:
 
     Args:
         run: runs the program once, and may return before it is done.
-        text: the compiled program, as its `as_text` tells it.
+        text: the compiled program, as its `as_text` returns it.
     """
+    return by_kind(_events(run), text)
+
+
+def by_kind(events: Iterable[Event], text: str) -> dict[str, float]:
+    """The seconds of events of a program's run, by kind, the longest first."""
     kinds, found = hlo.kinds(text), collections.Counter()
-    for name, seconds in _events(run):
-        if name in kinds:
-            found[kinds[name]] += seconds
+    by_kernel = {_kernel(name): kind for name, kind in kinds.items()}
+    for event in events:
+        kind = kinds.get(event.op) or kinds.get(event.name) or by_kernel.get(event.name)
+        if kind is None and event.on_gpu:
+            matching = (kind for pattern, kind in _LIBRARIES if pattern.search(event.name))
+            kind = next(matching, "other")
+        if kind is not None:  # on a CPU the rest is the host's own work
+            found[kind] += event.seconds
     return dict(found.most_common())
 
 
-def _events(run):
-    """(name of the instruction, seconds) of all that the profiler saw."""
+def _kernel(instruction: str) -> str:
+    """The name of the kernel that XLA makes of an instruction."""
+    return re.sub(r"[^\w]", "_", instruction)
+
+
+def _events(run) -> Iterator[Event]:
+    """All that the profiler saw."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
@@ -35,10 +70,11 @@ def _events(run):
         planes = [
             plane for file in files for plane in jax.profiler.ProfileData.from_file(file).planes
         ]
-    # A GPU's kernels are on planes of their own, each with its instruction among its numbers.
     on_devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     for plane in on_devices or planes:
-        for line in plane.lines:
+        # Of a GPU, kernels are on the lines of its streams; others may sum up the same time again.
+        lines = [line for line in plane.lines if line.name.startswith("Stream")]
+        for line in lines if on_devices and lines else plane.lines:
             for event in line.events:
-                name = dict(event.stats).get("hlo_op") if on_devices else event.name
-                yield name, event.duration_ns / 1e9
+                op = str(dict(event.stats).get("hlo_op", "")) if on_devices else ""
+                yield Event(event.name, event.duration_ns / 1e9, bool(on_devices), op)

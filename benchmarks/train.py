@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import sizes, trace
-from cwm_jax import flops, memory, model, speed, training
+from cwm_jax import flops, kernel_choice, memory, model, speed, training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.network import DiTConfig
 from cwm_jax.training import OptimizerConfig, StepConfig
@@ -67,6 +67,7 @@ def measure(
         "jax": jax.__version__,
         "dtype": str(network.compute_dtype),
         "attention": network.attention_kernel,
+        "norm": network.norm_kernel,
         "remat": step.remat,
         "accumulate_steps": step.accumulate_steps,
         "clips": clips,
@@ -122,7 +123,7 @@ def show(found: dict) -> str:
     return "\n".join(
         [
             f"device       {found['device']}, jax {found['jax']}, {found['dtype']}, attention "
-            f"{found['attention']}, remat {found['remat']}",
+            f"{found['attention']}, norm {found['norm']}, remat {found['remat']}",
             f"model        {found['parameters']:,} parameters, {found['clips']} clips of "
             f"{found['frames']} frames",
             f"arithmetic   {found['model_tflop']:.3f} TFLOP by our count, "
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="clips a step")
     parser.add_argument("--frames", type=int, default=32, help="of a clip")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
-    parser.add_argument("--attention", default="auto", help="xla, cudnn or auto")
+    parser.add_argument("--attention", default="auto", help="xla, fused, cudnn or auto")
     parser.add_argument("--remat", choices=model.REMAT, default="none")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
@@ -161,8 +162,10 @@ def main() -> None:
     args = parser.parse_args()
     memory.claim_gpu()
     memory.schedule_for_memory()
+    network = sizes.network(args.size, dtype=args.dtype, attention=args.attention)
+    at_once = args.batch // args.accumulate
     found = measure(
-        sizes.network(args.size, dtype=args.dtype, attention=args.attention),
+        kernel_choice.measured(network, clips=at_once, frames=args.frames),
         clips=args.batch,
         frames=args.frames,
         step=StepConfig(remat=args.remat, accumulate_steps=args.accumulate),

@@ -24,8 +24,10 @@ def get_config() -> ConfigDict:
     config.model.action_encoding = "one_hot"  # or buttons: any of them held together
     config.model.max_frames = 32  # window of the temporal attention
     config.model.dtype = "auto"  # of the matmuls: float32, bfloat16, or auto (bfloat16 on a GPU)
-    config.model.attention = "auto"  # over clips: xla; cudnn, fused (bfloat16 on NVIDIA); auto
-    config.model.norm = "auto"  # update and norm in one kernel: triton (NVIDIA GPUs), xla, or auto
+    config.model.attention = (
+        "auto"  # over clips: xla; fused, cudnn (bfloat16 on NVIDIA); auto: measured
+    )
+    config.model.norm = "auto"  # update and norm: xla; triton (one kernel, NVIDIA); auto: measured
     config.model.history = 0  # earlier frames shown beside each, whose change is drawn; 0: none
     config.model.change_scale = 0.2  # with history: the unit of a change (CoinRun's deviation)
     config.model.motion = 0  # with history: pixels by which the last frame's may move, ≤ patch_size
@@ -66,8 +68,10 @@ def get_config() -> ConfigDict:
     config.noise.own_share = 0.0  # of clips, shown earlier frames as the network draws them …
     config.noise.own_passes = 1  # … so many times over, each from the ones before
     config.noise.own_top_share = 0.0  # … in this share of them with all labels the highest
+    config.noise.own_renoised = False  # … and passes after the first renoise those, not real ones
     config.noise.mirror_share = 0.0  # of clips, with left and right exchanged (CoinRun's actions)
     config.noise.middle_weight = 1.0  # of the pixels around the player in the loss
+    config.noise.displacement_weight = 0.1  # of the cross-entropy of displacements in the loss
 
     # What happens every so many steps.
     config.log_every_steps = 50

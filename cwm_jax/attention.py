@@ -28,26 +28,29 @@ def check(kernel: str, dtype: str) -> None:
 
 def check_device(kernel: str) -> None:
     """Raises a UserError where `config.model.attention` asks for a GPU that is not here."""
-    if kernel in ("cudnn", "fused") and not _fuses_attention():
+    if kernel in ("cudnn", "fused") and not fuses():
         raise UserError(
             f"config.model.attention={kernel} needs an NVIDIA GPU of compute capability 8 or "
             f"newer, and here is {jax.devices()[0].device_kind}: use auto or xla"
         )
 
 
-def choose(kernel: str, dtype: jnp.dtype, head_size: int) -> str:
-    """ "xla" or "cudnn" for auto: cuDNN's fused attention on NVIDIA GPUs of compute capability ≥ 8
-    where it takes the numbers: bfloat16, and a head size that is a multiple of 8 up to 128.
+def candidates(dtype: jnp.dtype, head_size: int, *, lengths: tuple[int, ...]) -> tuple[str, ...]:
+    """Of `KERNELS`, those that take such numbers on a GPU that `fuses`; XLA's is the first.
 
-    XLA's own keeps all scores and weights in memory between its kernels.
+    Args:
+        lengths: of all sequences that attend.
     """
-    if kernel != "auto":
-        return kernel
-    fits = dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128
-    return "cudnn" if fits and _fuses_attention() else "xla"
+    found = ["xla"]
+    if dtype == jnp.bfloat16 and all(_kernels().fits(length, head_size) for length in lengths):
+        found.append("fused")
+    if dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128:
+        found.append("cudnn")
+    return tuple(found)
 
 
-def _fuses_attention() -> bool:
+def fuses() -> bool:
+    """Whether the device is an NVIDIA GPU of compute capability 8 or newer."""
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))  # AMD's names are no numbers
     return device.platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8

@@ -23,3 +23,9 @@ def enable(folder: str = "auto") -> None:
         return
     chosen = str(default_folder()) if folder == "auto" else folder
     jax.config.update("jax_compilation_cache_dir", chosen or None)
+
+
+def folder() -> Path | None:
+    """Where compiled programs are kept on this machine's disks; None where they are not."""
+    chosen = jax.config.jax_compilation_cache_dir
+    return Path(chosen) if chosen and "://" not in chosen else None

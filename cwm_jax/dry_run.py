@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import data, flops, parallel, speed, training
+from cwm_jax import data, flops, kernel_choice, parallel, speed, training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.errors import UserError
 from cwm_jax.settings import Settings
@@ -92,10 +92,18 @@ def what_fits(settings: Settings, limit: int) -> Settings | None:
 
 def tell(settings: Settings) -> None:
     """Prints the memory, arithmetic and time of a run, and what to change if it will not fit."""
+    devices = jax.device_count()
+    clips = parallel.global_batch_size(
+        settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
+    )
+    network = kernel_choice.measured(
+        settings.model,
+        clips=clips // devices // settings.accumulate_steps,
+        frames=settings.data.clip_len,
+    )
+    settings = dataclasses.replace(settings, model=network)
     compiled = compile_step(settings)
     memory, limit = memory_of(compiled), memory_limit()
-    devices = jax.device_count()
-    clips = parallel.global_batch_size(settings.batch_size, settings.global_batch_size)
     asked = flops.train_step(
         settings.model,
         clips=clips,

@@ -17,6 +17,7 @@ from cwm_jax import (
     curves,
     data,
     files,
+    kernel_choice,
     memory,
     metrics_file,
     parallel,
@@ -129,8 +130,14 @@ class _Run:
     def train(self) -> TrainState:
         settings = self.settings
         key = jax.random.key(settings.seed)
+        # With the kernels of this device; what is saved with checkpoints is the config as it is.
+        self.network = kernel_choice.measured(
+            settings.model,
+            clips=self.batch_size // jax.device_count() // settings.accumulate_steps,
+            frames=settings.data.clip_len,
+        )
         step_args = dict(
-            network=settings.model,
+            network=self.network,
             optim=settings.optimizer,
             step=settings.step,
             noise=settings.noise,
@@ -238,6 +245,10 @@ class _Run:
             frames_per_step=self.batch_size * self.settings.data.clip_len,
             skipped=int(state.skipped),
             max_skipped=self.settings.max_skipped_updates,
+            kernels={
+                "attention": self.network.attention_kernel,
+                "norm": self.network.norm_kernel,
+            },
         )
 
     def _reporter(self, first: int) -> report.Reporter:
@@ -284,7 +295,7 @@ class _Run:
         val_loss = None
         if step % settings.val_every_steps == 0:
             batches = stop.until(self.validation)
-            results = dict(single_step.validation(settings.model, weights, batches, self.mesh))
+            results = dict(single_step.validation(self.network, weights, batches, self.mesh))
             val_loss = results["val/loss"]
             self.reporter.scalars(step, results)
         scores = step % settings.eval_every_steps == 0
@@ -296,7 +307,7 @@ class _Run:
             _attempt("draw a rollout", lambda: self._draw(step, sampler))
         if self._ends_epoch(step):
             batches = stop.until(self.whole_validation)
-            results = single_step.epoch_end(settings.model, weights, batches, self.mesh)
+            results = single_step.epoch_end(self.network, weights, batches, self.mesh)
             loss_sum, count = parallel.local(parallel.whole(state.epoch_loss, self.mesh))
             self.reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
             state = state._replace(epoch_loss=state.epoch_loss * 0)

@@ -162,10 +162,10 @@ class DiTConfig:
 
     @property
     def attention_kernel(self) -> str:
-        """`attention`, where auto has become xla or cudnn."""
-        return attention.choose(self.attention, self.compute_dtype, self.head_size)
+        """`attention`; auto is xla where `kernel_choice.measured` did not replace it."""
+        return "xla" if self.attention == "auto" else self.attention
 
     @property
     def norm_kernel(self) -> str:
-        """`norm`, where auto has become xla."""
+        """`norm`; auto is xla where `kernel_choice.measured` did not replace it."""
         return "xla" if self.norm == "auto" else self.norm

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -24,6 +24,7 @@ class Progress:
         clips_of: where the clips of a step's batch lie in the files.
         frames_per_step: for the frame rate.
         skipped: updates passed over before; more than `max_skipped` stop the run.
+        kernels: those of the network in use, by setting, such as {"attention": "fused"}.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class Progress:
         frames_per_step: int,
         skipped: int,
         max_skipped: int,
+        kernels: Mapping[str, str] | None = None,
     ):
         self._reporter, self._workdir, self._clips_of = reporter, workdir, clips_of
         self._pace = _Pace(frames_per_step)
         self._skipped, self._max_skipped = skipped, max_skipped
+        self._kernels = kernels or {}
         self._waiting = None
 
     def after(self, step: int, metrics: dict[str, jax.Array], *, told: bool) -> None:
@@ -75,13 +78,27 @@ class Progress:
                 temporary.write_text(json.dumps(record, indent=1) + "\n")
         what = f"loss {loss}" if not math.isfinite(loss) else "an infinite gradient"
         told = f"step {step} has {what}; its update was passed over, and its clips are in {path}"
+        if self._kernels:
+            used = ", ".join(f"{name}={kernel}" for name, kernel in self._kernels.items())
+            told += f"; the step was computed with {used}"
         if self._skipped > self._max_skipped:
             raise UserError(
                 f"{told}\nStopped, as config.max_skipped_updates={self._max_skipped}. The last "
                 f"checkpoint is sound. A lower config.lr may help, or allow some such updates."
+                f"{self._other_kernels()}"
             )
         count = f"{self._skipped} of at most {self._max_skipped}"
         tell(f"warning: {told} ({count})")
+
+    def _other_kernels(self) -> str:
+        """How to rule out the kernels, where they are not XLA's already."""
+        if set(self._kernels.values()) <= {"xla"}:
+            return ""
+        flags = " ".join(f"--config.model.{name}=xla" for name in self._kernels)
+        return (
+            "\nTo rule out a fault of these kernels, repeat the command with XLA's, which goes on "
+            f"from the same checkpoint: {flags}"
+        )
 
 
 class _Pace:

@@ -17,6 +17,7 @@ _BEFORE = {"init_from": "", "model.history": 0, "model.change_scale": 0.2, "mode
 _BEFORE |= {"distil_from": ""}
 _BEFORE |= {"decay_steps": 0, "noise.top_share": 0.0, "noise.own_share": 0.0, "noise.own_passes": 1}
 _BEFORE |= {"model.action_encoding": "one_hot"}
+_BEFORE |= {"noise.own_renoised": False, "noise.displacement_weight": 0.1}
 _BEFORE |= {"noise.own_top_share": 0.0, "noise.mirror_share": 0.0, "noise.middle_weight": 1.0}
 
 

@@ -1,14 +1,18 @@
 """Benchmarks run on small sizes, count right, and know the configs' sizes."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import sys
+import time
+import types
 
+import numpy as np
 import pytest
 from tiny_network import TINY
 
-from benchmarks import data, gpu, hlo, network, sample, sizes, train
+from benchmarks import check_gpu, data, gpu, hlo, network, original, sample, sizes, trace, train
 from cwm_jax import flops
 from cwm_jax.data import DataConfig
 from cwm_jax.training import StepConfig
@@ -98,6 +102,44 @@ def test_the_network_benchmark_runs(tmp_path, monkeypatch):
     assert all(row["step_s"] > 0 for row in told["step"])
 
 
+def test_the_check_of_a_gpu_runs_on_a_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(check_gpu, "ROLLOUTS", check_gpu.ROLLOUTS[:1])
+    monkeypatch.setattr(sys, "argv", ["check_gpu", "--networks", "tiny", "--frames", "2"])
+    assert check_gpu.main() == 0
+    _, *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok"] * 3 + ["--"] * 5 + ["ok"] * 2
+    assert all("no GPU" in line for line in lines[3:8])
+    assert last == "10 of 10 lines without a failure"
+
+
+def test_a_check_that_fails_or_raises_or_takes_too_long_is_counted(capsys):
+    def raises():
+        raise RuntimeError("no such card")
+
+    right, wrong = check_gpu.Verdict(True, "near"), check_gpu.Verdict(False, "far")
+    asked = [("a", lambda: right), ("b", lambda: wrong), ("c", raises), ("d", lambda: right)]
+    assert not check_gpu.run(asked, None)
+    assert capsys.readouterr().out.splitlines() == [
+        "ok    a: near",
+        "FAIL  b: far",
+        "FAIL  c: RuntimeError: no such card",
+        "ok    d: near",
+        "2 of 4 lines without a failure",
+    ]
+    assert check_gpu.run(asked[:1], None)
+    assert not check_gpu.run([("slow", lambda: time.sleep(0.5) or right)], 0.01)
+
+
+def test_updates_that_differ_are_wrong():
+    numbers = {name: np.ones(3) for name in ("losses", "norms", "gradients")}
+    for name in numbers:
+        far = numbers | {name: np.array([1, 1, 1.5])}
+        assert not check_gpu.compare(far, numbers, "bfloat16").right
+        lost = numbers | {name: np.array([1, 1, np.nan])}
+        assert not check_gpu.compare(lost, numbers, "bfloat16").right
+    assert check_gpu.compare(numbers, numbers, "float32").right
+
+
 def test_what_a_gpu_is_asked():
     asked = gpu.parts("small", 128, "somewhere")
     assert [part.name for part in asked] == [
@@ -155,6 +197,92 @@ def test_kernels_of_a_program():
         "fusion": 5 * 256,
         "copy or transpose": 256,
     }
+
+
+def test_the_kinds_of_a_gpus_kernels():
+    """Within a CUDA graph an event has its kernel's own name, and the operation of the graph."""
+    in_graph = functools.partial(trace.Event, on_gpu=True, op="command_buffer_1")
+    events = [
+        in_graph("loop_fusion", 4.0),
+        in_graph("copy_1", 0.5),
+        in_graph("nvjet_sm90_tst_128x160_64x5_2x1_v_bz_TNT", 3.0),
+        in_graph("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", 2.0),
+        in_graph("void cudnn::fusion::compute_dot_do_o_specialized<true, 64>(void const*)", 1.0),
+        trace.Event("a_kernel_of_another_name", 1.0, True, "loop_fusion"),
+        in_graph("MemcpyD2D", 0.25),
+        in_graph("unheard_of", 0.125),
+    ]
+    assert trace.by_kind(events, PROGRAM) == {
+        "fusion": 5.0,
+        "matmul (cuBLAS)": 3.0,
+        "attention (cuDNN)": 3.0,
+        "copy or transpose": 0.75,
+        "other": 0.125,
+    }
+
+
+def test_the_kinds_of_a_cpus_kernels():
+    """There an event has its instruction's name; what has another is the host's own work."""
+    events = [trace.Event("loop_fusion", 2.0, False), trace.Event("gemm of the host", 9.0, False)]
+    assert trace.by_kind(events, PROGRAM) == {"fusion": 2.0}
+
+
+@pytest.mark.parametrize("installed", ["nothing", "without write_video", "with it"])
+def test_the_originals_sampler_finds_write_video(monkeypatch, installed):
+    torchvision, io = types.ModuleType("torchvision"), types.ModuleType("torchvision.io")
+    torchvision.io = io
+    if installed == "with it":
+        io.write_video = "its own"
+    for name, module in (("torchvision", torchvision), ("torchvision.io", io)):
+        monkeypatch.setitem(sys.modules, name, module)
+        if installed == "nothing":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(original, "_missing", lambda name: name not in sys.modules)
+    original.stand_in_for_write_video()
+    found = importlib.import_module("torchvision.io").write_video
+    assert found == ("its own" if installed == "with it" else None)
+
+
+THEIRS = {  # as much of the original as a training step takes
+    "model/dit.py": """
+import torch
+class DiT(torch.nn.Module):
+    def __init__(self, **sizes):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+    def forward(self, x, t, held):
+        return self.scale * x
+""",
+    "training/noise_scheduler.py": """
+class NoiseScheduler:
+    def __init__(self, levels, device):
+        pass
+    def noised_sample_and_velocity_target(self, x, t, noise):
+        return x + noise, noise - x
+""",
+    "training/rollout_sampler.py": "from torchvision.io import write_video",
+}
+
+
+def test_the_originals_step_is_timed_where_its_frames_are(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    for name, text in THEIRS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(original, "_missing", lambda name: name not in {*sys.modules, "einops"})
+    words = ["--folder", str(tmp_path), "--size", "tiny", "--frames", "2", "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["original", *words, "--output", str(tmp_path / "found")])
+    before = set(sys.modules)
+    try:
+        original.main()
+    finally:
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] in ("model", "training", "timm", "torchvision"):
+                del sys.modules[name]
+    (row,) = json.loads((tmp_path / "found").read_text()).values()
+    assert row["frames"] == "on the device"
+    assert row["step_s"] > 0
 
 
 def test_arithmetic_of_a_step():

@@ -114,7 +114,7 @@ def test_what_was_trained_with_kernels_for_gpus_opens_and_exports_anywhere(
     weights.write(path, trained.params, meta)
     anywhere = dataclasses.replace(network, attention="auto", norm="auto")
     assert samplers.load(path).network == anywhere
-    monkeypatch.setattr(attention, "_fuses_attention", lambda: True)  # as on a GPU
+    monkeypatch.setattr(attention, "fuses", lambda: True)  # as on a GPU
     flags = "--format bundle --dtype bfloat16 --ddim-steps 2"
     export.main([str(path), "--output", str(tmp_path / "bundle"), *flags.split()])
     assert samplers.open_sampler(tmp_path / "bundle").step == 7

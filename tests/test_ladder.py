@@ -45,8 +45,11 @@ FLOORS = (
     ),
     ("distillation", "key_panel", "network"),
     ("layers",),
-    ("metrics", "model", "shards", "recordings", "sheet", "simulator", "video", "curves"),
-    ("bundle", "change", "clips", "flops", "torch_format"),
+    (
+        *("curves", "kernel_trials", "metrics", "model", "recordings", "sheet", "shards"),
+        *("simulator", "video"),
+    ),
+    ("bundle", "change", "clips", "flops", "kernel_choice", "torch_format"),
     ("data", "world"),
     ("objective", "parallel", "sampler"),
     ("training",),

@@ -179,7 +179,7 @@ def poisoned(batch):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(
-    tmp_path, small_data, monkeypatch
+    tmp_path, small_data, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
         before_step(patch, 6, poisoned)  # a step that is saved after
@@ -193,7 +193,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(
     assert record["clips"] == batches.origins(5)
     with monkeypatch.context() as patch:
         before_step(patch, 6, poisoned)
-        state = train(tmp_path / "run", config_of(small_data, max_skipped_updates=1))
+        config = config_of(small_data, max_skipped_updates=1)
+        config["model"] |= {"attention": "xla", "norm": "xla"}  # as the message advises
+        state = train(tmp_path / "run", config)
+    assert "config.model.attention='xla', was 'auto'" in capsys.readouterr().out
     assert int(state.skipped) == 1
     assert all(bool(jax.numpy.isfinite(p).all()) for p in state.params.values())
 

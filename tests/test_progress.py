@@ -20,8 +20,8 @@ def metrics(loss, skipped=0):
     return {name: np.float32(value) for name, value in numbers.items()}
 
 
-def made(told, workdir, max_skipped=0):
-    counts = dict(frames_per_step=6, skipped=0, max_skipped=max_skipped)
+def made(told, workdir, max_skipped=0, **kernels):
+    counts = dict(frames_per_step=6, skipped=0, max_skipped=max_skipped, kernels=kernels)
     return progress.Progress(told, workdir, lambda step: [{"clip": step}], **counts)
 
 
@@ -48,3 +48,21 @@ def test_one_skipped_update_too_many_stops_the_run_a_step_late(tmp_path):
         "step_0000001.json",
         "step_0000002.json",
     ]
+
+
+@pytest.mark.parametrize("norm", ["triton", "xla"])
+def test_an_unsound_update_names_the_kernels_and_how_to_go_on_without_them(tmp_path, norm):
+    late = made(Told(), tmp_path, attention="fused", norm=norm)
+    late.after(1, metrics(0.5, skipped=1), told=False)
+    told = rf"(?s)computed with attention=fused, norm={norm}.*"
+    told += r"--config\.model\.attention=xla --config\.model\.norm=xla"
+    with pytest.raises(UserError, match=told):
+        late.catch_up()
+
+
+def test_of_xlas_own_kernels_no_other_are_advised(tmp_path, capsys):
+    late = made(Told(), tmp_path, attention="xla", norm="xla")
+    late.after(1, metrics(np.nan, skipped=1), told=False)
+    with pytest.raises(UserError, match=r"computed with attention=xla, norm=xla") as stopped:
+        late.catch_up()
+    assert "--config" not in str(stopped.value)

@@ -1,0 +1,281 @@
+"""Whether this device computes what it should: `make check-gpu`, two minutes on a GPU.
+
+    python -m benchmarks.check_gpu [--networks debug,pocket,small,large] [--clips 1]
+
+The network against the PyTorch original's numbers; generated rollouts against its rollouts; each
+kernel against a float32 formula, on random and on extreme numbers; and three updates of each
+shipped config's network on random clips, in float32 and bfloat16, against float32 on this machine's
+CPU. One line each, `ok` or `FAIL` (`--`: nothing to check); the exit code is 1 where one failed.
+Needs jax, flax, optax and numpy, and a checkout. It runs on a CPU too, where kernels are not
+checked.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import machine, sizes, train
+from benchmarks import network as golden
+from cwm_jax import attention, kernel_choice, kernel_trials, memory, model, sampler, training
+from cwm_jax.network import DiTConfig
+from cwm_jax.objective import NoiseConfig
+
+ROOT = Path(__file__).parents[1]
+NETWORKS = ("debug", "pocket", "small", "large")
+NOISE = {  # of the configs, where it is not the default; with one pass of generated context
+    "debug": NoiseConfig(top_share=0.2),
+    "pocket": NoiseConfig(
+        top_share=0.2, own_share=0.5, own_top_share=0.5, mirror_share=0.4, middle_weight=6.0
+    ),
+}
+UPDATES = 3
+# Largest errors, relative to the root mean square: of losses, gradient norms and gradients.
+NEAR = {"float32": (1e-4, 1e-3, 5e-3), "bfloat16": (5e-3, 3e-2, 5e-2)}
+ROLLOUT_NEAR = 1e-4  # of 1, in float32
+ROLLOUTS = (
+    *(("rollout_within_window", "exact"), ("rollout_past_window", "exact")),
+    *(("rollout_prompt4_ddim5", "cached"), ("rollout_prompt4_ddim5", "hop")),
+)
+_KEPT = 4096  # numbers of each gradient that are compared
+_SECONDS = 115
+
+Numbers = dict[str, np.ndarray]
+
+
+class Verdict(NamedTuple):
+    right: bool | None  # None: not checked
+    text: str
+
+    @property
+    def word(self) -> str:
+        return {True: "ok", False: "FAIL", None: "--"}[self.right]
+
+
+Check = Callable[[], Verdict]
+
+
+def parity(dtype: str) -> Verdict:
+    """The network's velocity and loss against the original's."""
+    found = golden.parity(dtype, "xla")
+    error = f"v off by {found['worst_v']:.2g}, rms {found['rms_v']:.2g} of {found['rms_of_v']:.3g}"
+    return Verdict(bool(found["within"]), error)
+
+
+def rollout(name: str, window: str) -> Verdict:
+    """Frames generated from the original's noise against its own."""
+    network = golden.config("float32", "xla")
+    params = golden.parameters(network)
+    arrays = golden.arrays(name)
+    levels = sampler.ddim_levels(int(arrays["ddim_steps"]))
+    how = sampler.SamplerConfig(levels=levels, window=window)
+    given, actions = int(arrays["n_prompt"]), arrays["actions"]
+
+    @jax.jit
+    def generate(params, state, actions_FB, noise_FBHWC):
+        net = model.bind(network, params)
+        tables = sampler.tabulate(net, how)
+        step = lambda state, x: sampler.step(net, tables, state, *x, None, how)
+        return jax.lax.scan(step, state, (actions_FB, noise_FBHWC))[1]
+
+    state = sampler.Sampler(network, params, how).start(arrays["prompt"], actions[:, :given])
+    noise = np.moveaxis(arrays["noise"].astype(np.float32), 1, 0)
+    frames = np.asarray(generate(params, state, actions[:, given:].T, noise))
+    frames01 = (np.moveaxis(frames, 0, 1).clip(-1, 1) + 1) / 2
+    worst = float(np.abs(frames01 - arrays["frames01"][:, given:]).max())
+    return Verdict(worst <= ROLLOUT_NEAR, f"pixels off by {worst:.2g} of 1")
+
+
+def kernel(network: DiTConfig, setting: str, name: str, frames: int) -> Verdict:
+    """A kernel's values and gradients against the float32 formula."""
+    if not attention.fuses():
+        return Verdict(None, "no GPU")
+    trials = kernel_trials.trials(network, clips=1, frames=frames)
+    trial = next(trial for trial in trials if trial.setting == setting)
+    if name not in trial.candidates:
+        return Verdict(None, "does not take these shapes")
+    errors = kernel_choice.errors(trial, name)
+    right = all(errors[check.name] <= check.near for check in trial.checks)
+    text = "off by " + ", ".join(f"{error:.2g} on {what}" for what, error in errors.items())
+    if name == "cudnn" and not right:  # of which it is known; no run takes it then
+        return Verdict(None, f"will not be used: {text}")
+    return Verdict(right, text)
+
+
+def with_kernels(network: DiTConfig, frames: int) -> DiTConfig:
+    """The network with the kernels of this project, where they take its shapes."""
+    if not attention.fuses():
+        return network
+    taken = {
+        trial.setting: next((n for n in ("fused", "triton") if n in trial.candidates), "xla")
+        for trial in kernel_trials.trials(network, clips=1, frames=frames)
+    }
+    return dataclasses.replace(network, **taken)
+
+
+def parameters(network: DiTConfig) -> model.Params:
+    """Random ones that are all at work, the same on each device."""
+    rng = np.random.default_rng(0)
+    shapes = sorted(model.shapes(network).items())
+    scale = lambda shape: 0.3 * shape[0] ** -0.5 if len(shape) > 1 else 0.02
+    normal = lambda shape: scale(shape) * rng.standard_normal(shape, np.float32)
+    return {name: jnp.asarray(normal(x.shape)) for name, x in shapes}
+
+
+def updates(size: str, network: DiTConfig, clips: int, frames: int) -> Numbers:
+    """Losses, gradient norms, and some numbers of the mean gradients, of three updates."""
+    state = training.init_state(network, train.OPTIM, 0, parameters(network))
+    batch, key = train.random_batch(clips, frames), jax.random.key(0)
+    how = dict(network=network, optim=train.OPTIM, noise=NOISE.get(size, NoiseConfig()))
+    losses, norms = [], []
+    for _ in range(UPDATES):
+        state, metrics = training.train_step(state, batch, key, **how)
+        losses.append(float(metrics["train/loss"]))
+        norms.append(float(metrics["train/grad_norm"]))
+    means = optax.tree_utils.tree_get(state.opt_state, "mu")
+    some = lambda x: np.asarray(x.reshape(-1)[:: max(1, x.size // _KEPT)])
+    gradients = np.concatenate([some(means[name]) for name in sorted(means)])
+    return {"losses": np.array(losses), "norms": np.array(norms), "gradients": gradients}
+
+
+def compare(found: Numbers, wanted: Numbers, dtype: str) -> Verdict:
+    errors = [
+        float(np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name]))
+        for name in ("losses", "norms", "gradients")
+    ]
+    right = all(error <= near for error, near in zip(errors, NEAR[dtype], strict=True))
+    text = f"losses off by {errors[0]:.2g}, gradient norms {errors[1]:.2g}, gradients "
+    return Verdict(right, text + f"{errors[2]:.2g}")
+
+
+class References:
+    """The updates on this machine's CPU, computed by a process of its own, network by network."""
+
+    def __init__(self, folder: Path, networks: list[str], clips: int, frames: int):
+        self._folder = folder
+        words = f"--networks {','.join(networks)} --clips {clips} --frames {frames} --reference"
+        self._log = (folder / "log").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.check_gpu", *words.split(), str(folder)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def of(self, size: str) -> Numbers:
+        """Waits for those of one network."""
+        path = self._folder / f"{size}.npz"
+        while not path.exists():
+            ended = self.process.poll() is not None
+            if ended and not path.exists():
+                said = (self._folder / "log").read_text(errors="replace").strip()
+                raise RuntimeError(f"no numbers of the CPU: {said.splitlines()[-1:]}")
+            time.sleep(0.1)
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+
+
+def write_references(folder: Path, networks: list[str], clips: int, frames: int) -> None:
+    for size in networks:
+        network = sizes.network(size, dtype="float32")
+        found = updates(size, network, clips, frames or network.max_frames)
+        np.savez(folder / f"{size}.part.npz", **found)
+        (folder / f"{size}.part.npz").rename(folder / f"{size}.npz")
+
+
+def step(references: References, size: str, dtype: str, clips: int, frames: int) -> Verdict:
+    network = with_kernels(sizes.network(size, dtype=dtype), frames)
+    found = updates(size, network, clips, frames)
+    verdict = compare(found, references.of(size), dtype)
+    used = f"attention {network.attention_kernel}, norm {network.norm_kernel}"
+    return verdict._replace(text=f"{verdict.text}; {used}")
+
+
+def checks(
+    references: References, networks: list[str], clips: int, frames: int
+) -> Iterator[tuple[str, Check]]:
+    """All lines, in order."""
+    for dtype in ("float32", "bfloat16"):
+        yield f"parity in {dtype}", functools.partial(parity, dtype)
+    for name, window in ROLLOUTS:
+        yield f"{name}, {window}", functools.partial(rollout, name, window)
+    for size in networks:
+        network = sizes.network(size, dtype="bfloat16")
+        length = frames or network.max_frames
+        for setting, names in kernel_choice.KERNELS.items():
+            for name in names:
+                check = functools.partial(kernel, network, setting, name, length)
+                yield f"{setting} {name} at {size}", check
+        for dtype in ("float32", "bfloat16"):
+            check = functools.partial(step, references, size, dtype, clips, length)
+            yield f"{UPDATES} updates of {size} in {dtype}", check
+
+
+def run(asked: list[tuple[str, Check]], seconds: float | None) -> bool:
+    """Prints a line for each check when it is done; whether none failed."""
+    # Compiling takes most of the time, and a GPU machine's cores can share it.
+    pool = futures.ThreadPoolExecutor(8 if jax.default_backend() == "gpu" else 1)
+    end = None if seconds is None else time.monotonic() + seconds
+    running = [(name, pool.submit(check)) for name, check in asked]
+    failed = 0
+    for name, future in running:
+        try:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            verdict = future.result(left)
+        except futures.TimeoutError:
+            verdict = Verdict(False, f"not done within {seconds:g} s")
+        except Exception as error:  # one check that fails must not hide the others
+            verdict = Verdict(False, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        failed += verdict.right is False
+        print(f"{verdict.word:4}  {name}: {verdict.text}", flush=True)
+    pool.shutdown(wait=False, cancel_futures=True)
+    print(f"{len(running) - failed} of {len(running)} lines without a failure", flush=True)
+    return not failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="of benchmarks/sizes.py")
+    parser.add_argument("--clips", type=int, default=1, help="of an update")
+    parser.add_argument("--frames", type=int, default=0, help="of a clip; 0: the whole window")
+    parser.add_argument("--seconds", type=float, help=f"for all; on a GPU {_SECONDS} by default")
+    parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    networks = args.networks.split(",")
+    if unknown := [name for name in networks if name not in sizes.SIZES]:
+        parser.error(f"--networks: {unknown[0]} is none of {', '.join(sizes.SIZES)}")
+    if args.reference:
+        write_references(args.reference, networks, args.clips, args.frames)
+        return 0
+    memory.claim_gpu()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        references = References(Path(folder), networks, args.clips, args.frames)
+        stack.callback(references.process.wait)
+        stack.callback(references.process.kill)
+        print(json.dumps(machine.description()), flush=True)
+        on_gpu = jax.default_backend() == "gpu"
+        seconds = args.seconds or (_SECONDS if on_gpu else None)
+        well = run(list(checks(references, networks, args.clips, args.frames)), seconds)
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # what did not end in time is not waited for

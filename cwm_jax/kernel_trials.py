@@ -1,0 +1,173 @@
+"""What a kernel must compute before a run may use it, and on which shapes it is timed.
+
+A trial belongs to one setting of the network. Its checks have small arrays: random numbers, and
+numbers on which kernels are known to fail. Its timings have the shapes of the run.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cwm_jax import attention, layers, rope
+from cwm_jax.kernels import norm, reference
+from cwm_jax.network import DiTConfig
+
+Function = Callable[..., object]  # of arrays, to an array or several
+
+_CLIPS = 3  # of a check; one for each logsumexp
+_LOGSUMEXP = (-150.0, 0.0, 250.0)
+# Errors relative to the root mean square, of random and of extreme numbers.
+_NEAR = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 5e-2)}
+
+
+class Check(NamedTuple):
+    """A computation whose values and gradients are compared with a float32 formula."""
+
+    name: str
+    make: Callable[[str], Function]  # the computation by a candidate's name
+    formula: Function
+    arrays: tuple[np.ndarray, ...]  # float32; candidates get them in the dtype of the trial
+    near: float  # the largest error, relative to the root mean square
+
+
+class Timing(NamedTuple):
+    """A computation that is timed, forward and backward."""
+
+    make: Callable[[str], Function]
+    shapes: tuple[tuple[int, ...], ...]  # of its arrays
+
+
+class Trial(NamedTuple):
+    """All that is asked of the candidates for one setting."""
+
+    setting: str
+    candidates: tuple[str, ...]
+    dtype: jnp.dtype
+    checks: tuple[Check, ...]
+    timings: tuple[Timing, ...]
+
+
+def trials(network: DiTConfig, *, clips: int, frames: int) -> Iterator[Trial]:
+    """Those of the settings that are auto, where there is a choice.
+
+    Args:
+        clips: that a device goes through at once.
+        frames: of a clip.
+    """
+    if network.attention == "auto":
+        yield _attention(network, clips, frames)
+    if network.norm == "auto":
+        yield _norm(network, clips, frames)
+
+
+class _Axis(NamedTuple):
+    """Attention along one axis of a clip."""
+
+    name: str
+    along: Function
+    angles_LJ: np.ndarray
+    causal: bool
+
+    def by(self, name: str, num_heads: int, angles_LJ: np.ndarray) -> Function:
+        return lambda qkv: self.along(qkv, angles_LJ, num_heads=num_heads, implementation=name)
+
+    def formula(self, num_heads: int, angles_LJ: np.ndarray) -> Function:
+        def attend(qkv_BTSC):
+            rows = qkv_BTSC
+            if not self.causal:  # each frame is a sequence
+                rows = rows.reshape(-1, rows.shape[2], 1, rows.shape[3])
+            turn = rope.cos_sin(angles_LJ)
+            how = dict(num_heads=num_heads, causal=self.causal)
+            out = reference.rotary_attention(rows, *turn, **how)
+            return out.reshape(*qkv_BTSC.shape[:3], -1)
+
+        return attend
+
+
+def _attention(network: DiTConfig, clips: int, frames: int) -> Trial:
+    dtype, heads, size = network.compute_dtype, network.num_heads, network.head_size
+    axes = (
+        _Axis("space", attention.along_space, rope.spatial_angles(network.grid, size), False),
+        _Axis("time", attention.along_time, rope.temporal_angles(np.arange(frames), size), True),
+    )
+    row = frames, network.tokens, 3 * network.hidden_size
+    near, near_extreme = _NEAR[dtype.name]
+    checks, timings = [], []
+    for axis in axes:
+        turn, still = axis.angles_LJ, np.zeros_like(axis.angles_LJ)
+        for name, angles, qkv, most in (
+            ("random numbers", turn, _normal(0, _CLIPS, *row), near),
+            # Not rotated: rounded after that, scores of 250 would be off by more than 1.
+            ("extreme scores", still, _extreme(axis, (_CLIPS, *row), size), near_extreme),
+        ):
+            make = lambda name, axis=axis, angles=angles: axis.by(name, heads, angles)
+            title = f"{name} over {axis.name}"
+            checks.append(Check(title, make, axis.formula(heads, angles), (qkv,), most))
+        timed = lambda name, axis=axis, turn=turn: axis.by(name, heads, turn)
+        timings.append(Timing(timed, ((clips, *row),)))
+    candidates = attention.candidates(dtype, size, lengths=(network.tokens, frames))
+    return Trial("attention", candidates, dtype, tuple(checks), tuple(timings))
+
+
+def _extreme(axis: _Axis, shape: tuple[int, ...], head_size: int) -> np.ndarray:
+    """qkv whose rows have a logsumexp near −150, 0 and 250: by place over time, else by clip."""
+    clips, _, tokens, _ = shape
+    q, k, v = np.split(_normal(1, *shape), 3, axis=-1)
+    by_clip = np.resize(_LOGSUMEXP, clips).reshape(clips, 1, 1, 1)
+    by_place = np.resize(_LOGSUMEXP, tokens).reshape(1, 1, tokens, 1)
+    wanted = by_place if axis.causal else by_clip
+    k = 0.3 * k + (wanted / (4 * head_size**0.5)).astype(np.float32)
+    return np.concatenate([4 + 0.3 * q, k, v], axis=-1)
+
+
+def _norm(network: DiTConfig, clips: int, frames: int) -> Trial:
+    dtype, size = network.compute_dtype, network.hidden_size
+
+    def shapes(clips: int):
+        stream, row = (clips, frames, network.tokens, size), (clips, frames, size)
+        return stream, stream, (size,), row, row, row
+
+    def by(name: str) -> Function:
+        def add_and_norm(x, product, bias, gate, shift, scale):
+            update = layers.Update(product, bias, gate)
+            return layers.add_and_norm(x, update, shift, scale, kernel=name)
+
+        return add_and_norm
+
+    near, near_extreme = _NEAR[dtype.name]
+    plain = tuple(_normal(i, *shape) for i, shape in enumerate(shapes(_CLIPS)))
+    x, product, bias, gate, *rest = plain
+    checks = (
+        Check("random numbers", by, _norm_formula, plain, near),
+        Check(
+            "a far mean",
+            by,
+            _norm_formula,
+            (30 * x + 300, product, bias, gate, *rest),
+            near_extreme,
+        ),
+        Check(
+            "no variance",
+            by,
+            _norm_formula,
+            (np.full_like(x, 7), product, bias, np.zeros_like(gate), *rest),
+            near_extreme,
+        ),
+    )
+    fits = norm.fits(jax.ShapeDtypeStruct(shapes(clips)[0], dtype))
+    candidates = ("xla", "triton") if fits else ("xla",)
+    return Trial("norm", candidates, dtype, checks, (Timing(by, shapes(clips)),))
+
+
+def _norm_formula(x_BTSD, product_BTSD, bias_D, gate_BTD, shift_BTD, scale_BTD):
+    x = x_BTSD + gate_BTD[:, :, None] * (product_BTSD + bias_D)
+    centred = x - x.mean(-1, keepdims=True)
+    normed = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + norm.EPSILON)
+    return x, normed * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
+
+
+def _normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)

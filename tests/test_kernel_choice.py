@@ -1,0 +1,199 @@
+"""Auto takes the fastest kernel that is right; nothing that fails ends the run."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cwm_jax import attention, compile_cache, kernel_choice, kernel_trials, speed
+from cwm_jax.kernel_trials import Check, Timing, Trial
+
+FLOAT = jnp.dtype("float32")
+BATCH = dict(clips=2, frames=4)
+
+
+def square(x):
+    return x * x
+
+
+def slow(x):
+    return jax.lax.fori_loop(0, 100, lambda _, y: jnp.cos(y), x) * 0 + x * x
+
+
+def off(x):
+    return 1.1 * x * x
+
+
+def overflows(x):
+    """Right, but where numbers are large."""
+    return jnp.exp(2 * jnp.log(jnp.abs(x))) + 0 * jnp.exp(jnp.abs(x))
+
+
+def raises(x):
+    raise NotImplementedError("no such card")
+
+
+def trial(setting="attention", **functions):
+    """A trial of x², whose candidates are stand-ins."""
+    functions = {"xla": slow} | functions
+    numbers = np.random.default_rng(0).standard_normal(64, np.float32)
+    checks = tuple(
+        Check(name, functions.get, square, (scale * numbers,), 1e-3)
+        for name, scale in (("random numbers", 1), ("extreme numbers", 200))
+    )
+    timing = Timing(functions.get, ((10_000,),))
+    return Trial(setting, tuple(functions), FLOAT, checks, (timing,))
+
+
+def test_the_fastest_right_candidate_is_taken():
+    found = kernel_choice.measure(trial(quick=square, off=off, raises=raises, overflows=overflows))
+    assert kernel_choice.fastest(found) == "quick"
+    assert found["quick"] < found["xla"]
+    assert found["off"].startswith("wrong: off by 0.1 on random numbers")
+    assert found["overflows"] == "wrong: not finite on extreme numbers"
+    assert "no such card" in found["raises"]
+
+
+def test_where_none_is_right_xla_goes_on():
+    found = kernel_choice.measure(trial(xla=off, other=overflows, raises=raises))
+    assert all(isinstance(value, str) for value in found.values())
+    assert kernel_choice.fastest(found) == "xla"
+    assert kernel_choice.fastest({}) == "xla"
+
+
+def test_a_wrong_gradient_is_seen():
+    @jax.custom_vjp
+    def crooked(x):
+        return x * x
+
+    crooked.defvjp(lambda x: (x * x, x), lambda x, grad: (3 * x * grad,))
+    found = kernel_choice.measure(trial(crooked=crooked))
+    assert found["crooked"].startswith("wrong: off by 0.5")
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, tmp_path):
+    """As if here were a GPU, with a folder of compiled programs; gives the list of measured."""
+    measured, measure = [], kernel_choice.measure
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv(compile_cache.VARIABLE, raising=False)
+    compile_cache.enable(str(tmp_path / "cache"))
+    monkeypatch.setattr(attention, "fuses", lambda: True)
+    asked = [trial(fused=square, cudnn=overflows), trial("norm", triton=off)]
+    monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: asked)
+    count = lambda trial: measured.append(trial.setting) or measure(trial)
+    monkeypatch.setattr(kernel_choice, "measure", count)
+    yield measured
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_network_gets_what_was_measured(tiny, on_gpu, capsys):
+    network = dataclasses.replace(tiny, dtype="auto")
+    found = kernel_choice.measured(network, **BATCH)
+    assert (found.attention, found.norm) == ("fused", "xla")
+    assert dataclasses.replace(found, attention="auto", norm="auto") == network
+    assert (network.attention, network.norm) == ("auto", "auto")
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1
+    assert "attention=fused" in told
+    assert "cudnn wrong: not finite on extreme numbers" in told
+
+
+def test_an_outcome_is_kept_for_the_same_shapes(tiny, on_gpu, capsys):
+    network = dataclasses.replace(tiny, dtype="auto")
+    first = kernel_choice.measured(network, **BATCH)
+    assert kernel_choice.measured(network, **BATCH) == first
+    assert on_gpu == ["attention", "norm"]
+    assert "measured before" in capsys.readouterr().out
+    kernel_choice.measured(network, clips=3, frames=4)
+    assert len(on_gpu) == 4
+    kept = json.loads((compile_cache.folder() / kernel_choice.FILE).read_text())
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"key": 3}', ""])
+def test_a_damaged_file_is_ignored_and_replaced(tiny, on_gpu, capsys, text):
+    network = dataclasses.replace(tiny, dtype="auto")
+    path = compile_cache.folder() / kernel_choice.FILE
+    path.parent.mkdir()
+    path.write_text(text)
+    assert kernel_choice.measured(network, **BATCH).attention == "fused"
+    assert f"{path} cannot be used and is ignored" in capsys.readouterr().err
+    assert kernel_choice.measured(network, **BATCH).attention == "fused"
+    assert len(on_gpu) == 2
+
+
+def test_an_error_is_not_kept(tiny, on_gpu, monkeypatch):
+    network = dataclasses.replace(tiny, dtype="auto", norm="xla")
+    asked = [trial(fused=raises)]
+    monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: asked)
+    for _ in range(2):
+        assert kernel_choice.measured(network, **BATCH).attention == "xla"
+    assert len(on_gpu) == 2
+
+
+def test_whatever_fails_the_run_goes_on(tiny, on_gpu, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("the card is gone")
+
+    monkeypatch.setattr(kernel_trials, "trials", broken)
+    found = kernel_choice.measured(dataclasses.replace(tiny, dtype="auto"), **BATCH)
+    assert (found.attention, found.norm) == ("xla", "xla")
+    assert "the card is gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("here", "elsewhere", "taken"),
+    [
+        ({"xla": 3.0, "fused": 1.0}, [4.0, 2.0, np.inf], "fused"),
+        ({"xla": 3.0, "fused": 1.0}, [3.0, np.inf, np.inf], "xla"),  # wrong on that card
+        ({"xla": 2.0, "fused": 1.0}, [2.0, 9.0, np.inf], "xla"),
+        ({}, [3.0, 1.0, np.inf], "xla"),  # nothing could be measured here
+        ({"xla": "wrong: off", "cudnn": 5.0}, [1.0, np.inf, 4.0], "cudnn"),
+    ],
+)
+def test_all_processes_take_what_is_right_at_each(monkeypatch, here, elsewhere, taken):
+    gather = lambda mine: np.stack([mine, np.float32(elsewhere)])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(kernel_choice.multihost_utils, "process_allgather", gather)
+    assert kernel_choice.fastest(kernel_choice._agreed("attention", here)) == taken
+
+
+def test_on_a_cpu_nothing_is_timed(tiny, monkeypatch):
+    monkeypatch.setattr(speed, "best_time", lambda *_, **__: pytest.fail("something was timed"))
+    assert kernel_choice.measured(tiny, **BATCH) == tiny
+    assert (tiny.attention_kernel, tiny.norm_kernel) == ("xla", "xla")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_formulas_of_the_real_trials_are_those_of_the_network(tiny, dtype):
+    """XLA's kernels are right on all of the checks; there are extreme ones of each setting."""
+    network = dataclasses.replace(tiny, hidden_size=64, num_heads=2, dtype=dtype)
+    for real in kernel_trials.trials(network, **BATCH):
+        assert len(real.checks) >= 3
+        found = kernel_choice.measure(real._replace(candidates=("xla", "xla")))
+        assert isinstance(found["xla"], float), found
+
+
+def test_what_is_available(tiny):
+    names = lambda dtype, size, lengths: attention.candidates(
+        jnp.dtype(dtype), size, lengths=lengths
+    )
+    assert names("bfloat16", 64, (64, 32)) == ("xla", "fused", "cudnn")
+    assert names("bfloat16", 64, (256, 32)) == ("xla", "cudnn")
+    assert names("bfloat16", 80, (64, 32)) == ("xla", "cudnn")
+    assert names("float32", 64, (64, 32)) == ("xla",)
+    assert kernel_choice.KERNELS["attention"] == names("bfloat16", 64, (1,))
+
+
+def test_extreme_rows_have_extreme_scores(tiny):
+    network = dataclasses.replace(tiny, hidden_size=64, num_heads=2)
+    real = next(kernel_trials.trials(network, **BATCH))
+    (qkv,) = next(c for c in real.checks if c.name == "extreme scores over space").arrays
+    q, k, _ = np.moveaxis(qkv.reshape(*qkv.shape[:3], 3, 2, 32), 3, 0)
+    scores = np.einsum("btsnk,btrnk->btnsr", q, k) / 32**0.5
+    found = np.asarray(jax.nn.logsumexp(scores, axis=-1)).mean((1, 2, 3))
+    np.testing.assert_allclose(found, [-150, 0, 250], atol=15)
