@@ -83,7 +83,7 @@ class DeviceBatches(data.TrainBatches):
         return self._origins(self._numbers_of[batch].tolist())
 
     def get_state(self):
-        return super().get_state() | {_CLIPS: max(self._wanted, len(self._present))}
+        return super().get_state() | {_CLIPS: len(self._present) or self._wanted}
 
     def set_state(self, state) -> None:
         """As `TrainBatches`; before the next batch, as many clips as there were are read."""
