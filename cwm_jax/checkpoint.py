@@ -276,7 +276,7 @@ def _meta(folder: Path) -> Saved:
         saved = Saved(**meta)
         if not (isinstance(saved.step, int) and isinstance(saved.config, dict)):
             raise ValueError("it does not hold a step and a config")
-        if not isinstance(saved.seconds, float):
+        if not isinstance(saved.seconds, (int, float)):
             raise ValueError(f"its seconds are {saved.seconds!r}")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{folder} is not a whole checkpoint: meta: {_first_line(error)}") from None
