@@ -8,6 +8,7 @@ how quickly it was read.
 """
 
 import contextlib
+import itertools
 import os
 import queue
 import threading
@@ -203,7 +204,7 @@ def _chunks(lengths: np.ndarray, most: int) -> list[range]:
         )
     groups = np.cumsum(lengths[:count]) // _CHUNK_FRAMES
     begins = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), count]
-    return [range(a, b) for a, b in zip(begins, begins[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(begins)]
 
 
 def _memory() -> int:

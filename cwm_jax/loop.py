@@ -50,7 +50,7 @@ _FREE = (
 
 
 def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
-    """Trains until `epochs`, `max_steps` or `minutes` are done, going on from the workdir's last checkpoint.
+    """Trains until `epochs`, `max_steps` or `minutes` are done, from the workdir's last checkpoint.
 
     Args:
         workdir: gets `checkpoints/`, `rollouts/`, `metrics.jsonl`, `config.json`, and
@@ -166,7 +166,11 @@ class _Run:
             mesh=self.mesh,
             teacher=self._teacher(),
         )
-        with contextlib.closing(updates), stopping.Stop() as stop, self._checkpoints() as self.checkpoints:
+        with (
+            contextlib.closing(updates),
+            stopping.Stop() as stop,
+            self._checkpoints() as self.checkpoints,
+        ):
             first, state, pause_due = self._start()
             with self._reporter(first) as self.reporter:
                 late = self._progress(first, state)

@@ -134,7 +134,9 @@ class Terminal:
     Where the stream is no terminal but a log file, there is no bar, and a line for every report.
     """
 
-    def __init__(self, total_steps: int | None, *, first_step: int = 0, stream: TextIO | None = None):
+    def __init__(
+        self, total_steps: int | None, *, first_step: int = 0, stream: TextIO | None = None
+    ):
         self._stream = stream or sys.stderr
         self._total = total_steps
         self._bar = tqdm(

@@ -135,7 +135,9 @@ def test_more_records_are_added_to_those_that_are_there(tmp_path, fake):
     make("at_once", 8)
     for number in range(4):
         name = f"train/data_{number:04d}.array_record"
-        assert (tmp_path / "grown" / name).read_bytes() == (tmp_path / "at_once" / name).read_bytes()
+        assert (tmp_path / "grown" / name).read_bytes() == (
+            tmp_path / "at_once" / name
+        ).read_bytes()
     with pytest.raises(UserError, match="records="):
         make("grown", 5)
 

@@ -111,7 +111,7 @@ def with_a_bad_record(config, marked_episode, tmp_path):
 def test_bad_records_stop_it_or_are_passed_over(config, marked_episode, tmp_path, capsys):
     with_a_bad_record(config, marked_episode, tmp_path)
     batches = filled(batches_of(config))
-    with pytest.raises(BadRecord, match="data_0001.array_record, record 1"):
+    with pytest.raises(BadRecord, match=r"data_0001\.array_record, record 1"):
         taken(batches, 3)
     batches.close()
     skipping = DataConfig(**{**vars(config), "on_bad_record": "skip"})

@@ -17,7 +17,17 @@ from tiny_network import TINY
 
 import sample
 from configs import base
-from cwm_jax import checkpoint, clock, data, loop, metrics_file, run_folder, stopping, training, weights
+from cwm_jax import (
+    checkpoint,
+    clock,
+    data,
+    loop,
+    metrics_file,
+    run_folder,
+    stopping,
+    training,
+    weights,
+)
 from cwm_jax.errors import UserError
 from cwm_jax.settings import Settings
 from cwm_jax.video import read_mp4

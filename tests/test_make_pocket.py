@@ -15,13 +15,11 @@ from cwm_jax.tools import pocket
 
 CPU = pocket.Device("cpu", "cpu", 0, "")
 GPU = pocket.Device("gpu", "NVIDIA H100 80GB HBM3", 80 * 10**9, "9.0")
-SMALL = {
-    **{"model.hidden_size": 16, "model.depth": 1, "model.num_heads": 1, "model.max_frames": 5},
-    **{"model.patch_size": 16, "model.history": 1, "model.displacement_patch": 16},
-    **{"model.displacement_down": 1, "model.displacement_across": 1, "data.clip_len": 3},
-    **{"val_batches": 1, "rollout_frames": 3, "n_rollout_samples": 1, "eval_clips": 1},
-    **{"eval_frames": 2, "ddim_steps": 1, "stages": (), "warmup_steps": 1},
-}
+_MODEL = dict(hidden_size=16, depth=1, num_heads=1, patch_size=16, max_frames=5, history=1)
+_MODEL |= dict(displacement_down=1, displacement_across=1, displacement_patch=16)
+SMALL = {f"model.{name}": value for name, value in _MODEL.items()} | {"data.clip_len": 3}
+SMALL |= dict(val_batches=1, rollout_frames=3, n_rollout_samples=1, eval_clips=1, eval_frames=2)
+SMALL |= dict(ddim_steps=1, warmup_steps=1)
 SETTINGS = [f"--config.{name}={value}" for name, value in SMALL.items()]
 ABSENT = "import sys\nsys.modules.update(dict.fromkeys(['av', 'wandb', 'gradio']))\n"
 
@@ -84,7 +82,9 @@ def test_what_is_missing_is_recorded(tmp_path, programs):
 
 def test_without_the_game_and_data_it_says_what_would_do(tmp_path, programs):
     programs.codes = {"cwm_jax.tools.collect": 2}
-    with pytest.raises(UserError, match=r"0 of 100 records.*\n?.*make install-procgen.*DATA=FOLDER"):
+    with pytest.raises(
+        UserError, match=r"0 of 100 records.*\n?.*make install-procgen.*DATA=FOLDER"
+    ):
         pocket.record(tmp_path / "data", 100)
 
 

@@ -147,7 +147,9 @@ def test_a_run_goes_on_from_a_config_that_is_older_than_a_setting():
     assert resume.compare(before, now) == []
     now["stages"] = ((0.5, {"noise.own_passes": 2}),)
     assert resume.compare(json.loads(json.dumps(now)), now) == []
-    assert resume.compare(before, now) == [f"config.stages={[[0.5, dict(now['stages'][0][1])]]}, was []"]
+    assert resume.compare(before, now) == [
+        f"config.stages={[[0.5, dict(now['stages'][0][1])]]}, was []"
+    ]
     now["model"]["displacement_down"] = 8
     with pytest.raises(UserError, match=r"config\.model\.displacement_down=8, was 0"):
         resume.compare(before, now)
