@@ -15,7 +15,7 @@ PACKAGE = ROOT / "cwm_jax"
 
 # From the ground up. A room imports only from floors strictly below its own.
 FLOORS = (
-    ("compile_cache", "errors", "kernels", "memory", "speed"),
+    ("clock", "compile_cache", "errors", "kernels", "memory", "speed"),
     (
         "cluster",
         "coinrun",
@@ -52,8 +52,8 @@ FLOORS = (
     ("bundle", "change", "clips", "flops", "kernel_choice", "torch_format"),
     ("data", "world"),
     ("objective", "parallel", "sampler"),
-    ("training",),
-    ("checkpoint", "report", "rollouts", "settings"),
+    ("device_data", "training"),
+    ("checkpoint", "report", "rollouts", "settings", "stages"),
     ("evaluation", "progress"),
     ("dry_run", "samplers"),
     ("loop",),

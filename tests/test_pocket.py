@@ -1,5 +1,6 @@
 """The model that comes with the repository: whole, described, used, and worth playing."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -24,7 +25,9 @@ def trained():
 def test_it_is_small_and_what_its_config_says(trained):
     held = sum(file.stat().st_size for file in pocket.FOLDER.iterdir())
     assert held <= 16 * 2**20
-    assert trained.network == DiTConfig(**config.get_config().model)
+    how = dict(dtype="auto", attention="auto", norm="auto")  # of no influence on what it is
+    wanted = DiTConfig(**config.get_config().model)
+    assert dataclasses.replace(trained.network, **how) == dataclasses.replace(wanted, **how)
     assert trained.path == pocket.FOLDER / weights.NAME
 
 
