@@ -1,5 +1,6 @@
 """A tiny network whose gates are open, prompts from the embedded data, and a running device."""
 
+import copy
 import dataclasses
 import functools
 
@@ -75,6 +76,20 @@ def clips():
 @pytest.fixture(scope="session")
 def scheduler(engine):
     with Scheduler(engine) as running:
+        yield running
+
+
+@pytest.fixture
+def slow_scheduler(engine):
+    """A device that holds 8 frames of 2 steps a second, with a model whose card lists 2 alone.
+
+    It is as quick as any; only what the governor knows of it is fixed.
+    """
+    carded = copy.copy(engine)  # with the programs that are compiled
+    carded.playable, carded.automatic = (2,), (2, 1)
+    with Scheduler(carded) as running:
+        running.governor.note = lambda **_: None
+        running.governor._pass_seconds = 1 / 8 / 4
         yield running
 
 
