@@ -1,4 +1,4 @@
-"""Picks how many DDIM steps a frame gets, and how many frames a second the device holds with them.
+"""Picks the DDIM steps of a frame and the frames a second that a player gets.
 
 The governor picks the most steps that hold the rate a person asked for. Where a model has a card,
 which lists the numbers of steps whose frames are good enough to play with, the rate is lowered on a
@@ -6,6 +6,8 @@ slow machine, down to `FLOOR` frames a second, before a number that is not liste
 """
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Callable, Sequence
 
 FLOOR = 5  # frames a second; below it, more frames are worth more than better ones
@@ -13,7 +15,7 @@ _PATIENCE = 1.5  # seconds between changes: a person sees each one
 _FULL, _ROOMY = 0.9, 0.7  # shares of a frame's time: above one too slow, below the other room
 _SPARE = 0.8  # the share of a frame's time at which a lowered rate rises again
 _SMOOTHING = 0.2  # weight of the newest measurement
-_IN_A_ROW = 20  # frames before the rate changes or the card is left: one slow frame does neither
+_FRAMES = 20  # measured before the rate changes or the card is left: one slow frame does neither
 _OVERHEAD = 2  # passes a frame costs besides its steps: two caches take it in
 
 
@@ -47,15 +49,6 @@ class Governor:
         each = seconds / (steps + _OVERHEAD)
         before = each if self._pass_seconds is None else self._pass_seconds
         self._pass_seconds = before + _SMOOTHING * (each - before)
-
-    def capacity(self, steps: int) -> float:
-        """Frames of so many steps a second that the device can generate, one after the other.
-
-        Infinity while nothing has been measured, and where the model has no card: the frame rate is
-        then never lowered.
-        """
-        measured = self._has_card and self._pass_seconds
-        return 1 / self._seconds(steps) if measured else math.inf
 
     def choose(self, fps: float, compiled: Sequence[int]) -> int:
         """The steps for the next frame where `fps` frames a second are wanted.
@@ -93,43 +86,52 @@ class Governor:
         share = _FULL if self.steps in self._listed else _ROOMY
         holds = any(self._seconds(n) <= share / floor for n in listed)
         self._too_slow = 0 if holds else self._too_slow + 1
-        return self._too_slow >= _IN_A_ROW
+        return self._too_slow >= _FRAMES
 
     def _seconds(self, steps: int) -> float:
         return self._pass_seconds * (steps + _OVERHEAD)
 
 
 class FrameRate:
-    """Frames a second of one player: as many as were asked for, or fewer on a slow machine."""
+    """Frames a second of one player: as many as were asked for, or fewer on a slow machine.
 
-    def __init__(self, governor: Governor, fps: int):
+    Args:
+        fps: what is asked for.
+        lowers: False keeps the rate as it is asked for, however late frames come.
+    """
+
+    def __init__(self, fps: int, *, lowers: bool):
         self.asked = self.fps = fps
-        self._governor = governor
+        self._lowers = lowers
         self._steps: int | None = None  # of the last frame
-        self._in_a_row = 0  # frames at which another rate was due
+        self._seconds: deque[float] = deque(maxlen=_FRAMES)
+        self._settled = False  # whether the rate was measured with these steps
 
     @property
     def lowered(self) -> bool:
         return self.fps < self.asked
 
+    def note(self, seconds: float) -> None:
+        """The player waited so long for the last frame, its turn on the device included."""
+        self._seconds.append(seconds)
+
     def choose(self, asked: int, steps: int) -> int:
         """The rate for frames of so many steps where `asked` frames a second are wanted."""
-        capacity = self._governor.capacity(steps)
-        if (asked, steps) != (self.asked, self._steps):
-            self.fps = _holding(capacity, asked) if self.lowered else asked
-            self.asked, self._steps, self._in_a_row = asked, steps, 0
-        best = self._best(capacity)
-        self._in_a_row = self._in_a_row + 1 if best != self.fps else 0
-        if self._in_a_row >= _IN_A_ROW:
-            self.fps, self._in_a_row = best, 0
+        if asked != self.asked:
+            self.fps = min(asked, self.fps) if self.lowered else asked
+            self.asked = asked
+        if steps != self._steps:
+            self._steps, self._settled = steps, False
+            self._seconds.clear()
+        if self._lowers and len(self._seconds) == _FRAMES:
+            before, self.fps = self.fps, self._best(1 / max(statistics.median(self._seconds), 1e-6))
+            self._settled = True
+            if self.fps != before:
+                self._seconds.clear()
         return self.fps
 
     def _best(self, capacity: float) -> int:
-        if self.fps > _FULL * capacity:
-            return _holding(capacity, self.asked)
+        """The rate where the device generates `capacity` frames a second, one after the other."""
+        if self.fps > _FULL * capacity or not self._settled:
+            return max(1, math.floor(min(self.asked, _FULL * capacity)))
         return max(self.fps, math.floor(min(self.asked, _SPARE * capacity)))
-
-
-def _holding(capacity: float, asked: int) -> int:
-    """The most whole frames a second that leave the device some time; at least 1."""
-    return max(1, math.floor(min(asked, _FULL * capacity)))

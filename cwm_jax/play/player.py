@@ -11,6 +11,7 @@ import inspect
 import json
 import secrets
 import struct
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -114,7 +115,8 @@ class Player:
             if not await self._opened():
                 return
             self._keys = Keys(self._known.idle)
-            self._rate = FrameRate(self._studio.scheduler.governor, self._fps)
+            card = self._studio.scheduler.drawer.playable
+            self._rate = FrameRate(self._fps, lowers=card is not None)
             await self._hello()
             reader = asyncio.create_task(self._read())
             self._commands.append(("start", {}))
@@ -289,7 +291,9 @@ class Player:
             take = lambda: keys.take(ordered)
         steps = self._steps()
         await self._adapt_rate(steps)
+        began = time.perf_counter()
         drawn = await self._session.step(take, steps=steps)
+        self._rate.note(time.perf_counter() - began)
         await self._show(drawn.frame)
 
     def _steps(self) -> int:

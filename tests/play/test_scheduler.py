@@ -236,7 +236,7 @@ class Machine:
     def __init__(self, pass_seconds, *, playable=None, fps=15, choices=CHOICES):
         self.now, self.pass_seconds, self.choices = 0.0, pass_seconds, choices
         self.governor = Governor(choices, lambda: self.now, playable=playable)
-        self.rate = FrameRate(self.governor, fps)
+        self.rate = FrameRate(fps, lowers=playable is not None)
 
     def play(self, *, fps=15, pinned=0, frames=300):
         """The pairs (steps, frames a second) that were in use, each once a stretch."""
@@ -247,6 +247,7 @@ class Machine:
             took = self.pass_seconds * (steps + 2)
             self.now += max(took, 1 / pair[1])
             self.governor.note(steps=steps, seconds=took)
+            self.rate.note(took)
             if not used or used[-1] != pair:
                 used.append(pair)
         return used
@@ -315,6 +316,7 @@ def test_a_few_slow_frames_neither_lower_the_rate_nor_leave_the_card():
     machine.play()
     for _ in range(8):
         machine.governor.note(steps=2, seconds=0.4)
+        machine.rate.note(0.4)
     assert machine.play() == [(2, 15)]
 
 
