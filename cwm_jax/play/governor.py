@@ -6,7 +6,6 @@ slow machine, down to `FLOOR` frames a second, before a number that is not liste
 """
 
 import math
-import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -104,7 +103,7 @@ class FrameRate:
         self.asked = self.fps = fps
         self._lowers = lowers
         self._steps: int | None = None  # of the last frame
-        self._seconds: deque[float] = deque(maxlen=_FRAMES)
+        self._seconds: deque[float] = deque(maxlen=2 * _FRAMES)
         self._settled = False  # whether the rate was measured with these steps
 
     @property
@@ -112,7 +111,7 @@ class FrameRate:
         return self.fps < self.asked
 
     def note(self, seconds: float) -> None:
-        """The player waited so long for the last frame, its turn on the device included."""
+        """The last frame took so long, from when it was due to when it was sent."""
         self._seconds.append(seconds)
 
     def choose(self, asked: int, steps: int) -> int:
@@ -123,12 +122,23 @@ class FrameRate:
         if steps != self._steps:
             self._steps, self._settled = steps, False
             self._seconds.clear()
-        if self._lowers and len(self._seconds) == _FRAMES:
-            before, self.fps = self.fps, self._best(1 / max(statistics.median(self._seconds), 1e-6))
+        if self._lowers and self._measured:
+            before, self.fps = self.fps, self._best(self._capacity())
             self._settled = True
             if self.fps != before:
                 self._seconds.clear()
         return self.fps
+
+    @property
+    def _measured(self) -> bool:
+        frames = len(self._seconds)
+        lasted = frames >= _FRAMES and sum(self._seconds) >= _PATIENCE
+        return lasted or frames == self._seconds.maxlen
+
+    def _capacity(self) -> float:
+        """Frames a second without the slowest tenth, such as the frame after a rewind."""
+        usual = sorted(self._seconds)[: math.ceil(0.9 * len(self._seconds))]
+        return len(usual) / max(sum(usual), 1e-6)
 
     def _best(self, capacity: float) -> int:
         """The rate where the device generates `capacity` frames a second, one after the other."""

@@ -11,7 +11,6 @@ import inspect
 import json
 import secrets
 import struct
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -97,7 +96,7 @@ class Player:
         self._slow = ""  # what the page shows of a rate that is lower than the chosen one
         self._commands: deque[tuple[str, dict]] = deque()
         self._wake = asyncio.Event()
-        self._due = 0.0
+        self._due = self._began = self._sent = 0.0  # when the next frame is due; of the last one
         self._recorded: tuple[int, int | None] | None = None  # first frame, end where it stopped
         self._files_made = 0
         self.downloads = Downloads()
@@ -242,7 +241,8 @@ class Player:
             else:
                 period = 1 / min(self._fps, self._rate.fps)
                 # What a late frame lost is made up for, a pause is not.
-                self._due = (self._due if -early < period else clock()) + period
+                due = self._due if -early < period else clock()
+                self._began, self._due = max(due, self._sent), due + period
                 await self._guarded(self._frame)
 
     async def _awakened(self, seconds: float | None) -> None:
@@ -291,10 +291,10 @@ class Player:
             take = lambda: keys.take(ordered)
         steps = self._steps()
         await self._adapt_rate(steps)
-        began = time.perf_counter()
         drawn = await self._session.step(take, steps=steps)
-        self._rate.note(time.perf_counter() - began)
         await self._show(drawn.frame)
+        self._sent = asyncio.get_running_loop().time()
+        self._rate.note(self._sent - self._began)
 
     def _steps(self) -> int:
         return self._pinned or self._studio.scheduler.choose_steps(self._fps)
