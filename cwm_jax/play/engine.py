@@ -64,13 +64,24 @@ class Engine:
     Args:
         steps: numbers of DDIM steps that can be asked for.
         usual: the steps that the network does best with: more are drawn only where asked for.
+        playable: the steps that the model's card lists; None where it has no card. Where `steps`
+            has none of them, the one nearest to `usual` is added.
     """
 
     def __init__(
-        self, network: DiTConfig, params: Params, *, steps: Sequence[int], usual: int = 1000
+        self,
+        network: DiTConfig,
+        params: Params,
+        *,
+        steps: Sequence[int],
+        usual: int = 1000,
+        playable: Sequence[int] | None = None,
     ):
+        if playable is not None and not set(steps) & set(playable):
+            steps = (*steps, min(playable, key=lambda n: abs(n - usual)))
         self.network, self.steps = network, tuple(steps)
-        self.automatic = tuple(n for n in steps if n <= usual) or (min(steps),)
+        self.playable = None if playable is None else tuple(playable)
+        self.automatic = _automatic(self.steps, usual, self.playable)
         self.fingerprint = fingerprint(network, params)
         self._params = jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
         # A GPU records a frame's kernels as one graph only where no loop stands between them.
@@ -144,6 +155,16 @@ class Engine:
             model.bind(self.network, params), context, frames, actions, 1
         )
         return jax.eval_shape(begin, self._params, self._context)
+
+
+def _automatic(steps: Sequence[int], usual: int, playable: Sequence[int] | None) -> tuple[int, ...]:
+    """The steps that are chosen where no player does: at most `usual`, and of a card's own only.
+
+    Fewer than the least of these, not on the card, are left for a machine that is far too slow.
+    """
+    listed = [n for n in steps if playable is None or n in playable]
+    best = {n for n in listed if n <= usual} or {min(listed)}
+    return tuple(n for n in steps if n in best or (playable is not None and n < min(best)))
 
 
 def fingerprint(network: DiTConfig, params: Params) -> bytes:

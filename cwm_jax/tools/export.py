@@ -5,7 +5,9 @@
     python -m cwm_jax.tools.export runs/small --format bundle --output exports/small-bundle
 
 The moving average is exported where the run keeps one. `sample.py --checkpoint` takes all three.
-How a bundle draws (steps, window) is fixed here. An export is there whole or not at all.
+How a bundle draws (steps, window) is fixed here. --playable-steps writes the model's card: the
+numbers of denoising steps whose frames are good enough to play with. An export is there
+whole or not at all.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from cwm_jax import (
     checkpoint,
     checksums,
     data,
+    diffusion,
     model,
     sampler,
     samplers,
@@ -211,7 +214,7 @@ def _folder_written_whole(out: Path) -> Iterator[Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _flags().parse_args(argv)
     with shown_to_user():
-        trained = samplers.load(args.checkpoint, step=args.step)
+        trained = _with_card(samplers.load(args.checkpoint, step=args.step), args.playable_steps)
         if args.format == "bundle":
             steps = samplers.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
             levels = sampler.ddim_levels(steps)
@@ -222,6 +225,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             write = write_orbax if args.format == "orbax" else write_safetensors
             write(trained._replace(params=cast), args.output)
         print(f"step {trained.step} of {args.checkpoint} → {args.output}")
+
+
+def _with_card(trained: Trained, playable_steps: str | None) -> Trained:
+    """The model with this card in its config; with the card that it has where none is given.
+
+    Raises:
+        UserError: the card of the flag, or else that of the model, lists what cannot be.
+    """
+    if playable_steps is not None:
+        steps = _card_of(playable_steps)
+        trained = trained._replace(config=trained.config | {"playable_steps": steps})
+    samplers.playable_steps(trained)
+    return trained
+
+
+def _card_of(text: str) -> list[int]:
+    try:
+        return list(samplers.check_playable_steps([int(word) for word in text.split(",")]))
+    except (ValueError, UserError):
+        raise UserError(
+            f"--playable-steps {text}: give whole numbers 1…{diffusion.NUM_LEVELS} with commas "
+            "between, such as 1,2,4"
+        ) from None
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -235,6 +261,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--dtype", default="float32", choices=DTYPES, help="of the parameters (%(default)s)")
     add("--ddim-steps", type=int, help="bundle: denoising steps a frame (the model's own)")
+    add("--playable-steps", metavar="S,S,…", help="the card: which denoising steps are playable")
     add("--window", default="exact", choices=sampler.WINDOWS, help="bundle: (%(default)s)")
     add("--unroll", action="store_true", help="bundle: quicker on a GPU, larger programs")
     add("--data", default=str(_EMBEDDED), help="bundle: where its example comes from")
