@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks import machine, sizes, train
-from cwm_jax import attention, diffusion, memory, model, speed, torch_format
+from cwm_jax import attention, denoiser, diffusion, memory, speed, torch_format
 from cwm_jax.coinrun import to_model
 from cwm_jax.network import DiTConfig
 from cwm_jax.training import StepConfig
@@ -44,7 +44,7 @@ def parity(dtype: str, kernel: str) -> Result:
         params = torch_format.from_original({n: file[n] for n in file.files}, config)
     noise = golden["noise"].astype(np.float32)
     sample = diffusion.noised(to_model(golden["frames"]), golden["t"], noise)
-    network = jax.jit(lambda params, *args: model.bind(config, params)(*args))
+    network = jax.jit(lambda params, *args: denoiser.bind(config, params)(*args))
     v = np.asarray(network(params, sample.x, golden["t"], golden["actions"]))
     rms = lambda x: float(np.sqrt(np.square(x).mean()))
     wrong, right = v - golden["v_pred"], rms(golden["v_pred"])
