@@ -10,6 +10,7 @@ import pytest
 
 from cwm_jax import (
     change,
+    denoiser,
     diffusion,
     flops,
     model,
@@ -79,7 +80,7 @@ def test_what_is_shown_reaches_its_frame_and_later_ones(known):
     t, actions = jnp.full((1, 5), 400), jnp.zeros((1, 5), jnp.int32)
 
     def output_of(frame, earlier):
-        drawn = model.bind(config, params)(sample, t, actions, earlier)
+        drawn = denoiser.bind(config, params)(sample, t, actions, earlier)
         return jnp.square(drawn[0, frame]).sum()
 
     influence = jax.jit(jax.vmap(jax.grad(output_of, argnums=1), in_axes=(0, None)))
@@ -93,7 +94,7 @@ def test_what_is_shown_reaches_its_frame_and_later_ones(known):
 def test_a_players_memory_is_a_world_that_begins_with_its_first_frame(known):
     config, params = known
     prompt, _ = clip_of(frames=3, clips=1)
-    net = model.bind(config, params)
+    net = denoiser.bind(config, params)
     context = sampler.tabulate(net, SamplerConfig()).context
     actions = jnp.array([[-1, 7, 1]])
     pad = ((0, 0), (0, 1))
@@ -116,7 +117,7 @@ def test_the_first_frame_of_a_clip_does_not_count(known):
     earlier = change.earlier(config, to_model(frames))
     x0 = change.to_sample(config, to_model(frames), earlier)
     sample = diffusion.noised(x0, t, noise)
-    off = model.bind(config, params)(sample.x, t, actions, earlier) - sample.velocity
+    off = denoiser.bind(config, params)(sample.x, t, actions, earlier) - sample.velocity
     np.testing.assert_allclose(loss, jnp.square(off[:, 1:]).mean(), rtol=1e-5)
 
 
@@ -131,7 +132,7 @@ def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
         *given, *own, network=config, noise=objective.NoiseConfig(own_share=share, own_passes=2)
     )
     real = shown = to_model(frames)
-    net = model.bind(config, params)
+    net = denoiser.bind(config, params)
     for number in (0, 1):
         beside, label = change.earlier(config, shown), own.t_BPT[:, number]
         x0 = change.to_sample(config, real, beside)
@@ -160,12 +161,12 @@ def test_no_gradient_goes_through_what_was_drawn(known):
     t, noise = diffusion.draw(KEY, frames.shape)
     own = own_of(frames)
     real = to_model(frames)
-    drawn = objective.own_frames(model.bind(config, params), real, actions, own)
+    drawn = objective.own_frames(denoiser.bind(config, params), real, actions, own)
     shown = change.earlier(config, drawn)
 
     def given(params):
         sample = diffusion.noised(change.to_sample(config, real, shown), t, noise)
-        off = model.bind(config, params)(sample.x, t, actions, shown) - sample.velocity
+        off = denoiser.bind(config, params)(sample.x, t, actions, shown) - sample.velocity
         return jnp.square(off[:, 1:]).mean()
 
     config_of_noise = objective.NoiseConfig(own_share=1.0)

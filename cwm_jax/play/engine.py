@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import model, sampler, world
+from cwm_jax import sampler, world
+from cwm_jax.denoiser import bind
 from cwm_jax.model import Params
 from cwm_jax.network import DiTConfig
 from cwm_jax.play import memory as memories
@@ -36,24 +37,24 @@ class Lane(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _tabulate(params, *, network, config):
-    return sampler.tabulate(model.bind(network, params), config)
+    return sampler.tabulate(bind(network, params), config)
 
 
 def _draw(params, tables, memories_L, actions_L, seeds_L, numbers_L, *, network, config):
-    net = model.bind(network, params)
+    bound = bind(network, params)
     worlds_L = jax.tree.map(lambda *x: jnp.stack(x), *(m.in_use() for m in memories_L))
 
     def lane(state, action, seed, number):
         key = jax.random.fold_in(jax.random.key(seed), number)
         noise, step_key = sampler.frame_noise(key, state.frames_BMHWC[:, 0].shape)
-        frame_BHWC = sampler.draw_frame(net, tables, state, action[None], noise, step_key, config)
+        frame_BHWC = sampler.draw_frame(bound, tables, state, action[None], noise, step_key, config)
         return sampler.to_pixels(frame_BHWC[0])
 
     return jax.vmap(lane)(worlds_L, actions_L, seeds_L, numbers_L)
 
 
 def _remember(params, context, memory, frame_u8_HWC, action, *, network):
-    return memories.remember(model.bind(network, params), context, memory, frame_u8_HWC, action)
+    return memories.remember(bind(network, params), context, memory, frame_u8_HWC, action)
 
 
 class Engine:
@@ -152,7 +153,7 @@ class Engine:
         frames = jnp.zeros((1, self.slots, *self._frame_shape), jnp.float32)
         actions = jnp.zeros((1, self.slots), jnp.int32)
         begin = lambda params, context: world.start(
-            model.bind(self.network, params), context, frames, actions, 1
+            bind(self.network, params), context, frames, actions, 1
         )
         return jax.eval_shape(begin, self._params, self._context)
 

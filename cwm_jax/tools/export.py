@@ -41,6 +41,7 @@ from cwm_jax import (
 )
 from cwm_jax.checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
+from cwm_jax.denoiser import bind
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.model import FrameKV, Modulations, Params
 from cwm_jax.network import DiTConfig
@@ -81,24 +82,24 @@ def programs(network: DiTConfig, config: SamplerConfig) -> dict[str, Callable]:
     """The functions of a bundle, with dicts of arrays where the model code has its own types."""
 
     def tabulate(params):
-        steps, context = sampler.tabulate(model.bind(network, params), config)
+        steps, context = sampler.tabulate(bind(network, params), config)
         return {"steps": steps._asdict(), "context": context._asdict()}
 
     def start(params, tables, frames_u8_BMHWC, actions_BM, count):
-        net, frames_BMHWC = model.bind(network, params), to_model(frames_u8_BMHWC)
+        bound, frames_BMHWC = bind(network, params), to_model(frames_u8_BMHWC)
         context = Modulations(**tables["context"])
-        return _fields(world.start(net, context, frames_BMHWC, actions_BM, count))
+        return _fields(world.start(bound, context, frames_BMHWC, actions_BM, count))
 
     def draw(params, tables, fields, action_B, key_data):
-        net, state = model.bind(network, params), _world(fields)
+        bound, state = bind(network, params), _world(fields)
         key = jax.random.fold_in(jax.random.wrap_key_data(key_data), state.count)
         noise, step_key = sampler.frame_noise(key, state.frames_BMHWC[:, 0].shape)
         both = Tables(**{name: Modulations(**table) for name, table in tables.items()})
-        return sampler.draw_frame(net, both, state, action_B, noise, step_key, config)
+        return sampler.draw_frame(bound, both, state, action_B, noise, step_key, config)
 
     def append(params, tables, fields, action_B, frame_BHWC):
-        net, context = model.bind(network, params), Modulations(**tables["context"])
-        older = world.advance(net, context, _world(fields), frame_BHWC, action_B, config.window)
+        bound, context = bind(network, params), Modulations(**tables["context"])
+        older = world.advance(bound, context, _world(fields), frame_BHWC, action_B, config.window)
         return _fields(older)
 
     return {"tabulate": tabulate, "start": start, "draw": draw, "append": append}
