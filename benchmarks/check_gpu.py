@@ -32,7 +32,16 @@ import optax
 
 from benchmarks import machine, sizes, train
 from benchmarks import network as golden
-from cwm_jax import attention, kernel_choice, kernel_trials, memory, model, sampler, training
+from cwm_jax import (
+    attention,
+    denoiser,
+    kernel_choice,
+    kernel_trials,
+    memory,
+    model,
+    sampler,
+    training,
+)
 from cwm_jax.network import DiTConfig
 from cwm_jax.objective import NoiseConfig
 
@@ -88,7 +97,7 @@ def rollout(name: str, window: str) -> Verdict:
 
     @jax.jit
     def generate(params, state, actions_FB, noise_FBHWC):
-        net = model.bind(network, params)
+        net = denoiser.bind(network, params)
         tables = sampler.tabulate(net, how)
         step = lambda state, x: sampler.step(net, tables, state, *x, None, how)
         return jax.lax.scan(step, state, (actions_FB, noise_FBHWC))[1]

@@ -62,5 +62,5 @@ def get_config() -> ConfigDict:
     config.ckpt_every_minutes = 2.0
     config.keep_checkpoints = 2
 
-    config.ddim_steps = 4
+    config.ddim_steps = 2
     return config
