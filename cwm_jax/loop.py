@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -66,7 +66,7 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
     run_folder.make(workdir)
     is_first = jax.process_index() == 0
     alone = run_folder.held(workdir) if is_first else contextlib.nullcontext()
-    with alone, contextlib.closing(run.batches):
+    with alone, contextlib.closing(run.batches), _memory_named(settings):
         return run.train()
 
 
@@ -454,6 +454,21 @@ class _Run:
 def _is_due(step: int, every: int) -> bool:
     """Whether it is the turn of what is done every so many steps; 0: never."""
     return bool(every) and step % every == 0
+
+
+@contextlib.contextmanager
+def _memory_named(settings: Settings) -> Iterator[None]:
+    """Names the setting that fills the memory of the device, where data is kept there."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        frames = settings.data.on_device
+        if not frames or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"config.data.on_device={frames} leaves too little of the device's memory for "
+            f"training: set it lower ({str(error).splitlines()[0][:200]})"
+        ) from None
 
 
 def _attempt(what: str, action: Callable[[], None]) -> None:

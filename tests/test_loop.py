@@ -464,3 +464,17 @@ def test_stages_and_data_on_the_device_change_no_other_update(tmp_path, small_da
     assert staged[:2] == plain[:2]
     assert staged[2] != plain[2]
     train(tmp_path / "staged", config | dict(max_steps=5))
+
+
+def test_frames_that_leave_too_little_memory_are_named(tmp_path, small_data, monkeypatch):
+    def fail(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    config = config_of(small_data, rollout_every_steps=0, eval_every_steps=0)
+    with monkeypatch.context() as patch:
+        before_step(patch, 1, fail)
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            train(tmp_path / "run", config)
+        config["data"] = config["data"] | dict(on_device=50)
+        with pytest.raises(UserError, match=r"config\.data\.on_device=50 leaves too little"):
+            train(tmp_path / "run", config)
