@@ -198,7 +198,7 @@ def _agreed(setting: str, found: Found) -> Found:
     if jax.process_count() == 1:
         return found
     names = KERNELS[setting]
-    # Without a time at any process, such as when measuring failed, XLA's has the shortest.
+    # A process that could not measure rules out all but XLA's.
     times = [found.get(name, 1e9 if name == FALLBACK else math.inf) for name in names]
     mine = np.array([math.inf if isinstance(x, str) else x for x in times], np.float32)
     longest = multihost_utils.process_allgather(mine).max(0)
@@ -228,8 +228,8 @@ def _code_version() -> str:
     """Of the kernels, and of how they are measured."""
     folder = Path(kernels.__file__).parent
     modules = [attention, kernel_trials, layers]
-    files_ = [*sorted(folder.glob("*.py")), *(Path(module.__file__) for module in modules)]
-    text = b"".join(path.read_bytes() for path in [*files_, Path(__file__)])
+    sources = [*sorted(folder.glob("*.py")), *(Path(module.__file__) for module in modules)]
+    text = b"".join(path.read_bytes() for path in [*sources, Path(__file__)])
     return hashlib.sha256(text).hexdigest()[:16]
 
 
