@@ -32,7 +32,16 @@ import optax
 
 from benchmarks import machine, sizes, train
 from benchmarks import network as golden
-from cwm_jax import attention, kernel_choice, kernel_trials, memory, model, sampler, training
+from cwm_jax import (
+    attention,
+    kernel_choice,
+    kernel_measure,
+    kernel_trials,
+    memory,
+    model,
+    sampler,
+    training,
+)
 from cwm_jax.network import DiTConfig
 from cwm_jax.objective import NoiseConfig
 
@@ -110,7 +119,7 @@ def kernel(network: DiTConfig, setting: str, name: str, frames: int) -> Verdict:
     if name not in trial.candidates:
         return Verdict(None, "does not take these shapes")
     try:
-        errors = kernel_choice.errors(trial, name)
+        errors = kernel_measure.errors(trial, name)
     except Exception as error:
         if name != "cudnn":
             raise
