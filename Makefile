@@ -48,19 +48,19 @@ demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagin
 play: $(STAMP)  ## Play in the browser (CHECKPOINT=runs/small to choose; else checkpoints/pocket)
 	$(BIN)/python play.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
-pocket: install-procgen  ## Make checkpoints/pocket anew: record the game, train for hours, export
-	$(BIN)/python -m cwm_jax.tools.collect --output data/pocket \
-	  --train 4000 --val 200 --test 200 --policy random=1,sticky=3 --seed 1
-	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket \
-	  --config.max_steps=2000 --config.decay_steps=0 --config.noise.own_share=0.0
-	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket \
-	  --config.max_steps=16150 --config.decay_steps=0 --config.noise.own_passes=1
-	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket
-	$(BIN)/python train.py --config configs/pocket.py --workdir runs/pocket-few-steps \
-	  --config.init_from=runs/pocket --config.distil_from=runs/pocket --config.noise.own_passes=1 \
-	  --config.max_steps=900 --config.decay_steps=900 --config.lr=7e-4 --config.ema_decay=0.99
-	$(BIN)/python -m cwm_jax.tools.export runs/pocket-few-steps --format safetensors --dtype bfloat16 \
-	  --output checkpoints/pocket/model.safetensors
+# PYTHON=… on the command line is used as it is, on a machine that has the packages but no .venv.
+ifeq ($(origin PYTHON),command line)
+POCKET_PYTHON := $(PYTHON)
+else
+POCKET_PYTHON := $(BIN)/python
+pocket: $(STAMP)
+endif
+
+pocket:  ## Record the game, train for MINUTES (a GPU: 9; a CPU: 300), export to OUTPUT; resumable
+	$(POCKET_PYTHON) -m cwm_jax.tools.pocket \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(FRAMES),--frames $(FRAMES)) \
+	  $(if $(DATA),--data $(DATA)) $(if $(WORKDIR),--workdir $(WORKDIR)) \
+	  $(if $(OUTPUT),--output $(OUTPUT)) $(CONFIG)
 
 test: $(STAMP)  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2

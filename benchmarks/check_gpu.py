@@ -34,6 +34,7 @@ from benchmarks import machine, sizes, train
 from benchmarks import network as golden
 from cwm_jax import (
     attention,
+    denoiser,
     kernel_choice,
     kernel_measure,
     kernel_trials,
@@ -50,7 +51,12 @@ NETWORKS = ("debug", "pocket", "small", "large")
 NOISE = {  # of the configs, where it is not the default; with one pass of generated context
     "debug": NoiseConfig(top_share=0.2),
     "pocket": NoiseConfig(
-        top_share=0.2, own_share=0.5, own_top_share=0.5, mirror_share=0.4, middle_weight=6.0
+        top_share=0.35,
+        own_share=0.5,
+        own_top_share=0.5,
+        own_renoised=True,
+        mirror_share=0.45,
+        middle_weight=4.0,
     ),
 }
 UPDATES = 3
@@ -97,7 +103,7 @@ def rollout(name: str, window: str) -> Verdict:
 
     @jax.jit
     def generate(params, state, actions_FB, noise_FBHWC):
-        net = model.bind(network, params)
+        net = denoiser.bind(network, params)
         tables = sampler.tabulate(net, how)
         step = lambda state, x: sampler.step(net, tables, state, *x, None, how)
         return jax.lax.scan(step, state, (actions_FB, noise_FBHWC))[1]

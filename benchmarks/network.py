@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from benchmarks import machine, sizes, train
-from cwm_jax import attention, diffusion, memory, model, rope, speed, torch_format
+from cwm_jax import attention, denoiser, diffusion, memory, model, rope, speed, torch_format
 from cwm_jax.coinrun import to_model
 from cwm_jax.network import DiTConfig
 from cwm_jax.training import StepConfig
@@ -59,7 +59,7 @@ def parity(dtype: str, kernel: str) -> Result:
     network, golden = config(dtype, kernel), arrays("forward")
     noise = golden["noise"].astype(np.float32)
     sample = diffusion.noised(to_model(golden["frames"]), golden["t"], noise)
-    forward = jax.jit(lambda params, *args: model.bind(network, params)(*args))
+    forward = jax.jit(lambda params, *args: denoiser.bind(network, params)(*args))
     v = np.asarray(forward(parameters(network), sample.x, golden["t"], golden["actions"]))
     rms = lambda x: float(np.sqrt(np.square(x).mean()))
     wrong, right = v - golden["v_pred"], rms(golden["v_pred"])

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import machine, sizes
-from cwm_jax import change, diffusion, flops, memory, model, sampler, speed
+from cwm_jax import change, denoiser, diffusion, flops, memory, model, sampler, speed
 from cwm_jax.network import DiTConfig
 
 KEY = jax.random.key(0)
@@ -112,7 +112,7 @@ class Bench:
 
         @jax.jit
         def draw(params, frames_BTHWC, actions_BT, x):
-            net = model.bind(self.config, params)
+            net = denoiser.bind(self.config, params)
             with_new = jnp.concatenate([frames_BTHWC, frames_BTHWC[:, -1:]], axis=1)
             earlier = change.earlier(self.config, with_new)
             known = change.to_sample(

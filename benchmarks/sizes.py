@@ -5,7 +5,16 @@ from cwm_jax.network import DiTConfig
 SIZES = {
     "tiny": dict(hidden_size=64, depth=2, num_heads=2),  # to try the benchmarks themselves
     "debug": dict(hidden_size=256, depth=2, num_heads=4, max_frames=16, history=2),
-    "pocket": dict(hidden_size=256, depth=2, num_heads=4, max_frames=12, history=2, motion=8),
+    "pocket": dict(
+        hidden_size=256,
+        depth=4,
+        num_heads=4,
+        max_frames=12,
+        history=4,
+        displacement_down=8,
+        displacement_across=4,
+        qk_norm=True,
+    ),
     "small": dict(hidden_size=512, depth=6, num_heads=8),
     "large": dict(hidden_size=640, depth=8, num_heads=8),
     "1b": dict(hidden_size=1536, depth=14, num_heads=16),  # no config yet; for docs/scaling.md

@@ -43,6 +43,9 @@ def get_config() -> ConfigDict:
     config.data.stride = 8  # a clip starts at every 8th frame of a record
     config.data.num_workers = 8  # reading processes; 0 reads in threads of this one
     config.data.num_threads = 4  # in each reading process
+    # Frames kept in the memory of the one device (12,288 bytes each), from which batches are
+    # gathered; they are read in the background. 0: batches are read from the files.
+    config.data.on_device = 0
     config.data.on_bad_record = "stop"  # or "skip": take clips of the next good record instead
     config.data.max_bad_records = 100  # with "skip": one more in a split stops the run
 
@@ -54,6 +57,11 @@ def get_config() -> ConfigDict:
     config.fsdp = 1  # devices that share one copy of parameters and optimizer; 1: a copy on each
     config.epochs = 10
     config.max_steps = 0  # stop after so many updates; 0: after `epochs`
+    config.minutes = 0.0  # stop after so many minutes, compilation included; 0: no limit
+    config.decay_share = 0.45  # with minutes: the last share of them brings lr down to 0
+    # (share of the run, {"noise.NAME": value, …}), …: settings of noise that change in its course.
+    # The run is config.minutes where they are set, else the updates of max_steps or epochs.
+    config.stages = ()
     config.lr = 1e-4
     config.weight_decay = 0.01  # on every parameter
     config.warmup_steps = 2000
@@ -67,13 +75,14 @@ def get_config() -> ConfigDict:
     config.noise.top_share = 0.0  # of frames, that get the highest label: a frame's first pass
     config.noise.own_share = 0.0  # of clips, shown earlier frames as the network draws them …
     config.noise.own_passes = 1  # … so many times over, each from the ones before
+    config.noise.own_renoised = False  # … renoising the network's own frames after the first time
     config.noise.own_top_share = 0.0  # … in this share of them with all labels the highest
     config.noise.own_renoised = False  # … and passes after the first renoise those, not real ones
     config.noise.mirror_share = 0.0  # of clips, with left and right exchanged (CoinRun's actions)
     config.noise.middle_weight = 1.0  # of the pixels around the player in the loss
     config.noise.displacement_weight = 0.1  # of the cross-entropy of displacements in the loss
 
-    # What happens every so many steps.
+    # What happens every so many steps; 0 for validation, scores and rollouts: never.
     config.log_every_steps = 50
     config.val_every_steps = 5000  # validation loss on `val_batches` batches
     config.val_batches = 50
@@ -82,6 +91,7 @@ def get_config() -> ConfigDict:
     config.eval_frames = 16  # drawn after one given frame
     config.rollout_every_steps = 1000
     config.ckpt_every_steps = 10_000
+    config.ckpt_every_minutes = 0.0  # a checkpoint also after so many minutes; 0: only by steps
     config.keep_checkpoints = 3  # the newest so many stay …
     config.keep_every_steps = 0  # … and those of steps that are multiples of this; 0: none
     config.keep_best = 1  # … and so many of lowest val/loss, of those validated at their step

@@ -49,6 +49,7 @@ class Saved(NamedTuple):
     data_position: str
     config: dict[str, Any]  # the run's full config
     pause_due: bool  # validation and whatever else follows this step is still to be done
+    seconds: float = 0.0  # that the run had taken, see `clock`; older checkpoints lack it
 
 
 class Retention(NamedTuple):
@@ -118,6 +119,7 @@ class Checkpoints:
         data_position: str,
         config: dict[str, Any],
         pause_due: bool = False,
+        seconds: float = 0.0,
         val_loss: float | None = None,
     ) -> float:
         """Starts to write the state in the background; a step that is saved already is left.
@@ -132,7 +134,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return time.perf_counter() - began
-        meta = meta_of(Saved(step, data_position, config, pause_due))
+        meta = meta_of(Saved(step, data_position, config, pause_due, seconds))
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
         self._saving = step
@@ -274,6 +276,8 @@ def _meta(folder: Path) -> Saved:
         saved = Saved(**meta)
         if not (isinstance(saved.step, int) and isinstance(saved.config, dict)):
             raise ValueError("it does not hold a step and a config")
+        if not isinstance(saved.seconds, (int, float)):
+            raise ValueError(f"its seconds are {saved.seconds!r}")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{folder} is not a whole checkpoint: meta: {_first_line(error)}") from None
     return saved

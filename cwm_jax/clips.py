@@ -117,6 +117,10 @@ class Clips:
         before = int(self._ends[episode - 1]) if episode else 0
         return episode, (int(clip) - before) * self.stride
 
+    def of_episode(self, number: int) -> range:
+        """The clips of an episode, in order of their first frames."""
+        return range(int(self._ends[number - 1]) if number else 0, int(self._ends[number]))
+
     def origin(self, clip: int) -> tuple[Path, int, int]:
         """(file of the shard, number of the record in it, first frame in that) of a clip."""
         episode, start = self.locate(clip)

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from cwm_jax.shards import find_shards
 
 ON_BAD_RECORD = ("stop", "skip")
 _WORKER_LIVES = 5  # how often reading processes that died are replaced between two good batches
-_BAD = "bad_episodes"  # beside a batch on its way to the caller: numbers of episodes passed over
+BAD = "bad_episodes"  # beside a batch on its way to the caller: numbers of episodes passed over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class DataConfig:
     stride: int = 8  # frames between the starts of neighbouring clips
     num_threads: int = 4  # in each reading process; each prepares one batch ahead
     num_workers: int = 0  # processes that read for training; 0: threads of the calling process do
+    on_device: int = 0  # frames kept in device memory, see `device_data`; 0: none
     on_bad_record: str = "stop"  # or "skip": clips of the next good record take their place
     max_bad_records: int = 100  # with "skip": one more in a split stops the run
 
@@ -50,7 +51,7 @@ class DataConfig:
                 f"data.on_bad_record is {self.on_bad_record!r}; it must be one of "
                 f"{', '.join(ON_BAD_RECORD)}"
             )
-        least = {"clip_len": 1, "stride": 1, "num_threads": 1, "num_workers": 0}
+        least = {"clip_len": 1, "stride": 1, "num_threads": 1, "num_workers": 0, "on_device": 0}
         least["max_bad_records"] = 0
         for field, minimum in least.items():
             value = getattr(self, field)
@@ -78,7 +79,7 @@ class _Loader:
         if not self._skip:
             return self.clips.batch(numbers[self.mine])
         batch, bad = self.clips.batch_of_good(numbers[self.mine])
-        return {**batch, _BAD: np.array(bad, np.int64)}
+        return {**batch, BAD: np.array(bad, np.int64)}
 
 
 class _Tally:
@@ -90,7 +91,7 @@ class _Tally:
 
     def take(self, batch: Batch) -> Batch:
         """The batch alone. Raises `UserError` once more than `limit` records were bad."""
-        self.add(batch.pop(_BAD, np.array([], np.int64)).tolist())
+        self.add(batch.pop(BAD, np.array([], np.int64)).tolist())
         return batch
 
     def is_good(self, number: int) -> bool:
@@ -183,7 +184,10 @@ class TrainBatches(Iterator[Batch]):
 
     def origins(self, batch: int) -> list[dict[str, str | int]]:
         """Where each clip of global batch number `batch` (from 0) lies in the files."""
-        places = (self._clips.origin(clip) for clip in self._numbers[batch])
+        return self._origins(self._numbers[batch])
+
+    def _origins(self, clips: Iterable[int]) -> list[dict[str, str | int]]:
+        places = map(self._clips.origin, clips)
         return [
             {"shard": str(path), "record": record, "first_frame": frame}
             for path, record, frame in places
@@ -202,7 +206,7 @@ class TrainBatches(Iterator[Batch]):
     def get_state(self) -> dict[str, Any]:
         """The position and what it depends on, as plain values that JSON can hold."""
         bad = sorted(self._tally.episodes)
-        return {"batches_taken": self._taken, _BAD: bad, **self._identity}
+        return {"batches_taken": self._taken, BAD: bad, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position from `get_state`.
@@ -223,7 +227,7 @@ class TrainBatches(Iterator[Batch]):
             )
         self.close()
         self._taken = state["batches_taken"]
-        self._tally.episodes = {*state[_BAD], *self._clips.episodes.bad}
+        self._tally.episodes = {*state[BAD], *self._clips.episodes.bad}
 
     def close(self) -> None:
         """Stops threads and worker processes; the next batch starts them again."""
@@ -241,6 +245,7 @@ def train_batches(
     process_count: int = 1,
     num_actions: int = NUM_ACTIONS,
     epochs: int | None = None,
+    make: Callable[..., TrainBatches] = TrainBatches,
 ) -> TrainBatches:
     """Shuffled batches of the split `train`, for `epochs` epochs or, by default, for ever.
 
@@ -248,6 +253,7 @@ def train_batches(
     [B, clip_len, 64, 64, 3] and `actions` int32 [B, clip_len], where `actions[:, i]` led to frame
     i and slot 0 is `NO_ACTION`. An epoch visits every clip once, but for the clips at its end
     that fill no batch (fewer than `batch_size`, others in each epoch). `seed` is 0…2³²-1.
+    `make` is `TrainBatches` or a subclass of it.
 
     Raises `UserError` for a mistake in `config`, missing or damaged files, or a batch that is
     larger than the dataset; `BadRecord` at the batch that holds a bad record, unless
@@ -261,7 +267,7 @@ def train_batches(
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must be 0…{2**32 - 1}")
-    loader = _Loader(clips, batch_size, process_index, process_count, _skips(config))
+    loader = _Loader(clips, batch_size, process_index, process_count, skips(config))
     if config.num_workers:
         share = batch_size // process_count * config.clip_len * math.prod(FRAME_SHAPE)
         shared_memory.warn_if_short(config.num_workers, share)
@@ -275,10 +281,10 @@ def train_batches(
         "clips": len(clips),
         "shards": _fingerprint(find_shards(config.dir, "train")),
     }
-    return TrainBatches(numbers, loader, config, identity)
+    return make(numbers, loader, config, identity)
 
 
-def _skips(config: DataConfig) -> bool:
+def skips(config: DataConfig) -> bool:
     return config.on_bad_record == "skip"
 
 
@@ -337,7 +343,7 @@ def eval_batches(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; it must be at least 1 clip")
     count = min(limit or len(clips), len(clips))
-    loader = _Loader(clips, batch_size, process_index, process_count, _skips(config))
+    loader = _Loader(clips, batch_size, process_index, process_count, skips(config))
     return EvalBatches(np.arange(count) * len(clips) // count, batch_size, loader, config)
 
 
@@ -347,7 +353,7 @@ def open_episodes(config: DataConfig, split: str, *, num_actions: int = NUM_ACTI
     Raises `UserError` if there are none to be found, and `BadRecord` if more of those that tell
     the lengths are bad than `config` allows.
     """
-    allowed = config.max_bad_records if _skips(config) else 0
+    allowed = config.max_bad_records if skips(config) else 0
     return Episodes(find_shards(config.dir, split), num_actions=num_actions, max_bad=allowed)
 
 
@@ -377,7 +383,7 @@ def good_episodes(
     the bad one is left out; if all are bad, none is. Bad records are told and counted as in
     batches, and too many raise `UserError`.
     """
-    if not _skips(config):
+    if not skips(config):
         return list(numbers)
     tally = _Tally(episodes, config.max_bad_records)
     (eligible,) = np.nonzero(episodes.lengths >= length)

@@ -9,7 +9,6 @@ pass, but for the first layers, whose inputs want no gradient.
 
 from typing import NamedTuple
 
-from cwm_jax import motion
 from cwm_jax.model import MLP_RATIO, SINUSOID
 from cwm_jax.network import DiTConfig
 
@@ -34,7 +33,7 @@ def frame(config: DiTConfig, *, in_view: float) -> Flops:
     """Of one pass over one frame that looks on `in_view` frames in time, itself included."""
     size, halves, tokens = config.hidden_size, 2 * config.depth, config.tokens
     patch = config.patch_size
-    pixels, taps = 3 * patch**2, motion.taps(config.motion)
+    pixels, taps = 3 * patch**2, config.taps
     filtered = 2 * taps * 3 * patch * (patch + config.motion)  # down, then across
     moved = config.motion and size * (2 * taps + 1) + filtered
     return Flops(

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -13,9 +13,11 @@ import numpy as np
 
 from cwm_jax import (
     checkpoint,
+    clock,
     cluster,
     curves,
     data,
+    device_data,
     files,
     kernel_choice,
     memory,
@@ -28,6 +30,7 @@ from cwm_jax import (
     run_folder,
     samplers,
     sheet,
+    stages,
     stopping,
     training,
     video,
@@ -48,7 +51,7 @@ _FREE = (
 
 
 def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
-    """Trains until `epochs` or `max_steps` are done, going on from the workdir's last checkpoint.
+    """Trains until `epochs`, `max_steps` or `minutes` are done, from the workdir's last checkpoint.
 
     Args:
         workdir: gets `checkpoints/`, `rollouts/`, `metrics.jsonl`, `config.json`, and
@@ -63,13 +66,16 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
     run_folder.make(workdir)
     is_first = jax.process_index() == 0
     alone = run_folder.held(workdir) if is_first else contextlib.nullcontext()
-    with alone, contextlib.closing(run.batches):
+    with alone, contextlib.closing(run.batches), _memory_named(settings):
         return run.train()
 
 
 class _Run:
     def __init__(self, settings: Settings, workdir: Path, config: dict):
         self.settings, self.workdir, self.config = settings, workdir, config
+        self.clock = clock.Clock(settings.minutes, settings.decay_share)
+        self.saved_seconds = 0.0  # of the clock, at the last save
+        self._check_alone()
         self.mesh = parallel.make_mesh(settings.fsdp)
         self.batch_size = parallel.global_batch_size(
             settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
@@ -80,15 +86,19 @@ class _Run:
             num_actions=settings.model.action_values,
         )
         self.batches = data.train_batches(
-            settings.data, batch_size=self.batch_size, seed=settings.seed, **self.shared
+            settings.data,
+            batch_size=self.batch_size,
+            seed=settings.seed,
+            make=self._kind_of_batches(),
+            **self.shared,
         )
         self.validation = self._val_batches(limit=settings.val_batches * self.batch_size)
         self.whole_validation = self._val_batches(limit=None)
         # Hosts may have copies of their own, of which one may be incomplete.
         val = {"clips": self.whole_validation.num_clips}
         cluster.check_same({"data": {"train": self.batches.get_state(), "val": val}})
-        self.script = self._script()
-        self.quick = self._quick()
+        self.script = self._script() if settings.rollout_every_steps else None
+        self.quick = self._quick() if settings.eval_every_steps else None
         total = settings.epochs * self.batches.per_epoch
         self.total_steps = min(total, settings.max_steps or total)
         if settings.decay_steps and self.total_steps < settings.max_steps:
@@ -97,6 +107,25 @@ class _Run:
                 f"config.max_steps={settings.max_steps} to which config.decay_steps brings the "
                 f"learning rate down: raise epochs or lower max_steps"
             )
+
+    def _check_alone(self) -> None:
+        """Of several processes, each has a clock and a memory of its own."""
+        settings = self.settings
+        for name, value in (
+            ("minutes", settings.minutes),
+            ("ckpt_every_minutes", settings.ckpt_every_minutes),
+            ("data.on_device", settings.data.on_device),
+        ):
+            if value and jax.process_count() > 1:
+                raise UserError(
+                    f"config.{name}={value:g} is for one process, and there are "
+                    f"{jax.process_count()}: set it to 0"
+                )
+
+    def _kind_of_batches(self) -> Callable[..., data.TrainBatches]:
+        if self.settings.data.on_device:
+            return functools.partial(device_data.DeviceBatches, mesh=self.mesh)
+        return data.TrainBatches
 
     def _val_batches(self, *, limit: int | None) -> data.EvalBatches:
         return data.eval_batches(
@@ -136,15 +165,19 @@ class _Run:
             clips=self.batch_size // jax.device_count() // settings.accumulate_steps,
             frames=settings.data.clip_len,
         )
-        step_args = dict(
+        updates = stages.Stages(
+            settings.noises,
             network=self.network,
             optim=settings.optimizer,
             step=settings.step,
-            noise=settings.noise,
             mesh=self.mesh,
             teacher=self._teacher(),
         )
-        with stopping.Stop() as stop, self._checkpoints() as self.checkpoints:
+        with (
+            contextlib.closing(updates),
+            stopping.Stop() as stop,
+            self._checkpoints() as self.checkpoints,
+        ):
             first, state, pause_due = self._start()
             with self._reporter(first) as self.reporter:
                 late = self._progress(first, state)
@@ -154,7 +187,10 @@ class _Run:
                     if stop.asked(step - 1):
                         break
                     batch = parallel.to_devices(next(self.batches), self.mesh)
-                    state, metrics = training.train_step(state, batch, key, **step_args)
+                    state, metrics = updates.update(
+                        self._share(step), state, batch, key, **self._rate()
+                    )
+                    metrics |= self._keep_time(step)
                     told = step % settings.log_every_steps == 0 or step == self.total_steps
                     late.after(step, metrics, told=told)
                     self.checkpoints.settle(wait=False)
@@ -162,9 +198,35 @@ class _Run:
                         late.catch_up()
                         state = self._pause(step, state, stop)
                         late.restart(step)
+                    if step == self.total_steps:
+                        break
                 late.catch_up()
                 self._finish(state, stop)
         return state
+
+    def _share(self, step: int) -> float:
+        """Of the run that is done before this step."""
+        return self.clock.share if self.settings.minutes else (step - 1) / self.total_steps
+
+    def _rate(self) -> dict[str, np.float32]:
+        """What multiplies the learning rate of a run that has minutes."""
+        return {"rate": np.float32(self.clock.rate)} if self.settings.minutes else {}
+
+    def _keep_time(self, step: int) -> dict[str, float]:
+        """Makes a step the last one if the minutes are over; returns what to log of them."""
+        minutes = self.settings.minutes
+        if not minutes:
+            return {}
+        seconds = self.clock.seconds
+        if self.clock.is_over:
+            if step == 1:
+                raise UserError(
+                    f"config.minutes={minutes:g}: they were over after one update, which was there "
+                    f"{seconds:.0f} s after the start, compilation included; nothing was saved. "
+                    f"Set it higher."
+                )
+            self.total_steps = step
+        return {"train/minutes": seconds / 60}
 
     def _checkpoints(self) -> checkpoint.Checkpoints:
         settings = self.settings
@@ -188,6 +250,11 @@ class _Run:
         given = None if saved else self._given_params()
         if saved and saved.data_position:
             self.batches.set_state(json.loads(saved.data_position))
+        if saved:
+            self.clock.resume(saved.seconds)
+            self.saved_seconds = saved.seconds
+            if self.clock.is_over:
+                self.total_steps = saved.step
         if jax.process_index() == 0:
             with files.written_whole(self.workdir / "config.json") as temporary:
                 temporary.write_text(json.dumps(self.config, indent=2) + "\n")
@@ -195,10 +262,17 @@ class _Run:
             make = jax.jit(begin, out_shardings=parallel.placement(shapes, self.mesh))
             return 0, make(given), False
         state = self.checkpoints.restore(parallel.abstract(shapes, self.mesh))
-        told = [f"continuing from step {saved.step} of {self.total_steps} in {self.workdir}"]
+        told = [f"continuing from step {self._place(saved.step)} in {self.workdir}"]
         told += [f"  with another setting than before: {line}" for line in differing]
         tell("\n".join(told), file=sys.stdout)
         return saved.step, state, saved.pause_due
+
+    def _place(self, step: int) -> str:
+        """A step of the run, for messages."""
+        minutes = self.settings.minutes
+        if not minutes:
+            return f"{step} of {self.total_steps}"
+        return f"{step} ({min(self.clock.seconds / 60, minutes):.1f} of {minutes:g} minutes)"
 
     def _given_params(self) -> dict[str, np.ndarray] | None:
         """The parameters that a new run begins with; None where they are random."""
@@ -254,7 +328,7 @@ class _Run:
     def _reporter(self, first: int) -> report.Reporter:
         return report.open_reporter(
             self.workdir,
-            total_steps=self.total_steps,
+            total_steps=None if self.settings.minutes else self.total_steps,
             wandb=self.settings.wandb,
             run_config=self.config,
             resume_step=first or None,
@@ -271,10 +345,14 @@ class _Run:
             settings.val_every_steps,
             settings.eval_every_steps,
             settings.rollout_every_steps,
-            settings.ckpt_every_steps,
         )
+        return any(_is_due(step, every) for every in cadences) or self._saves(step)
+
+    def _saves(self, step: int) -> bool:
+        minutes = self.settings.ckpt_every_minutes
         return (
-            any(step % every == 0 for every in cadences)
+            _is_due(step, self.settings.ckpt_every_steps)
+            or bool(minutes and self.clock.seconds - self.saved_seconds >= 60 * minutes)
             or self._ends_epoch(step)
             or step == self.total_steps
         )
@@ -290,16 +368,17 @@ class _Run:
             self._leave(step, stop)
 
     def _look_and_save(self, step: int, state: TrainState, stop: stopping.Stop) -> TrainState:
-        settings, last = self.settings, step == self.total_steps
+        settings = self.settings
         weights = training.weights_to_sample(state)
         val_loss = None
-        if step % settings.val_every_steps == 0:
+        if _is_due(step, settings.val_every_steps):
             batches = stop.until(self.validation)
             results = dict(single_step.validation(self.network, weights, batches, self.mesh))
             val_loss = results["val/loss"]
             self.reporter.scalars(step, results)
-        scores = step % settings.eval_every_steps == 0
-        films = step % settings.rollout_every_steps == 0 or last
+        scores = _is_due(step, settings.eval_every_steps)
+        films = _is_due(step, settings.rollout_every_steps)
+        films |= bool(settings.rollout_every_steps) and step == self.total_steps
         sampler = self._sampler(weights) if scores or films else None
         if scores and sampler:
             _attempt("score rollouts", lambda: self._evaluate(step, sampler))
@@ -311,16 +390,16 @@ class _Run:
             loss_sum, count = parallel.local(parallel.whole(state.epoch_loss, self.mesh))
             self.reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
             state = state._replace(epoch_loss=state.epoch_loss * 0)
-        if step % settings.ckpt_every_steps == 0 or self._ends_epoch(step) or last:
+        if self._saves(step):
             self._save(state, val_loss=val_loss)
             _attempt("draw curves.png", self._draw_curves)
         return state
 
     def _save(self, state: TrainState, **details) -> None:
         position = json.dumps(self.batches.get_state())
-        seconds = self.checkpoints.save(
-            state, data_position=position, config=self.config, **details
-        )
+        self.saved_seconds = self.clock.seconds
+        details |= dict(data_position=position, config=self.config, seconds=self.saved_seconds)
+        seconds = self.checkpoints.save(state, **details)
         self.reporter.scalars(int(state.step), {"perf/save_seconds": seconds})
 
     def _finish(self, state: TrainState, stop: stopping.Stop) -> None:
@@ -338,7 +417,7 @@ class _Run:
     def _leave(self, step: int, stop: stopping.Stop) -> None:
         went_well = self.checkpoints.settle()
         raise stopping.Preempted(
-            f"stopped by {stop.signal} after step {step} of {self.total_steps}, "
+            f"stopped by {stop.signal} after step {self._place(step)}, "
             + (f"saved in {self.workdir}" if went_well else "WHICH COULD NOT BE SAVED")
             + ". Start it again with the same command to go on."
         )
@@ -372,9 +451,29 @@ class _Run:
         self.reporter.image(step, "rollout/grid", png)
 
 
+def _is_due(step: int, every: int) -> bool:
+    """Whether it is the turn of what is done every so many steps; 0: never."""
+    return bool(every) and step % every == 0
+
+
+@contextlib.contextmanager
+def _memory_named(settings: Settings) -> Iterator[None]:
+    """Names the setting that fills the memory of the device, where data is kept there."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        frames = settings.data.on_device
+        if not frames or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"config.data.on_device={frames} leaves too little of the device's memory for "
+            f"training: set it lower ({str(error).splitlines()[0][:200]})"
+        ) from None
+
+
 def _attempt(what: str, action: Callable[[], None]) -> None:
     """Does what training can do without, such as writing a picture to a disk that may be full."""
     try:
         action()
-    except (OSError, UserError) as error:
+    except (OSError, UserError, ImportError) as error:
         tell(f"WARNING: cannot {what}: {error}")

@@ -3,6 +3,7 @@
 import ctypes
 import os
 
+SHARE_OF_GPU = 0.92  # that JAX may take
 _SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX's own, new and old
 _MALLOC = (  # glibc's own, see mallopt(3)
     "MALLOC_ARENA_MAX",
@@ -16,7 +17,7 @@ _TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8  # its numbers for them
 
 
-def claim_gpu(share: float = 0.92) -> None:
+def claim_gpu(share: float = SHARE_OF_GPU) -> None:
     """Lets JAX take this share of each GPU, unless the environment says another.
 
     Its own default of 75 % is hardly enough for 128 clips of the small network on an 80 GB card.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cwm_jax import attention, diffusion, displacement, motion, rope
+from cwm_jax import attention, rope
 from cwm_jax.errors import UserError
 from cwm_jax.layers import (
     Update,
@@ -36,7 +36,6 @@ Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spati
 
 SINUSOID = 256  # width of the timestep features
 MLP_RATIO = 4
-_STAY = 0.1  # what a pixel of displacement costs in logits before anything is learned
 REMAT = ("none", "gelu_norm", "layer")  # what the backward pass computes again, see `DiT.clip`
 
 
@@ -48,12 +47,15 @@ class Modulations(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the last layers say, float32; the last three where the network has them."""
+    """What the last layers return, float32; the last three where the network has them.
 
-    rest: jax.Array  # [B, T, S, P · P · C], each patch's pixels
-    doubt: jax.Array | None  # [B, T, S, 1], log-variance
-    filters: jax.Array | None  # [B, T, S, 2 · taps], logits, see `motion`
-    displacements: jax.Array | None  # [B, T, h, w, K], logits, see `displacement`
+    `cwm_jax.denoiser` says what they mean.
+    """
+
+    residual: jax.Array  # [B, T, S, P · P · C], each patch's pixels
+    log_variance: jax.Array | None  # [B, T, S, 1]
+    filters: jax.Array | None  # [B, T, S, 2 · taps], logits
+    displacements: jax.Array | None  # [B, T, S, patches of a token · K], logits
 
 
 class FrameKV(NamedTuple):
@@ -149,7 +151,7 @@ class Block(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """Predicts the velocity v = √ᾱ ε − √(1−ᾱ) x0 of every frame of a clip."""
+    """From samples, noise levels and actions of a clip to its `Outputs`."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -167,8 +169,7 @@ class DiT(nnx.Module):
         self.final_modulation = zeros_linear(config, size, 2 * size, rngs=rngs)
         self.patch_out = zeros_linear(config, size, pixels, rngs=rngs)
         if config.motion:
-            weights = 2 * motion.taps(config.motion)
-            self.motion_out = zeros_linear(config, size, weights, rngs=rngs)
+            self.motion_out = zeros_linear(config, size, 2 * config.taps, rngs=rngs)
         if config.reach:
             per_token = (config.patch_size // config.displacement_patch) ** 2
             logits = per_token * config.reach.count
@@ -188,76 +189,37 @@ class DiT(nnx.Module):
         )
 
     def tokens(self, sample_BTHWC: jax.Array, earlier_BTHWC: jax.Array | None = None) -> jax.Array:
-        """Noised samples, and `change.earlier` of their frames, to token vectors [B, T, S, D]."""
+        """Noisy samples and the frames before each, newest first, to tokens [B, T, S, D]."""
         assert (earlier_BTHWC is None) == (not self.config.history)
-        tokens = self.patch_in(self._patches(sample_BTHWC))
+        tokens = self.patch_in(self.patches(sample_BTHWC))
         if earlier_BTHWC is None:
             return tokens
-        return tokens + self.history_in(self._patches(earlier_BTHWC))
+        return tokens + self.history_in(self.patches(earlier_BTHWC))
 
-    def _patches(self, frames_BTHWC: jax.Array) -> jax.Array:
+    def patches(self, frames_BTHWC: jax.Array) -> jax.Array:
         """The numbers of each patch in the order row, column, channel: [B, T, S, P · P · C]."""
         frames, grid, size = frames_BTHWC.shape[:2], self.config.grid, self.config.patch_size
         patches = frames_BTHWC.reshape(*frames, grid, size, grid, size, -1).swapaxes(3, 4)
         return patches.reshape(*frames, grid * grid, -1)
 
     def outputs(self, stream: Stream, modulations: Modulations) -> Outputs:
-        """What the last layers say of the stream after the last block."""
-        shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
-        _, modulated = add_and_norm(*stream, shift, scale, kernel=self.config.norm_kernel)
-        exact = lambda layer: layer(modulated).astype(jnp.float32)
+        """What the last layers make of the stream after the last block."""
         config = self.config
-        logits = None
-        if config.reach:
-            logits = exact(self.displacement_out)
-            logits = displacement.to_grid(logits, config.grid, config.reach)
-            logits -= _STAY * displacement.distances(config.reach)
+        shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
+        _, modulated = add_and_norm(*stream, shift, scale, kernel=config.norm_kernel)
+        exact = lambda layer: layer(modulated).astype(jnp.float32)
         return Outputs(
-            rest=exact(self.patch_out),
-            doubt=exact(self.doubt_out) if config.motion or config.reach else None,
-            filters=self.motion_out(modulated) if config.motion else None,
-            displacements=logits,
+            residual=exact(self.patch_out),
+            log_variance=exact(self.doubt_out) if config.motion or config.reach else None,
+            filters=exact(self.motion_out) if config.motion else None,
+            displacements=exact(self.displacement_out) if config.reach else None,
         )
 
-    def velocity(
-        self,
-        outputs: Outputs,
-        sample_BTHWC: jax.Array,
-        alpha_bar: jax.Array,
-        earlier_BTHWC: jax.Array | None = None,
-        chosen_BThw: jax.Array | None = None,
-    ) -> jax.Array:
-        """A velocity for each pixel, float32 [B, T, H, W, C].
-
-        The noised sample, the share of signal in it (`alpha_bar`, [B, T] or []) and
-        `change.earlier` count only where the last frame is warped: by the displacements
-        `chosen_BThw`, or the likeliest.
-        """
-        config, patches = self.config, outputs.rest
-        if outputs.doubt is not None:
-            last = earlier_BTHWC[..., :3]
-            if config.motion:
-                reach, size = config.motion, config.patch_size
-                moved = motion.change(last, outputs.filters, reach=reach, patch=size)
-            else:
-                if chosen_BThw is None:
-                    chosen_BThw = jnp.argmax(outputs.displacements, axis=-1)
-                last = last.astype(jnp.float32)
-                warped = displacement.warp(last, chosen_BThw, config.reach)
-                moved = self._patches(warped - last)
-            moved = moved / config.change_scale
-            sample, alpha_bar = self._patches(sample_BTHWC), jnp.asarray(alpha_bar)[..., None, None]
-            patches = motion.velocity(sample, moved, outputs.doubt, patches, alpha_bar)
-        frames, grid, size = patches.shape[:2], config.grid, config.patch_size
-        rows = patches.reshape(*frames, grid, grid, size, size, 3).swapaxes(3, 4)
+    def pixels(self, patches_BTSX: jax.Array) -> jax.Array:
+        """Patches [B, T, S, P · P · C] to frames [B, T, H, W, C]; undoes `patches`."""
+        frames, grid, size = patches_BTSX.shape[:2], self.config.grid, self.config.patch_size
+        rows = patches_BTSX.reshape(*frames, grid, grid, size, size, 3).swapaxes(3, 4)
         return rows.reshape(*frames, grid * size, grid * size, 3)
-
-    def pixels(
-        self, stream: Stream, modulations: Modulations, sample_BTHWC, alpha_bar, earlier_BTHWC=None
-    ) -> jax.Array:
-        """The stream after the last block to a velocity for each pixel, as `velocity`."""
-        outputs = self.outputs(stream, modulations)
-        return self.velocity(outputs, sample_BTHWC, alpha_bar, earlier_BTHWC)
 
     @property
     def _how(self) -> dict:
@@ -318,26 +280,25 @@ class DiT(nnx.Module):
             values.append(v)
         return stream, FrameKV(tuple(keys), tuple(values))
 
+    def frame_outputs(
+        self, sample_B1HWC, modulations: Modulations, past: Past, earlier_B1HWC=None
+    ) -> tuple[Outputs, FrameKV]:
+        """The outputs for one frame after a known past; also its own keys and values."""
+        stream, kv = self.frame(self.tokens(sample_B1HWC, earlier_B1HWC), modulations, past)
+        return self.outputs(stream, modulations), kv
+
     def __call__(
         self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None, *, remat: str = "none"
-    ) -> jax.Array:
-        """Velocity of every frame's sample, float32 [B, T, H, W, C].
+    ) -> Outputs:
+        """The outputs for every frame of a clip.
 
         Args:
-            sample_BTHWC: noised samples (frames in [-1, 1], or changes), float; T ≤ `max_frames`.
-            t_BT: noise labels, whole numbers 0…999.
+            sample_BTHWC: noisy samples (frames in [-1, 1], or residuals); T ≤ `max_frames`.
+            t_BT: noise levels, whole numbers 0…999.
             action_BT: the action that led into each frame, −1 for none.
-            earlier_BTHWC: `change.earlier`, None for a network without history.
+            earlier_BTHWC: the frames before each, newest first; None for a network without history.
             remat: see `clip`.
         """
-        outputs = self.clip_outputs(sample_BTHWC, t_BT, action_BT, earlier_BTHWC, remat=remat)
-        alpha_bar = jnp.asarray(diffusion.alpha_bars())[t_BT]
-        return self.velocity(outputs, sample_BTHWC, alpha_bar, earlier_BTHWC)
-
-    def clip_outputs(
-        self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None, *, remat: str = "none"
-    ) -> Outputs:
-        """The network's outputs for every frame's sample; arguments as of `__call__`."""
         modulations = self.modulations(t_BT, action_BT)
         stream, _ = self.clip(self.tokens(sample_BTHWC, earlier_BTHWC), modulations, remat=remat)
         return self.outputs(stream, modulations)

@@ -134,6 +134,11 @@ class DiTConfig:
         )
 
     @property
+    def taps(self) -> int:
+        """Numbers of one softmax filter, which looks `motion` pixels to either side."""
+        return 2 * self.motion + 1
+
+    @property
     def action_values(self) -> int:
         """Actions are 0 … action_values − 1, and NO_ACTION."""
         return self.num_actions if self.action_encoding == "one_hot" else 2**self.num_actions

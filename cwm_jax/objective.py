@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import change, coinrun, diffusion, displacement, distillation, model
+from cwm_jax import coinrun, diffusion, displacement, distillation
 from cwm_jax.coinrun import NO_ACTION, to_model
+from cwm_jax.denoiser import Denoiser, alpha_bar, bind
 from cwm_jax.errors import UserError
 from cwm_jax.model import Params
 from cwm_jax.network import DiTConfig
@@ -127,39 +128,39 @@ def clip_loss(
     displacements their cross-entropy is added, and in every second clip the last frame is warped
     by the best of them instead of the likeliest, so that the residual is learned from both.
     """
-    net, frames = model.bind(network, params), to_model(frames_BTHWC)
-    earlier = change.earlier(network, frames)
+    denoiser, frames = bind(network, params), to_model(frames_BTHWC)
+    earlier = denoiser.earlier(frames)
     if own:
         # The first so many clips, whose number is known: no other clip pays for these passes.
         first = slice(math.ceil(len(frames) * noise.own_share))
         own = jax.tree.map(lambda x: x[first], Own(*own))
-        fixed = model.bind(network, jax.lax.stop_gradient(params))
+        fixed = bind(network, jax.lax.stop_gradient(params))
         given = frames[first], actions_BT[first]
         drawn = own_frames(fixed, *given, own, renoised=noise.own_renoised)
         shown = jnp.concatenate([drawn, frames[len(drawn) :]])
         t_BT = t_BT.at[first].set(jnp.where(own.blind_B[:, None], _TOP, t_BT[first]))
-        earlier = change.earlier(network, shown)
-    x0 = change.to_sample(network, frames, earlier)
+        earlier = denoiser.earlier(shown)
+    x0 = denoiser.to_sample(frames, earlier)
     sample = diffusion.noised(x0, t_BT, noise_BTHWC)
-    outputs = net.clip_outputs(sample.x, t_BT, actions_BT, earlier, remat=remat)
-    counted = change.counted(network)
+    outputs = denoiser.net(sample.x, t_BT, actions_BT, earlier, remat=remat)
+    counted = denoiser.counted
     middle = noise.middle_weight
     chosen, added = None, 0.0
     if network.reach:
         reach = network.reach
         errors = displacement.errors(earlier[..., :3], frames, reach)
-        likeliest = jnp.argmax(outputs.displacements, -1)
+        logits = denoiser.logits(outputs)
+        likeliest = jnp.argmax(logits, -1)
         is_best = (jnp.arange(len(frames)) % 2 == 0)[:, None, None, None]
         chosen = jnp.where(is_best, displacement.best(errors, reach), likeliest)
-        log_probs = jax.nn.log_softmax(outputs.displacements, axis=-1)
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
         entropy = -(displacement.targets(errors, reach) * log_probs).sum(-1)[:, counted]
         weights = _weights(network.image_size // reach.patch, middle)[..., 0]
         added = noise.displacement_weight * (weights * entropy).mean()
-    alpha_bar = jnp.asarray(diffusion.alpha_bars())[t_BT]
-    predicted = net.velocity(outputs, sample.x, alpha_bar, earlier, chosen)
+    predicted = denoiser.velocity(outputs, sample.x, alpha_bar(t_BT), earlier, chosen)
     wanted = sample.velocity
     if teacher is not None:
-        taught = model.bind(network, teacher.params)
+        taught = bind(network, teacher.params)
         predict = lambda x, t: taught(x, t, actions_BT, earlier)
         wanted = distillation.velocity(predict, sample.x, t_BT, teacher.steps)
     weights = 1.0 if middle == 1 else _weights(network.image_size, middle)
@@ -176,7 +177,9 @@ def _weights(size: int, middle_weight: float) -> np.ndarray:
     return weights / weights.mean()
 
 
-def own_frames(net, frames_BTHWC, actions_BT, own: Own, *, renoised: bool = False) -> jax.Array:
+def own_frames(
+    denoiser: Denoiser, frames_BTHWC, actions_BT, own: Own, *, renoised: bool = False
+) -> jax.Array:
     """The first frame, and the others as the network draws them, float32 [B, T, H, W, 3].
 
     Scheduled sampling (Bengio et al. 2015, https://arxiv.org/abs/1506.03099) of all frames at
@@ -189,12 +192,10 @@ def own_frames(net, frames_BTHWC, actions_BT, own: Own, *, renoised: bool = Fals
     """
 
     def again(shown, t_BT):
-        earlier = change.earlier(net.config, shown)
-        x0 = change.to_sample(net.config, shown if renoised else frames_BTHWC, earlier)
+        earlier = denoiser.earlier(shown)
+        x0 = denoiser.to_sample(shown if renoised else frames_BTHWC, earlier)
         noised = diffusion.noised(x0, t_BT, own.noise_BTHWC).x
-        velocity = net(noised, t_BT, actions_BT, earlier)
-        sample = diffusion.predict_clean(noised, velocity, t_BT)
-        frames = change.to_frame(net.config, sample, earlier)
+        frames = denoiser.frames(noised, t_BT, actions_BT, earlier)
         return frames.at[:, 0].set(frames_BTHWC[:, 0]), None
 
     return jax.lax.scan(again, frames_BTHWC, jnp.moveaxis(own.t_BPT, 1, 0))[0]

@@ -83,8 +83,11 @@ def placement(shapes, mesh: Mesh):
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a global batch, as arrays split over all devices by clip.
 
-    Returns at once; the copying goes on while the devices are still at the step before.
+    Returns at once; the copying goes on while the devices are still at the step before. A batch
+    that is on the devices is returned as it is.
     """
+    if all(isinstance(v, jax.Array) for v in batch.values()):
+        return batch
     sharding = by_clip(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 

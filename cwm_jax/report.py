@@ -99,7 +99,7 @@ class Reporter:
 def open_reporter(
     workdir: str | os.PathLike,
     *,
-    total_steps: int,
+    total_steps: int | None,
     wandb: WandbConfig,
     run_config: Mapping[str, Any],
     resume_step: int | None = None,
@@ -109,7 +109,7 @@ def open_reporter(
 
     Args:
         workdir: the run's folder; gets `metrics.jsonl`, `wandb_run_id.txt`, `media/`, `wandb/`.
-        total_steps: where the progress bar ends.
+        total_steps: where the progress bar ends; None where that is not known.
         wandb: whether and where to show the run on the web.
         run_config: the run's settings, a plain nested dict, shown there with it.
         resume_step: the step of the checkpoint that training goes on from; None for a new run.
@@ -134,7 +134,9 @@ class Terminal:
     Where the stream is no terminal but a log file, there is no bar, and a line for every report.
     """
 
-    def __init__(self, total_steps: int, *, first_step: int = 0, stream: TextIO | None = None):
+    def __init__(
+        self, total_steps: int | None, *, first_step: int = 0, stream: TextIO | None = None
+    ):
         self._stream = stream or sys.stderr
         self._total = total_steps
         self._bar = tqdm(
@@ -155,7 +157,7 @@ class Terminal:
             return
         words = [f"{name} {value:.4g}" for name, value in values.items()]
         pace = values.get("perf/steps_per_sec", 0)
-        if in_training and pace > 0 and step < self._total:
+        if in_training and pace > 0 and self._total and step < self._total:
             words.append(f"{tqdm.format_interval((self._total - step) / pace)} left")
         self._say(step, "  ".join(words))
 
@@ -166,6 +168,7 @@ class Terminal:
         self._bar.close()
 
     def _say(self, step: int, words: str) -> None:
-        width = len(str(self._total))
+        total = f"/{self._total}" if self._total else ""
+        width = len(total) - 1 if total else 0
         with contextlib.suppress(OSError):  # a log on a full disk: training goes on
-            tqdm.write(f"step {step:>{width}}/{self._total}  {words}", file=self._stream)
+            tqdm.write(f"step {step:>{width}}{total}  {words}", file=self._stream)

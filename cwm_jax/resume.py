@@ -10,6 +10,8 @@ _FIXED = (
     *("seed", "model.hidden_size", "model.depth", "model.num_heads", "model.patch_size"),
     *("model.image_size", "model.num_actions", "model.max_frames", "model.history"),
     *("model.change_scale", "model.motion", "model.action_encoding"),
+    *("model.displacement_down", "model.displacement_across", "model.displacement_patch"),
+    "model.qk_norm",
     *("data.clip_len", "data.stride", "init_from"),
 )
 # What settings were that are younger than the checkpoints that may lack them.
@@ -19,6 +21,11 @@ _BEFORE |= {"decay_steps": 0, "noise.top_share": 0.0, "noise.own_share": 0.0, "n
 _BEFORE |= {"model.action_encoding": "one_hot"}
 _BEFORE |= {"noise.own_renoised": False, "noise.displacement_weight": 0.1}
 _BEFORE |= {"noise.own_top_share": 0.0, "noise.mirror_share": 0.0, "noise.middle_weight": 1.0}
+_BEFORE |= {"model.displacement_down": 0, "model.displacement_across": 0}
+_BEFORE |= {"model.displacement_patch": 4, "model.qk_norm": False, "model.norm": "auto"}
+_BEFORE |= {"noise.own_renoised": False, "noise.displacement_weight": 0.1}
+_BEFORE |= {"minutes": 0.0, "decay_share": 0.45, "stages": [], "ckpt_every_minutes": 0.0}
+_BEFORE |= {"data.on_device": 0}
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -62,4 +69,9 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield prefix + key, _as_json(value)
+
+
+def _as_json(value):
+    """What JSON makes of it: checkpoints hold lists where configs hold tuples."""
+    return [_as_json(each) for each in value] if isinstance(value, (list, tuple)) else value

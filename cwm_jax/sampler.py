@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import change, diffusion, model, prompt, world
+from cwm_jax import diffusion, prompt, world
 from cwm_jax.coinrun import NO_ACTION, to_model, to_pixels
+from cwm_jax.denoiser import Denoiser, bind
 from cwm_jax.errors import UserError
-from cwm_jax.model import DiT, Modulations, Params
+from cwm_jax.model import Modulations, Params
 from cwm_jax.network import DiTConfig
 from cwm_jax.world import Window, World
 
@@ -74,16 +75,16 @@ class Tables(NamedTuple):
     context: Modulations  # [A + 1, ...]
 
 
-def tabulate(net: DiT, config: SamplerConfig) -> Tables:
+def tabulate(denoiser: Denoiser, config: SamplerConfig) -> Tables:
     """The modulations for each label of `config` and each action; the last action is NO_ACTION.
 
     A frame's conditioning depends on nothing else, so this is exact, and takes a third of the
     weights out of every pass.
     """
-    actions_A = jnp.array([*range(net.config.action_values), NO_ACTION])
+    actions_A = jnp.array([*range(denoiser.config.action_values), NO_ACTION])
     labels_S = jnp.array([*config.levels, config.context_level])
     shape = len(labels_S), len(actions_A)
-    table = net.modulations(
+    table = denoiser.net.modulations(
         jnp.broadcast_to(labels_S[:, None], shape), jnp.broadcast_to(actions_A, shape)
     )
     return Tables(jax.tree.map(lambda x: x[:-1], table), jax.tree.map(lambda x: x[-1], table))
@@ -105,7 +106,7 @@ def _steps(tables: Tables, config: SamplerConfig) -> _Step:
     return _Step(tables.steps, *map(jnp.asarray, (now, after, sigma.astype(np.float32))))
 
 
-def draw_frame(net: DiT, tables: Tables, state: World, action_B, noise_BHWC, key, config):
+def draw_frame(denoiser: Denoiser, tables: Tables, state: World, action_B, noise_BHWC, key, config):
     """The next frame, float32 [B, H, W, C], unclamped.
 
     Args:
@@ -113,15 +114,15 @@ def draw_frame(net: DiT, tables: Tables, state: World, action_B, noise_BHWC, key
         noise_BHWC: what the frame starts from, N(0, 1).
         key: PRNG key for the noise of stochastic steps; unused where `config.eta` is 0.
     """
-    past, earlier = world.past(net, state), world.earlier(net, state)
+    past, earlier = world.past(denoiser, state), world.earlier(denoiser, state)
     beside = None if earlier is None else earlier[:, None]
 
     def denoise(x_BHWC, step_and_index):
         step, index = step_and_index
         modulations = jax.tree.map(lambda table: table[action_B][:, None], step.modulations)
         sample = x_BHWC[:, None]
-        stream, _ = net.frame(net.tokens(sample, beside), modulations, past)
-        velocity = net.pixels(stream, modulations, sample, step.alpha_bar, beside)[:, 0]
+        outputs, _ = denoiser.net.frame_outputs(sample, modulations, past, beside)
+        velocity = denoiser.velocity(outputs, sample, step.alpha_bar, beside)[:, 0]
         x0 = diffusion.clean(x_BHWC, velocity, step.alpha_bar)
         noise = diffusion.epsilon(x_BHWC, x0, step.alpha_bar)
         spread = jnp.sqrt(1 - step.alpha_bar_next - jnp.square(step.sigma))
@@ -133,13 +134,13 @@ def draw_frame(net: DiT, tables: Tables, state: World, action_B, noise_BHWC, key
     x_BHWC = noise_BHWC.clip(-_NOISE_CLIP, _NOISE_CLIP)
     steps = _steps(tables, config), jnp.arange(len(config.levels))
     sample_BHWC = jax.lax.scan(denoise, x_BHWC, steps, unroll=config.unroll)[0]
-    return change.to_frame(net.config, sample_BHWC, earlier)
+    return denoiser.to_frame(sample_BHWC, earlier)
 
 
-def step(net: DiT, tables: Tables, state: World, action_B, noise_BHWC, key, config):
+def step(denoiser: Denoiser, tables: Tables, state: World, action_B, noise_BHWC, key, config):
     """One frame on: (the older world, the frame it ends with, float32 [B, H, W, C], unclamped)."""
-    frame = draw_frame(net, tables, state, action_B, noise_BHWC, key, config)
-    older = world.advance(net, tables.context, state, frame, action_B, config.window)
+    frame = draw_frame(denoiser, tables, state, action_B, noise_BHWC, key, config)
+    older = world.advance(denoiser, tables.context, state, frame, action_B, config.window)
     return older, frame
 
 
@@ -149,7 +150,9 @@ def frame_noise(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.
     return jax.random.normal(start_key, shape), step_key
 
 
-def rollout(net: DiT, tables: Tables, state: World, actions_BF, key, config: SamplerConfig):
+def rollout(
+    denoiser: Denoiser, tables: Tables, state: World, actions_BF, key, config: SamplerConfig
+):
     """F frames on: (the older world, uint8 frames [B, F, H, W, C]).
 
     Each frame's noise comes from `key` and the frame's number alone, so cutting a rollout in two
@@ -159,7 +162,7 @@ def rollout(net: DiT, tables: Tables, state: World, actions_BF, key, config: Sam
 
     def one_frame(state, action_B):
         noise, step_key = frame_noise(jax.random.fold_in(key, state.count), shape)
-        state, frame = step(net, tables, state, action_B, noise, step_key, config)
+        state, frame = step(denoiser, tables, state, action_B, noise, step_key, config)
         return state, to_pixels(frame)
 
     state, frames_FBHWC = jax.lax.scan(one_frame, state, actions_BF.T)
@@ -171,18 +174,18 @@ _STATIC = ("network", "config")
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _tabulate(params, *, network, config):
-    return tabulate(model.bind(network, params), config)
+    return tabulate(bind(network, params), config)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _start(params, tables, frames_u8_BMHWC, actions_BM, count, *, network, config):
-    net = model.bind(network, params)
-    return world.start(net, tables.context, to_model(frames_u8_BMHWC), actions_BM, count)
+    denoiser = bind(network, params)
+    return world.start(denoiser, tables.context, to_model(frames_u8_BMHWC), actions_BM, count)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
 def _rollout(params, tables, state, actions_BF, key, *, network, config):
-    return rollout(model.bind(network, params), tables, state, actions_BF, key, config)
+    return rollout(bind(network, params), tables, state, actions_BF, key, config)
 
 
 class Sampler:

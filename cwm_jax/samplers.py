@@ -9,6 +9,7 @@ import jax
 from cwm_jax import bundle, checkpoint, model, weights
 from cwm_jax.bundle import Bundle, Drawing, is_bundle
 from cwm_jax.checkpoint import Trained
+from cwm_jax.diffusion import NUM_LEVELS
 from cwm_jax.errors import UserError
 from cwm_jax.model import Params
 from cwm_jax.network import DiTConfig
@@ -90,6 +91,34 @@ def usual_steps(trained: Trained) -> int:
     except UserError as error:
         raise UserError(f"{trained.path}: its config.{error}") from None
     return steps
+
+
+def playable_steps(trained: Trained) -> tuple[int, ...] | None:
+    """The numbers of denoising steps that the model's card lists as playable, rising.
+
+    The card is the field `playable_steps` of the config; None where a model has no card.
+
+    Raises:
+        UserError: the field is not a list of whole numbers 1…1000.
+    """
+    if "playable_steps" not in trained.config:
+        return None
+    found = trained.config["playable_steps"]
+    try:
+        return check_playable_steps(found)
+    except UserError as error:
+        raise UserError(f"{trained.path}: its config.playable_steps {error}") from None
+
+
+def check_playable_steps(found: Any) -> tuple[int, ...]:
+    """The numbers of steps of a card, sorted, each once; raises `UserError` where it is none."""
+    whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= NUM_LEVELS
+    if not (isinstance(found, list | tuple) and found and all(map(whole, found))):
+        raise UserError(
+            f"is {repr(found)[:80]}; it must be a list of whole numbers 1…{NUM_LEVELS}, "
+            "such as [1, 2, 4]"
+        )
+    return tuple(sorted(set(found)))
 
 
 def _from_file(path: Path) -> Trained:

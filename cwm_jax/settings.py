@@ -34,6 +34,9 @@ class Settings:
     fsdp: int
     epochs: int
     max_steps: int
+    minutes: float
+    decay_share: float
+    stages: tuple
     lr: float
     weight_decay: float
     warmup_steps: int
@@ -49,6 +52,7 @@ class Settings:
     eval_frames: int
     rollout_every_steps: int
     ckpt_every_steps: int
+    ckpt_every_minutes: float
     keep_checkpoints: int
     keep_every_steps: int
     keep_best: int
@@ -62,6 +66,7 @@ class Settings:
     def __post_init__(self):
         zero_allowed = ("seed", "global_batch_size", "max_steps", "warmup_steps", "decay_steps")
         zero_allowed += ("keep_every_steps", "keep_best", "max_skipped_updates")
+        zero_allowed += ("val_every_steps", "eval_every_steps", "rollout_every_steps")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in zero_allowed else 1
@@ -99,7 +104,20 @@ class Settings:
                 f"(config.model.num_actions={NUM_ACTIONS}, action_encoding='one_hot'): of others "
                 f"it is not known which exchange left and right"
             )
-        _ = self.optimizer, self.step, self.sampler  # these check their own fields
+        self._check_clock()
+        _ = self.optimizer, self.step, self.sampler, self.noises  # these check their own fields
+
+    def _check_clock(self) -> None:
+        most = {"minutes": 1e6, "ckpt_every_minutes": 1e6, "decay_share": 1}
+        for name, high in most.items():
+            if not 0 <= getattr(self, name) <= high:
+                raise UserError(f"config.{name}={getattr(self, name)}: must be 0…{high:g}")
+        if self.minutes and self.decay_steps:
+            raise UserError(
+                f"config.decay_steps={self.decay_steps} and config.minutes={self.minutes:g}: with "
+                f"minutes the learning rate falls in the last config.decay_share of them; set "
+                f"decay_steps to 0"
+            )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
@@ -123,6 +141,39 @@ class Settings:
     @property
     def step(self) -> StepConfig:
         return StepConfig(remat=self.remat, accumulate_steps=self.accumulate_steps)
+
+    @property
+    def noises(self) -> list[tuple[float, NoiseConfig]]:
+        """Of each stage the share of the run with which it begins, and its settings of noise.
+
+        A stage keeps what the ones before have set.
+
+        Raises:
+            UserError: `stages` are not as `configs/base.py` describes them.
+        """
+        found = [(0.0, self.noise)]
+        for stage in self.stages:
+            try:
+                begin, changes = stage
+                begin, changes = float(begin), dict(changes)
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"config.stages holds {stage!r}; a stage is (share of the run, settings), "
+                    f"such as (0.5, {{'noise.own_passes': 4}})"
+                ) from None
+            if not found[-1][0] < begin < 1:
+                raise UserError(
+                    f"config.stages: a stage begins at {begin:g}; shares of the run must rise, "
+                    f"between 0 and 1"
+                )
+            if other := [name for name in changes if not name.startswith("noise.")]:
+                raise UserError(
+                    f"config.stages sets {other[0]!r}; a stage may only set config.noise.…"
+                )
+            values = {name.removeprefix("noise."): value for name, value in changes.items()}
+            values = dataclasses.asdict(found[-1][1]) | values
+            found.append((begin, _build(NoiseConfig, values, "config.noise.")))
+        return found
 
     @property
     def more_passes(self) -> int:

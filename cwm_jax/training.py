@@ -207,16 +207,21 @@ def update(
     noise: NoiseConfig = _UNIFORM,
     mesh: Mesh | None = None,
     teacher: Teacher | None = None,
+    rate: jax.Array | None = None,
 ):
     """One AdamW update on given examples, as `objective.draw` makes them: (next state, metrics).
 
     Where the loss or the gradient is not finite, the update is passed over: only `step` and
     `skipped` count on, so no state is ever poisoned, however late somebody looks at the metrics.
+    `rate` multiplies the learning rate: AdamW's update is proportional to it, decay included.
     """
     arrays = batch["frames"], batch["actions"], t_BT, noise_BTHWC, *own
     how = dict(network=network, step=step, noise=noise, mesh=mesh, teacher=teacher)
     loss, grads = gradients(state.params, *arrays, **how)
     updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
+    lr = learning_rate(optim)(state.step - state.skipped)
+    if rate is not None:
+        lr, updates = lr * rate, jax.tree.map(lambda x: x * rate, updates)
     params = optax.apply_updates(state.params, updates)
     grad_norm = _norm(grads)  # before clipping
     sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -233,7 +238,7 @@ def update(
     metrics = {
         "train/loss": loss,
         "train/grad_norm": grad_norm,
-        "train/lr": learning_rate(optim)(state.step - state.skipped),
+        "train/lr": lr,
         "train/skipped": following.skipped,
     }
     return following, metrics
@@ -262,6 +267,7 @@ def train_step(
     noise: NoiseConfig = _UNIFORM,
     mesh: Mesh | None = None,
     teacher: Teacher | None = None,
+    rate: jax.Array | None = None,
 ):
     """One update on a batch of uint8 clips: (next state, metrics as device scalars).
 
@@ -271,6 +277,7 @@ def train_step(
         key: the run's PRNG key; the step's number is folded in here.
         mesh: where state and batch lie, as `parallel` places them; None for one device.
         teacher: whose drawing is learned, from `init_teacher`; it lies as the state does.
+        rate: float32 [], multiplies the learning rate of `optim`; None: 1.
     """
     step_key = jax.random.fold_in(key, state.step)
     if noise.mirror_share:
@@ -278,7 +285,7 @@ def train_step(
     # Drawn as one array over all devices, so that no clip's noise depends on where it lies.
     draws = objective.draw(step_key, batch["frames"].shape, noise, teacher)
     how = dict(network=network, optim=optim, step=step, mesh=mesh, teacher=teacher)
-    following, metrics = update(state, batch, *draws, noise=noise, **how)
+    following, metrics = update(state, batch, *draws, noise=noise, rate=rate, **how)
     if mesh is not None:
         following = jax.lax.with_sharding_constraint(following, parallel.placement(following, mesh))
     return following, metrics

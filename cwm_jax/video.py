@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -28,6 +27,7 @@ def write_mp4(path: str | os.PathLike, frames: Iterable[np.ndarray], *, fps: int
         UserError: `path` cannot be written, the frames are not as above, or this build of PyAV
             has no H.264 encoder.
     """
+    av = _pyav()
     with (
         written_whole(path) as temporary,
         av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as container,
@@ -35,7 +35,7 @@ def write_mp4(path: str | os.PathLike, frames: Iterable[np.ndarray], *, fps: int
         stream = None
         for frame in frames:
             if stream is None:
-                stream = _h264_stream(container, frame, fps)
+                stream = _h264_stream(av, container, frame, fps)
             if frame.shape != (stream.height, stream.width, 3) or frame.dtype != np.uint8:
                 raise UserError(
                     f"{path}: a frame is {frame.dtype} {frame.shape} in a film of "
@@ -92,6 +92,7 @@ def read_mp4(path: str | os.PathLike) -> np.ndarray:
     Raises:
         UserError: there is no film to read at `path`.
     """
+    av = _pyav()
     try:
         with av.open(os.fspath(path)) as container:
             return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
@@ -109,7 +110,16 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
         Image.fromarray(image).save(temporary, format="PNG")
 
 
-def _h264_stream(container: av.container.OutputContainer, frame: np.ndarray, fps: int):
+def _pyav():
+    """PyAV, imported only for videos: training on a machine without it is no mistake."""
+    try:
+        import av
+    except ImportError:
+        raise UserError("videos need PyAV, which is not installed: pip install av") from None
+    return av
+
+
+def _h264_stream(av, container, frame: np.ndarray, fps: int):
     height, width = frame.shape[:2]
     if height % 2 or width % 2:
         raise UserError(f"film frames of {height}×{width} pixels; both sides must be even")

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import change, rope
-from cwm_jax.model import DiT, FrameKV, Modulations, Past
+from cwm_jax import rope
+from cwm_jax.denoiser import Denoiser
+from cwm_jax.model import FrameKV, Modulations, Past
 
 Window = Literal["exact", "cached", "hop"]
 
@@ -43,18 +44,18 @@ class World:
         return self.actions_BM.shape[1]
 
 
-def start(net: DiT, context: Modulations, frames_BMHWC, actions_BM, count) -> World:
+def start(denoiser: Denoiser, context: Modulations, frames_BMHWC, actions_BM, count) -> World:
     """A world whose first `count` frames (1…M) are given; later slots hold padding."""
-    kv = _encode(net, context, frames_BMHWC, actions_BM)
+    kv = _encode(denoiser, context, frames_BMHWC, actions_BM)
     zero = jnp.zeros((), jnp.int32)
     return World(frames_BMHWC, actions_BM, kv, first=zero, count=jnp.asarray(count, jnp.int32))
 
 
-def past(net: DiT, world: World) -> Past:
+def past(denoiser: Denoiser, world: World) -> Past:
     """What the next frame looks back on, keys rotated to their present places in time."""
     newest = world.count - 1
     frame_M = newest - (newest - jnp.arange(world.slots)) % world.slots  # which frame a slot holds
-    angles_MK = rope.temporal_angles(frame_M - world.first, net.config.head_size)
+    angles_MK = rope.temporal_angles(frame_M - world.first, denoiser.config.head_size)
     keys = tuple(rope.rotate(k, angles_MK) for k in world.kv.keys)
     return Past(
         FrameKV(keys, world.kv.values),
@@ -63,15 +64,17 @@ def past(net: DiT, world: World) -> Past:
     )
 
 
-def earlier(net: DiT, world: World) -> jax.Array | None:
+def earlier(denoiser: Denoiser, world: World) -> jax.Array | None:
     """The frames before the next one, newest first: [B, H, W, 3 · history], or None without."""
-    if not net.config.history:
+    if not denoiser.config.history:
         return None
-    frame_H = jnp.maximum(world.count - 1 - np.arange(net.config.history), world.first)
+    frame_H = jnp.maximum(world.count - 1 - np.arange(denoiser.config.history), world.first)
     return jnp.concatenate([world.frames_BMHWC[:, j % world.slots] for j in frame_H], axis=-1)
 
 
-def advance(net: DiT, context: Modulations, world: World, frame_BHWC, action_B, window: Window):
+def advance(
+    denoiser: Denoiser, context: Modulations, world: World, frame_BHWC, action_B, window: Window
+):
     """The world one frame older: the frame and its action enter the ring, then the cache follows.
 
     `context` holds the modulations of a clean frame for each action, [A + 1, ...]; −1 is the last.
@@ -82,19 +85,19 @@ def advance(net: DiT, context: Modulations, world: World, frame_BHWC, action_B, 
         frames_BMHWC=world.frames_BMHWC.at[:, slot].set(frame_BHWC),
         actions_BM=world.actions_BM.at[:, slot].set(action_B),
     )
-    append = lambda: _append(net, context, world, older, frame_BHWC, action_B)
+    append = lambda: _append(denoiser, context, world, older, frame_BHWC, action_B)
     if window == "cached":
         return append()
     full = world.count - world.first == world.slots
     keep = world.slots if window == "exact" else (world.slots + 1) // 2
-    return jax.lax.cond(full, lambda: _reencode(net, context, older, keep), append)
+    return jax.lax.cond(full, lambda: _reencode(denoiser, context, older, keep), append)
 
 
-def _append(net, context, world, older, frame_BHWC, action_B) -> World:
+def _append(denoiser, context, world, older, frame_BHWC, action_B) -> World:
     """One pass over the new frame alone; where the ring is full its oldest frame makes room."""
     modulations = jax.tree.map(lambda table: table[action_B][:, None], context)
-    tokens = _tokens(net, frame_BHWC[:, None], _earlier_or_itself(net, world, frame_BHWC))
-    _, new = net.frame(tokens, modulations, past(net, world))
+    tokens = _tokens(denoiser, frame_BHWC[:, None], _earlier_or_itself(denoiser, world, frame_BHWC))
+    _, new = denoiser.net.frame(tokens, modulations, past(denoiser, world))
     slot = world.count % world.slots
     kv = jax.tree.map(lambda ring, kv: ring.at[:, :, :, slot].set(kv), world.kv, new)
     count = world.count + 1
@@ -102,32 +105,32 @@ def _append(net, context, world, older, frame_BHWC, action_B) -> World:
     return dataclasses.replace(older, kv=kv, first=first, count=count)
 
 
-def _reencode(net, context, older: World, keep: int) -> World:
+def _reencode(denoiser, context, older: World, keep: int) -> World:
     """One pass over the newest `keep` frames, which then are all that is seen."""
     count = older.count + 1
     first = count - keep
     slots_T = (first + jnp.arange(keep)) % older.slots
-    kv = _encode(net, context, older.frames_BMHWC[:, slots_T], older.actions_BM[:, slots_T])
+    kv = _encode(denoiser, context, older.frames_BMHWC[:, slots_T], older.actions_BM[:, slots_T])
     pad = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, older.slots - keep), (0, 0)])
     kv = jax.tree.map(lambda x: jnp.roll(pad(x), first % older.slots, axis=3), kv)
     return dataclasses.replace(older, kv=kv, first=first, count=count)
 
 
-def _encode(net: DiT, context: Modulations, frames_BTHWC, actions_BT) -> FrameKV:
+def _encode(denoiser: Denoiser, context: Modulations, frames_BTHWC, actions_BT) -> FrameKV:
     """Keys and values of clean frames at places 0 … T−1, each [B, S, N, T, K]."""
     modulations = jax.tree.map(lambda table: table[actions_BT], context)
-    tokens = _tokens(net, frames_BTHWC, change.earlier(net.config, frames_BTHWC))
-    _, kv = net.clip(tokens, modulations)
+    tokens = _tokens(denoiser, frames_BTHWC, denoiser.earlier(frames_BTHWC))
+    _, kv = denoiser.net.clip(tokens, modulations)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 3), kv)
 
 
-def _tokens(net: DiT, frames_BTHWC, earlier_BTHWC) -> jax.Array:
-    return net.tokens(change.to_sample(net.config, frames_BTHWC, earlier_BTHWC), earlier_BTHWC)
+def _tokens(denoiser: Denoiser, frames_BTHWC, earlier_BTHWC) -> jax.Array:
+    return denoiser.net.tokens(denoiser.to_sample(frames_BTHWC, earlier_BTHWC), earlier_BTHWC)
 
 
-def _earlier_or_itself(net: DiT, world: World, frame_BHWC) -> jax.Array | None:
+def _earlier_or_itself(denoiser: Denoiser, world: World, frame_BHWC) -> jax.Array | None:
     """`earlier` of a frame about to enter, [B, 1, ...]; a world's very first frame repeated."""
-    if not net.config.history:
+    if not denoiser.config.history:
         return None
-    itself = jnp.concatenate([frame_BHWC] * net.config.history, axis=-1)
-    return jnp.where(world.count == 0, itself, earlier(net, world))[:, None]
+    itself = jnp.concatenate([frame_BHWC] * denoiser.config.history, axis=-1)
+    return jnp.where(world.count == 0, itself, earlier(denoiser, world))[:, None]

@@ -10,6 +10,7 @@ import pytest
 
 from cwm_jax import (
     change,
+    denoiser,
     diffusion,
     flops,
     model,
@@ -79,7 +80,7 @@ def test_what_is_shown_reaches_its_frame_and_later_ones(known):
     t, actions = jnp.full((1, 5), 400), jnp.zeros((1, 5), jnp.int32)
 
     def output_of(frame, earlier):
-        drawn = model.bind(config, params)(sample, t, actions, earlier)
+        drawn = denoiser.bind(config, params)(sample, t, actions, earlier)
         return jnp.square(drawn[0, frame]).sum()
 
     influence = jax.jit(jax.vmap(jax.grad(output_of, argnums=1), in_axes=(0, None)))
@@ -93,7 +94,7 @@ def test_what_is_shown_reaches_its_frame_and_later_ones(known):
 def test_a_players_memory_is_a_world_that_begins_with_its_first_frame(known):
     config, params = known
     prompt, _ = clip_of(frames=3, clips=1)
-    net = model.bind(config, params)
+    net = denoiser.bind(config, params)
     context = sampler.tabulate(net, SamplerConfig()).context
     actions = jnp.array([[-1, 7, 1]])
     pad = ((0, 0), (0, 1))
@@ -116,7 +117,7 @@ def test_the_first_frame_of_a_clip_does_not_count(known):
     earlier = change.earlier(config, to_model(frames))
     x0 = change.to_sample(config, to_model(frames), earlier)
     sample = diffusion.noised(x0, t, noise)
-    off = model.bind(config, params)(sample.x, t, actions, earlier) - sample.velocity
+    off = denoiser.bind(config, params)(sample.x, t, actions, earlier) - sample.velocity
     np.testing.assert_allclose(loss, jnp.square(off[:, 1:]).mean(), rtol=1e-5)
 
 
@@ -127,12 +128,11 @@ def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
     t, noise = diffusion.draw(KEY, frames.shape)
     own = own_of(frames, passes=2)
     given = params, frames, actions, t, noise
-    loss = lambda clips: objective.clip_loss(*given, *own._replace(clips_B=clips), network=config)
-    np.testing.assert_allclose(
-        loss(jnp.zeros(2, bool)), objective.clip_loss(*given, network=config), rtol=1e-6
+    loss = lambda share: objective.clip_loss(
+        *given, *own, network=config, noise=objective.NoiseConfig(own_share=share, own_passes=2)
     )
     real = shown = to_model(frames)
-    net = model.bind(config, params)
+    net = denoiser.bind(config, params)
     for number in (0, 1):
         beside, label = change.earlier(config, shown), own.t_BPT[:, number]
         x0 = change.to_sample(config, real, beside)
@@ -142,7 +142,11 @@ def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
     beside = change.earlier(config, shown)
     sample = diffusion.noised(change.to_sample(config, real, beside), t, noise)
     off = net(sample.x, t, actions, beside) - sample.velocity
-    np.testing.assert_allclose(loss(jnp.ones(2, bool)), jnp.square(off[:, 1:]).mean(), rtol=1e-4)
+    of_clips = jnp.square(off[:, 1:]).mean((1, 2, 3, 4))
+    np.testing.assert_allclose(loss(1.0), of_clips.mean(), rtol=1e-4)
+    last = (x[1:] for x in given[1:])  # the clips after the share are shown their real frames
+    real_last = objective.clip_loss(params, *last, network=config)
+    np.testing.assert_allclose(loss(0.5), (of_clips[0] + real_last) / 2, rtol=1e-4)
 
 
 def own_of(frames, passes=1):
@@ -157,15 +161,18 @@ def test_no_gradient_goes_through_what_was_drawn(known):
     t, noise = diffusion.draw(KEY, frames.shape)
     own = own_of(frames)
     real = to_model(frames)
-    drawn = objective.own_frames(model.bind(config, params), real, actions, own)
+    drawn = objective.own_frames(denoiser.bind(config, params), real, actions, own)
     shown = change.earlier(config, drawn)
 
     def given(params):
         sample = diffusion.noised(change.to_sample(config, real, shown), t, noise)
-        off = model.bind(config, params)(sample.x, t, actions, shown) - sample.velocity
+        off = denoiser.bind(config, params)(sample.x, t, actions, shown) - sample.velocity
         return jnp.square(off[:, 1:]).mean()
 
-    whole = lambda p: objective.clip_loss(p, frames, actions, t, noise, *own, network=config)
+    config_of_noise = objective.NoiseConfig(own_share=1.0)
+    whole = lambda p: objective.clip_loss(
+        p, frames, actions, t, noise, *own, network=config, noise=config_of_noise
+    )
     for one, other in zip(
         jax.tree.leaves(jax.grad(whole)(params)),
         jax.tree.leaves(jax.grad(given)(params)),
@@ -178,9 +185,9 @@ def test_no_gradient_goes_through_what_was_drawn(known):
 def test_own_drawings_do_not_depend_on_how_a_step_is_computed(known, how):
     config, params = known
     frames, actions = clip_of(clips=4, frames=3)
-    noise = objective.NoiseConfig(own_share=0.5, own_passes=2)
+    noise = objective.NoiseConfig(own_share=1.0, own_passes=2)
     arrays = frames, actions, *objective.draw(KEY, frames.shape, noise)
-    gradients = functools.partial(training.gradients, network=config, mesh=None)
+    gradients = functools.partial(training.gradients, network=config, mesh=None, noise=noise)
     loss, plain = gradients(params, *arrays, step=training.StepConfig())
     other_loss, other = gradients(params, *arrays, step=training.StepConfig(**how))
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)

@@ -120,6 +120,28 @@ def test_another_recipe_or_a_strange_folder_is_refused(tmp_path, fake):
         make()
 
 
+def test_more_records_are_added_to_those_that_are_there(tmp_path, fake):
+    """Whole shards stay; one that was a rest is made anew, as all would be from the beginning."""
+    make = lambda folder, train: collect.collect(
+        tmp_path / folder,
+        recipe(records={"train": train, "val": 2, "test": 0}),
+        python=Path(),
+        jobs=2,
+    )
+    make("grown", 5)
+    fake.played.clear()
+    make("grown", 8)
+    assert sorted(seed[2] for seed in fake.played) == [2, 3]
+    make("at_once", 8)
+    for number in range(4):
+        name = f"train/data_{number:04d}.array_record"
+        assert (tmp_path / "grown" / name).read_bytes() == (
+            tmp_path / "at_once" / name
+        ).read_bytes()
+    with pytest.raises(UserError, match="records="):
+        make("grown", 5)
+
+
 @pytest.mark.parametrize("text", ["", "best", "random=-1", "random,sticky=x", "random=0"])
 def test_a_policy_must_be_known_and_weighted(text):
     with pytest.raises(UserError, match="--policy"):

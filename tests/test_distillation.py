@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import change, diffusion, distillation, model, objective, parallel, training
+from cwm_jax import change, denoiser, diffusion, distillation, objective, parallel, training
 from cwm_jax.coinrun import to_model
 from cwm_jax.objective import NoiseConfig, Teacher
 from cwm_jax.sampler import ddim_levels
@@ -99,9 +99,9 @@ def test_the_loss_is_the_distance_to_the_teachers_steps(network_of, clips, histo
     t = t.at[:, 1].set(999).at[:2, 2].set(499)
     earlier = change.earlier(network, to_model(frames))
     x = diffusion.noised(change.to_sample(network, to_model(frames), earlier), t, noise).x
-    taught = model.bind(network, teacher.params)
+    taught = denoiser.bind(network, teacher.params)
     wanted = distillation.velocity(lambda x, t: taught(x, t, actions, earlier), x, t, 2)
-    off = model.bind(network, params)(x, t, actions, earlier) - wanted
+    off = denoiser.bind(network, params)(x, t, actions, earlier) - wanted
     loss = functools.partial(
         objective.clip_loss, params, frames, actions, t, noise, network=network
     )

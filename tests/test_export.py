@@ -180,6 +180,50 @@ def test_how_a_model_draws_where_nothing_is_said(run, made, tmp_path):
         levels(kept)
 
 
+def test_every_form_keeps_the_card_and_an_export_of_an_export_too(run, tmp_path):
+    read = lambda path: samplers.playable_steps(samplers.load(path))
+    assert read(run) is None
+    one, other = tmp_path / "m.safetensors", tmp_path / "orbax"
+    card = ["--format", "safetensors", "--playable-steps", "4,1, 2"]
+    export.main([str(run), "--output", str(one), *card])
+    assert weights.read(one)[1]["config"]["playable_steps"] == [1, 2, 4]
+    export.main([str(one), "--output", str(other), "--format", "orbax"])
+    folder = tmp_path / "bundle"
+    flags = ["--ddim-steps", "2", "--playable-steps", "2"]
+    export.main([str(other), "--output", str(folder), *flags])
+    assert [read(path) for path in (one, other, folder)] == [(1, 2, 4), (1, 2, 4), (2,)]
+
+
+BAD_CARDS = ["2", 2, [], [0], [1001], [1.0], [True], ["1"], None, {"1": 2}]
+
+
+@pytest.mark.parametrize("card", BAD_CARDS, ids=repr)
+def test_a_card_that_cannot_be_is_reported_with_file_field_and_value(run, tmp_path, card, capsys):
+    trained, path = checkpoint.load(run), tmp_path / "m.safetensors"
+    weights.write(path, trained.params, _said(trained, playable_steps=card))
+    with pytest.raises(UserError) as caught:
+        samplers.playable_steps(samplers.load(path))
+    for part in (str(path), "config.playable_steps", repr(card), "whole numbers 1…1000"):
+        assert part in str(caught.value)
+    with pytest.raises(SystemExit):  # and it is not passed on
+        export.main([str(path), "--output", str(tmp_path / "o"), "--format", "orbax"])
+    assert "config.playable_steps" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def _said(trained, **fields):
+    return {"step": 7, "config": trained.config | fields}
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,1001", "1,two", "1;2", "1.5", "1,"])
+def test_a_flag_that_is_no_card_is_reported(run, tmp_path, text, capsys):
+    out = tmp_path / "o"
+    with pytest.raises(SystemExit):
+        export.main([str(run), "--output", str(out), "--format", "orbax", "--playable-steps", text])
+    assert f"--playable-steps {text}: give whole numbers 1…1000" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_every_form_holds_the_network_and_its_parameters(run, made, tmp_path):
     """What play, which draws in its own way, and evaluation take from each."""
     out = tmp_path / "m.safetensors"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import diffusion, model, sampler, torch_format, training
+from cwm_jax import denoiser, diffusion, model, sampler, torch_format, training
 from cwm_jax.coinrun import to_model
 from cwm_jax.network import DiTConfig
 
@@ -64,7 +64,7 @@ def test_schedule():
 def test_forward_pass_and_loss():
     golden = arrays("forward")
     sample = diffusion.noised(to_model(golden["frames"]), golden["t"], golden["noise"])
-    network = jax.jit(lambda params, *args: model.bind(CONFIG, params)(*args))
+    network = jax.jit(lambda params, *args: denoiser.bind(CONFIG, params)(*args))
     v = network(params_of("weights_step0"), sample.x, golden["t"], golden["actions"])
     np.testing.assert_allclose(v, golden["v_pred"], rtol=0, atol=2e-5)
     assert float(diffusion.loss(v, sample.velocity)) == pytest.approx(golden["loss"], abs=1e-5)
@@ -136,7 +136,7 @@ def draw(config, prompt, actions, noise_BFHWC):
 
     @jax.jit
     def scan(params, tables, state, actions_FB, noise_FBHWC):
-        net = model.bind(CONFIG, params)
+        net = denoiser.bind(CONFIG, params)
         step = lambda state, x: sampler.step(net, tables, state, *x, None, config)
         return jax.lax.scan(step, state, (actions_FB, noise_FBHWC))[1]
 
@@ -144,7 +144,7 @@ def draw(config, prompt, actions, noise_BFHWC):
     drawer = sampler.Sampler(CONFIG, params, config)
     given = prompt.shape[1]
     state = drawer.start(prompt, actions[:, :given])
-    tables = sampler.tabulate(model.bind(CONFIG, params), config)
+    tables = sampler.tabulate(denoiser.bind(CONFIG, params), config)
     frames = scan(params, tables, state, actions[:, given:].T, np.moveaxis(noise_BFHWC, 1, 0))
     return np.moveaxis(np.asarray(frames), 0, 1)
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "cwm_jax"
 
 # From the ground up. A room imports only from floors strictly below its own.
 FLOORS = (
-    ("compile_cache", "errors", "kernels", "memory", "speed"),
+    ("clock", "compile_cache", "errors", "kernels", "memory", "speed"),
     (
         "cluster",
         "coinrun",
@@ -50,10 +50,11 @@ FLOORS = (
         *("simulator", "video"),
     ),
     ("bundle", "change", "clips", "flops", "kernel_measure", "torch_format"),
-    ("data", "kernel_choice", "world"),
-    ("objective", "parallel", "sampler"),
-    ("training",),
-    ("checkpoint", "report", "rollouts", "settings"),
+    ("data", "denoiser", "kernel_choice"),
+    ("objective", "parallel", "world"),
+    ("sampler",),
+    ("device_data", "training"),
+    ("checkpoint", "report", "rollouts", "settings", "stages"),
     ("evaluation", "progress"),
     ("dry_run", "samplers"),
     ("loop",),

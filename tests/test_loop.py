@@ -1,5 +1,7 @@
 """The main job on a small scale: train, log, save, resume, and the programs around it."""
 
+import functools
+import itertools
 import json
 import os
 import shutil
@@ -15,7 +17,17 @@ from tiny_network import TINY
 
 import sample
 from configs import base
-from cwm_jax import checkpoint, data, loop, metrics_file, run_folder, stopping, training, weights
+from cwm_jax import (
+    checkpoint,
+    clock,
+    data,
+    loop,
+    metrics_file,
+    run_folder,
+    stopping,
+    training,
+    weights,
+)
 from cwm_jax.errors import UserError
 from cwm_jax.settings import Settings
 from cwm_jax.video import read_mp4
@@ -396,3 +408,73 @@ def test_the_sampling_program_tells_mistakes(tmp_path, small_data, monkeypatch, 
             sample.main()
         assert stopped.value.code == 2, words
         assert told in capsys.readouterr().err, words
+
+
+def ticking(monkeypatch, seconds):
+    """Lets a run's clock move by so many seconds whenever it is looked at."""
+    ticks = itertools.count(0, seconds)
+    now = functools.partial(clock.Clock, now=lambda: next(ticks))
+    monkeypatch.setattr(clock, "Clock", now)
+
+
+def test_a_run_ends_with_its_minutes_and_goes_on_where_its_clock_stood(
+    tmp_path, small_data, monkeypatch
+):
+    ticking(monkeypatch, seconds=3)
+    never = dict(val_every_steps=0, eval_every_steps=0, rollout_every_steps=0)
+    config = config_of(small_data, minutes=4.0, epochs=100, decay_share=0.5, log_every_steps=1)
+    config |= never | dict(ckpt_every_minutes=1.0, ckpt_every_steps=1000, keep_checkpoints=9)
+    run = tmp_path / "run"
+    train(run, config | dict(max_steps=4))
+    stopped = checkpoint.Checkpoints(run, retention=checkpoint.Retention(9)).newest()
+    assert 20 < stopped.seconds < 180
+    state = train(run, config)
+    series = metrics_file.read_series(run / "metrics.jsonl")
+    steps, minutes = (values.tolist() for values in series["train/minutes"])
+    assert steps == list(range(1, int(state.step) + 1))
+    assert minutes == sorted(minutes)
+    assert 4 <= minutes[-1] < 4.5
+    rates = series["train/lr"][1].tolist()
+    highest = max(range(len(rates)), key=rates.__getitem__)
+    assert rates[highest] == pytest.approx(1e-3)
+    assert 0 <= rates[-1] < 1e-4
+    saves = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+    assert len(saves) >= 4  # about one a minute
+    assert "rollout/video" not in {name for line in lines_of(run) for name in line}
+    assert int(train(run, config).step) == int(state.step)  # it is done, and stays so
+
+
+def test_minutes_that_end_with_the_first_update_are_reported(tmp_path, small_data, monkeypatch):
+    ticking(monkeypatch, seconds=3)
+    with pytest.raises(UserError, match=r"config\.minutes=0\.01: they were over after one update"):
+        train(tmp_path / "run", config_of(small_data, minutes=0.01))
+
+
+def test_stages_and_data_on_the_device_change_no_other_update(tmp_path, small_data):
+    never = dict(val_every_steps=0, eval_every_steps=0, rollout_every_steps=0)
+    config = config_of(small_data, max_steps=4, log_every_steps=1) | never
+    train(tmp_path / "plain", config)
+    config["data"] = config["data"] | dict(on_device=1000)
+    config["stages"] = ((0.5, {"noise.top_share": 1.0}),)
+    train(tmp_path / "staged", config)
+    plain, staged = (
+        metrics_file.read_series(tmp_path / name / "metrics.jsonl")["train/loss"][1].tolist()
+        for name in ("plain", "staged")
+    )
+    assert staged[:2] == plain[:2]
+    assert staged[2] != plain[2]
+    train(tmp_path / "staged", config | dict(max_steps=5))
+
+
+def test_frames_that_leave_too_little_memory_are_named(tmp_path, small_data, monkeypatch):
+    def fail(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    config = config_of(small_data, rollout_every_steps=0, eval_every_steps=0)
+    with monkeypatch.context() as patch:
+        before_step(patch, 1, fail)
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            train(tmp_path / "run", config)
+        config["data"] = config["data"] | dict(on_device=50)
+        with pytest.raises(UserError, match=r"config\.data\.on_device=50 leaves too little"):
+            train(tmp_path / "run", config)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from configs import debug, large, pocket, small
-from cwm_jax import attention, model, objective
+from cwm_jax import attention, denoiser, model, objective
 from cwm_jax.errors import UserError
 from cwm_jax.network import DiTConfig
 
 
 def forward(config, params, *args):
-    return jax.jit(lambda params, *args: model.bind(config, params)(*args))(params, *args)
+    return jax.jit(lambda params, *args: denoiser.bind(config, params)(*args))(params, *args)
 
 
 def clip(config, batch=2, frames=5, seed=0):
@@ -43,7 +43,7 @@ def test_no_frame_sees_a_later_one(tiny, tiny_params):
     frames, t, actions = clip(tiny, batch=1)
 
     def output_of(frame, frames):
-        return jnp.square(model.bind(tiny, tiny_params)(frames, t, actions)[0, frame]).sum()
+        return jnp.square(denoiser.bind(tiny, tiny_params)(frames, t, actions)[0, frame]).sum()
 
     influence = jax.jit(jax.vmap(jax.grad(output_of, argnums=1), in_axes=(0, None)))
     gradients = np.abs(influence(jnp.arange(5), frames)[:, 0]).sum((2, 3, 4))  # [output, input]
@@ -53,7 +53,7 @@ def test_no_frame_sees_a_later_one(tiny, tiny_params):
 
 def test_every_pixel_of_a_frame_sees_every_other(tiny, tiny_params):
     frames, t, actions = clip(tiny, batch=1, frames=1)
-    corner = lambda x: jnp.square(model.bind(tiny, tiny_params)(x, t, actions)[0, 0, 0, 0]).sum()
+    corner = lambda x: jnp.square(denoiser.bind(tiny, tiny_params)(x, t, actions)[0, 0, 0, 0]).sum()
     assert (np.abs(jax.jit(jax.grad(corner))(frames)) > 0).all()
 
 

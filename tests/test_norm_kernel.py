@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_layers import KEYS, plain_norm
 
-from cwm_jax import layers, model
+from cwm_jax import denoiser, layers, model
 from cwm_jax.errors import UserError
 from cwm_jax.kernels import norm
 
@@ -109,7 +109,7 @@ def test_a_network_with_the_kernels_computes_what_it_does_without(tiny):
     t, action = jnp.array([[0, 5, 999]] * 2), jnp.array([[-1, 3, 7]] * 2)
 
     def loss(params, norm):
-        net = model.bind(dataclasses.replace(network, norm=norm), params)
+        net = denoiser.bind(dataclasses.replace(network, norm=norm), params)
         return jnp.square(net(sample, t, action)).mean()
 
     one, other = (jax.value_and_grad(loss)(params, name) for name in ("triton", "xla"))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import coinrun, diffusion, model, objective, training
+from cwm_jax import coinrun, denoiser, diffusion, objective, training
 
 KEY = jax.random.key(3)
 
@@ -110,7 +110,7 @@ def test_what_is_wrong_in_the_middle_counts_as_much_as_asked_for(tiny, tiny_para
     given = frames, actions, *diffusion.draw(KEY, frames.shape)
     loss = functools.partial(objective.clip_loss, tiny_params, *given, network=tiny)
     sample = diffusion.noised(coinrun.to_model(frames), *given[2:])
-    net = model.bind(tiny, tiny_params)
+    net = denoiser.bind(tiny, tiny_params)
     squares = np.square(net(sample.x, given[2], actions) - sample.velocity)
     assert loss() == pytest.approx(squares.mean(), rel=1e-5)
     weighted = loss(noise=objective.NoiseConfig(middle_weight=10.0))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import change, diffusion, model, sampler, world
+from cwm_jax import change, denoiser, diffusion, model, sampler, world
 from cwm_jax.errors import UserError
 from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
 
@@ -27,7 +27,7 @@ def plainly(tiny, params, config, prompt, actions, key):
     """The reference: every pass over the whole window, nothing kept; float [B, F, H, W, C]."""
     window = tiny.max_frames
     alpha_bars = diffusion.alpha_bars()
-    network = jax.jit(lambda *args: model.bind(tiny, params)(*args))
+    network = jax.jit(lambda *args: denoiser.bind(tiny, params)(*args))
     frames = list(np.moveaxis(prompt.astype(np.float32) / 255 * 2 - 1, 1, 0))
     shape = frames[0].shape
     for i in range(prompt.shape[1], actions.shape[1]):
@@ -56,7 +56,7 @@ def unclamped(tiny, params, config, state, actions, key):
 
     @jax.jit
     def scan(params, state, actions_FB):
-        net = model.bind(tiny, params)
+        net = denoiser.bind(tiny, params)
         tables = sampler.tabulate(net, config)
 
         def one(state, action_B):
@@ -111,7 +111,7 @@ def test_hop_sees_what_a_fresh_world_would_see(network_of, history):
     assert kept == (tiny.max_frames) // 2
     slots = (int(state.first) + np.arange(kept)) % state.slots
     pad = ((0, 0), (0, state.slots - kept), (0, 0), (0, 0), (0, 0))
-    net = model.bind(tiny, tiny_params)
+    net = denoiser.bind(tiny, tiny_params)
     fresh = world.start(
         net,
         sampler.tabulate(net, config).context,
@@ -127,19 +127,17 @@ def test_an_oracle_is_recovered(tiny):
     """Fed the true velocity, DDIM must land on the true frame, whatever the number of steps."""
     truth = np.random.default_rng(0).uniform(-1, 1, (1, 64, 64, 3)).astype(np.float32)
 
-    class Oracle:
-        config = tiny
-
-        def tokens(self, x, earlier):
-            return x
-
-        def frame(self, x, modulations, past):
+    class Network:
+        def frame_outputs(self, x, modulations, past, earlier):
             signal = modulations.final[..., None, None]
             noise = (x - jnp.sqrt(signal) * truth[:, None]) / jnp.sqrt(1 - signal)
             return jnp.sqrt(signal) * noise - jnp.sqrt(1 - signal) * truth[:, None], None
 
-        def pixels(self, x, modulations, *seen):
-            return x
+    class Oracle(denoiser.Denoiser):
+        config = tiny
+
+        def velocity(self, outputs, *seen):
+            return outputs
 
     for steps in (1, 2, 7, 50):
         config = SamplerConfig(levels=ddim_levels(steps))
@@ -149,7 +147,9 @@ def test_an_oracle_is_recovered(tiny):
         tables = jax.tree.map(jnp.asarray, tables)
         state = blank_world(tiny)
         start = jax.random.normal(KEY, truth.shape)
-        drawn = sampler.draw_frame(Oracle(), tables, state, jnp.array([7]), start, None, config)
+        drawn = sampler.draw_frame(
+            Oracle(Network()), tables, state, jnp.array([7]), start, None, config
+        )
         np.testing.assert_allclose(drawn, truth, atol=3e-3)
 
 

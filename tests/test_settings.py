@@ -1,6 +1,7 @@
 """Configs: each is whole, and a mistake in one is named."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,16 @@ def test_small_keeps_the_originals_settings():
         ("noise.mirror_share", -0.1, r"config\.noise\.mirror_share=-0\.1: must be 0…1"),
         ("noise.middle_weight", -1.0, r"config\.noise\.middle_weight=-1\.0: must be 0…1000"),
         ("decay_steps", 7, r"config\.decay_steps=7 needs config\.max_steps"),
+        ("minutes", -1.0, r"config\.minutes=-1\.0: must be 0…"),
+        ("decay_share", 1.5, r"config\.decay_share=1\.5: must be 0…1"),
+        ("val_every_steps", -1, r"config\.val_every_steps=-1: must be 0 or more"),
+        ("data.on_device", -1, r"data\.on_device is -1"),
+        ("stages", (0.5,), r"config\.stages holds 0\.5; a stage is \(share of the run, settings\)"),
+        ("stages", ((1.5, {}),), r"config\.stages: a stage begins at 1\.5"),
+        ("stages", ((0.5, {}), (0.4, {})), r"config\.stages: a stage begins at 0\.4"),
+        ("stages", ((0.5, {"lr": 1.0}),), r"config\.stages sets 'lr'"),
+        ("stages", ((0.5, {"noise.x": 1}),), r"no setting config\.noise\.x"),
+        ("stages", ((0.5, {"noise.top_share": 2}),), r"config\.noise\.top_share=2\.0: must be"),
     ],
 )
 def test_mistakes_are_named(path, value, told):
@@ -74,6 +85,22 @@ def test_mistakes_are_named(path, value, told):
     place[key] = value
     with pytest.raises(UserError, match=told):
         Settings.from_config(config)
+
+
+def test_minutes_and_steps_do_not_both_bring_the_rate_down():
+    config = config_of("small") | dict(minutes=9.0, max_steps=10, decay_steps=5)
+    with pytest.raises(UserError, match=r"config\.decay_steps=5 and config\.minutes=9"):
+        Settings.from_config(config)
+
+
+def test_a_stage_keeps_what_the_ones_before_have_set():
+    config = config_of("pocket")
+    config["stages"] = ((0.2, {"noise.own_passes": 3}), (0.6, {"noise.top_share": 0.1}))
+    settings = Settings.from_config(config)
+    shares, noises = zip(*settings.noises, strict=True)
+    assert shares == (0, 0.2, 0.6)
+    assert [noise.own_passes for noise in noises] == [2, 3, 3]
+    assert [noise.top_share for noise in noises] == [0.35, 0.35, 0.1]
 
 
 def test_a_missing_key_is_named():
@@ -97,7 +124,7 @@ def test_only_coinruns_actions_can_be_mirrored(change):
     config = config_of("pocket")
     config["model"] |= change
     with pytest.raises(
-        UserError, match=r"config\.noise\.mirror_share=0\.4 needs CoinRun's actions"
+        UserError, match=r"config\.noise\.mirror_share=0\.45 needs CoinRun's actions"
     ):
         Settings.from_config(config)
 
@@ -112,7 +139,21 @@ def test_a_run_goes_on_from_a_config_that_is_older_than_a_setting():
     before["model"] = {
         k: v for k, v in now["model"].items() if k not in ("history", "change_scale")
     }
+    for name in ("minutes", "decay_share", "stages", "ckpt_every_minutes"):
+        del before[name]
+    for name in [k for k in before["model"] if k.startswith("displacement") or k == "qk_norm"]:
+        del before["model"][name]
+    before["data"] = {k: v for k, v in before["data"].items() if k != "on_device"}
     assert resume.compare(before, now) == []
+    now["stages"] = ((0.5, {"noise.own_passes": 2}),)
+    assert resume.compare(json.loads(json.dumps(now)), now) == []
+    assert resume.compare(before, now) == [
+        f"config.stages={[[0.5, dict(now['stages'][0][1])]]}, was []"
+    ]
+    now["model"]["displacement_down"] = 8
+    with pytest.raises(UserError, match=r"config\.model\.displacement_down=8, was 0"):
+        resume.compare(before, now)
+    now["model"]["displacement_down"] = 0
     now["model"]["history"] = 1
     with pytest.raises(UserError, match=r"config\.model\.history=1, was 0"):
         resume.compare(before, now)

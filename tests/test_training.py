@@ -59,6 +59,23 @@ def test_the_rate_falls_to_nothing_at_the_end():
     np.testing.assert_allclose([float(short(k)) for k in range(3)], [1e-3, 5e-4, 0])
 
 
+def test_a_rate_multiplies_an_update_and_compiles_nothing_anew(tiny):
+    optim, before = settings(lr=1e-2), training.train_step._cache_size()
+    moved = {}
+    for rate in (1.0, 0.25, 0.0):
+        state = training.init_state(tiny, optim, 0)
+        start = jax.tree.map(jnp.copy, state.params)
+        state, metrics = training.train_step(
+            state, batch_of(2), KEY, network=tiny, optim=optim, rate=np.float32(rate)
+        )
+        assert float(metrics["train/lr"]) == pytest.approx(rate * 1e-2)
+        moved[rate] = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, start)
+    assert training.train_step._cache_size() == before + 1
+    for name, whole in moved[1.0].items():
+        np.testing.assert_allclose(moved[0.25][name], 0.25 * whole, rtol=1e-3, atol=1e-6)
+        assert not moved[0.0][name].any()
+
+
 def test_it_learns_and_compiles_once(tiny):
     before = training.train_step._cache_size()
     white = batch_of(2) | {"frames": np.full((2, 3, 64, 64, 3), 255, np.uint8)}

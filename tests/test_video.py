@@ -105,7 +105,7 @@ def test_a_missing_encoder_is_said(tmp_path, monkeypatch):
         def __exit__(self, *args):
             return None
 
-    monkeypatch.setattr(video.av, "open", lambda *args, **kwargs: NoEncoders())
+    monkeypatch.setattr(av, "open", lambda *args, **kwargs: NoEncoders())
     with pytest.raises(UserError, match="no libx264"):
         video.write_mp4(tmp_path / "film.mp4", [plain((1, 2, 3))], fps=5)
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import change, diffusion, model
+from cwm_jax import change, diffusion
 from cwm_jax.coinrun import to_model, to_pixels
+from cwm_jax.denoiser import bind
 from cwm_jax.evaluation import intervals
 from cwm_jax.evaluation.scores import Scores
 from cwm_jax.model import Params
@@ -108,9 +109,8 @@ def reconstruction(network: DiTConfig, params: Params, frames_BTHWC, actions_BT)
 def _reconstruct(params, frames_BTHWC, actions_BT, *, network: DiTConfig):
     t_BT = jnp.zeros(frames_BTHWC.shape[:2], jnp.int32)
     frames_BTHWC = to_model(frames_BTHWC)
-    earlier = change.earlier(network, frames_BTHWC)
-    x0 = change.to_sample(network, frames_BTHWC, earlier)
+    bound = bind(network, params)
+    earlier = bound.earlier(frames_BTHWC)
+    x0 = bound.to_sample(frames_BTHWC, earlier)
     shown = diffusion.noised(x0, t_BT, jnp.zeros_like(x0)).x
-    velocity = model.bind(network, params)(shown, t_BT, actions_BT, earlier)
-    predicted = diffusion.predict_clean(shown, velocity, t_BT)
-    return to_pixels(change.to_frame(network, predicted, earlier))
+    return to_pixels(bound.frames(shown, t_BT, actions_BT, earlier))

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cwm_jax import change, diffusion, metrics, model
+from cwm_jax import diffusion, metrics
 from cwm_jax.coinrun import to_model, to_pixels
+from cwm_jax.denoiser import bind
 from cwm_jax.model import Params
 from cwm_jax.network import DiTConfig
 from cwm_jax.parallel import to_devices
@@ -20,20 +21,19 @@ Batches = Iterable[dict[str, np.ndarray]]
 @functools.partial(jax.jit, static_argnames="network")
 def _sums(params, batch, key, *, network: DiTConfig) -> dict[str, jax.Array]:
     """Sums over a batch's clips (those with mask) and frames, at random noise labels."""
-    frames = to_model(batch["frames"])
-    earlier = change.earlier(network, frames)
-    x0 = change.to_sample(network, frames, earlier)
+    frames, bound = to_model(batch["frames"]), bind(network, params)
+    earlier = bound.earlier(frames)
+    x0 = bound.to_sample(frames, earlier)
     t_BT, noise = diffusion.draw(key, x0.shape)
     sample = diffusion.noised(x0, t_BT, noise)
-    velocity = model.bind(network, params)(sample.x, t_BT, batch["actions"], earlier)
+    velocity = bound(sample.x, t_BT, batch["actions"], earlier)
     predicted = diffusion.predict_clean(sample.x, velocity, t_BT)
-    predicted = to_pixels(change.to_frame(network, predicted, earlier)) / 255
+    predicted = to_pixels(bound.to_frame(predicted, earlier)) / 255
     real = batch["frames"] / 255
-    counted = change.counted(network)
     per_clip = {
-        "loss": jnp.square(velocity - sample.velocity)[:, counted].mean((1, 2, 3, 4)),
-        "mse": metrics.mse(predicted, real)[:, counted].mean(1),
-        "ssim": metrics.ssim(predicted, real)[:, counted].mean(1),
+        "loss": jnp.square(velocity - sample.velocity)[:, bound.counted].mean((1, 2, 3, 4)),
+        "mse": metrics.mse(predicted, real)[:, bound.counted].mean(1),
+        "ssim": metrics.ssim(predicted, real)[:, bound.counted].mean(1),
         "clips": jnp.ones(len(x0)),
     }
     return {name: (value * batch["mask"]).sum() for name, value in per_clip.items()}

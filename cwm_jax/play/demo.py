@@ -25,6 +25,7 @@ class RealClips:
     """
 
     steps = automatic = (1,)
+    playable = None
     slots = MAX_FRAMES  # so that a memory is always rebuilt from the session's first frame
     fingerprint = b"realclip"
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import model, sampler, world
+from cwm_jax import sampler, world
+from cwm_jax.denoiser import bind
 from cwm_jax.model import Params
 from cwm_jax.network import DiTConfig
 from cwm_jax.play import memory as memories
@@ -36,24 +37,24 @@ class Lane(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _tabulate(params, *, network, config):
-    return sampler.tabulate(model.bind(network, params), config)
+    return sampler.tabulate(bind(network, params), config)
 
 
 def _draw(params, tables, memories_L, actions_L, seeds_L, numbers_L, *, network, config):
-    net = model.bind(network, params)
+    bound = bind(network, params)
     worlds_L = jax.tree.map(lambda *x: jnp.stack(x), *(m.in_use() for m in memories_L))
 
     def lane(state, action, seed, number):
         key = jax.random.fold_in(jax.random.key(seed), number)
         noise, step_key = sampler.frame_noise(key, state.frames_BMHWC[:, 0].shape)
-        frame_BHWC = sampler.draw_frame(net, tables, state, action[None], noise, step_key, config)
+        frame_BHWC = sampler.draw_frame(bound, tables, state, action[None], noise, step_key, config)
         return sampler.to_pixels(frame_BHWC[0])
 
     return jax.vmap(lane)(worlds_L, actions_L, seeds_L, numbers_L)
 
 
 def _remember(params, context, memory, frame_u8_HWC, action, *, network):
-    return memories.remember(model.bind(network, params), context, memory, frame_u8_HWC, action)
+    return memories.remember(bind(network, params), context, memory, frame_u8_HWC, action)
 
 
 class Engine:
@@ -64,13 +65,24 @@ class Engine:
     Args:
         steps: numbers of DDIM steps that can be asked for.
         usual: the steps that the network does best with: more are drawn only where asked for.
+        playable: the steps that the model's card lists; None where it has no card. Where `steps`
+            has none of them, the one nearest to `usual` is added.
     """
 
     def __init__(
-        self, network: DiTConfig, params: Params, *, steps: Sequence[int], usual: int = 1000
+        self,
+        network: DiTConfig,
+        params: Params,
+        *,
+        steps: Sequence[int],
+        usual: int = 1000,
+        playable: Sequence[int] | None = None,
     ):
+        if playable is not None and not set(steps) & set(playable):
+            steps = (*steps, min(playable, key=lambda n: abs(n - usual)))
         self.network, self.steps = network, tuple(steps)
-        self.automatic = tuple(n for n in steps if n <= usual) or (min(steps),)
+        self.playable = None if playable is None else tuple(playable)
+        self.automatic = _automatic(self.steps, usual, self.playable)
         self.fingerprint = fingerprint(network, params)
         self._params = jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
         # A GPU records a frame's kernels as one graph only where no loop stands between them.
@@ -141,9 +153,19 @@ class Engine:
         frames = jnp.zeros((1, self.slots, *self._frame_shape), jnp.float32)
         actions = jnp.zeros((1, self.slots), jnp.int32)
         begin = lambda params, context: world.start(
-            model.bind(self.network, params), context, frames, actions, 1
+            bind(self.network, params), context, frames, actions, 1
         )
         return jax.eval_shape(begin, self._params, self._context)
+
+
+def _automatic(steps: Sequence[int], usual: int, playable: Sequence[int] | None) -> tuple[int, ...]:
+    """The steps that are chosen where no player does: at most `usual`, and of a card's own only.
+
+    Fewer than the least of these, not on the card, are left for a machine that is far too slow.
+    """
+    listed = [n for n in steps if playable is None or n in playable]
+    best = {n for n in listed if n <= usual} or {min(listed)}
+    return tuple(n for n in steps if n in best or (playable is not None and n < min(best)))
 
 
 def fingerprint(network: DiTConfig, params: Params) -> bytes:

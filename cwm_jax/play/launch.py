@@ -130,8 +130,8 @@ def _engine(options: Options, known, steps):
     network = trained.network
     check_fits(network, trained.path, known, options.data)
     title = f"{options.checkpoint.name} · step {trained.step}"
-    usual = samplers.usual_steps(trained)
-    return Engine(network, trained.params, steps=steps, usual=usual), title
+    usual, playable = samplers.usual_steps(trained), samplers.playable_steps(trained)
+    return Engine(network, trained.params, steps=steps, usual=usual, playable=playable), title
 
 
 def check_size(known, data: Path) -> None:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from cwm_jax import world
 from cwm_jax.coinrun import to_model
-from cwm_jax.model import DiT, Modulations
+from cwm_jax.denoiser import Denoiser
+from cwm_jax.model import Modulations
 from cwm_jax.world import World
 
 
@@ -55,7 +56,9 @@ def fresh(like: World) -> Memory:
     return Memory(zeros, jnp.zeros((), jnp.int32))
 
 
-def remember(net: DiT, context: Modulations, memory: Memory, frame_u8_HWC, action) -> Memory:
+def remember(
+    denoiser: Denoiser, context: Modulations, memory: Memory, frame_u8_HWC, action
+) -> Memory:
     """The memory after one more frame, uint8 [H, W, C], and the action that led into it."""
     worlds, slots = memory.worlds, memory.slots
     full = worlds.count[memory.old] == slots
@@ -64,7 +67,7 @@ def remember(net: DiT, context: Modulations, memory: Memory, frame_u8_HWC, actio
     count = worlds.count.at[1 - old].multiply(jnp.where(full, 0, 1))
     takes_part = count[old] >= stride(slots)
     frame_BHWC, action_B = to_model(frame_u8_HWC)[None], action[None]
-    take_in = lambda one: world.advance(net, context, one, frame_BHWC, action_B, "cached")
+    take_in = lambda one: world.advance(denoiser, context, one, frame_BHWC, action_B, "cached")
     after = jax.vmap(take_in)(dataclasses.replace(worlds, count=count))
     count = after.count.at[1 - old].multiply(jnp.where(takes_part, 1, 0))
     return Memory(dataclasses.replace(after, count=count), old)

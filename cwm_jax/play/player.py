@@ -22,6 +22,7 @@ from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.controls import Controls
 from cwm_jax.errors import UserError
 from cwm_jax.play import prompts, saving, share
+from cwm_jax.play.governor import FrameRate
 from cwm_jax.play.prompts import ClipSource
 from cwm_jax.play.session import MAX_FUTURE, Session
 from cwm_jax.play.studio import Downloads, Studio
@@ -91,9 +92,11 @@ class Player:
         self._keys = Keys(NO_ACTION)  # until the game is known
         self._auto = self._step_mode = False
         self._fps, self._pinned = studio.rules.fps, 0
+        self._rate: FrameRate | None = None  # until the device is there
+        self._slow = ""  # what the page shows of a rate that is lower than the chosen one
         self._commands: deque[tuple[str, dict]] = deque()
         self._wake = asyncio.Event()
-        self._due = 0.0
+        self._due = self._began = self._sent = 0.0  # when the next frame is due; of the last one
         self._recorded: tuple[int, int | None] | None = None  # first frame, end where it stopped
         self._files_made = 0
         self.downloads = Downloads()
@@ -111,6 +114,8 @@ class Player:
             if not await self._opened():
                 return
             self._keys = Keys(self._known.idle)
+            card = self._studio.scheduler.drawer.playable
+            self._rate = FrameRate(self._fps, lowers=card is not None)
             await self._hello()
             reader = asyncio.create_task(self._read())
             self._commands.append(("start", {}))
@@ -150,6 +155,7 @@ class Player:
             demo=studio.demo,
             clips=len(studio.prompts),
             steps=list(studio.scheduler.drawer.steps),
+            playable=studio.scheduler.drawer.playable,
             fps=self._fps,
             controls=self._known.to_json()
             | {"idle": self._known.idle, "procgen": self._known.is_procgen},
@@ -233,8 +239,10 @@ class Player:
             elif (early := self._due - clock()) > 0:
                 await self._awakened(early)
             else:
-                period = 1 / self._fps  # what a late frame lost is made up for, a pause is not
-                self._due = (self._due if -early < period else clock()) + period
+                period = 1 / min(self._fps, self._rate.fps)
+                # What a late frame lost is made up for, a pause is not.
+                due = self._due if -early < period else clock()
+                self._began, self._due = max(due, self._sent), due + period
                 await self._guarded(self._frame)
 
     async def _awakened(self, seconds: float | None) -> None:
@@ -281,11 +289,28 @@ class Player:
             take = lambda: tap
         else:
             take = lambda: keys.take(ordered)
-        drawn = await self._session.step(take, steps=self._steps())
+        steps = self._steps()
+        await self._adapt_rate(steps)
+        drawn = await self._session.step(take, steps=steps)
         await self._show(drawn.frame)
+        self._sent = asyncio.get_running_loop().time()
+        self._rate.note(self._sent - self._began)
 
     def _steps(self) -> int:
         return self._pinned or self._studio.scheduler.choose_steps(self._fps)
+
+    async def _adapt_rate(self, steps: int) -> None:
+        """Lowers the frame rate where the device does not hold it, and reports it to the page."""
+        fps = self._rate.choose(self._fps, steps)
+        playable = self._studio.scheduler.drawer.playable
+        outside = playable is not None and steps not in playable
+        slow = ""
+        if not self._step_mode and (self._rate.lowered or (outside and not self._pinned)):
+            slow = f"Slow machine: {_count(fps, 'frame')} a second"
+            slow += f", {_count(steps, 'step')} each: not playable by the model's card" * outside
+        if slow != self._slow:
+            self._slow = slow
+            await self._say("rate", fps=fps, text=slow)
 
     async def _replay_frame(self) -> None:
         try:
@@ -433,6 +458,10 @@ class Player:
             write = lambda: saving.write_numbers(self._session, path, start=start, stop=stop)
         await asyncio.to_thread(write)
         await self._say("file", token=self._token, name=path.name)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _whole(fields: dict, name: str, low: int, high: int) -> int:

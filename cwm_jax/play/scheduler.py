@@ -24,6 +24,7 @@ class Drawer(Protocol):
 
     steps: tuple[int, ...]  # numbers of DDIM steps that a player may choose
     automatic: tuple[int, ...]  # those of them that are chosen where nobody does
+    playable: tuple[int, ...] | None  # the steps that the model's card lists; None: it has no card
     slots: int
     fingerprint: bytes
 
@@ -68,7 +69,7 @@ class Scheduler:
 
     def __init__(self, drawer: Drawer, *, clock: Callable[[], float] = time.perf_counter):
         self.drawer = drawer
-        self.governor = Governor(drawer.automatic, clock)
+        self.governor = Governor(drawer.automatic, clock, playable=drawer.playable)
         self._clock = clock
         self._orders: queue.SimpleQueue[_Draw | _Recall | None] = queue.SimpleQueue()
         self._to_compile: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()

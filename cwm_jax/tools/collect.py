@@ -119,12 +119,23 @@ class Ledger:
         now = dataclasses.asdict(self._recipe)
         then = said.get("recipe", {})
         for field, value in now.items():
-            if then.get(field) != value:
+            if then.get(field) != value and not (
+                field == "records" and _grows(then.get(field), value)
+            ):
                 raise UserError(
                     f"{self._path} was made with {field}={then.get(field)}, not {value}; repeat "
                     "the same command to go on, or name a new folder"
                 )
-        return {k: v for k, v in said["shards"].items() if (self._path.parent / k).is_file()}
+        whole = {_name(s, n): count for s in shards.SPLITS for n, count in self._counts(s)}
+        return {
+            name: held
+            for name, held in said["shards"].items()
+            if (self._path.parent / name).is_file()
+            and sum(held["lengths"].values()) == whole.get(name)  # a rest is made anew, as a whole
+        }
+
+    def _counts(self, split: str) -> Iterator[tuple[int, int]]:
+        return enumerate(self._recipe.shards(split))
 
     def add(self, shard: str, held: dict[str, Any]) -> None:
         with self._lock:
@@ -160,6 +171,11 @@ class Ledger:
             "action_histogram": actions.tolist(),
             "level_seeds": [first, first + LEVELS - 1],
         }
+
+
+def _grows(then: dict[str, int] | None, now: dict[str, int]) -> bool:
+    """Whether more records are wanted than before: shards that are whole stay as they are."""
+    return bool(then) and all(then.get(split, 0) <= count for split, count in now.items())
 
 
 def _simulator_versions() -> list[str]:

@@ -5,7 +5,9 @@
     python -m cwm_jax.tools.export runs/small --format bundle --output exports/small-bundle
 
 The moving average is exported where the run keeps one. `sample.py --checkpoint` takes all three.
-How a bundle draws (steps, window) is fixed here. An export is there whole or not at all.
+How a bundle draws (steps, window) is fixed here. --playable-steps writes the model's card: the
+numbers of denoising steps whose frames are good enough to play with. An export is there
+whole or not at all.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from cwm_jax import (
     checkpoint,
     checksums,
     data,
+    diffusion,
     model,
     sampler,
     samplers,
@@ -38,6 +41,7 @@ from cwm_jax import (
 )
 from cwm_jax.checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
+from cwm_jax.denoiser import bind
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.model import FrameKV, Modulations, Params
 from cwm_jax.network import DiTConfig
@@ -78,24 +82,24 @@ def programs(network: DiTConfig, config: SamplerConfig) -> dict[str, Callable]:
     """The functions of a bundle, with dicts of arrays where the model code has its own types."""
 
     def tabulate(params):
-        steps, context = sampler.tabulate(model.bind(network, params), config)
+        steps, context = sampler.tabulate(bind(network, params), config)
         return {"steps": steps._asdict(), "context": context._asdict()}
 
     def start(params, tables, frames_u8_BMHWC, actions_BM, count):
-        net, frames_BMHWC = model.bind(network, params), to_model(frames_u8_BMHWC)
+        bound, frames_BMHWC = bind(network, params), to_model(frames_u8_BMHWC)
         context = Modulations(**tables["context"])
-        return _fields(world.start(net, context, frames_BMHWC, actions_BM, count))
+        return _fields(world.start(bound, context, frames_BMHWC, actions_BM, count))
 
     def draw(params, tables, fields, action_B, key_data):
-        net, state = model.bind(network, params), _world(fields)
+        bound, state = bind(network, params), _world(fields)
         key = jax.random.fold_in(jax.random.wrap_key_data(key_data), state.count)
         noise, step_key = sampler.frame_noise(key, state.frames_BMHWC[:, 0].shape)
         both = Tables(**{name: Modulations(**table) for name, table in tables.items()})
-        return sampler.draw_frame(net, both, state, action_B, noise, step_key, config)
+        return sampler.draw_frame(bound, both, state, action_B, noise, step_key, config)
 
     def append(params, tables, fields, action_B, frame_BHWC):
-        net, context = model.bind(network, params), Modulations(**tables["context"])
-        older = world.advance(net, context, _world(fields), frame_BHWC, action_B, config.window)
+        bound, context = bind(network, params), Modulations(**tables["context"])
+        older = world.advance(bound, context, _world(fields), frame_BHWC, action_B, config.window)
         return _fields(older)
 
     return {"tabulate": tabulate, "start": start, "draw": draw, "append": append}
@@ -211,7 +215,7 @@ def _folder_written_whole(out: Path) -> Iterator[Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _flags().parse_args(argv)
     with shown_to_user():
-        trained = samplers.load(args.checkpoint, step=args.step)
+        trained = _with_card(samplers.load(args.checkpoint, step=args.step), args.playable_steps)
         if args.format == "bundle":
             steps = samplers.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
             levels = sampler.ddim_levels(steps)
@@ -222,6 +226,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             write = write_orbax if args.format == "orbax" else write_safetensors
             write(trained._replace(params=cast), args.output)
         print(f"step {trained.step} of {args.checkpoint} → {args.output}")
+
+
+def _with_card(trained: Trained, playable_steps: str | None) -> Trained:
+    """The model with this card in its config; with the card that it has where none is given.
+
+    Raises:
+        UserError: the card of the flag, or else that of the model, lists what cannot be.
+    """
+    if playable_steps is not None:
+        steps = _card_of(playable_steps)
+        trained = trained._replace(config=trained.config | {"playable_steps": steps})
+    samplers.playable_steps(trained)
+    return trained
+
+
+def _card_of(text: str) -> list[int]:
+    try:
+        return list(samplers.check_playable_steps([int(word) for word in text.split(",")]))
+    except (ValueError, UserError):
+        raise UserError(
+            f"--playable-steps {text}: give whole numbers 1…{diffusion.NUM_LEVELS} with commas "
+            "between, such as 1,2,4"
+        ) from None
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -235,6 +262,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--dtype", default="float32", choices=DTYPES, help="of the parameters (%(default)s)")
     add("--ddim-steps", type=int, help="bundle: denoising steps a frame (the model's own)")
+    add("--playable-steps", metavar="S,S,…", help="the card: which denoising steps are playable")
     add("--window", default="exact", choices=sampler.WINDOWS, help="bundle: (%(default)s)")
     add("--unroll", action="store_true", help="bundle: quicker on a GPU, larger programs")
     add("--data", default=str(_EMBEDDED), help="bundle: where its example comes from")

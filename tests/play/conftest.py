@@ -1,5 +1,6 @@
 """A tiny network whose gates are open, prompts from the embedded data, and a running device."""
 
+import copy
 import dataclasses
 import functools
 
@@ -9,6 +10,7 @@ import pytest
 from cwm_jax import model, video
 from cwm_jax.network import DiTConfig
 from cwm_jax.play.engine import Engine
+from cwm_jax.play.governor import FrameRate
 from cwm_jax.play.prompts import ClipPrompts
 from cwm_jax.play.scheduler import Scheduler
 from cwm_jax.tools import pack
@@ -75,6 +77,23 @@ def clips():
 @pytest.fixture(scope="session")
 def scheduler(engine):
     with Scheduler(engine) as running:
+        yield running
+
+
+@pytest.fixture
+def slow_scheduler(engine, monkeypatch):
+    """A device that holds 8 frames of 2 steps a second, with a model whose card lists 2 alone.
+
+    It is as quick as any; only what is measured of it is fixed.
+    """
+    carded = copy.copy(engine)  # with the programs that are compiled
+    carded.playable, carded.automatic = (2,), (2, 1)
+    with Scheduler(carded) as running:
+        running.governor.note = lambda **_: None
+        running.governor._pass_seconds = 1 / 8 / 4
+        frame_seconds = lambda rate: running.governor._seconds(rate._steps)
+        note = lambda rate, _: rate._seconds.append(frame_seconds(rate))
+        monkeypatch.setattr(FrameRate, "note", note)
         yield running
 
 

@@ -219,6 +219,37 @@ def test_modes_and_the_gamepad(person):
     person.until("return !document.querySelector('.pad .held')")
 
 
+def test_a_slow_machine_is_on_the_page_and_steps_off_the_card_are_marked(
+    browser, slow_scheduler, clips
+):
+    with served(slow_scheduler, clips) as address, visiting(browser, address) as one:
+        marked = "return [...document.querySelectorAll('#play-steps label[data-unplayable]')]"
+        assert one.run(f"{marked}.map((label) => label.innerText.trim())") == ["1"]
+        slow = "Slow machine: 7 frames a second"
+        one.start(5)
+        assert one.note == ""
+        one.key("ArrowRight", True)
+        one.until(f"return document.querySelector('#note').textContent == '{slow}'")
+        one.key("ArrowRight", False)
+        one.settle()  # its own note
+        one.start(9)
+        assert one.note == slow  # for as long as the machine is slow
+        choose = "[...document.querySelectorAll('#play-steps input')].at(-1).click()"
+        one.run(choose)
+        one.until("return document.querySelector('#note').textContent.includes('does not list 1 ')")
+        one.run("window.play.setFps(3)")
+        one.hold("ArrowRight", 2)
+        one.start(5)
+        assert one.note == ""
+
+
+def test_a_model_without_a_card_has_no_marks(person):
+    assert (
+        person.run("return document.querySelectorAll('[data-unplayable], [data-marked]').length")
+        == 0
+    )
+
+
 def test_what_if_is_shown_and_chosen(person):
     person.start(5)
     person.click("whatif")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import model, sampler, world
+from cwm_jax import denoiser, sampler, world
 from cwm_jax.coinrun import to_model
 from cwm_jax.play import memory as memories
 from cwm_jax.play.engine import Lane
@@ -47,7 +47,7 @@ def draw_from_window(engine, params):
 
     @jax.jit
     def draw(frames_u8_MHWC, actions_M, count, action, seed, number):
-        net = model.bind(engine.network, params)
+        net = denoiser.bind(engine.network, params)
         tables = sampler.tabulate(net, config)
         state = world.start(
             net, tables.context, to_model(frames_u8_MHWC)[None], actions_M[None], count

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cwm_jax.play.engine import Engine
-from cwm_jax.play.governor import Governor
+from cwm_jax.play.governor import FLOOR, FrameRate, Governor
 from cwm_jax.play.scheduler import Scheduler
 from cwm_jax.play.studio import Rules, Studio
 
@@ -16,7 +16,7 @@ class Counting:
     """Draws nothing, slowly; notes which players' frames it drew together."""
 
     steps = automatic = (4, 1)
-    slots, fingerprint = 7, b"counting"
+    slots, fingerprint, playable = 7, b"counting", None
 
     def __init__(self, ready=(1, 2, 4), seconds=0.002):
         self.batches, self._ready, self._seconds = [], ready, seconds
@@ -225,3 +225,127 @@ def test_the_governor_waits_for_no_program():
     assert governor.choose(15, (10, 2)) == 2
     governor._clock = lambda: 300.0
     assert governor.choose(15, ()) == 2
+
+
+CHOICES = (10, 4, 2, 1)
+
+
+class Machine:
+    """A device that needs so many seconds for a pass, played on through `play.Player`'s calls."""
+
+    def __init__(self, pass_seconds, *, playable=None, fps=15, choices=CHOICES):
+        self.now, self.pass_seconds, self.choices = 0.0, pass_seconds, choices
+        self.governor = Governor(choices, lambda: self.now, playable=playable)
+        self.rate = FrameRate(fps, lowers=playable is not None)
+
+    def play(self, *, fps=15, pinned=0, frames=300):
+        """The pairs (steps, frames a second) that were in use, each once a stretch."""
+        used = []
+        for _ in range(frames):
+            steps = pinned or self.governor.choose(fps, self.choices)
+            pair = steps, self.rate.choose(fps, steps)
+            took = self.pass_seconds * (steps + 2)
+            self.now += max(took, 1 / pair[1])
+            self.governor.note(steps=steps, seconds=took)
+            self.rate.note(took)
+            if not used or used[-1] != pair:
+                used.append(pair)
+        return used
+
+
+@pytest.mark.parametrize(
+    ("pass_ms", "playable", "steps", "fps"),
+    [
+        (5, (1, 2, 4), 4, 15),  # 10 would hold the rate too, but is not on the card
+        (12, (1, 2, 4), 2, 15),
+        (19, (1, 2, 4), 1, 15),
+        (19, (2, 4), 2, 11),  # 1 would hold the rate
+        (40, (2, 4), 2, 5),
+        (48, (2, 4), 1, 6),  # 2 steps hold 4.7 frames a second, which is below the floor
+        (98, (2, 4), 1, 3),  # nothing holds the floor: as many frames as there can be
+        (400, (2, 4), 1, 1),
+        (40, (10,), 2, 5),  # of what is not on the card, the most that hold the floor
+        (14, (10,), 10, 5),
+        (200, (1,), 1, 1),
+    ],
+)
+def test_the_rate_is_lowered_to_the_floor_before_the_card_is_left(pass_ms, playable, steps, fps):
+    machine = Machine(pass_ms / 1000, playable=playable)
+    used = machine.play()
+    assert used[-1] == (steps, fps)
+    outside = [n for n, _ in used if n not in playable]
+    assert bool(outside) == (steps not in playable)
+    if fps >= FLOOR:
+        assert fps * pass_ms / 1000 * (steps + 2) <= 0.9
+
+
+@pytest.mark.parametrize("pass_ms", [0.1, 7.5, 19, 90, 400])
+def test_without_a_card_the_rate_stays_as_it_was_asked_for(pass_ms):
+    machine = Machine(pass_ms / 1000)
+    used = machine.play()
+    assert {fps for _, fps in used} == {15}
+    _, before = governed(pass_ms / 1000, fps=15)
+    assert [steps for steps, _ in used] == before
+
+
+def test_a_rate_that_was_lowered_rises_with_the_machine_and_the_steps_after_it():
+    machine = Machine(0.098, playable=(2, 4))
+    assert machine.play()[-1] == (1, 3)
+    machine.pass_seconds = 0.03
+    assert machine.play()[-1][0] == 2
+    machine.pass_seconds = 0.003
+    used = machine.play()
+    assert used[-1] == (4, 15)
+    assert all(steps in (2, 4) for steps, _ in used)
+
+
+def test_the_rate_does_not_waver_on_a_machine_that_does():
+    machine = Machine(0.03, playable=(2, 4))
+    machine.play()
+    rng = np.random.default_rng(0)
+    used = set()
+    for share in rng.uniform(0.9, 1.1, 400):
+        machine.pass_seconds = 0.03 * share
+        used |= set(machine.play(frames=1))
+    assert len(used) <= 2
+
+
+def test_a_few_slow_frames_neither_lower_the_rate_nor_leave_the_card():
+    """Such as those of what-if, which generates several futures at once, and of a rewind."""
+    machine = Machine(0.012, playable=(2, 4))
+    machine.play()
+    for _ in range(8):
+        machine.governor.note(steps=2, seconds=0.4)
+    for _ in range(2):
+        machine.rate.note(1.0)
+    assert machine.play() == [(2, 15)]
+
+
+def test_a_rate_that_is_asked_for_is_the_most_there_is():
+    machine = Machine(0.03, playable=(2,))
+    assert machine.play()[-1] == (2, 7)
+    assert machine.play(fps=3)[-1] == (2, 3)
+    assert machine.play(fps=3)[0] == (2, 3)
+    assert not machine.rate.lowered
+    assert machine.play(fps=15)[-1] == (2, 7)
+    assert machine.rate.lowered
+    assert machine.play(fps=20)[0] == (2, 7)  # not 20 for a moment
+    assert machine.play(fps=15, pinned=10, frames=60)[-1] == (10, 2)  # a player may choose any
+
+
+def test_where_only_steps_off_the_card_are_compiled_these_are_used():
+    machine = Machine(0.019, playable=(2, 4))
+    machine.choices = (1,)
+    assert machine.play()[-1][0] == 1
+
+
+def test_which_steps_an_engine_draws_with_by_a_card(engine, params):
+    def found(playable, usual=1000, steps=CHOICES):
+        one = Engine(engine.network, params, steps=steps, usual=usual, playable=playable)
+        return one.steps, one.automatic
+
+    assert found((1, 2, 4)) == (CHOICES, (4, 2, 1))
+    assert found((1, 2, 4), usual=2) == (CHOICES, (2, 1))
+    assert found((2, 4)) == (CHOICES, (4, 2, 1))  # 1 for a machine that is far too slow
+    assert found((4, 10), usual=2) == (CHOICES, (4, 2, 1))
+    assert found((3, 30), usual=4) == ((*CHOICES, 3), (2, 1, 3))

@@ -81,10 +81,10 @@ def house(scheduler, clips):
     """house(…rules, auth=…): a test client of a server that is open."""
     with contextlib.ExitStack() as stack:
 
-        def build(*, auth=None, opened=True, **rules):
+        def build(*, auth=None, opened=True, device=scheduler, **rules):
             studio = Studio(Rules(**{"fps": 60, "steps": (2, 1), **rules}))
             if opened:
-                studio.open(scheduler, clips, title="tiny", demo=False)
+                studio.open(device, clips, title="tiny", demo=False)
             client = TestClient(server.make_app(studio, auth=auth))
             client.studio = studio
             return stack.enter_context(client)
@@ -98,7 +98,7 @@ def guest(client, **headers):
         one = Guest(socket)
         hello = one.say("hello")
         assert hello["token"] in client.studio.players
-        one.token = hello["token"]
+        one.token, one.playable = hello["token"], hello["playable"]
         yield one
 
 
@@ -174,6 +174,53 @@ def test_pinned_steps_are_used(house):
             one.send("keys", action=7)
             one.frame()
             assert one.steps == steps
+
+
+def test_a_slow_machine_is_reported_in_words_and_frames_come_at_the_lowered_rate(
+    house, slow_scheduler
+):
+    with started(house(device=slow_scheduler)) as one:
+        assert one.playable == [2]
+        one.send("keys", action=7)
+        slow = "Slow machine: 7 frames a second"
+        assert one.say("rate") == dict(say="rate", fps=7, text=slow)
+        one.frame()
+        began = time.monotonic()
+        for _ in range(4):
+            one.frame()
+        assert time.monotonic() - began > 3 / 7  # 60 are asked for
+        assert one.steps == 2
+        one.send("settings", fps=5)
+        assert one.say("rate") == dict(say="rate", fps=5, text="")
+        one.send("settings", fps=60, steps=1)  # a player may choose what the card does not list
+        off = "1 step each: not playable by the model's card"
+        assert one.say("rate")["text"] == f"Slow machine: 9 frames a second, {off}"
+        one.send("settings", step_mode=True)
+        one.halt()
+        one.send("keys", action=8)
+        assert one.say("rate")["text"] == ""  # nobody waits for a rate
+
+
+def test_a_machine_below_the_floor_leaves_the_card_and_reports_it(house, slow_scheduler):
+    slow_scheduler.governor._pass_seconds = 0.055
+    with started(house(device=slow_scheduler)) as one:
+        one.send("settings", fps=5)
+        one.send("keys", action=7)
+        off = "1 step each: not playable by the model's card"
+        assert one.say("rate")["text"] == f"Slow machine: 5 frames a second, {off}"
+        one.frame()
+        assert one.steps == 1
+
+
+def test_without_a_card_no_rate_is_lowered(house, scheduler, monkeypatch):
+    monkeypatch.setattr(scheduler.governor, "note", lambda **_: None)
+    monkeypatch.setattr(scheduler.governor, "_pass_seconds", 1.0)
+    with started(house()) as one:
+        assert one.playable is None
+        one.send("keys", action=7)
+        for _ in range(30):
+            message = one.next()
+            assert not isinstance(message, dict), message
 
 
 def test_rewind_share_and_replay_over_the_wire(house):

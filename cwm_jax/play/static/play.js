@@ -20,6 +20,7 @@ let told = "";  // the game's controls
 let place = 0, total = 1;
 let mode = "hold", recording = false, replaying = false;
 let pace = {};  // what was chosen of frames a second and DDIM steps
+let card = null;  // numbers of DDIM steps that the model's card lists as playable
 let game = procgenGame(), lastSent = game.idle;
 let expectBranches = null, futureTimer = 0;
 let waitingForCode = null;
@@ -87,6 +88,8 @@ const heard = {
       showControls(m.controls);
     }
     cover("");
+    card = m.playable;
+    markSteps();
     standing = m.demo ? "No model is loaded: these are real recordings, and the keys change nothing." : "";
     send({do: "settings", ...pace});
     setMode(mode);
@@ -102,6 +105,12 @@ const heard = {
     delays.length = arrivals.length = 0;
   },
   error: ({text}) => { note(text, true); replaying = false; halt(); waitingForCode?.(""); },
+  rate: ({text}) => {  // empty where the chosen frame rate holds again
+    const {textContent, firstElementChild, classList} = $("note");
+    const free = text ? !classList.contains("bad") && !firstElementChild : textContent === standing;
+    standing = text;
+    if (free) note(text);
+  },
   thinking: ({text}) => note(text),
   replayed: ({text}) => { replaying = false; note(text); },
   recording: ({on, start}) => {
@@ -366,6 +375,28 @@ function setPace(chosen) {
   send({do: "settings", ...chosen});
 }
 
+function unplayable(steps) {
+  return Boolean(card) && steps > 0 && !card.includes(steps);
+}
+
+function markSteps() {
+  let marked = false;
+  for (const label of document.querySelectorAll("#play-steps label")) {
+    const off = unplayable(Number(label.textContent));
+    label.toggleAttribute("data-unplayable", off);
+    label.title = off ? "Not playable by the model's card" : "";
+    marked ||= off;
+  }
+  document.querySelector("#play-steps")?.toggleAttribute("data-marked", marked);
+}
+
+function setSteps(chosen) {
+  const steps = chosen === "auto" ? 0 : Number(chosen);
+  setPace({steps});
+  if (!card) return;
+  note(unplayable(steps) ? `The model's card does not list ${steps} DDIM step${steps === 1 ? "" : "s"} as playable.` : standing);
+}
+
 function setMode(value) {
   mode = value;
   showMode();
@@ -433,7 +464,7 @@ window.play = {
   pickPicture,
   sendPicture,
   setFps: (fps) => setPace({fps}),
-  setSteps: (steps) => setPace({steps: steps === "auto" ? 0 : Number(steps)}),
+  setSteps,
   record: () => send({do: "record", on: !recording}),
   clear: () => send({do: "clear"}),
   saveFilm: () => send({do: "save", kind: "mp4"}),

@@ -1,0 +1,116 @@
+"""The denoiser: what a network's outputs mean for a noisy sample.
+
+The network (`cwm_jax.model`) knows nothing of noise. `Denoiser` owns the rest: what the sample of a
+frame is (`cwm_jax.change`), how the last frame is warped, and how a noisy sample and the outputs
+become a velocity, a clean frame and a loss. Training, evaluation, the sampler, the KV cache and
+self-generated context all go through it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cwm_jax import change, diffusion, displacement, model, motion
+from cwm_jax.model import DiT, Outputs, Params
+from cwm_jax.network import DiTConfig
+
+_STAY = 0.1  # what a pixel of displacement costs in logits before anything is learned
+
+
+class Denoiser:
+    """A network with its parameters, cheap to make anew inside each jitted function."""
+
+    def __init__(self, net: DiT):
+        self.net = net
+
+    @property
+    def config(self) -> DiTConfig:
+        return self.net.config
+
+    @property
+    def counted(self) -> slice:
+        """The frames of a clip that are trained and evaluated, see `change.counted`."""
+        return change.counted(self.config)
+
+    def earlier(self, frames_BTHWC: jax.Array) -> jax.Array | None:
+        """The frames before each of a clip, see `change.earlier`."""
+        return change.earlier(self.config, frames_BTHWC)
+
+    def to_sample(self, frames: jax.Array, earlier: jax.Array | None) -> jax.Array:
+        """What is noised and denoised of frames [..., H, W, 3], given the frames before them."""
+        return change.to_sample(self.config, frames, earlier)
+
+    def to_frame(self, sample: jax.Array, earlier: jax.Array | None) -> jax.Array:
+        """The frames of clean samples; undoes `to_sample`."""
+        return change.to_frame(self.config, sample, earlier)
+
+    def __call__(self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None) -> jax.Array:
+        """The velocity √ᾱ ε − √(1−ᾱ) x0 of every frame's sample, float32 [B, T, H, W, C].
+
+        Args:
+            sample_BTHWC: noisy samples (`to_sample`, then `diffusion.noised`); T ≤ `max_frames`.
+            t_BT: their noise levels, whole numbers 0…999.
+            action_BT: the action that led into each frame, −1 for none.
+            earlier_BTHWC: `earlier`, None for a network without history.
+        """
+        outputs = self.net(sample_BTHWC, t_BT, action_BT, earlier_BTHWC)
+        return self.velocity(outputs, sample_BTHWC, alpha_bar(t_BT), earlier_BTHWC)
+
+    def frames(self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None) -> jax.Array:
+        """The clean frames that one pass predicts from noisy samples, float32 [B, T, H, W, C]."""
+        velocity = self(sample_BTHWC, t_BT, action_BT, earlier_BTHWC)
+        clean = diffusion.predict_clean(sample_BTHWC, velocity, t_BT)
+        return self.to_frame(clean, earlier_BTHWC)
+
+    def velocity(
+        self,
+        outputs: Outputs,
+        sample_BTHWC: jax.Array,
+        alpha_bar: jax.Array,
+        earlier_BTHWC: jax.Array | None = None,
+        displacements_BThw: jax.Array | None = None,
+    ) -> jax.Array:
+        """The velocity of noisy samples, float32 [B, T, H, W, C].
+
+        The sample, the share of signal in it (`alpha_bar`, [B, T] or []) and the earlier frames
+        count only where the last frame is warped: by the displacements given, or the likeliest.
+        """
+        if outputs.log_variance is None:
+            return self.net.pixels(outputs.residual)
+        last = earlier_BTHWC[..., :3].astype(jnp.float32)
+        warped = self._warped(outputs, last, displacements_BThw) / self.config.change_scale
+        velocity = motion.velocity(
+            self.net.patches(sample_BTHWC),
+            warped,
+            outputs.log_variance,
+            outputs.residual,
+            jnp.asarray(alpha_bar)[..., None, None],
+        )
+        return self.net.pixels(velocity)
+
+    def _warped(self, outputs: Outputs, last, displacements_BThw) -> jax.Array:
+        """How much the warped last frame differs from it, in patches [B, T, S, P · P · C]."""
+        config = self.config
+        if config.motion:
+            return motion.change(
+                last, outputs.filters, reach=config.motion, patch=config.patch_size
+            )
+        if displacements_BThw is None:
+            displacements_BThw = jnp.argmax(self.logits(outputs), axis=-1)
+        warped = displacement.warp(last, displacements_BThw, config.reach)
+        return self.net.patches(warped - last)
+
+    def logits(self, outputs: Outputs) -> jax.Array:
+        """Of the displacements of each small patch, float32 [B, T, h, w, K]."""
+        reach = self.config.reach
+        logits = displacement.to_grid(outputs.displacements, self.config.grid, reach)
+        return logits - _STAY * displacement.distances(reach)
+
+
+def alpha_bar(t: jax.Array) -> jax.Array:
+    """The share of signal at noise levels t, float32, of the same shape."""
+    return jnp.asarray(diffusion.alpha_bars())[t]
+
+
+def bind(config: DiTConfig, params: Params) -> Denoiser:
+    """The denoiser with these parameters."""
+    return Denoiser(model.bind(config, params))

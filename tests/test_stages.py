@@ -1,0 +1,54 @@
+"""Stages of a run: each update is that of its stage, whether compiled ahead or not."""
+
+import jax
+import numpy as np
+import pytest
+
+from cwm_jax import parallel, stages, training
+from cwm_jax.objective import NoiseConfig
+
+OPTIM = training.OptimizerConfig(
+    lr=1e-2, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
+)
+NOISES = [(0.0, NoiseConfig()), (0.5, NoiseConfig(top_share=1.0))]
+KEY = jax.random.key(1)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
+    batch = {"frames": frames, "actions": np.zeros((2, 3), np.int32)}
+    return parallel.to_devices(batch, parallel.make_mesh())
+
+
+def losses_of(update, tiny, batch, shares):
+    state, losses = training.init_state(tiny, OPTIM, 0), []
+    for share in shares:
+        state, metrics = update(share, state, batch, KEY, rate=np.float32(0.5))
+        losses.append(float(metrics["train/loss"]))
+    return losses
+
+
+def test_a_stage_begins_at_its_share_also_in_a_run_that_starts_within_it(tiny, batch):
+    how = dict(network=tiny, optim=OPTIM, mesh=parallel.make_mesh(), teacher=None)
+
+    def plain(share, state, *args, **traced):
+        noise = NOISES[share >= 0.5][1]
+        return training.train_step(state, *args, noise=noise, **how, **traced)
+
+    for shares in ([0.0, 0.4, 0.5, 0.9], [0.6]):
+        updates = stages.Stages(NOISES, **how)
+        found = losses_of(updates.update, tiny, batch, shares)
+        updates.close()
+        assert found == losses_of(plain, tiny, batch, shares)
+
+
+def test_the_next_stage_is_compiled_during_the_present_one(tiny, batch):
+    how = dict(network=tiny, optim=OPTIM, mesh=parallel.make_mesh(), teacher=None)
+    updates = stages.Stages(NOISES, **how)
+    state, _ = updates.update(0.0, training.init_state(tiny, OPTIM, 0), batch, KEY)
+    updates._next.result()
+    before = training.train_step._cache_size()
+    updates.update(0.5, state, batch, KEY)
+    assert training.train_step._cache_size() == before
+    updates.close()
