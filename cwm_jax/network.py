@@ -27,14 +27,15 @@ class DiTConfig:
     # one_hot: an action is a number; buttons: its bit i is button i, and any may be held together.
     # The default is for checkpoints older than the setting.
     action_encoding: str = "one_hot"
-    attention: str = "auto"  # over clips: xla, cudnn, fused or auto; older checkpoints lack it
+    # Over clips: xla, cudnn, fused, or auto (see `kernel_choice`); older checkpoints lack it.
+    attention: str = "auto"
     # Earlier frames shown beside each frame, of which then the change is drawn in units of
     # `change_scale`; see `cwm_jax.change`. 0: none, the original's network. Not in the repr, from
     # which share codes know a network: codes older than this must go on to work.
     history: int = dataclasses.field(default=0, repr=False)
     change_scale: float = dataclasses.field(default=0.2, repr=False)
     # What adds the output of a half block and takes the next norm, see `layers.add_and_norm`: xla,
-    # triton (NVIDIA GPUs), or auto.
+    # triton (NVIDIA GPUs), or auto (see `kernel_choice`).
     norm: str = dataclasses.field(default="auto", repr=False)
     # Pixels by which the last frame's may move, see `cwm_jax.motion`. 0: none are moved.
     motion: int = dataclasses.field(default=0, repr=False)

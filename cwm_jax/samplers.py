@@ -53,7 +53,7 @@ def open_sampler(path: Path | str, *, step: int | None = None, **drawing: Any) -
 def load(path: Path | str, *, step: int | None = None) -> Trained:
     """The network and its parameters in float32, of whatever `open_sampler` opens.
 
-    A network trained with kernels for GPUs takes what is best on the device that is here.
+    A network trained with kernels for GPUs gets XLA's, which every device has.
 
     Raises:
         UserError: there is no model at `path`, or it is damaged.

@@ -13,7 +13,7 @@ import pytest
 from tiny_network import TINY
 
 from benchmarks import check_gpu, data, gpu, hlo, network, original, sample, sizes, trace, train
-from cwm_jax import flops
+from cwm_jax import attention, flops
 from cwm_jax.data import DataConfig
 from cwm_jax.training import StepConfig
 
@@ -128,6 +128,15 @@ def test_a_check_that_fails_or_raises_or_takes_too_long_is_counted(capsys):
     ]
     assert check_gpu.run(asked[:1], None)
     assert not check_gpu.run([("slow", lambda: time.sleep(0.5) or right)], 0.01)
+
+
+def test_a_kernel_is_checked_as_a_run_would(monkeypatch):
+    known = sizes.network("tiny", dtype="bfloat16")
+    monkeypatch.setattr(attention, "fuses", lambda: True)  # the fused one is a formula on a CPU
+    verdict = check_gpu.kernel(known, "attention", "fused", 3)
+    assert verdict.right, verdict
+    assert "extreme scores over time" in verdict.text
+    assert "will not be used" in check_gpu.kernel(known, "attention", "cudnn", 3).text
 
 
 def test_updates_that_differ_are_wrong():
