@@ -7,7 +7,6 @@ and to what a player looks at. With a `Teacher`, its velocities are learned inst
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -48,7 +47,8 @@ class NoiseConfig:
 class Own(NamedTuple):
     """How the network draws the earlier frames that it is shown."""
 
-    blind_B: jax.Array  # bool, the clips in which all labels are the highest
+    clips_B: jax.Array  # bool, the clips in which it is shown them
+    blind_B: jax.Array  # bool, those of them in which all noise levels are the highest
     t_BPT: jax.Array  # the labels that they are drawn from, in each of P passes
     noise_BTHWC: jax.Array  # and the noise, the same in all: nothing is learned in them
 
@@ -83,7 +83,9 @@ def draw(
         t_BPT = t_BPT.at[:, 0].set(_TOP)
     blind_B = jax.random.bernoulli(blind_key, noise.own_top_share, shape[:1])
     t_BPT = jnp.where(blind_B[:, None, None], _TOP, t_BPT)
-    return t_BT, noise_BTHWC, *Own(blind_B, t_BPT, jax.random.normal(own_key, shape))
+    clips_B = jnp.asarray(generated_clips(shape[0], noise.own_share))
+    own_noise = jax.random.normal(own_key, shape)
+    return t_BT, noise_BTHWC, *Own(clips_B, blind_B, t_BPT, own_noise)
 
 
 def mirrored(key, batch: dict[str, jax.Array], share: float) -> dict[str, jax.Array]:
@@ -123,22 +125,16 @@ def clip_loss(
 
     With history the first frame of a clip, of which there is no change to draw, does not count.
     With `middle_weight` other than 1 it is a mean in which the pixels of the middle weigh so much.
-    `own`, nothing or an `Own`, says which clips are shown earlier frames of the network's drawing.
+    `own`, nothing or an `Own`, says which clips are shown self-generated context.
     A `teacher` says what is learned instead of the clips' own velocities. With discrete
-    displacements their cross-entropy is added, and in every second clip the last frame is warped
+    displacements their cross-entropy is added, and in half of the clips the last frame is warped
     by the best of them instead of the likeliest, so that the residual is learned from both.
     """
     denoiser, frames = bind(network, params), to_model(frames_BTHWC)
     earlier = denoiser.earlier(frames)
     if own:
-        # The first so many clips, whose number is known: no other clip pays for these passes.
-        first = slice(math.ceil(len(frames) * noise.own_share))
-        own = jax.tree.map(lambda x: x[first], Own(*own))
         fixed = bind(network, jax.lax.stop_gradient(params))
-        given = frames[first], actions_BT[first]
-        drawn = own_frames(fixed, *given, own, renoised=noise.own_renoised)
-        shown = jnp.concatenate([drawn, frames[len(drawn) :]])
-        t_BT = t_BT.at[first].set(jnp.where(own.blind_B[:, None], _TOP, t_BT[first]))
+        shown, t_BT = _shown(fixed, frames, actions_BT, t_BT, Own(*own), noise)
         earlier = denoiser.earlier(shown)
     x0 = denoiser.to_sample(frames, earlier)
     sample = diffusion.noised(x0, t_BT, noise_BTHWC)
@@ -151,7 +147,8 @@ def clip_loss(
         errors = displacement.errors(earlier[..., :3], frames, reach)
         logits = denoiser.logits(outputs)
         likeliest = jnp.argmax(logits, -1)
-        is_best = (jnp.arange(len(frames)) % 2 == 0)[:, None, None, None]
+        # Noise of the first frame, which does not count, is a coin that no device sees otherwise.
+        is_best = (noise_BTHWC[:, 0, 0, 0, 0] > 0)[:, None, None, None]
         chosen = jnp.where(is_best, displacement.best(errors, reach), likeliest)
         log_probs = jax.nn.log_softmax(logits, axis=-1)
         entropy = -(displacement.targets(errors, reach) * log_probs).sum(-1)[:, counted]
@@ -165,6 +162,35 @@ def clip_loss(
         wanted = distillation.velocity(predict, sample.x, t_BT, teacher.steps)
     weights = 1.0 if middle == 1 else _weights(network.image_size, middle)
     return diffusion.loss(predicted[:, counted], wanted[:, counted], weights) + added
+
+
+def _shown(denoiser: Denoiser, frames, actions_BT, t_BT, own: Own, noise: NoiseConfig):
+    """The frames with self-generated ones in the clips of `own`, and the noise levels to train at.
+
+    Where the share of these clips is a whole number they stand at known places (see
+    `generated_clips`), whatever part of the batch this is, and no other clip pays for the passes.
+    """
+    frames, t_BT = jnp.asarray(frames), jnp.asarray(t_BT)
+    count = len(frames) * noise.own_share
+    which = np.arange(len(frames))
+    if abs(count - round(count)) < 1e-6:
+        which = np.flatnonzero(generated_clips(len(frames), noise.own_share))
+    part = jax.tree.map(lambda x: x[which], own)
+    given = frames[which], actions_BT[which]
+    generated = own_frames(denoiser, *given, part, renoised=noise.own_renoised)
+    is_own = part.clips_B[:, None, None, None, None]
+    shown = frames.at[which].set(jnp.where(is_own, generated, frames[which]))
+    is_blind = (part.clips_B & part.blind_B)[:, None]
+    return shown, t_BT.at[which].set(jnp.where(is_blind, _TOP, t_BT[which]))
+
+
+def generated_clips(count: int, share: float) -> np.ndarray:
+    """Which of so many clips are shown self-generated context, bool [count], evenly spread.
+
+    A part of a batch in which the share is a whole number of clips has the pattern of the whole.
+    """
+    edges = np.floor(np.arange(count + 1) * share + 1e-6)
+    return np.diff(edges) > 0
 
 
 def _weights(size: int, middle_weight: float) -> np.ndarray:

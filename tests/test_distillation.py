@@ -118,7 +118,8 @@ def test_a_teacher_teaches_however_an_update_is_computed(network_of, clips):
     parts = training.StepConfig(accumulate_steps=2, remat="layer")
 
     def gradients(**how):
-        find = functools.partial(training.gradients, network=network, teacher=teacher, **how)
+        how |= dict(network=network, teacher=teacher, noise=noise)
+        find = functools.partial(training.gradients, **how)
         return jax.jit(find)(params, *arrays)
 
     loss, plain = gradients(step=training.StepConfig(), mesh=None)

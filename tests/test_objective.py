@@ -19,6 +19,7 @@ def test_labels_and_clips_are_drawn_in_the_shares_asked_for():
     t, noise, *own = objective.draw(KEY, shape, noise)
     own = objective.Own(*own)
     assert 0.25 < (t == 999).mean() < 0.35
+    assert own.clips_B.mean() == 0.25
     assert not own.blind_B.any()
     assert own.t_BPT.shape == (200, 3, 5)
     assert 0.25 < (own.t_BPT == 999).mean() < 0.35
@@ -37,6 +38,14 @@ def test_in_some_own_clips_nothing_betrays_the_real_frames():
     before, _, *own_before = objective.draw(KEY, (400, 3, 2, 2, 3), plain)
     assert (before == t).all()  # `clip_loss` raises those of blind clips alone
     assert (objective.Own(*own_before).t_BPT == own.t_BPT)[~blind].all()
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.6, 1.0])
+def test_every_whole_part_of_a_batch_has_the_same_clips_generated(share):
+    whole = objective.generated_clips(40, share)
+    assert whole.mean() == pytest.approx(share)
+    part = objective.generated_clips(20, share)
+    np.testing.assert_array_equal(whole, np.tile(part, 2))
 
 
 def test_in_a_mirror_left_and_right_are_exchanged_and_nothing_else():
