@@ -1,11 +1,11 @@
 """What a session may start from, and what is refused before it can do harm."""
 
-import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
+from pictures import file_of, noise
 from PIL import Image
 
 from cwm_jax.coinrun import NO_ACTION
@@ -14,16 +14,6 @@ from cwm_jax.play import prompts
 from cwm_jax.play.demo import RealClips
 from cwm_jax.play.engine import Lane
 from cwm_jax.play.prompts import ClipSource, PictureSource
-
-
-def file_of(pixels, kind="PNG", **options):
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, kind, **options)
-    return out.getvalue()
-
-
-def noise(height, width):
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def test_a_64_by_64_picture_is_taken_as_it_is():

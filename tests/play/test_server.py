@@ -10,8 +10,8 @@ import time
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from pictures import file_of, noise
 from starlette.websockets import WebSocketDisconnect
-from test_prompts import file_of, noise
 
 from cwm_jax import controls
 from cwm_jax.controls import Control, Controls
