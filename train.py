@@ -16,8 +16,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cwm_jax import attention, cluster, compile_cache, dry_run, loop, memory, stopping
+from cwm_jax import attention, dry_run, loop
 from cwm_jax.errors import UserError, shown_to_user, tell
+from cwm_jax.runtime import compile_cache, hosts, preemption, process_memory
 from cwm_jax.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, configs/NAME.py.")
@@ -27,7 +28,7 @@ _CACHE = flags.DEFINE_string(
     "compile_cache", "auto", "Folder of compiled programs; auto: the user's cache; empty: none."
 )
 _LAUNCHER = flags.DEFINE_enum(
-    "launcher", "none", cluster.LAUNCHERS, "What started the processes, or `flags` below."
+    "launcher", "none", hosts.LAUNCHERS, "What started the processes, or `flags` below."
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "Processes in all.")
@@ -42,12 +43,12 @@ def main(_) -> None:
     with shown_to_user():
         config = _CONFIG.value.to_dict()
         settings = Settings.from_config(config)
-        memory.claim_gpu()
-        memory.schedule_for_memory()
-        memory.keep_freed()
+        process_memory.claim_gpu()
+        process_memory.schedule_for_memory()
+        process_memory.keep_freed()
         compile_cache.enable(_CACHE.value)
         _join_others()
-        cluster.check_same({"config": config})
+        hosts.check_same({"config": config})
         attention.check_device(settings.model.attention)
         if _DRY_RUN.value:
             dry_run.tell(settings)
@@ -60,20 +61,20 @@ def _train(settings: Settings, config: dict) -> None:
         loop.train(settings, Path(_WORKDIR.value), config=config)
         gc.collect()  # the last batches, lest the exit complain of their shared memory, …
         time.sleep(_LAST_BATCHES_SECONDS)  # … which Grain frees in a thread that the exit would end
-    except stopping.Preempted as stopped:
+    except preemption.Preempted as stopped:
         tell(str(stopped))
-        raise SystemExit(stopping.EXIT_CODE) from None
+        raise SystemExit(preemption.EXIT_CODE) from None
 
 
 def _join_others() -> None:
     wait = dict(wait_seconds=_JOIN_TIMEOUT.value)
     if _LAUNCHER.value == "flags":
-        place = cluster.Place(
+        place = hosts.Place(
             coordinator=_COORDINATOR.value, count=_NUM_PROCESSES.value, index=_PROCESS_ID.value
         )
-        cluster.join(place, **wait)
+        hosts.join(place, **wait)
     elif _LAUNCHER.value != "none":
-        cluster.join(cluster.find_place(_LAUNCHER.value, **wait), **wait)
+        hosts.join(hosts.find_place(_LAUNCHER.value, **wait), **wait)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -38,13 +38,13 @@ from cwm_jax import (
     kernel_choice,
     kernel_measure,
     kernel_trials,
-    memory,
     model,
     sampler,
     training,
 )
 from cwm_jax.network import DiTConfig
 from cwm_jax.objective import NoiseConfig
+from cwm_jax.runtime import process_memory
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("debug", "pocket", "small", "large")
@@ -283,7 +283,7 @@ def main() -> int:
     if args.reference:
         write_references(args.reference, networks, args.clips, args.frames)
         return 0
-    memory.claim_gpu()
+    process_memory.claim_gpu()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         references = References(Path(folder), networks, args.clips, args.frames)
         stack.callback(references.process.wait)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cwm_jax import data, memory
+from cwm_jax import data
 from cwm_jax.data import DataConfig
+from cwm_jax.runtime import process_memory
 from cwm_jax.shards import find_shards, open_shard, read_record
 
 _BATCHES = "training batches, global shuffle"
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="reading processes; 0: threads")
     parser.add_argument("--output", type=Path, help="gets the numbers as JSON")
     args = parser.parse_args()
-    memory.keep_freed()  # as train.py does
+    process_memory.keep_freed()  # as train.py does
     config = DataConfig(dir=args.dir, num_threads=args.threads, num_workers=args.workers)
     counts = {
         _BATCHES: batches(config, args.batch),

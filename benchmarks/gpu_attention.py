@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
-from cwm_jax import attention, rope, speed
+from cwm_jax import attention, rope
 from cwm_jax.kernels import reference
 from cwm_jax.kernels import rotary_attention as kernels
 from cwm_jax.kernels.rotary_attention import Plan, Tuning
+from cwm_jax.runtime import device_speed
 
 Row = dict[str, object]
 
@@ -231,7 +232,7 @@ def compiled(function, *shapes):
 
 
 def timed(program, arrays, least: int) -> Row:
-    seconds = speed.best_time(program, *arrays, rounds=3, calls=10)
+    seconds = device_speed.best_time(program, *arrays, rounds=3, calls=10)
     return {"ms": 1e3 * seconds, "gb_s": least / seconds / 1e9}
 
 

@@ -29,8 +29,9 @@ import optax
 
 from benchmarks import hlo, machine, sizes
 from benchmarks.train import OPTIM, random_batch
-from cwm_jax import attention, layers, memory, model, training
+from cwm_jax import attention, layers, model, training
 from cwm_jax.kernels import norm
+from cwm_jax.runtime import process_memory
 
 BY_LIBRARY = {"xla_gpu_enable_triton_gemm": False}  # products in cuBLAS, with bias and GELU
 Patches = tuple[tuple[object, str, object], ...]  # (module, name, what stands there instead)
@@ -525,8 +526,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("pieces", "steps"), help="leaves out the others")
     parser.add_argument("--tiny", action="store_true", help="small shapes, kernels interpreted")
     args = parser.parse_args()
-    memory.claim_gpu()
-    memory.schedule_for_memory()
+    process_memory.claim_gpu()
+    process_memory.schedule_for_memory()
     bench = Bench(args.output, args.seconds, args.workers)
     interpreted: Patches = ()
     network = dataclasses.replace(sizes.network("small", dtype="bfloat16"), norm="xla")

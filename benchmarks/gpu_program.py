@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 
 from benchmarks import hlo, sizes
 from benchmarks.train import OPTIM
-from cwm_jax import flops, memory, parallel, training
+from cwm_jax import flops, training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.model import REMAT
+from cwm_jax.runtime import process_memory, sharding
 
 TARGET = Path(__file__).parent / "targets" / "h200.txtpb"
 
@@ -32,13 +33,13 @@ def compile_for_target(network, step: training.StepConfig, *, clips: int, frames
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGET.read_text(), topology=f"1x1x{devices}"
     )
-    mesh = Mesh([[device] for device in topology.devices], parallel.AXES)
+    mesh = Mesh([[device] for device in topology.devices], sharding.AXES)
     fresh = lambda: training.init_state(network, OPTIM, 0)
-    state = parallel.abstract(jax.eval_shape(fresh), mesh)
-    place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.by_clip(mesh))
+    state = sharding.abstract(jax.eval_shape(fresh), mesh)
+    place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.by_clip(mesh))
     shape = clips * devices, frames
     batch = {"frames": place((*shape, *FRAME_SHAPE), jnp.uint8), "actions": place(shape, jnp.int32)}
-    key = parallel.abstract(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    key = sharding.abstract(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     # Kernels of Pallas ask for the kind of device when they are lowered.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = training.train_step.trace(
@@ -103,9 +104,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # there is no GPU to start
-    memory.schedule_for_memory()  # as train.py does
+    process_memory.schedule_for_memory()  # as train.py does
     if args.library:
-        memory.multiply_by_library()
+        process_memory.multiply_by_library()
     results = {}
     if args.output and args.output.exists():
         results = json.loads(args.output.read_text())

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 
 from benchmarks import machine, sizes, train
-from cwm_jax import attention, denoiser, diffusion, memory, model, rope, speed, torch_format
+from cwm_jax import attention, denoiser, diffusion, model, rope, torch_format
 from cwm_jax.coinrun import to_model
 from cwm_jax.network import DiTConfig
+from cwm_jax.runtime import device_speed, process_memory
 from cwm_jax.training import StepConfig
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
@@ -93,7 +94,7 @@ def attention_time(network: DiTConfig, kernel: str, over: str, *, clips: int) ->
         out, pull = jax.vjp(attend, qkv)
         return out, pull(grad)
 
-    times = speed.best_time(jax.jit(attend), qkv), speed.best_time(both, qkv, grad)
+    times = device_speed.best_time(jax.jit(attend), qkv), device_speed.best_time(both, qkv, grad)
     return {
         "attention": kernel,
         "over": over,
@@ -174,8 +175,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="clips a step")
     parser.add_argument("--output", type=Path, required=True, help="gets the numbers as JSON")
     args = parser.parse_args()
-    memory.claim_gpu()
-    memory.schedule_for_memory()
+    process_memory.claim_gpu()
+    process_memory.schedule_for_memory()
     found: dict[str, list[Result]] = {}
     for section, asked, measure in measurements(args.size, args.batch):
         row = asked | tried(measure)

@@ -29,8 +29,8 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import sizes
-from cwm_jax import memory
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.runtime import process_memory
 
 ON_DEVICE, COPIED = "on the device", "pinned, copied in the step"
 
@@ -239,7 +239,7 @@ class _Child:
 
 
 def _begin(make: Callable[[], Step]) -> None:
-    memory.keep_freed()  # as train.py does; the original gets it too
+    process_memory.keep_freed()  # as train.py does; the original gets it too
     _Child.step = make()
 
 

@@ -24,8 +24,9 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import machine, sizes
-from cwm_jax import change, denoiser, diffusion, flops, memory, model, sampler, speed
+from cwm_jax import change, denoiser, diffusion, flops, model, sampler
 from cwm_jax.network import DiTConfig
+from cwm_jax.runtime import device_speed, process_memory
 
 KEY = jax.random.key(0)
 
@@ -57,7 +58,7 @@ class Bench:
     def __init__(self, config: DiTConfig):
         self.config = config
         self.params = model.init(config, 0)
-        self.speed = speed.matmul_flops(config.compute_dtype)
+        self.speed = device_speed.matmul_flops(config.compute_dtype)
 
     def row(self, window: str, batch: int, steps: int, context: int) -> dict:
         """Milliseconds and frames/s after so many context frames; a full window of them slides."""
@@ -138,7 +139,7 @@ class Bench:
         began = time.perf_counter()
         jax.block_until_ready(draw(cast, frames, actions, x))
         compiled = time.perf_counter() - began
-        once = speed.best_time(draw, cast, frames, actions, x, rounds=1, calls=1)
+        once = device_speed.best_time(draw, cast, frames, actions, x, rounds=1, calls=1)
         return once, compiled - once
 
 
@@ -187,7 +188,7 @@ def cached_compile_seconds(config: DiTConfig, params) -> tuple[float, float]:
 
 def main() -> None:
     args = _flags().parse_args()
-    memory.claim_gpu()
+    process_memory.claim_gpu()
     if args.quick:
         args.batch, args.steps = [1], [1, 4, 10]
     network = sizes.network(args.size, dtype=args.dtype)

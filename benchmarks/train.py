@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import sizes, trace
-from cwm_jax import flops, kernel_choice, memory, model, speed, training
+from cwm_jax import flops, kernel_choice, model, training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.network import DiTConfig
+from cwm_jax.runtime import device_speed, process_memory
 from cwm_jax.training import OptimizerConfig, StepConfig
 
 OPTIM = OptimizerConfig(lr=1e-4, weight_decay=0.01, warmup_steps=2000, grad_clip=1.0, ema_decay=0.0)
@@ -92,7 +93,10 @@ def measure(
 
 
 def machine_speed(dtype: jnp.dtype) -> dict[str, float]:
-    return {"matmul_flops": speed.matmul_flops(dtype), "copy_bytes": speed.copy_bytes()}
+    return {
+        "matmul_flops": device_speed.matmul_flops(dtype),
+        "copy_bytes": device_speed.copy_bytes(),
+    }
 
 
 def _times(compiled, state, batch, key, steps: int) -> tuple:
@@ -160,8 +164,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--output", type=Path, help="gets the numbers as JSON")
     args = parser.parse_args()
-    memory.claim_gpu()
-    memory.schedule_for_memory()
+    process_memory.claim_gpu()
+    process_memory.schedule_for_memory()
     network = sizes.network(args.size, dtype=args.dtype, attention=args.attention)
     at_once = args.batch // args.accumulate
     found = measure(

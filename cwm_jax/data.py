@@ -20,11 +20,12 @@ import grain
 import numpy as np
 from absl import flags
 
-from cwm_jax import memory, shared_memory
+from cwm_jax import shared_memory
 from cwm_jax.clips import Batch, Clips, Episodes, cut
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.episodes import BadRecord
 from cwm_jax.errors import UserError, tell
+from cwm_jax.runtime import process_memory
 from cwm_jax.shards import find_shards
 
 ON_BAD_RECORD = ("stop", "skip")
@@ -430,7 +431,7 @@ def _as_worker(index: int, count: int) -> None:
 
     And keep its memory, record after record.
     """
-    memory.keep_freed()
+    process_memory.keep_freed()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()

@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cwm_jax import data, parallel, speed
+from cwm_jax import data
 from cwm_jax.clips import Batch
 from cwm_jax.coinrun import FRAME_SHAPE, NO_ACTION
 from cwm_jax.episodes import FRAME_BYTES, BadRecord, Episode
 from cwm_jax.errors import UserError
+from cwm_jax.runtime import device_speed, sharding
 
 _CHUNK_FRAMES = 16_384  # read, copied and added as one: 200 MB
 _READERS = 8  # threads
@@ -59,10 +60,10 @@ class DeviceBatches(data.TrainBatches):
             )
         self._chunks = _chunks(self._clips.episodes.lengths, self._config.on_device)
         self._rows = max(sum(self._clips.episodes.lengths[c].tolist()) for c in self._chunks)
-        self._place = parallel.replicated(mesh)
+        self._place = sharding.replicated(mesh)
         self._insert = jax.jit(_insert, donate_argnums=0)
         gather = lambda *arrays: _gather(*arrays, length=self._clips.clip_len)
-        self._gather = jax.jit(gather, out_shardings=parallel.by_clip(mesh))
+        self._gather = jax.jit(gather, out_shardings=sharding.by_clip(mesh))
         self._numbers_of: dict[int, np.ndarray] = {}
         self._wanted = 0  # clips that were there when the state was saved
         self._forget()
@@ -209,7 +210,7 @@ def _chunks(lengths: np.ndarray, most: int) -> list[range]:
 
 def _memory() -> int:
     """Bytes that the device has; on a CPU, this machine's memory."""
-    return speed.memory_limit() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return device_speed.memory_limit() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _insert(store, chunk, row):

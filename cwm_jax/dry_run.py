@@ -11,9 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import data, flops, kernel_choice, parallel, speed, training
+from cwm_jax import data, flops, kernel_choice, training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.errors import UserError
+from cwm_jax.runtime import device_speed, sharding
 from cwm_jax.settings import Settings
 
 _GIB = 2**30
@@ -32,19 +33,19 @@ class Memory(NamedTuple):
 
 def compile_step(settings: Settings):
     """The compiled training step of a run, from shapes alone; raises what compiling raises."""
-    mesh = parallel.make_mesh(settings.fsdp)
-    clips = parallel.global_batch_size(
+    mesh = sharding.make_mesh(settings.fsdp)
+    clips = sharding.global_batch_size(
         settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
     )
     fresh = lambda: training.init_state(settings.model, settings.optimizer, settings.seed)
-    state = parallel.abstract(jax.eval_shape(fresh), mesh)
+    state = sharding.abstract(jax.eval_shape(fresh), mesh)
     shape = clips, settings.data.clip_len
-    place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.by_clip(mesh))
+    place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.by_clip(mesh))
     batch = {"frames": place((*shape, *FRAME_SHAPE), jnp.uint8), "actions": place(shape, jnp.int32)}
     teacher = None
     if settings.distil_from:
         make = lambda params: training.init_teacher(settings.model, params, settings.ddim_steps)
-        teacher = parallel.abstract(jax.eval_shape(make, state.params), mesh)
+        teacher = sharding.abstract(jax.eval_shape(make, state.params), mesh)
     lowered = training.train_step.lower(
         state,
         batch,
@@ -68,7 +69,7 @@ def memory_of(compiled) -> Memory:
 def memory_limit() -> int:
     """Bytes that a device has for a program; on a CPU, this machine's memory."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return speed.memory_limit() or physical // jax.local_device_count()
+    return device_speed.memory_limit() or physical // jax.local_device_count()
 
 
 def what_fits(settings: Settings, limit: int) -> Settings | None:
@@ -93,7 +94,7 @@ def what_fits(settings: Settings, limit: int) -> Settings | None:
 def tell(settings: Settings) -> None:
     """Prints the memory, arithmetic and time of a run, and what to change if it will not fit."""
     devices = jax.device_count()
-    clips = parallel.global_batch_size(
+    clips = sharding.global_batch_size(
         settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
     )
     network = kernel_choice.measured(
@@ -124,7 +125,10 @@ def tell(settings: Settings) -> None:
 
 
 def _tell_time(settings: Settings, asked: float, compiled) -> None:
-    rate, copying = speed.matmul_flops(settings.model.compute_dtype), speed.copy_bytes()
+    rate, copying = (
+        device_speed.matmul_flops(settings.model.compute_dtype),
+        device_speed.copy_bytes(),
+    )
     # XLA counts a loop's body once. Nearly all of a step is in the loop over its parts.
     counted = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
     moved = settings.accumulate_steps * counted
@@ -148,7 +152,7 @@ def _tell_time(settings: Settings, asked: float, compiled) -> None:
 
 def _steps(settings: Settings) -> int | None:
     """Updates in the whole run; None where only data that is not here could tell."""
-    clips = parallel.global_batch_size(settings.batch_size, settings.global_batch_size)
+    clips = sharding.global_batch_size(settings.batch_size, settings.global_batch_size)
     try:
         per_epoch = len(data.open_clips(settings.data, "train")) // clips
     except UserError as error:

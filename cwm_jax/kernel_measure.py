@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import speed
 from cwm_jax.kernel_trials import Check, Function, Timing, Trial
+from cwm_jax.runtime import device_speed
 
 _COMPILE_SECONDS = 120  # for all programs of a trial; what is not ready then is not taken
 _WRONG = "wrong: "  # begins the reason of a candidate that ran, and would do so again
@@ -118,7 +118,9 @@ def largest_error(found, wanted) -> float:
 def _seconds(program, function: Function, timing: Timing, dtype) -> float:
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in timing.shapes]
     results = jax.eval_shape(function, *arguments)
-    return speed.best_time(program, _random(arguments, dtype), _random(results, dtype), calls=10)
+    return device_speed.best_time(
+        program, _random(arguments, dtype), _random(results, dtype), calls=10
+    )
 
 
 def _random(shapes, dtype):

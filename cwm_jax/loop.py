@@ -14,15 +14,12 @@ import numpy as np
 from cwm_jax import (
     checkpoint,
     clock,
-    cluster,
     curves,
     data,
     device_data,
     files,
     kernel_choice,
-    memory,
     metrics_file,
-    parallel,
     progress,
     report,
     resume,
@@ -31,13 +28,13 @@ from cwm_jax import (
     samplers,
     sheet,
     stages,
-    stopping,
     training,
     video,
 )
 from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import drawing, quick, single_step
 from cwm_jax.objective import Teacher
+from cwm_jax.runtime import hosts, preemption, process_memory, sharding
 from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
 from cwm_jax.training import TrainState
@@ -60,7 +57,7 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
 
     Raises:
         UserError: for settings, data or a workdir that cannot be used, or a run gone wrong.
-        stopping.Preempted: a signal asked it to stop; everything done so far is saved.
+        preemption.Preempted: a signal asked it to stop; everything done so far is saved.
     """
     run = _Run(settings, workdir, config)
     run_folder.make(workdir)
@@ -76,8 +73,8 @@ class _Run:
         self.clock = clock.Clock(settings.minutes, settings.decay_share)
         self.saved_seconds = 0.0  # of the clock, at the last save
         self._check_alone()
-        self.mesh = parallel.make_mesh(settings.fsdp)
-        self.batch_size = parallel.global_batch_size(
+        self.mesh = sharding.make_mesh(settings.fsdp)
+        self.batch_size = sharding.global_batch_size(
             settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
         )
         self.shared = dict(
@@ -96,7 +93,7 @@ class _Run:
         self.whole_validation = self._val_batches(limit=None)
         # Hosts may have copies of their own, of which one may be incomplete.
         val = {"clips": self.whole_validation.num_clips}
-        cluster.check_same({"data": {"train": self.batches.get_state(), "val": val}})
+        hosts.check_same({"data": {"train": self.batches.get_state(), "val": val}})
         self.script = self._script() if settings.rollout_every_steps else None
         self.quick = self._quick() if settings.eval_every_steps else None
         total = settings.epochs * self.batches.per_epoch
@@ -175,7 +172,7 @@ class _Run:
         )
         with (
             contextlib.closing(updates),
-            stopping.Stop() as stop,
+            preemption.Stop() as stop,
             self._checkpoints() as self.checkpoints,
         ):
             first, state, pause_due = self._start()
@@ -186,7 +183,7 @@ class _Run:
                 for step in range(first + 1, self.total_steps + 1):
                     if stop.asked(step - 1):
                         break
-                    batch = parallel.to_devices(next(self.batches), self.mesh)
+                    batch = sharding.to_devices(next(self.batches), self.mesh)
                     state, metrics = updates.update(
                         self._share(step), state, batch, key, **self._rate()
                     )
@@ -259,9 +256,9 @@ class _Run:
             with files.written_whole(self.workdir / "config.json") as temporary:
                 temporary.write_text(json.dumps(self.config, indent=2) + "\n")
         if saved is None:
-            make = jax.jit(begin, out_shardings=parallel.placement(shapes, self.mesh))
+            make = jax.jit(begin, out_shardings=sharding.placement(shapes, self.mesh))
             return 0, make(given), False
-        state = self.checkpoints.restore(parallel.abstract(shapes, self.mesh))
+        state = self.checkpoints.restore(sharding.abstract(shapes, self.mesh))
         told = [f"continuing from step {self._place(saved.step)} in {self.workdir}"]
         told += [f"  with another setting than before: {line}" for line in differing]
         tell("\n".join(told), file=sys.stdout)
@@ -292,7 +289,7 @@ class _Run:
             training.init_teacher, self.settings.model, steps=self.settings.ddim_steps
         )
         shapes = jax.eval_shape(make, params)
-        return jax.jit(make, out_shardings=parallel.placement(shapes, self.mesh))(params)
+        return jax.jit(make, out_shardings=sharding.placement(shapes, self.mesh))(params)
 
     def _params_of(self, setting: str, path: str) -> dict[str, np.ndarray]:
         """The parameters of a model that a setting names; it must have this run's network."""
@@ -357,17 +354,17 @@ class _Run:
             or step == self.total_steps
         )
 
-    def _pause(self, step: int, state: TrainState, stop: stopping.Stop) -> TrainState:
+    def _pause(self, step: int, state: TrainState, stop: preemption.Stop) -> TrainState:
         """What follows a step; put off to the next start of the run where a stop is asked for."""
         try:
             state = self._look_and_save(step, state, stop)
-            memory.release_freed()
+            process_memory.release_freed()
             return state
-        except stopping.StopAsked:
+        except preemption.StopAsked:
             self._save(state, pause_due=True)
             self._leave(step, stop)
 
-    def _look_and_save(self, step: int, state: TrainState, stop: stopping.Stop) -> TrainState:
+    def _look_and_save(self, step: int, state: TrainState, stop: preemption.Stop) -> TrainState:
         settings = self.settings
         weights = training.weights_to_sample(state)
         val_loss = None
@@ -387,7 +384,7 @@ class _Run:
         if self._ends_epoch(step):
             batches = stop.until(self.whole_validation)
             results = single_step.epoch_end(self.network, weights, batches, self.mesh)
-            loss_sum, count = parallel.local(parallel.whole(state.epoch_loss, self.mesh))
+            loss_sum, count = sharding.local(sharding.whole(state.epoch_loss, self.mesh))
             self.reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
             state = state._replace(epoch_loss=state.epoch_loss * 0)
         if self._saves(step):
@@ -402,7 +399,7 @@ class _Run:
         seconds = self.checkpoints.save(state, **details)
         self.reporter.scalars(int(state.step), {"perf/save_seconds": seconds})
 
-    def _finish(self, state: TrainState, stop: stopping.Stop) -> None:
+    def _finish(self, state: TrainState, stop: preemption.Stop) -> None:
         """Makes sure of the last checkpoint; leaves by `Preempted` where a stop was asked for."""
         step = int(state.step)
         if step < self.total_steps:
@@ -414,9 +411,9 @@ class _Run:
                 f"make room there and start it again, it goes on from the checkpoint before"
             )
 
-    def _leave(self, step: int, stop: stopping.Stop) -> None:
+    def _leave(self, step: int, stop: preemption.Stop) -> None:
         went_well = self.checkpoints.settle()
-        raise stopping.Preempted(
+        raise preemption.Preempted(
             f"stopped by {stop.signal} after step {self._place(step)}, "
             + (f"saved in {self.workdir}" if went_well else "WHICH COULD NOT BE SAVED")
             + ". Start it again with the same command to go on."
@@ -430,10 +427,10 @@ class _Run:
 
     def _sampler(self, weights) -> Sampler | None:
         """Draws with the weights, in the first process alone; every process must come by here."""
-        weights = parallel.whole(weights, self.mesh)
+        weights = sharding.whole(weights, self.mesh)
         if jax.process_index():
             return None
-        return Sampler(self.settings.model, parallel.local(weights), self.settings.sampler)
+        return Sampler(self.settings.model, sharding.local(weights), self.settings.sampler)
 
     def _evaluate(self, step: int, sampler: Sampler) -> None:
         """The quick form of the evaluation."""

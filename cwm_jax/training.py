@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from cwm_jax import model, objective, parallel
+from cwm_jax import model, objective
 from cwm_jax.errors import UserError
 from cwm_jax.model import Params
 from cwm_jax.network import DiTConfig
 from cwm_jax.objective import NoiseConfig, Teacher
+from cwm_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +191,7 @@ def gradients(
     """
     function = functools.partial(_value_and_grad, network=network, step=step, noise=noise)
     if mesh is not None:
-        function = parallel.mean_over_devices(function, mesh)
+        function = sharding.mean_over_devices(function, mesh)
     loss, grads = function(_cast(params, network), teacher, *batch)
     return loss, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
 
@@ -275,7 +276,7 @@ def train_step(
         state: used up; its memory becomes the next state's.
         batch: `{"frames": uint8 [B, T, H, W, 3], "actions": int32 [B, T]}`.
         key: the run's PRNG key; the step's number is folded in here.
-        mesh: where state and batch lie, as `parallel` places them; None for one device.
+        mesh: where state and batch lie, as `sharding` places them; None for one device.
         teacher: whose drawing is learned, from `init_teacher`; it lies as the state does.
         rate: float32 [], multiplies the learning rate of `optim`; None: 1.
     """
@@ -287,7 +288,7 @@ def train_step(
     how = dict(network=network, optim=optim, step=step, mesh=mesh, teacher=teacher)
     following, metrics = update(state, batch, *draws, noise=noise, rate=rate, **how)
     if mesh is not None:
-        following = jax.lax.with_sharding_constraint(following, parallel.placement(following, mesh))
+        following = jax.lax.with_sharding_constraint(following, sharding.placement(following, mesh))
     return following, metrics
 
 

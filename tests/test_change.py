@@ -15,7 +15,6 @@ from cwm_jax import (
     flops,
     model,
     objective,
-    parallel,
     sampler,
     torch_format,
     training,
@@ -25,6 +24,7 @@ from cwm_jax.coinrun import to_model
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import quality, single_step
 from cwm_jax.play import memory
+from cwm_jax.runtime import sharding
 from cwm_jax.sampler import Sampler, SamplerConfig
 
 KEY = jax.random.key(3)
@@ -208,7 +208,7 @@ def test_what_is_judged_is_what_was_trained(known):
     config, params = known
     frames, actions = clip_of(frames=11, clips=1)
     shown = {"frames": frames[:, :5], "actions": actions[:, :5], "mask": np.ones(1, np.float32)}
-    told = dict(single_step.validation(config, params, [shown], parallel.make_mesh()))
+    told = dict(single_step.validation(config, params, [shown], sharding.make_mesh()))
     t, noise = diffusion.draw(jax.random.fold_in(jax.random.key(0), 0), frames[:, :5].shape)
     asked = params, frames[:, :5], actions[:, :5], t, noise
     np.testing.assert_allclose(

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import data, device_data, parallel
+from cwm_jax import data, device_data
 from cwm_jax.data import DataConfig
 from cwm_jax.episodes import BadRecord, encode
 from cwm_jax.errors import UserError
+from cwm_jax.runtime import sharding
 from cwm_jax.shards import write_shard
 
 LENGTHS = [[11, 12], [14, 9, 30], [7]]
@@ -24,7 +25,7 @@ def config(make_data, monkeypatch):
 
 
 def batches_of(config, *, on_device=True):
-    make = functools.partial(device_data.DeviceBatches, mesh=parallel.make_mesh())
+    make = functools.partial(device_data.DeviceBatches, mesh=sharding.make_mesh())
     make = make if on_device else data.TrainBatches
     return data.train_batches(config, batch_size=3, seed=4, make=make)
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import change, denoiser, diffusion, distillation, objective, parallel, training
+from cwm_jax import change, denoiser, diffusion, distillation, objective, training
 from cwm_jax.coinrun import to_model
 from cwm_jax.objective import NoiseConfig, Teacher
+from cwm_jax.runtime import sharding
 from cwm_jax.sampler import ddim_levels
 
 KEY = jax.random.key(3)
@@ -123,7 +124,7 @@ def test_a_teacher_teaches_however_an_update_is_computed(network_of, clips):
         return jax.jit(find)(params, *arrays)
 
     loss, plain = gradients(step=training.StepConfig(), mesh=None)
-    other_loss, other = gradients(step=parts, mesh=parallel.make_mesh())
+    other_loss, other = gradients(step=parts, mesh=sharding.make_mesh())
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     for name, gradient in plain.items():
         scale = float(jnp.abs(gradient).max())
@@ -150,7 +151,8 @@ def test_a_student_comes_nearer_to_its_teachers_steps(network_of, clips):
 
 IN_PARTS = """
 import dataclasses, jax, numpy as np
-from cwm_jax import model, objective, parallel, training
+from cwm_jax import model, objective, training
+from cwm_jax.runtime import sharding
 from tiny_network import TINY
 network = dataclasses.replace(TINY, depth=1)
 params, others = model.init(network, 0), model.init(network, 1)
@@ -160,8 +162,8 @@ actions = np.full((4, 2), 7, np.int32)
 draws = objective.draw(jax.random.key(0), frames.shape, objective.NoiseConfig(), teacher)
 how = dict(network=network, step=training.StepConfig())
 alone = training.gradients(params, frames, actions, *draws, mesh=None, teacher=teacher, **how)
-mesh = parallel.make_mesh(2)
-place = lambda tree: jax.device_put(tree, parallel.placement(tree, mesh))
+mesh = sharding.make_mesh(2)
+place = lambda tree: jax.device_put(tree, sharding.placement(tree, mesh))
 params, teacher = place(params), teacher._replace(params=place(others))
 shared = jax.jit(lambda p, t: training.gradients(
     p, frames, actions, *draws, mesh=mesh, teacher=t, **how))(params, teacher)

@@ -8,8 +8,9 @@ import pytest
 from test_loop import ROOT, config_of, program
 
 from configs import small
-from cwm_jax import dry_run, flops, model, speed, training
+from cwm_jax import dry_run, flops, model, training
 from cwm_jax.dry_run import Memory
+from cwm_jax.runtime import device_speed
 from cwm_jax.settings import Settings
 
 SETTINGS = dataclasses.replace(
@@ -51,8 +52,8 @@ def test_what_is_set_already_is_not_tried_again(tried):
 @pytest.fixture
 def tiny(make_data, monkeypatch) -> Settings:
     """A run of 2 · 5 steps on a machine of known speed."""
-    monkeypatch.setattr(speed, "matmul_flops", lambda dtype: 5e8)
-    monkeypatch.setattr(speed, "copy_bytes", lambda: 2e8)
+    monkeypatch.setattr(device_speed, "matmul_flops", lambda dtype: 5e8)
+    monkeypatch.setattr(device_speed, "copy_bytes", lambda: 2e8)
     folder = make_data(train=[[11, 12], [14]], val=[[11, 9]])  # 3 + 3 + 4 = 10 clips
     return Settings.from_config(config_of(folder, remat="none"))
 

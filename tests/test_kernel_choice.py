@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import attention, compile_cache, kernel_choice, kernel_trials, speed
+from cwm_jax import attention, kernel_choice, kernel_trials
 from cwm_jax.kernel_trials import Check, Timing, Trial
+from cwm_jax.runtime import compile_cache, device_speed
 
 FLOAT = jnp.dtype("float32")
 BATCH = dict(clips=2, frames=4)
@@ -163,7 +164,9 @@ def test_all_processes_take_what_is_right_at_each(monkeypatch, here, elsewhere, 
 
 
 def test_on_a_cpu_nothing_is_timed(tiny, monkeypatch):
-    monkeypatch.setattr(speed, "best_time", lambda *_, **__: pytest.fail("something was timed"))
+    monkeypatch.setattr(
+        device_speed, "best_time", lambda *_, **__: pytest.fail("something was timed")
+    )
     assert kernel_choice.measured(tiny, **BATCH) == tiny
     assert (tiny.attention_kernel, tiny.norm_kernel) == ("xla", "xla")
 

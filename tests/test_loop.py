@@ -17,18 +17,9 @@ from tiny_network import TINY
 
 import sample
 from configs import base
-from cwm_jax import (
-    checkpoint,
-    clock,
-    data,
-    loop,
-    metrics_file,
-    run_folder,
-    stopping,
-    training,
-    weights,
-)
+from cwm_jax import checkpoint, clock, data, loop, metrics_file, run_folder, training, weights
 from cwm_jax.errors import UserError
+from cwm_jax.runtime import preemption
 from cwm_jax.settings import Settings
 from cwm_jax.video import read_mp4
 
@@ -159,7 +150,7 @@ def before_step(monkeypatch, step, action):
 def stopped_before(workdir, config, monkeypatch, step):
     with monkeypatch.context() as patch:
         before_step(patch, step, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(stopping.Preempted, match=f"stopped by SIGTERM after step {step} of"):
+        with pytest.raises(preemption.Preempted, match=f"stopped by SIGTERM after step {step} of"):
             train(workdir, config)
     assert checkpoint.load(workdir).step == step
 

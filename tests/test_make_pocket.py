@@ -10,7 +10,7 @@ import pytest
 
 from cwm_jax import samplers
 from cwm_jax.errors import UserError
-from cwm_jax.stopping import EXIT_CODE
+from cwm_jax.runtime.preemption import EXIT_CODE
 from cwm_jax.tools import pocket
 
 CPU = pocket.Device("cpu", "cpu", 0, "")

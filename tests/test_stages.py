@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import parallel, stages, training
+from cwm_jax import stages, training
 from cwm_jax.objective import NoiseConfig
+from cwm_jax.runtime import sharding
 
 OPTIM = training.OptimizerConfig(
     lr=1e-2, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
@@ -18,7 +19,7 @@ KEY = jax.random.key(1)
 def batch():
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
     batch = {"frames": frames, "actions": np.zeros((2, 3), np.int32)}
-    return parallel.to_devices(batch, parallel.make_mesh())
+    return sharding.to_devices(batch, sharding.make_mesh())
 
 
 def losses_of(update, tiny, batch, shares):
@@ -30,7 +31,7 @@ def losses_of(update, tiny, batch, shares):
 
 
 def test_a_stage_begins_at_its_share_also_in_a_run_that_starts_within_it(tiny, batch):
-    how = dict(network=tiny, optim=OPTIM, mesh=parallel.make_mesh(), teacher=None)
+    how = dict(network=tiny, optim=OPTIM, mesh=sharding.make_mesh(), teacher=None)
 
     def plain(share, state, *args, **traced):
         noise = NOISES[share >= 0.5][1]
@@ -44,7 +45,7 @@ def test_a_stage_begins_at_its_share_also_in_a_run_that_starts_within_it(tiny, b
 
 
 def test_the_next_stage_is_compiled_during_the_present_one(tiny, batch):
-    how = dict(network=tiny, optim=OPTIM, mesh=parallel.make_mesh(), teacher=None)
+    how = dict(network=tiny, optim=OPTIM, mesh=sharding.make_mesh(), teacher=None)
     updates = stages.Stages(NOISES, **how)
     state, _ = updates.update(0.0, training.init_state(tiny, OPTIM, 0), batch, KEY)
     updates._next.result()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from cwm_jax import data, parallel
+from cwm_jax import data
 from cwm_jax.bundle import Bundle
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data import DataConfig
@@ -33,6 +33,7 @@ from cwm_jax.evaluation.scores import Scores, score
 from cwm_jax.files import written_whole
 from cwm_jax.model import Params
 from cwm_jax.network import DiTConfig
+from cwm_jax.runtime import sharding
 from cwm_jax.sampler import Sampler, check_seed
 
 PROBED = 31  # frames whose actions are read back: what fits the window of the original
@@ -120,7 +121,7 @@ def measure(
         network, params, clips.frames[:, scored], clips.actions[:, scored]
     )
     measured = judge(drawn, plan, rendered=rendered, reader=reader)
-    mesh = parallel.make_mesh()
+    mesh = sharding.make_mesh()
     batches = data.eval_batches(
         config, plan.split, batch_size=_whole_batch(plan.batch_size), num_actions=NUM_ACTIONS
     )

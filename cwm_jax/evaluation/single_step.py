@@ -13,7 +13,7 @@ from cwm_jax.coinrun import to_model, to_pixels
 from cwm_jax.denoiser import bind
 from cwm_jax.model import Params
 from cwm_jax.network import DiTConfig
-from cwm_jax.parallel import to_devices
+from cwm_jax.runtime.sharding import to_devices
 
 Batches = Iterable[dict[str, np.ndarray]]
 

@@ -121,8 +121,9 @@ def _load(studio, options: Options):
 def _engine(options: Options, known, steps):
     import jax
 
-    from cwm_jax import compile_cache, samplers
+    from cwm_jax import samplers
     from cwm_jax.play.engine import Engine
+    from cwm_jax.runtime import compile_cache
 
     compile_cache.enable()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -20,11 +20,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cwm_jax import controls, memory, shards
+from cwm_jax import controls, shards
 from cwm_jax.checkpoint import FOLDER
 from cwm_jax.episodes import FRAME_BYTES
 from cwm_jax.errors import UserError, shown_to_user, tell
-from cwm_jax.stopping import EXIT_CODE
+from cwm_jax.runtime import process_memory
+from cwm_jax.runtime.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
 POLICY, SEED = "random=1,sticky=3", 1
@@ -182,7 +183,10 @@ def train_words(args: argparse.Namespace, device: Device, more: Sequence[str]) -
 def _environment(**changes: str) -> dict[str, str]:
     """For programs of ours: they find this package, and see one GPU."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    ours = {"CUDA_VISIBLE_DEVICES": "0", "XLA_CLIENT_MEM_FRACTION": str(memory.SHARE_OF_GPU)}
+    ours = {
+        "CUDA_VISIBLE_DEVICES": "0",
+        "XLA_CLIENT_MEM_FRACTION": str(process_memory.SHARE_OF_GPU),
+    }
     return {**ours, **os.environ, "PYTHONPATH": path, **changes}
 
 
@@ -225,7 +229,7 @@ def make(args: argparse.Namespace, more: Sequence[str]) -> None:
         raise UserError(f"{name}={getattr(args, name.lower())}: must be more than 0")
     check_memory(args.frames, device)
     if device.is_gpu:
-        memory.multiply_by_library()
+        process_memory.multiply_by_library()
     record(args.data, args.frames)
     tell(f"training for {args.minutes:g} minutes on {device.kind}")
     code = _run(train_words(args, device, more))

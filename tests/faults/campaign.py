@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from cwm_jax.stopping import EXIT_CODE
+from cwm_jax.runtime.preemption import EXIT_CODE
 from tests.faults import life
 from tests.faults.arena import Arena, Skipped, Trial
 from tests.faults.life import STEPS, Life

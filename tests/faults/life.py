@@ -143,8 +143,9 @@ def _live(workdir, config, log, cache, sabotage, environment) -> None:
     import jax
     from absl import logging
 
-    from cwm_jax import curves, loop, stopping
+    from cwm_jax import curves, loop
     from cwm_jax.errors import shown_to_user, tell
+    from cwm_jax.runtime import preemption
     from cwm_jax.settings import Settings
     from tests.faults.sabotage import Sabotage
 
@@ -158,9 +159,9 @@ def _live(workdir, config, log, cache, sabotage, environment) -> None:
     try:
         with shown_to_user():
             state = loop.train(Settings.from_config(config), workdir, config=config)
-    except stopping.Preempted as stopped:
+    except preemption.Preempted as stopped:
         tell(str(stopped))
-        raise SystemExit(stopping.EXIT_CODE) from None
+        raise SystemExit(preemption.EXIT_CODE) from None
     (workdir / "end.json").write_text(json.dumps(_digest(state)))
 
 

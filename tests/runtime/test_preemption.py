@@ -9,11 +9,11 @@ import pytest
 
 from cwm_jax import resume
 from cwm_jax.errors import UserError
-from cwm_jax.stopping import Stop, StopAsked
+from cwm_jax.runtime.preemption import Stop, StopAsked
 
 TWO_SIGNALS = """
 import os, signal, sys, time
-from cwm_jax.stopping import Stop
+from cwm_jax.runtime.preemption import Stop
 with Stop() as stop:
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
     assert stop.asked(1) and stop.signal == sys.argv[1]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_parallel import free_port
+from test_sharding import free_port
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "model": dict(hidden_size=32, depth=1, num_heads=2, max_frames=5),
     "data": dict(dir="data", clip_len=5, stride=3, num_workers=0, num_threads=1),

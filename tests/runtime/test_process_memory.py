@@ -8,28 +8,28 @@ from types import SimpleNamespace
 
 import pytest
 
-from cwm_jax import memory
+from cwm_jax.runtime import process_memory
 
 
 @pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
 def test_the_share_of_a_gpu_is_claimed_unless_another_is_named(monkeypatch, name):
     monkeypatch.setattr(os, "environ", {})
-    memory.claim_gpu()
+    process_memory.claim_gpu()
     assert os.environ == {"XLA_CLIENT_MEM_FRACTION": "0.92"}
     monkeypatch.setattr(os, "environ", {name: "0.5"})
-    memory.claim_gpu()
+    process_memory.claim_gpu()
     assert os.environ == {name: "0.5"}
 
 
 def test_sums_over_gpus_are_not_hidden_unless_the_environment_says_so(monkeypatch):
     flag = "--xla_gpu_enable_latency_hiding_scheduler"
     monkeypatch.setattr(os, "environ", {})
-    memory.schedule_for_memory()
+    process_memory.schedule_for_memory()
     assert os.environ == {"XLA_FLAGS": f"{flag}=false"}
     others = "--xla_force_host_platform_device_count=2"
     for said, kept in ((others, f"{others} {flag}=false"), (f"{flag}=true", f"{flag}=true")):
         monkeypatch.setattr(os, "environ", {"XLA_FLAGS": said})
-        memory.schedule_for_memory()
+        process_memory.schedule_for_memory()
         assert os.environ == {"XLA_FLAGS": kept}
 
 
@@ -37,7 +37,7 @@ def test_products_are_left_to_the_library_unless_the_environment_says_so(monkeyp
     flag = "--xla_gpu_enable_triton_gemm"
     for said, kept in (("", f"{flag}=false"), (f"{flag}=true", f"{flag}=true")):
         monkeypatch.setattr(os, "environ", {"XLA_FLAGS": said})
-        memory.multiply_by_library()
+        process_memory.multiply_by_library()
         assert os.environ == {"XLA_FLAGS": kept}
 
 
@@ -46,19 +46,19 @@ def test_freed_memory_is_kept_unless_the_environment_speaks(monkeypatch):
     library = SimpleNamespace(mallopt=lambda option, size: said.update({option: size}) or 1)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(os, "environ", {"MALLOC_TRIM_THRESHOLD_": "131072"})
-    assert not memory.keep_freed()
+    assert not process_memory.keep_freed()
     assert not said
     monkeypatch.setattr(os, "environ", {})
-    assert memory.keep_freed()
+    assert process_memory.keep_freed()
     # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX
     assert said == {-1: -1, -2: 2**26, -4: 0, -8: 1}
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())  # not glibc
-    assert not memory.keep_freed()
+    assert not process_memory.keep_freed()
 
 
 TAKE = """
 import ctypes, resource, sys, threading
-from cwm_jax import memory
+from cwm_jax.runtime import process_memory
 
 library, size = ctypes.CDLL(None), 1 << 30
 library.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE, or fewer pages might be huge ones
@@ -78,10 +78,10 @@ def faults(of):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 if sys.argv[1] == "kept":
-    assert memory.keep_freed()
+    assert process_memory.keep_freed()
 take()
 again = faults(take)
-memory.release_freed()
+process_memory.release_freed()
 print(again, faults(take))
 """
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from cwm_jax import compile_cache
+from cwm_jax.runtime import compile_cache
 
 
 @pytest.fixture(autouse=True)

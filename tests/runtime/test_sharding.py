@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import cluster, parallel
-from cwm_jax.cluster import Place
 from cwm_jax.errors import UserError
+from cwm_jax.runtime import hosts, sharding
+from cwm_jax.runtime.hosts import Place
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Trains three steps, saves, and goes on from `restore_from`, each printed as a line of losses.
 SCRIPT = """
@@ -25,18 +25,19 @@ import dataclasses, json, re, sys
 from pathlib import Path
 import jax
 sys.path[:0] = [".", "tests"]
-from cwm_jax import checkpoint, cluster, parallel, training
+from cwm_jax import checkpoint, training
+from cwm_jax.runtime import hosts, sharding
 port, count, index, fsdp, folder, restore_from = sys.argv[1:]
 if int(count) > 1:
-    cluster.join(cluster.Place(coordinator="localhost:" + port, count=int(count), index=int(index)))
+    hosts.join(hosts.Place(coordinator="localhost:" + port, count=int(count), index=int(index)))
 from tiny_network import TINY
 from test_training import KEY, batch_of, settings
-cluster.check_same({"config": {"a": {"b": 1}}})
+hosts.check_same({"config": {"a": {"b": 1}}})
 try:
-    cluster.check_same({"config": {"a": {"b": jax.process_index()}}})
+    hosts.check_same({"config": {"a": {"b": jax.process_index()}}})
 except Exception as error:
     print("refused", error)
-mesh, optim = parallel.make_mesh(int(fsdp)), settings(ema_decay=0.5)
+mesh, optim = sharding.make_mesh(int(fsdp)), settings(ema_decay=0.5)
 network = dataclasses.replace(TINY, depth=1)
 batch, mine = batch_of(4), 4 // jax.process_count()
 mine = {k: v[jax.process_index() * mine :][:mine] for k, v in batch.items()}
@@ -47,12 +48,12 @@ run = jax.tree_util.Partial(training.train_step, network=network, optim=optim, m
 def train(state):
     losses = []
     for _ in range(3):
-        state, metrics = run(state, parallel.to_devices(mine, mesh), KEY)
+        state, metrics = run(state, sharding.to_devices(mine, mesh), KEY)
         losses.append([float(metrics[k]) for k in ("train/loss", "train/grad_norm")])
     print(json.dumps(losses))
     return state
 
-state = train(jax.jit(fresh, out_shardings=parallel.placement(shapes, mesh))())
+state = train(jax.jit(fresh, out_shardings=sharding.placement(shapes, mesh))())
 kept = state.params["blocks.0.spatial.qkv.kernel"].addressable_shards[0].data.size
 fast = dataclasses.replace(network, dtype="bfloat16")
 lowered = run.func.lower(state, batch, KEY, **run.keywords | {"network": fast}).as_text()
@@ -63,7 +64,7 @@ with checkpoint.Checkpoints(Path(folder), retention=checkpoint.Retention(1)) as 
     kept_in.save(state, data_position="", config={})
 if restore_from:
     with checkpoint.Checkpoints(Path(restore_from), retention=checkpoint.Retention(1)) as kept_in:
-        state = kept_in.restore(parallel.abstract(shapes, mesh))
+        state = kept_in.restore(sharding.abstract(shapes, mesh))
     train(state)
 """
 
@@ -127,15 +128,15 @@ def test_a_missing_process_is_named(index):
     """Of three processes the second never comes; the others both say so, and do not wait on."""
     coordinator = f"localhost:{free_port()}"
     code = (
-        "import sys; from cwm_jax import cluster\n"
-        f"place = cluster.Place(coordinator='{coordinator}', count=3, index={2 - index})\n"
-        "try: cluster.join(place, wait_seconds=3)\n"
-        "except cluster.UserError as error: print(error)"
+        "import sys; from cwm_jax.runtime import hosts\n"
+        f"place = hosts.Place(coordinator='{coordinator}', count=3, index={2 - index})\n"
+        "try: hosts.join(place, wait_seconds=3)\n"
+        "except hosts.UserError as error: print(error)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     start = time.monotonic()
     with pytest.raises(UserError, match="process 1"):
-        cluster.join(Place(coordinator=coordinator, count=3, index=index), wait_seconds=9)
+        hosts.join(Place(coordinator=coordinator, count=3, index=index), wait_seconds=9)
     assert time.monotonic() - start < 60
     assert b"process" in other.communicate(timeout=60)[0]
 
@@ -143,7 +144,7 @@ def test_a_missing_process_is_named(index):
 def test_a_process_that_finds_no_coordinator_says_so():
     place = Place(coordinator=f"localhost:{free_port()}", count=2, index=1)
     with pytest.raises(UserError, match="missing: process 0"):
-        cluster.join(place, wait_seconds=0.5)
+        hosts.join(place, wait_seconds=0.5)
 
 
 def test_processes_that_count_differently_are_told():
@@ -153,7 +154,7 @@ def test_processes_that_count_differently_are_told():
         places = [
             Place(coordinator=coordinator, count=count, index=i) for i, count in enumerate(counts)
         ]
-        joining = [pool.submit(cluster.join, place, wait_seconds=30) for place in places]
+        joining = [pool.submit(hosts.join, place, wait_seconds=30) for place in places]
         for joined in joining:
             with pytest.raises(
                 UserError, match="--num_processes is 3 at process 0, 2 at process 1"
@@ -177,11 +178,11 @@ def test_a_place_that_cannot_be_is_named(wrong, told):
 def test_slurm_tells_the_place(monkeypatch, tasks, local_devices):
     """A task that has its node to itself has all of its GPUs; of two on a node, each has one."""
     with pytest.raises(UserError, match=r"--launcher=slurm.*SLURM_STEP_NODELIST"):
-        cluster.find_place("slurm")
+        hosts.find_place("slurm")
     told = dict(JOB_ID=4097, STEP_NODELIST="node[03-04]", STEP_NUM_NODES=2, NTASKS=tasks, PROCID=1)
     for name, value in (told | dict(LOCALID=tasks // 2 - 1)).items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
-    place = cluster.find_place("slurm")
+    place = hosts.find_place("slurm")
     expected = dict(coordinator="node03:61441", count=tasks, index=1)
     assert place == Place(**expected, local_devices=local_devices)
 
@@ -193,27 +194,27 @@ def test_open_mpi_tells_the_place(monkeypatch, on_this_host, local_devices):
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
     # Open MPI 5 leaves out what comes below; JAX 0.11 then asks for mpi4py.
     with pytest.raises(UserError, match=r"--launcher=openmpi.*(OMPI_MCA_orte_hnp_uri|mpi4py)"):
-        cluster.find_place("openmpi")
+        hosts.find_place("openmpi")
     monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911")
     expected = dict(coordinator="10.96.0.1:62624", count=2, index=1)
-    assert cluster.find_place("openmpi") == Place(**expected, local_devices=local_devices)
+    assert hosts.find_place("openmpi") == Place(**expected, local_devices=local_devices)
 
 
 def test_kubernetes_asks_for_what_it_needs():
     with pytest.raises(UserError, match="pip install kubernetes"):
-        cluster.find_place("kubernetes")
+        hosts.find_place("kubernetes")
 
 
 def test_batches_that_cannot_be_shared_out_are_refused():
-    assert parallel.global_batch_size(6, 0, parts=3) == 6
+    assert sharding.global_batch_size(6, 0, parts=3) == 6
     with pytest.raises(UserError, match="accumulate_steps=4 does not divide the 6 clips"):
-        parallel.global_batch_size(6, 0, parts=4)
+        sharding.global_batch_size(6, 0, parts=4)
     with pytest.raises(UserError, match="fsdp=3 does not divide"):
-        parallel.make_mesh(3)
+        sharding.make_mesh(3)
 
 
 def test_arrays_are_cut_along_their_longest_axis_that_can_be():
-    mesh = jax.sharding.AbstractMesh((2, 3), parallel.AXES)
+    mesh = jax.sharding.AbstractMesh((2, 3), sharding.AXES)
     shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((6, 9), (12, 9), (7, 5), ())]
-    specs = [tuple(place.spec) for place in parallel.placement(shapes, mesh)]
+    specs = [tuple(place.spec) for place in sharding.placement(shapes, mesh)]
     assert specs == [(None, "fsdp"), ("fsdp",), (), ()]

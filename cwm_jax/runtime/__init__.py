@@ -1,0 +1,1 @@
+"""What a process runs on: devices and hosts, memory, signals, compiled programs."""
