@@ -15,8 +15,9 @@ from pathlib import Path
 
 import jax
 
-from cwm_jax import data, pocket, sampler, samplers, shards, video
+from cwm_jax import pocket, sampler, samplers, video
 from cwm_jax.coinrun import FPS
+from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.evaluation import (
     closed_loop,
@@ -56,9 +57,9 @@ def measure(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
     )
     opened = _open(args)
-    config = data.DataConfig(
+    config = loader.DataConfig(
         dir=args.data,
-        clip_len=min(opened.network.max_frames, data.DataConfig.clip_len),
+        clip_len=min(opened.network.max_frames, loader.DataConfig.clip_len),
     )
     measured = full.measure(
         opened.network,

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from cwm_jax import data, files, pocket, rollouts, sampler, samplers, shards, sheet, video
+from cwm_jax import files, pocket, rollouts, sampler, samplers, sheet, video
 from cwm_jax.coinrun import FPS
+from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
@@ -83,11 +84,11 @@ def _flags() -> argparse.ArgumentParser:
     return parser
 
 
-def _data_config(folder: str | None, opened: samplers.Opened) -> data.DataConfig:
+def _data_config(folder: str | None, opened: samplers.Opened) -> loader.DataConfig:
     used = opened.config.get("data", {}).get("dir", "")
     if not folder:
         folder = used if used and Path(used).is_dir() else str(_EMBEDDED)
-    return data.DataConfig(dir=folder)
+    return loader.DataConfig(dir=folder)
 
 
 def _check(args: argparse.Namespace) -> None:

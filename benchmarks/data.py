@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cwm_jax import data
-from cwm_jax.data import DataConfig
+from cwm_jax.data import loader
+from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.shards import find_shards, open_shard, read_record
 from cwm_jax.runtime import process_memory
-from cwm_jax.shards import find_shards, open_shard, read_record
 
 _BATCHES = "training batches, global shuffle"
 
@@ -42,7 +42,7 @@ def rate(counts: Iterator[int], seconds: float) -> dict[str, float]:
 
 
 def batches(config: DataConfig, batch: int) -> Iterator[int]:
-    source = data.train_batches(config, batch_size=batch, seed=0)
+    source = loader.train_batches(config, batch_size=batch, seed=0)
     try:
         for found in source:
             yield len(found["frames"])
@@ -52,7 +52,7 @@ def batches(config: DataConfig, batch: int) -> Iterator[int]:
 
 def episodes_per_batch(config: DataConfig, batch: int, *, batches: int = 20) -> float:
     """Different records among the clips of a training batch, on average; nothing is read."""
-    source = data.train_batches(config, batch_size=batch, seed=0)
+    source = loader.train_batches(config, batch_size=batch, seed=0)
     numbers = range(min(batches, source.per_epoch))
     episodes = [{(clip["shard"], clip["record"]) for clip in source.origins(i)} for i in numbers]
     return float(np.mean([len(found) for found in episodes]))
@@ -72,10 +72,10 @@ def records_alone(config: DataConfig) -> Iterator[int]:
 
 
 def one_clip_of_each_record(config: DataConfig) -> Iterator[int]:
-    episodes = data.open_episodes(config, "train")
+    episodes = loader.open_episodes(config, "train")
     long_enough = np.flatnonzero(episodes.lengths >= config.clip_len)
     for number in itertools.cycle(long_enough):
-        data.load_clips(episodes, [number], length=config.clip_len)
+        loader.load_clips(episodes, [number], length=config.clip_len)
         yield 1
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import machine, sizes, train
 from cwm_jax import model, training
-from cwm_jax.data import DataConfig
+from cwm_jax.data.loader import DataConfig
 from cwm_jax.evaluation import drawing, drift, held_out, probe, quality, quick, reading
 from cwm_jax.evaluation.scores import score
 from cwm_jax.network import DiTConfig

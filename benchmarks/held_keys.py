@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cwm_jax import coinrun, data, pocket, samplers, sheet, video
+from cwm_jax import coinrun, pocket, samplers, sheet, video
+from cwm_jax.data import loader
 from cwm_jax.errors import shown_to_user
 
 PROMPT, FRAMES, EVERY = 4, 120, 12
@@ -46,9 +47,9 @@ def main() -> None:
         if args.ddim_steps is not None:
             steps["levels"] = samplers.ddim_levels(args.ddim_steps)
         opened = samplers.open_sampler(pocket.unless(args.checkpoint), window="hop", **steps)
-        episodes = data.open_episodes(data.DataConfig(dir=args.data), "test")
-        numbers = data.pick_episodes(episodes, count=len(HELD), length=PROMPT, seed=args.seed)
-        given = data.load_clips(episodes, numbers, length=PROMPT)
+        episodes = loader.open_episodes(loader.DataConfig(dir=args.data), "test")
+        numbers = loader.pick_episodes(episodes, count=len(HELD), length=PROMPT, seed=args.seed)
+        given = loader.load_clips(episodes, numbers, length=PROMPT)
         actions = np.array([(keys * FRAMES)[:FRAMES] for keys in HELD], np.int32)
         state = opened.sampler.start(given["frames"], given["actions"])
         _, frames = opened.sampler.rollout(state, actions, jax.random.key(args.seed))

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from cwm_jax import checkpoint, data, sampler, samplers
+from cwm_jax import checkpoint, sampler, samplers
+from cwm_jax.data import loader
 
 WAYS = {  # window, dtype of the matmuls
     "exact": ("exact", "float32"),
@@ -59,9 +60,9 @@ def main() -> None:
     args = parser.parse_args()
 
     trained = samplers.load(args.checkpoint)
-    episodes = data.open_episodes(data.DataConfig(dir=args.data), "test")
-    numbers = data.pick_episodes(episodes, count=args.clips, length=160, seed=args.seed)
-    clips = data.load_clips(episodes, numbers, length=160)
+    episodes = loader.open_episodes(loader.DataConfig(dir=args.data), "test")
+    numbers = loader.pick_episodes(episodes, count=args.clips, length=160, seed=args.seed)
+    clips = loader.load_clips(episodes, numbers, length=160)
     real, taken = clips["frames"], clips["actions"]
     rng = np.random.default_rng(args.seed)
     more = rng.integers(trained.network.num_actions, size=(args.clips, max(args.frames - 159, 0)))

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import data, flops, kernel_choice, training
+from cwm_jax import flops, kernel_choice, training
 from cwm_jax.coinrun import FRAME_SHAPE
+from cwm_jax.data import loader
 from cwm_jax.errors import UserError
 from cwm_jax.runtime import device_speed, sharding
 from cwm_jax.settings import Settings
@@ -154,7 +155,7 @@ def _steps(settings: Settings) -> int | None:
     """Updates in the whole run; None where only data that is not here could tell."""
     clips = sharding.global_batch_size(settings.batch_size, settings.global_batch_size)
     try:
-        per_epoch = len(data.open_clips(settings.data, "train")) // clips
+        per_epoch = len(loader.open_clips(settings.data, "train")) // clips
     except UserError as error:
         if not settings.max_steps:
             print(f"the whole run      unknown: {str(error).splitlines()[0]}")

@@ -15,8 +15,6 @@ from cwm_jax import (
     checkpoint,
     clock,
     curves,
-    data,
-    device_data,
     files,
     kernel_choice,
     metrics_file,
@@ -31,6 +29,7 @@ from cwm_jax import (
     training,
     video,
 )
+from cwm_jax.data import device_data, loader
 from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import drawing, quick, single_step
 from cwm_jax.objective import Teacher
@@ -82,7 +81,7 @@ class _Run:
             process_count=jax.process_count(),
             num_actions=settings.model.action_values,
         )
-        self.batches = data.train_batches(
+        self.batches = loader.train_batches(
             settings.data,
             batch_size=self.batch_size,
             seed=settings.seed,
@@ -119,13 +118,13 @@ class _Run:
                     f"{jax.process_count()}: set it to 0"
                 )
 
-    def _kind_of_batches(self) -> Callable[..., data.TrainBatches]:
+    def _kind_of_batches(self) -> Callable[..., loader.TrainBatches]:
         if self.settings.data.on_device:
             return functools.partial(device_data.DeviceBatches, mesh=self.mesh)
-        return data.TrainBatches
+        return loader.TrainBatches
 
-    def _val_batches(self, *, limit: int | None) -> data.EvalBatches:
-        return data.eval_batches(
+    def _val_batches(self, *, limit: int | None) -> loader.EvalBatches:
+        return loader.eval_batches(
             self.settings.data, "val", batch_size=self.batch_size, limit=limit, **self.shared
         )
 

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax import controls, data, sheet, video
+from cwm_jax import controls, sheet, video
 from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
-from cwm_jax.data import DataConfig
+from cwm_jax.data import loader
+from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.sampler import Sampler
 
@@ -60,7 +61,7 @@ def write_script(
         raise UserError(
             f"{frames} frames with {n_prompt} given leave none to draw: need 1 ≤ given < frames"
         )
-    episodes = data.open_episodes(config, split, num_actions=num_actions)
+    episodes = loader.open_episodes(config, split, num_actions=num_actions)
     whole = episodes.lengths >= frames
     if source == "gt" and not whole.any():
         raise UserError(
@@ -68,9 +69,9 @@ def write_script(
             f"has {episodes.lengths.max()}; ask for fewer, or for another source of actions"
         )
     length = frames if whole.sum() >= count or source == "gt" else n_prompt
-    numbers = data.pick_episodes(episodes, count=count, length=length, seed=seed)
-    numbers = data.good_episodes(config, episodes, numbers, length=length)
-    clips = data.load_clips(episodes, numbers, length=length)
+    numbers = loader.pick_episodes(episodes, count=count, length=length, seed=seed)
+    numbers = loader.good_episodes(config, episodes, numbers, length=length)
+    clips = loader.load_clips(episodes, numbers, length=length)
     actions = clips["actions"]
     if source != "gt":
         led_in = clips["actions"][:, :n_prompt]

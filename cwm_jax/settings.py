@@ -6,7 +6,7 @@ from typing import Any
 
 from cwm_jax import diffusion
 from cwm_jax.coinrun import NUM_ACTIONS
-from cwm_jax.data import DataConfig
+from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.network import DiTConfig
 from cwm_jax.objective import NoiseConfig

@@ -17,9 +17,9 @@ from tiny_network import TINY
 
 from cwm_jax import model
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
-from cwm_jax.episodes import Episode, encode
+from cwm_jax.data.records import Episode, encode
+from cwm_jax.data.shards import write_shard
 from cwm_jax.network import DiTConfig
-from cwm_jax.shards import write_shard
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from cwm_jax import shards
-from cwm_jax.data import DataConfig, open_episodes
-from cwm_jax.episodes import encode
+from cwm_jax.data import shards
+from cwm_jax.data.loader import DataConfig, open_episodes
+from cwm_jax.data.records import encode
 from cwm_jax.tools import check
 
 

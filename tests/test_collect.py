@@ -10,7 +10,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from cwm_jax import controls, episodes, shards
+from cwm_jax import controls
+from cwm_jax.data import records as records_module
+from cwm_jax.data import shards
 from cwm_jax.errors import UserError
 from cwm_jax.simulator import environment, game
 from cwm_jax.tools import collect
@@ -66,7 +68,7 @@ class FakeSimulator:
             frames = np.full((recording.chunk, 64, 64, 3), level % 251, np.uint8)
             actions = np.arange(recording.chunk, dtype=np.int32) % 15
             zeros = np.zeros(recording.chunk)
-            episode = episodes.Episode(frames, actions)
+            episode = records_module.Episode(frames, actions)
             yield game.Chunk(episode, zeros.astype(np.float32), zeros.astype(bool), level, 0)
 
 
@@ -281,7 +283,7 @@ def test_the_program_makes_a_folder_that_training_can_read(tmp_path):
         fields = [pickle.loads(record) for record in records(folder, split)]
         seeds[split] = {int(seed) for f in fields for seed in np.unique(f["level_seeds"])}
         for f, record in zip(fields, records(folder, split), strict=True):
-            episode = episodes.decode(record)
+            episode = records_module.decode(record)
             assert len(episode) == len(f["rewards"]) == len(f["done"]) == f["sequence_length"]
             assert episode.frames.std() > 0
     assert not seeds["train"] & seeds["val"]

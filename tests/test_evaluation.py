@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import data, model
+from cwm_jax import model
 from cwm_jax.coinrun import NO_ACTION
-from cwm_jax.data import DataConfig
-from cwm_jax.episodes import BadRecord, encode
+from cwm_jax.data import loader
+from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.records import BadRecord, encode
+from cwm_jax.data.shards import write_shard
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import (
     comparison,
@@ -31,7 +33,6 @@ from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.scores import score
 from cwm_jax.network import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig
-from cwm_jax.shards import write_shard
 
 CLIPS, LENGTH = 5, 24
 EMBEDDED = DataConfig(dir="assets/coinrun")
@@ -510,9 +511,9 @@ def test_more_clips_than_memory_holds_are_refused_before_anything_is_drawn():
 def test_the_quick_form_loads_the_few_clips_that_it_shows(make_data, monkeypatch):
     folder = make_data(val=[[40, 12, 40, 40, 40], [40, 40, 40]])
     loaded = []
-    real = data.load_clips
+    real = loader.load_clips
     monkeypatch.setattr(
-        data,
+        loader,
         "load_clips",
         lambda e, numbers, **kw: loaded.extend(numbers) or real(e, numbers, **kw),
     )

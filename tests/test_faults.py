@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cwm_jax.coinrun import FRAME_SHAPE
-from cwm_jax.episodes import BadRecord, Episode, decode, encode
+from cwm_jax.data.records import BadRecord, Episode, decode, encode
 from tests.faults import campaign, life
 from tests.faults.arena import Arena, Skipped
 

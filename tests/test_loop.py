@@ -17,7 +17,8 @@ from tiny_network import TINY
 
 import sample
 from configs import base
-from cwm_jax import checkpoint, clock, data, loop, metrics_file, run_folder, training, weights
+from cwm_jax import checkpoint, clock, loop, metrics_file, run_folder, training, weights
+from cwm_jax.data import loader
 from cwm_jax.errors import UserError
 from cwm_jax.runtime import preemption
 from cwm_jax.settings import Settings
@@ -190,7 +191,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(
             train(tmp_path / "run", config_of(small_data))
     assert checkpoint.load(tmp_path / "run").step == 5
     record = json.loads((tmp_path / "run" / "post-mortem" / "step_0000006.json").read_text())
-    batches = data.train_batches(
+    batches = loader.train_batches(
         Settings.from_config(config_of(small_data)).data, batch_size=2, seed=0
     )
     assert record["clips"] == batches.origins(5)

@@ -11,20 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwm_jax import (
-    clips,
-    controls,
-    data,
-    key_panel,
-    model,
-    objective,
-    recordings,
-    rollouts,
-    shards,
-    sheet,
-    video,
-)
+from cwm_jax import controls, key_panel, model, objective, rollouts, sheet, video
 from cwm_jax.controls import Control, Controls
+from cwm_jax.data import clips, loader, shards, user_recordings
 from cwm_jax.errors import UserError
 from cwm_jax.network import DiTConfig
 from cwm_jax.simulator import environment, game
@@ -89,8 +78,8 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
         **dict(hidden_size=8, depth=1, num_heads=1, patch_size=32, image_size=64, max_frames=5),
         **dict(num_actions=3, action_encoding="buttons", dtype="float32"),
     )
-    config = data.DataConfig(dir=str(out), clip_len=5, num_threads=1)
-    batches = data.train_batches(config, batch_size=2, seed=0, num_actions=network.action_values)
+    config = loader.DataConfig(dir=str(out), clip_len=5, num_threads=1)
+    batches = loader.train_batches(config, batch_size=2, seed=0, num_actions=network.action_values)
     batch, t = next(batches), np.full((2, 5), 500)
     params = {name: np.full(x.shape, 0.1, x.dtype) for name, x in model.shapes(network).items()}
     noise = np.zeros(batch["frames"].shape, np.float32)
@@ -130,8 +119,8 @@ def test_a_second_procgen_game_goes_through_films_into_training_batches(tmp_path
     out = run(tmp_path / "films")
     known = controls.read(out)
     assert known == controls.procgen("maze")
-    config = data.DataConfig(dir=str(out), num_threads=1)
-    batch = data.eval_batches(config, "train", batch_size=1)[0]
+    config = loader.DataConfig(dir=str(out), num_threads=1)
+    batch = loader.eval_batches(config, "train", batch_size=1)[0]
     (one,) = (
         r
         for (_, pressed), r in zip(runs, played, strict=True)
@@ -219,7 +208,7 @@ def test_few_recordings_are_split_in_time():
 
 @pytest.mark.parametrize("share", [(0.1, 0.1), (0.3, 0.2)])
 def test_every_split_gets_its_share(share):
-    splits = recordings.split_of(17, val=share[0], test=share[1], seed=1)
+    splits = user_recordings.split_of(17, val=share[0], test=share[1], seed=1)
     assert splits.count("val") == max(1, round(17 * share[0]))
     assert splits.count("test") == max(1, round(17 * share[1]))
     assert len(splits) == 17
@@ -249,7 +238,7 @@ def test_wrong_actions_are_named(tmp_path, name, content, known, fault):
     path = tmp_path / name
     write_npz(path, content) if name.endswith("npz") else path.write_text(content)
     with pytest.raises(UserError) as error:
-        recordings.read_actions(path, known)
+        user_recordings.read_actions(path, known)
     assert fault in str(error.value)
     assert str(path) in str(error.value)
 
@@ -273,7 +262,7 @@ def test_archives_that_cannot_be_read_are_named(tmp_path, make, fault):
     np.savez_compressed(path, actions=np.random.default_rng(0).integers(0, 2, 500))
     path.write_bytes(make(path.read_bytes()))
     with pytest.raises(UserError, match=f"cannot read {path}: ") as error:
-        recordings.read_actions(path, DICE)
+        user_recordings.read_actions(path, DICE)
     assert fault in str(error.value)
 
 
@@ -282,11 +271,11 @@ def test_what_is_no_archive_of_actions_is_told(tmp_path):
     with path.open("wb") as file:
         np.save(file, np.array([0, 1]))
     with pytest.raises(UserError, match=r"x\.npz: it is no whole \.npz archive"):
-        recordings.read_actions(path, DICE)
+        user_recordings.read_actions(path, DICE)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("actions", "0 1")
     with pytest.raises(UserError, match=r"x\.npz: its actions is no array"):
-        recordings.read_actions(path, DICE)
+        user_recordings.read_actions(path, DICE)
 
 
 @pytest.mark.parametrize(
@@ -299,13 +288,13 @@ def test_what_is_no_archive_of_actions_is_told(tmp_path):
 def test_texts_without_an_end_are_named(tmp_path, name, content, fault):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"cannot read actions from .*{name}: .*{fault}"):
-        recordings.read_actions(tmp_path / name, DICE)
+        user_recordings.read_actions(tmp_path / name, DICE)
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     for number in range(2):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
-    read = lambda: list(recordings.read_frames(tmp_path, fit="crop", every=1))
+    read = lambda: list(user_recordings.read_frames(tmp_path, fit="crop", every=1))
     assert len(read()) == 2
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
@@ -323,7 +312,7 @@ def test_all_forms_of_button_actions_agree(tmp_path):
     write_npz(tmp_path / "c.npz", np.array([[0, 0, 0], [1, 0, 1], [0, 1, 0]], bool))
     write_npz(tmp_path / "d.npz", np.array([0, 5, 2], np.uint8))
     for name in ("a.csv", "b.jsonl", "c.npz", "d.npz"):
-        assert recordings.read_actions(tmp_path / name, PAD).tolist() == [0, 5, 2], name
+        assert user_recordings.read_actions(tmp_path / name, PAD).tolist() == [0, 5, 2], name
 
 
 def test_recordings_that_do_not_fit_together_are_named(films, capsys):

@@ -11,7 +11,8 @@ import pytest
 
 import sample
 from configs import pocket as config
-from cwm_jax import data, metrics, model, pocket, samplers, weights
+from cwm_jax import metrics, model, pocket, samplers, weights
+from cwm_jax.data import loader
 from cwm_jax.errors import UserError
 from cwm_jax.network import DiTConfig
 from cwm_jax.sampler import ddim_levels
@@ -46,10 +47,10 @@ def test_its_card_is_of_this_very_model(trained):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_it_does_better_than_the_last_frame(trained, steps):
     """On embedded clips of levels that it was not trained on, four frames on from four given."""
-    embedded = data.DataConfig(dir="assets/coinrun")
-    episodes = data.open_episodes(embedded, "test", num_actions=15)
-    picked = data.pick_episodes(episodes, count=6, length=24)
-    clips = data.load_clips(episodes, picked, length=24)
+    embedded = loader.DataConfig(dir="assets/coinrun")
+    episodes = loader.open_episodes(embedded, "test", num_actions=15)
+    picked = loader.pick_episodes(episodes, count=6, length=24)
+    clips = loader.load_clips(episodes, picked, length=24)
     given, shown = 20, dict(levels=ddim_levels(steps), window="hop")
     drawer = samplers.open_sampler(pocket.FOLDER, **shown).sampler
     seen = slice(given - 4, given)

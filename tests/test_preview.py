@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwm_jax import key_panel, keyboard, shards, video
+from cwm_jax import key_panel, keyboard, video
 from cwm_jax.controls import Control, Controls
-from cwm_jax.episodes import encode
+from cwm_jax.data import shards
+from cwm_jax.data.records import encode
 from cwm_jax.tools import preview
 
 

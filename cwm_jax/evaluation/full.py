@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from cwm_jax import data
 from cwm_jax.bundle import Bundle
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
-from cwm_jax.data import DataConfig
+from cwm_jax.data import loader
+from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import (
     control,
@@ -109,7 +109,7 @@ def measure(
         UserError: for data or a network that cannot be measured so.
     """
     drawing.check_game(network)
-    lengths = data.open_episodes(config, plan.split).lengths
+    lengths = loader.open_episodes(config, plan.split).lengths
     check_memory(plan.clips or int((lengths >= plan.frames).sum()), plan)
     clips = held_out.load(
         config, plan.split, frames=plan.frames, up_to=drift.REAL, clips=plan.clips
@@ -122,7 +122,7 @@ def measure(
     )
     measured = judge(drawn, plan, rendered=rendered, reader=reader)
     mesh = sharding.make_mesh()
-    batches = data.eval_batches(
+    batches = loader.eval_batches(
         config, plan.split, batch_size=_whole_batch(plan.batch_size), num_actions=NUM_ACTIONS
     )
     measured.results["single_step"] = dict(single_step.epoch_end(network, params, batches, mesh))

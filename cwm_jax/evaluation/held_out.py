@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cwm_jax import data
-from cwm_jax.clips import Episodes
 from cwm_jax.coinrun import NUM_ACTIONS
-from cwm_jax.data import DataConfig
+from cwm_jax.data import loader
+from cwm_jax.data.clips import Episodes
+from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
 
 
@@ -42,16 +42,16 @@ def load(
     Raises:
         UserError: where no record is that long, or fewer than asked for.
     """
-    episodes = data.open_episodes(config, split, num_actions=num_actions)
+    episodes = loader.open_episodes(config, split, num_actions=num_actions)
     eligible = len(long_enough(episodes, config, split, frames=frames))
     if clips > eligible:
         raise UserError(
             f"{clips} clips were asked for; {eligible} of {len(episodes)} records of "
             f"{config.dir}/{split} have the {frames} frames that this needs"
         )
-    chosen = sorted(data.pick_episodes(episodes, count=clips or eligible, length=frames))
+    chosen = sorted(loader.pick_episodes(episodes, count=clips or eligible, length=frames))
     length = max(frames, min(up_to, int(episodes.lengths[chosen].min())))
-    batch = data.load_clips(episodes, chosen, length=length)
+    batch = loader.load_clips(episodes, chosen, length=length)
     return HeldOut(
         **batch,
         records=len(episodes),

@@ -21,9 +21,9 @@ from einops import rearrange
 from flax import nnx
 from tqdm import tqdm
 
-from cwm_jax import data, npz
 from cwm_jax.coinrun import CHANNELS, MEANINGFUL_ACTIONS, NUM_ACTIONS, action_keys, to_model
-from cwm_jax.data import DataConfig
+from cwm_jax.data import loader, npz
+from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import held_out, sight
 from cwm_jax.evaluation.held_out import HeldOut
@@ -158,7 +158,7 @@ def cached(config: DataConfig, folder: Path) -> Probe:
     Raises:
         UserError: where there is no train split, or the folder cannot be written.
     """
-    lengths = data.open_episodes(config, "train").lengths
+    lengths = loader.open_episodes(config, "train").lengths
     length = int(np.median(lengths))
     clips = min(_CLIPS, int((lengths >= length).sum()))
     return cached_on(held_out.load(config, "train", frames=length, clips=clips), folder)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cwm_jax import data
-from cwm_jax.data import DataConfig
+from cwm_jax.data import loader
+from cwm_jax.data.loader import DataConfig
 from cwm_jax.evaluation import control, drawing, held_out, quality
 from cwm_jax.evaluation.drawing import Draw
 from cwm_jax.evaluation.scores import Scores, score
@@ -36,11 +36,11 @@ def prepare(
     Raises:
         UserError: where no record has `frames` + 1 frames, or a bad one may not be skipped.
     """
-    episodes = data.open_episodes(config, split, num_actions=num_actions)
+    episodes = loader.open_episodes(config, split, num_actions=num_actions)
     eligible = held_out.long_enough(episodes, config, split, frames=frames + 1)
     spread = eligible[:: max(1, len(eligible) // clips)][:clips].tolist()
-    chosen = data.good_episodes(config, episodes, spread, length=frames + 1)
-    batch = data.load_clips(episodes, chosen, length=frames + 1)
+    chosen = loader.good_episodes(config, episodes, spread, length=frames + 1)
+    batch = loader.load_clips(episodes, chosen, length=frames + 1)
     real, actions = batch["frames"], batch["actions"]
     random = control.random_actions(
         actions, n_prompt=1, frames=frames, seed=seed, num_actions=num_actions

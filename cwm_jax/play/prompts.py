@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cwm_jax import controls, data
+from cwm_jax import controls
 from cwm_jax.coinrun import IMAGE_SIZE, NO_ACTION
-from cwm_jax.data import DataConfig
+from cwm_jax.data import loader
+from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
 
 USUAL_PROMPT = 4  # frames; from one alone it cannot be seen how fast the player moves
@@ -54,8 +55,8 @@ class ClipPrompts:
         config = DataConfig(dir=str(folder), clip_len=MAX_PROMPT)
         self.known = controls.read(folder)
         num_actions = self.known.num_values
-        self.episodes = data.open_episodes(config, "val", num_actions=num_actions)
-        self.clips = data.open_clips(config, "val", num_actions=num_actions)
+        self.episodes = loader.open_episodes(config, "val", num_actions=num_actions)
+        self.clips = loader.open_clips(config, "val", num_actions=num_actions)
 
     def __len__(self) -> int:
         return len(self.clips)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
-from cwm_jax.episodes import FRAME_BYTES, Episode
+from cwm_jax.data.records import FRAME_BYTES, Episode
 from cwm_jax.errors import UserError
 
 _WORKER = Path(__file__).with_name("worker.py")

@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax import controls, episodes, files, shards
-from cwm_jax.clips import clip_counts
+from cwm_jax import controls, files
 from cwm_jax.controls import Controls
-from cwm_jax.episodes import BadRecord
+from cwm_jax.data import records, shards
+from cwm_jax.data.clips import clip_counts
+from cwm_jax.data.records import BadRecord
 from cwm_jax.errors import UserError, shown_to_user
 
 
@@ -67,7 +68,7 @@ def read_shard(path: Path, num_actions: int) -> Shard:
     for index in range(reader.num_records()):
         try:
             record = shards.read_record(reader, path, index)
-            episode = episodes.decode(record, num_actions=num_actions)
+            episode = records.decode(record, num_actions=num_actions)
         except BadRecord as bad:
             found.bad.append(BadRecord(bad.reason, path, index))
             continue

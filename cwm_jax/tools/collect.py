@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax import __version__, controls, episodes, files, shards
+from cwm_jax import __version__, controls, files
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
+from cwm_jax.data import records, shards
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.simulator import environment, game
 
@@ -260,7 +261,7 @@ def _write_shard(folder, recipe, split, number, simulator, bar, stop) -> dict[st
 def _record(chunk: game.Chunk) -> bytes:
     level_seeds = np.full(len(chunk.episode), chunk.level_seed, np.int32)
     extra = {"rewards": chunk.rewards, "done": chunk.done, "level_seeds": level_seeds}
-    return episodes.encode(chunk.episode, {**extra, "start": chunk.start})
+    return records.encode(chunk.episode, {**extra, "start": chunk.start})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -23,7 +23,8 @@ import huggingface_hub
 import jax
 from packaging.requirements import Requirement
 
-from cwm_jax import shards, wandb_run
+from cwm_jax import wandb_run
+from cwm_jax.data import shards
 from cwm_jax.errors import UserError
 from cwm_jax.simulator import environment
 

@@ -31,7 +31,6 @@ from cwm_jax import (
     bundle,
     checkpoint,
     checksums,
-    data,
     diffusion,
     model,
     sampler,
@@ -41,6 +40,7 @@ from cwm_jax import (
 )
 from cwm_jax.checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
+from cwm_jax.data import loader
 from cwm_jax.denoiser import bind
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.model import FrameKV, Modulations, Params
@@ -182,10 +182,10 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
 
 def _example(network: DiTConfig, params: Params, config: SamplerConfig, dir: str) -> dict:
     """A real frame, real actions, and what the model draws after them with the key of seed 0."""
-    shape = data.DataConfig(dir=dir)
-    episodes = data.open_episodes(shape, "val", num_actions=network.action_values)
-    (number,) = data.pick_episodes(episodes, count=1, length=_EXAMPLE_FRAMES + 1)
-    clip = data.load_clips(episodes, [number], length=_EXAMPLE_FRAMES + 1)
+    shape = loader.DataConfig(dir=dir)
+    episodes = loader.open_episodes(shape, "val", num_actions=network.action_values)
+    (number,) = loader.pick_episodes(episodes, count=1, length=_EXAMPLE_FRAMES + 1)
+    clip = loader.load_clips(episodes, [number], length=_EXAMPLE_FRAMES + 1)
     prompt, led_in = clip["frames"][:, :1], clip["actions"][:, :1]
     drawer = sampler.Sampler(network, params, config)
     state = drawer.start(prompt, led_in)

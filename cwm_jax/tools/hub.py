@@ -24,7 +24,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
-from cwm_jax import bundle, checkpoint, shards, weights
+from cwm_jax import bundle, checkpoint, weights
+from cwm_jax.data import shards
 from cwm_jax.errors import UserError, shown_to_user
 
 DATASET = "p-doom/coinrun-dataset"

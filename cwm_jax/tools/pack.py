@@ -33,10 +33,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax import controls, episodes, files, recordings, shards
+from cwm_jax import controls, files
 from cwm_jax.controls import Controls
+from cwm_jax.data import shards, user_recordings
+from cwm_jax.data.records import Episode, decode, encode
+from cwm_jax.data.user_recordings import Recording
 from cwm_jax.errors import UserError, shown_to_user
-from cwm_jax.recordings import Recording
 
 _NAME = "data_{}.array_record"  # with a dot before it, which hides it, until all are written
 
@@ -69,14 +71,14 @@ def plan(lengths: Sequence[int], cut: Cut) -> list[list[Piece]]:
     """
     chunks = [list(_chunks(length, cut)) for length in lengths]
     if len(lengths) >= 3:
-        splits = recordings.split_of(len(lengths), val=cut.val, test=cut.test, seed=cut.seed)
+        splits = user_recordings.split_of(len(lengths), val=cut.val, test=cut.test, seed=cut.seed)
         return [
             [Piece(split, *chunk) for chunk in mine]
             for split, mine in zip(splits, chunks, strict=True)
         ]
     pieces = []
     for mine in chunks:
-        splits = recordings.split_of(len(mine), val=cut.val, test=cut.test, seed=0)
+        splits = user_recordings.split_of(len(mine), val=cut.val, test=cut.test, seed=0)
         ordered = sorted(splits, key=("train", "val", "test").index)
         pieces.append([Piece(s, *chunk) for s, chunk in zip(ordered, mine, strict=True)])
     return pieces
@@ -97,8 +99,8 @@ def pack(folder: Path, out: Path, known: Controls, cut: Cut, *, jobs: int) -> di
     Raises:
         UserError: for a recording that cannot be used, naming file and fault.
     """
-    found = recordings.find(folder)
-    actions = [recordings.read_actions(r.actions, known) for r in found]
+    found = user_recordings.find(folder)
+    actions = [user_recordings.read_actions(r.actions, known) for r in found]
     pieces = plan([len(a[:: cut.every]) for a in actions], cut)
     _claim(out, folder, known)
     try:
@@ -170,8 +172,8 @@ def _write_recording(out, number, recording: Recording, actions, pieces, known, 
                     next(frames)
                 shown = np.stack([next(frames) for _ in range(piece.length)])
                 at = piece.start + piece.length
-                record = episodes.encode(episodes.Episode(shown, kept[piece.start : at]))
-                episodes.decode(record, num_actions=known.num_values)  # as training will
+                record = encode(Episode(shown, kept[piece.start : at]))
+                decode(record, num_actions=known.num_values)  # as training will
                 bar.update()
                 yield record
 
@@ -189,7 +191,7 @@ def _counted(recording: Recording, wanted: int, cut: Cut) -> Iterator[np.ndarray
     """
     kept = len(range(0, wanted, cut.every))
     seen = 0
-    for frame in recordings.read_frames(recording.frames, fit=cut.fit, every=cut.every):
+    for frame in user_recordings.read_frames(recording.frames, fit=cut.fit, every=cut.every):
         seen += 1
         if seen <= kept:
             yield frame
@@ -216,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
         if not (0 < args.val < 1 and 0 < args.test < 1 and args.val + args.test < 1):
             raise UserError(f"--val {args.val} --test {args.test}: shares above 0, below 1 in all")
-        known = recordings.read_key_map(args.keys)
+        known = user_recordings.read_key_map(args.keys)
         cut = Cut(*(getattr(args, field) for field in Cut._fields))
         counts = pack(args.folder, args.output, known, cut, jobs=args.jobs)
         print(f"{args.output}: {', '.join(f'{n} records of {s}' for s, n in counts.items())}")
@@ -231,7 +233,7 @@ def _flags() -> argparse.ArgumentParser:
     add("folder", type=Path, metavar="RECORDINGS", help="films or folders of PNGs, and actions")
     add("--keys", type=Path, required=True, help="the key map, a TOML file")
     add("--output", type=Path, required=True, help="data folder to make")
-    add("--fit", default="stretch", choices=recordings.FITS, help="to 64×64 (%(default)s)")
+    add("--fit", default="stretch", choices=user_recordings.FITS, help="to 64×64 (%(default)s)")
     add("--every", type=int, default=1, help="keep every so-manieth frame, say 4 of 60 fps (1)")
     add("--chunk", type=int, default=160, help="frames in a record (%(default)s)")
     add("--min-chunk", type=int, default=32, help="shorter rests are dropped (%(default)s)")

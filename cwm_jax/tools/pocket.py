@@ -20,9 +20,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cwm_jax import controls, shards
+from cwm_jax import controls
 from cwm_jax.checkpoint import FOLDER
-from cwm_jax.episodes import FRAME_BYTES
+from cwm_jax.data import shards
+from cwm_jax.data.records import FRAME_BYTES
 from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.runtime import process_memory
 from cwm_jax.runtime.preemption import EXIT_CODE

@@ -20,11 +20,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from cwm_jax import controls, files, key_panel, keyboard, shards, sheet, video
-from cwm_jax.clips import Episodes
+from cwm_jax import controls, files, key_panel, keyboard, sheet, video
 from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
-from cwm_jax.episodes import Episode
+from cwm_jax.data import shards
+from cwm_jax.data.clips import Episodes
+from cwm_jax.data.records import Episode
 from cwm_jax.errors import UserError, shown_to_user
 
 _EMBEDDED = Path(__file__).parents[2] / "assets" / "coinrun"

@@ -18,7 +18,7 @@ import numpy as np
 
 with atheris.instrument_imports(include=["cwm_jax"]):
     from cwm_jax.coinrun import FRAME_SHAPE
-    from cwm_jax.episodes import BadRecord, Episode, decode, encode
+    from cwm_jax.data.records import BadRecord, Episode, decode, encode
 
 
 def one_input(data: bytes) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 
 from configs import base
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
-from cwm_jax.episodes import Episode, encode
-from cwm_jax.shards import write_shard
+from cwm_jax.data.records import Episode, encode
+from cwm_jax.data.shards import write_shard
 
 STEPS = 15
 MEASURED = ("train", "val", "eval", "epoch")  # what an undisturbed run would have said too

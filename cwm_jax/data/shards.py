@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from cwm_jax.episodes import BadRecord
+from cwm_jax.data.records import BadRecord
 from cwm_jax.errors import UserError
 
 SPLITS = ("train", "val", "test")

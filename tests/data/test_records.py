@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cwm_jax import safe_pickle
-from cwm_jax.episodes import FRAME_BYTES, BadRecord, Episode, decode, encode
+from cwm_jax.data import safe_pickle
+from cwm_jax.data.records import FRAME_BYTES, BadRecord, Episode, decode, encode
+from cwm_jax.data.shards import open_shard, read_record
 from cwm_jax.errors import UserError
-from cwm_jax.shards import open_shard, read_record
 
-SHARD = Path(__file__).parents[1] / "assets/coinrun/val/data_0000.array_record"
+SHARD = Path(__file__).parents[2] / "assets/coinrun/val/data_0000.array_record"
 
 
 def fields(length: int = 3, **changes) -> dict:

@@ -20,13 +20,13 @@ import grain
 import numpy as np
 from absl import flags
 
-from cwm_jax import shared_memory
-from cwm_jax.clips import Batch, Clips, Episodes, cut
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
-from cwm_jax.episodes import BadRecord
+from cwm_jax.data import shared_memory
+from cwm_jax.data.clips import Batch, Clips, Episodes, cut
+from cwm_jax.data.records import BadRecord
+from cwm_jax.data.shards import find_shards
 from cwm_jax.errors import UserError, tell
 from cwm_jax.runtime import process_memory
-from cwm_jax.shards import find_shards
 
 ON_BAD_RECORD = ("stop", "skip")
 _WORKER_LIVES = 5  # how often reading processes that died are replaced between two good batches

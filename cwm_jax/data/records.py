@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cwm_jax import safe_pickle
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
+from cwm_jax.data import safe_pickle
 from cwm_jax.errors import UserError
 
 KEYS = ("raw_video", "sequence_length", "actions")

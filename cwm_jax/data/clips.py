@@ -15,9 +15,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
 from cwm_jax.coinrun import FRAME_SHAPE, NO_ACTION, NUM_ACTIONS
-from cwm_jax.episodes import BadRecord, Episode, decode
-from cwm_jax.errors import UserError
-from cwm_jax.shards import (
+from cwm_jax.data.records import BadRecord, Episode, decode
+from cwm_jax.data.shards import (
     Readers,
     check_size,
     check_sizes,
@@ -25,6 +24,7 @@ from cwm_jax.shards import (
     read_record,
     record_sizes,
 )
+from cwm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 

@@ -10,10 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from cwm_jax import shards
-from cwm_jax.episodes import BadRecord
+from cwm_jax.data import shards
+from cwm_jax.data.records import BadRecord
+from cwm_jax.data.shards import (
+    Readers,
+    find_shards,
+    open_shard,
+    read_record,
+    record_sizes,
+    write_shard,
+)
 from cwm_jax.errors import UserError
-from cwm_jax.shards import Readers, find_shards, open_shard, read_record, record_sizes, write_shard
 
 
 def write(path, records, options):
@@ -200,7 +207,7 @@ def test_few_files_stay_open_and_all_can_be_read(many, monkeypatch):
 def test_the_soft_limit_of_open_files_is_raised_as_far_as_needed():
     program = """
 import resource
-from cwm_jax.shards import _allow_open_files
+from cwm_jax.data.shards import _allow_open_files
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 hard = 400 if hard == resource.RLIM_INFINITY else min(hard, 400)
 resource.setrlimit(resource.RLIMIT_NOFILE, (90, hard))

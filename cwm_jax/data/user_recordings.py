@@ -21,9 +21,10 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from cwm_jax import controls, npz
+from cwm_jax import controls
 from cwm_jax.coinrun import IMAGE_SIZE
 from cwm_jax.controls import Controls
+from cwm_jax.data import npz
 from cwm_jax.errors import UserError
 
 FILMS = (".mp4", ".mkv", ".webm", ".mov", ".avi")

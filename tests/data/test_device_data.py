@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import data, device_data
-from cwm_jax.data import DataConfig
-from cwm_jax.episodes import BadRecord, encode
+from cwm_jax.data import device_data, loader
+from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.records import BadRecord, encode
+from cwm_jax.data.shards import write_shard
 from cwm_jax.errors import UserError
 from cwm_jax.runtime import sharding
-from cwm_jax.shards import write_shard
 
 LENGTHS = [[11, 12], [14, 9, 30], [7]]
 
@@ -26,8 +26,8 @@ def config(make_data, monkeypatch):
 
 def batches_of(config, *, on_device=True):
     make = functools.partial(device_data.DeviceBatches, mesh=sharding.make_mesh())
-    make = make if on_device else data.TrainBatches
-    return data.train_batches(config, batch_size=3, seed=4, make=make)
+    make = make if on_device else loader.TrainBatches
+    return loader.train_batches(config, batch_size=3, seed=4, make=make)
 
 
 def taken(batches, count):
@@ -135,4 +135,4 @@ def test_several_devices_are_refused(config):
 
     make = functools.partial(device_data.DeviceBatches, mesh=Two())
     with pytest.raises(UserError, match=r"on_device=1000 keeps data on one device.* are 2"):
-        data.train_batches(config, batch_size=3, seed=4, make=make)
+        loader.train_batches(config, batch_size=3, seed=4, make=make)

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from cwm_jax import clips as clips_module
-from cwm_jax import rollouts, shared_memory
-from cwm_jax.clips import Clips, Episodes, clip_counts
+from cwm_jax import rollouts
 from cwm_jax.coinrun import NO_ACTION, NUM_ACTIONS
-from cwm_jax.data import (
+from cwm_jax.data import clips as clips_module
+from cwm_jax.data import shared_memory
+from cwm_jax.data.clips import Clips, Episodes, clip_counts
+from cwm_jax.data.loader import (
     DataConfig,
     eval_batches,
     load_clips,
@@ -30,11 +31,11 @@ from cwm_jax.data import (
     pick_episodes,
     train_batches,
 )
-from cwm_jax.episodes import BadRecord, encode
+from cwm_jax.data.records import BadRecord, encode
+from cwm_jax.data.shards import find_shards, write_shard
 from cwm_jax.errors import UserError
-from cwm_jax.shards import find_shards, write_shard
 
-EMBEDDED = Path(__file__).parents[1] / "assets/coinrun"
+EMBEDDED = Path(__file__).parents[2] / "assets/coinrun"
 LENGTHS = [[40, 33, 31], [], [160], [32, 47]]  # clips of 32 every 8: 2, 1, 0, 17, 1, 2 = 23
 
 
@@ -416,7 +417,7 @@ def test_a_record_of_another_length_than_its_size_tells_is_refused(tmp_path, mar
 def test_reading_data_starts_no_jax_backend():
     program = f"""
 import sys
-from cwm_jax.data import DataConfig, train_batches
+from cwm_jax.data.loader import DataConfig, train_batches
 ours = [name for name in sys.modules if name.startswith("cwm_jax")]
 assert not any("jax" in vars(sys.modules[name]) for name in ours), ours
 batches = train_batches(DataConfig(dir={str(EMBEDDED)!r}), batch_size=2, seed=0)
@@ -430,7 +431,7 @@ assert not (bridge and bridge._backends), bridge._backends
 
 
 def test_a_record_that_claims_too_much_is_refused_before_it_is_read(config, monkeypatch):
-    monkeypatch.setattr("cwm_jax.shards.MAX_RECORD_BYTES", 1_000_000)
+    monkeypatch.setattr("cwm_jax.data.shards.MAX_RECORD_BYTES", 1_000_000)
     monkeypatch.setattr(clips_module, "read_record", None)
     (Path(config.dir) / "train/data_0000.array_record").unlink()
     with pytest.raises(BadRecord, match=r"data_0002\.array_record, record 0: it unpacks to 19"):
@@ -531,7 +532,7 @@ def test_records_of_which_none_tells_the_length_have_no_clips(config, wrong_epis
 
 
 def test_a_record_that_claims_too_much_can_be_skipped_and_is_never_read(config, monkeypatch):
-    monkeypatch.setattr("cwm_jax.shards.MAX_RECORD_BYTES", 1_000_000)
+    monkeypatch.setattr("cwm_jax.data.shards.MAX_RECORD_BYTES", 1_000_000)
     with pytest.raises(BadRecord, match="it unpacks to 19"):
         open_episodes(config, "train")
     episodes = open_episodes(skipping(config), "train")

@@ -1,7 +1,7 @@
 """Training data in the memory of one device: filled in the background, gathered into batches.
 
 The first episodes of the split `train`, as many as fit into `data.on_device` frames, are read
-once. Batch k holds the clips of batch k of `data.TrainBatches`, in which each clip that is not on
+once. Batch k holds the clips of batch k of `loader.TrainBatches`, in which each clip that is not on
 the device is replaced by one that is (its number modulo how many there are). So with all of the
 split on the device, batches are those of `TrainBatches`; until it is there, they also depend on
 how quickly it was read.
@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cwm_jax import data
-from cwm_jax.clips import Batch
 from cwm_jax.coinrun import FRAME_SHAPE, NO_ACTION
-from cwm_jax.episodes import FRAME_BYTES, BadRecord, Episode
+from cwm_jax.data import loader
+from cwm_jax.data.clips import Batch
+from cwm_jax.data.records import FRAME_BYTES, BadRecord, Episode
 from cwm_jax.errors import UserError
 from cwm_jax.runtime import device_speed, sharding
 
@@ -45,8 +45,8 @@ class _Chunk(NamedTuple):
     bad: list[int]  # numbers of the episodes that were found bad
 
 
-class DeviceBatches(data.TrainBatches):
-    """As `data.TrainBatches`, with batches on the device; see the module.
+class DeviceBatches(loader.TrainBatches):
+    """As `loader.TrainBatches`, with batches on the device; see the module.
 
     Raises `UserError` for several devices, too little memory, or a limit below one episode.
     """
@@ -77,7 +77,7 @@ class DeviceBatches(data.TrainBatches):
         self._numbers_of.pop(self._taken - _KEPT, None)
         batch = self._gather(*self._store, self._starts[present].astype(np.int32))
         bad, self._found_bad = self._found_bad, []
-        return {**batch, data.BAD: np.array(bad, np.int64)}
+        return {**batch, loader.BAD: np.array(bad, np.int64)}
 
     def origins(self, batch: int) -> list[dict[str, str | int]]:
         if batch not in self._numbers_of:
@@ -170,7 +170,7 @@ class DeviceBatches(data.TrainBatches):
         try:
             return self._clips.episodes[number]
         except BadRecord:
-            if data.skips(self._config):
+            if loader.skips(self._config):
                 return None
             raise
 

@@ -1,0 +1,1 @@
+"""From shards on disk to batches: records are read safely, cut into clips and shuffled."""
