@@ -16,8 +16,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cwm_jax import attention, dry_run, loop
+from cwm_jax import dry_run, loop
 from cwm_jax.errors import UserError, shown_to_user, tell
+from cwm_jax.models import attention
 from cwm_jax.runtime import compile_cache, hosts, preemption, process_memory
 from cwm_jax.settings import Settings
 

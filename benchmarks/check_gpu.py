@@ -32,17 +32,9 @@ import optax
 
 from benchmarks import machine, sizes, train
 from benchmarks import network as golden
-from cwm_jax import (
-    attention,
-    denoiser,
-    kernel_choice,
-    kernel_measure,
-    kernel_trials,
-    model,
-    sampler,
-    training,
-)
-from cwm_jax.network import DiTConfig
+from cwm_jax import denoiser, sampler, training
+from cwm_jax.models import attention, dit, kernel_choice, kernel_measure, kernel_trials
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.objective import NoiseConfig
 from cwm_jax.runtime import process_memory
 
@@ -148,10 +140,10 @@ def with_kernels(network: DiTConfig, frames: int) -> DiTConfig:
     return dataclasses.replace(network, **taken)
 
 
-def parameters(network: DiTConfig) -> model.Params:
+def parameters(network: DiTConfig) -> dit.Params:
     """Random ones that are all at work, the same on each device."""
     rng = np.random.default_rng(0)
-    shapes = sorted(model.shapes(network).items())
+    shapes = sorted(dit.shapes(network).items())
     scale = lambda shape: 0.3 * shape[0] ** -0.5 if len(shape) > 1 else 0.02
     normal = lambda shape: scale(shape) * rng.standard_normal(shape, np.float32)
     return {name: jnp.asarray(normal(x.shape)) for name, x in shapes}

@@ -2,12 +2,12 @@
 
     python -m benchmarks.gpu_attention --output attention.json --seconds 60
 
-First the kernel of `cwm_jax.kernels.rotary_attention` against the formula in float32 on the CPU, on
-random numbers and on rows with a logsumexp near −150 and +250: values and gradients, of clips of
-1 to 32 frames. Then the seconds of a forward pass, and of a forward and a backward pass, of every
-way to attend at the shapes of `small` and `pocket`, with rotation, split and join. The kernel is
-tried with several tunings. What fails is recorded and passed over; the file is written anew after
-each result. `--tiny` tries it all on a CPU, in the interpreter.
+First the kernel of `cwm_jax.models.kernels.rotary_attention` against the formula in float32 on the
+CPU, on random numbers and on rows with a logsumexp near −150 and +250: values and gradients, of
+clips of 1 to 32 frames. Then the seconds of a forward pass, and of a forward and a backward pass,
+of every way to attend at the shapes of `small` and `pocket`, with rotation, split and join. The
+kernel is tried with several tunings. What fails is recorded and passed over; the file is written
+anew after each result. `--tiny` tries it all on a CPU, in the interpreter.
 """
 
 import argparse
@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
-from cwm_jax import attention, rope
-from cwm_jax.kernels import reference
-from cwm_jax.kernels import rotary_attention as kernels
-from cwm_jax.kernels.rotary_attention import Plan, Tuning
+from cwm_jax.models import attention, rope
+from cwm_jax.models.kernels import reference
+from cwm_jax.models.kernels import rotary_attention as kernels
+from cwm_jax.models.kernels.rotary_attention import Plan, Tuning
 from cwm_jax.runtime import device_speed
 
 Row = dict[str, object]

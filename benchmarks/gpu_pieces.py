@@ -29,8 +29,9 @@ import optax
 
 from benchmarks import hlo, machine, sizes
 from benchmarks.train import OPTIM, random_batch
-from cwm_jax import attention, layers, model, training
-from cwm_jax.kernels import norm
+from cwm_jax import training
+from cwm_jax.models import attention, dit, layers
+from cwm_jax.models.kernels import norm
 from cwm_jax.runtime import process_memory
 
 BY_LIBRARY = {"xla_gpu_enable_triton_gemm": False}  # products in cuBLAS, with bias and GELU
@@ -127,8 +128,8 @@ def old_add_and_norm(x, update, shift, scale, *, kernel="xla"):
 
 
 OLD: Patches = (
-    (model, "add_and_norm", old_add_and_norm),
-    (model, "gelu", old_gelu),
+    (dit, "add_and_norm", old_add_and_norm),
+    (dit, "gelu", old_gelu),
     (training, "_norm", optax.tree.norm),
 )
 

@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 
 from benchmarks import hlo, sizes
 from benchmarks.train import OPTIM
-from cwm_jax import flops, training
+from cwm_jax import training
 from cwm_jax.coinrun import FRAME_SHAPE
-from cwm_jax.model import REMAT
+from cwm_jax.models import flops
+from cwm_jax.models.dit import REMAT
 from cwm_jax.runtime import process_memory, sharding
 
 TARGET = Path(__file__).parent / "targets" / "h200.txtpb"

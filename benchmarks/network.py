@@ -17,9 +17,10 @@ import jax
 import numpy as np
 
 from benchmarks import machine, sizes, train
-from cwm_jax import attention, denoiser, diffusion, model, rope, torch_format
+from cwm_jax import denoiser, diffusion, torch_format
 from cwm_jax.coinrun import to_model
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import attention, dit, rope
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
 from cwm_jax.training import StepConfig
 
@@ -46,7 +47,7 @@ def arrays(name: str) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def parameters(network: DiTConfig) -> model.Params:
+def parameters(network: DiTConfig) -> dit.Params:
     """The golden ones."""
     found = torch_format.from_original(arrays("weights_step0"), network)
     return {name: jax.numpy.asarray(value) for name, value in found.items()}

@@ -6,7 +6,8 @@
 
 The plain way is the original's: each of the S passes goes over the whole window, nothing is
 remembered. It is timed in the same run on the same weights, so the speed-up is a ratio that anyone
-can repeat. Operations are those of `cwm_jax.flops`, without the conditioning that the tables save.
+can repeat. Operations are those of `cwm_jax.models.flops`, without the conditioning that the tables
+save.
 
 A row says how many frames come before the drawn one. Up to the window's length less two, nothing
 slides; with the window's length, `exact` encodes it anew and `hop` is the mean over its period.
@@ -24,8 +25,9 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import machine, sizes
-from cwm_jax import change, denoiser, diffusion, flops, model, sampler
-from cwm_jax.network import DiTConfig
+from cwm_jax import change, denoiser, diffusion, sampler
+from cwm_jax.models import dit, flops
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
 
 KEY = jax.random.key(0)
@@ -57,7 +59,7 @@ class Bench:
 
     def __init__(self, config: DiTConfig):
         self.config = config
-        self.params = model.init(config, 0)
+        self.params = dit.init(config, 0)
         self.speed = device_speed.matmul_flops(config.compute_dtype)
 
     def row(self, window: str, batch: int, steps: int, context: int) -> dict:

@@ -1,6 +1,6 @@
 """The networks of `configs/`, said again for machines that lack ml_collections; a test compares."""
 
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
 
 SIZES = {
     "tiny": dict(hidden_size=64, depth=2, num_heads=2),  # to try the benchmarks themselves

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import sizes, trace
-from cwm_jax import flops, kernel_choice, model, training
+from cwm_jax import training
 from cwm_jax.coinrun import FRAME_SHAPE
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit, flops, kernel_choice
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
 from cwm_jax.training import OptimizerConfig, StepConfig
 
@@ -73,7 +74,7 @@ def measure(
         "accumulate_steps": step.accumulate_steps,
         "clips": clips,
         "frames": frames,
-        "parameters": model.parameter_count(model.shapes(network)),
+        "parameters": dit.parameter_count(dit.shapes(network)),
         "model_tflop": asked.total / 1e12,
         "xla_tflop": parts * float(cost.get("flops", np.nan)) / 1e12,
         "xla_gbytes": moved / 1e9,
@@ -159,7 +160,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=32, help="of a clip")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
     parser.add_argument("--attention", default="auto", help="xla, fused, cudnn or auto")
-    parser.add_argument("--remat", choices=model.REMAT, default="none")
+    parser.add_argument("--remat", choices=dit.REMAT, default="none")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--output", type=Path, help="gets the numbers as JSON")

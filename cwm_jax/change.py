@@ -17,7 +17,7 @@ Frames are float in [-1, 1]. Where there is no earlier frame, the first stands f
 import jax
 import jax.numpy as jnp
 
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
 
 
 def earlier(config: DiTConfig, frames_BTHWC: jax.Array) -> jax.Array | None:

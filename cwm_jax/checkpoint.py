@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from cwm_jax import checksums, model
+from cwm_jax import checksums
 from cwm_jax.errors import UserError, tell
-from cwm_jax.model import Params
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.dit import Params
 from cwm_jax.training import TrainState
 
 FOLDER = "checkpoints"
@@ -313,7 +314,7 @@ def _loaded(folder: Path, item: str) -> Trained:
         network = DiTConfig(**saved.config["model"])
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), model.shapes(network)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), dit.shapes(network)
         )
         params = _read(folder, {item: shapes})[item]
     except (ValueError, KeyError, TypeError, OSError) as error:

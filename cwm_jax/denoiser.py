@@ -1,17 +1,18 @@
 """The denoiser: what a network's outputs mean for a noisy sample.
 
-The network (`cwm_jax.model`) knows nothing of noise. `Denoiser` owns the rest: what the sample of a
-frame is (`cwm_jax.change`), how the last frame is warped, and how a noisy sample and the outputs
-become a velocity, a clean frame and a loss. Training, evaluation, the sampler, the KV cache and
-self-generated context all go through it.
+The network (`cwm_jax.models.dit`) knows nothing of noise. `Denoiser` owns the rest: what the sample
+of a frame is (`cwm_jax.change`), how the last frame is warped, and how a noisy sample and the
+outputs become a velocity, a clean frame and a loss. Training, evaluation, the sampler, the KV cache
+and self-generated context all go through it.
 """
 
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import change, diffusion, displacement, model, motion
-from cwm_jax.model import DiT, Outputs, Params
-from cwm_jax.network import DiTConfig
+from cwm_jax import change, diffusion, displacement, motion
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.dit import DiT, Outputs, Params
 
 _STAY = 0.1  # what a pixel of displacement costs in logits before anything is learned
 
@@ -113,4 +114,4 @@ def alpha_bar(t: jax.Array) -> jax.Array:
 
 def bind(config: DiTConfig, params: Params) -> Denoiser:
     """The denoiser with these parameters."""
-    return Denoiser(model.bind(config, params))
+    return Denoiser(dit.bind(config, params))

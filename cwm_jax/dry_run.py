@@ -11,10 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import flops, kernel_choice, training
+from cwm_jax import training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.data import loader
 from cwm_jax.errors import UserError
+from cwm_jax.models import flops, kernel_choice
 from cwm_jax.runtime import device_speed, sharding
 from cwm_jax.settings import Settings
 

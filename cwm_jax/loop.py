@@ -16,7 +16,6 @@ from cwm_jax import (
     clock,
     curves,
     files,
-    kernel_choice,
     metrics_file,
     progress,
     report,
@@ -32,6 +31,7 @@ from cwm_jax import (
 from cwm_jax.data import device_data, loader
 from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import drawing, quick, single_step
+from cwm_jax.models import kernel_choice
 from cwm_jax.objective import Teacher
 from cwm_jax.runtime import hosts, preemption, process_memory, sharding
 from cwm_jax.sampler import Sampler

@@ -17,8 +17,8 @@ from cwm_jax import coinrun, diffusion, displacement, distillation
 from cwm_jax.coinrun import NO_ACTION, to_model
 from cwm_jax.denoiser import Denoiser, alpha_bar, bind
 from cwm_jax.errors import UserError
-from cwm_jax.model import Params
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.dit import Params
 
 _TOP = diffusion.NUM_LEVELS - 1
 

@@ -20,8 +20,8 @@ from cwm_jax import diffusion, prompt, world
 from cwm_jax.coinrun import NO_ACTION, to_model, to_pixels
 from cwm_jax.denoiser import Denoiser, bind
 from cwm_jax.errors import UserError
-from cwm_jax.model import Modulations, Params
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.dit import Modulations, Params
 from cwm_jax.world import Window, World
 
 _NOISE_CLIP = 20.0

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from cwm_jax import bundle, checkpoint, model, weights
+from cwm_jax import bundle, checkpoint, weights
 from cwm_jax.bundle import Bundle, Drawing, is_bundle
 from cwm_jax.checkpoint import Trained
 from cwm_jax.diffusion import NUM_LEVELS
 from cwm_jax.errors import UserError
-from cwm_jax.model import Params
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.dit import Params
 from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
 
 
@@ -127,7 +128,7 @@ def _from_file(path: Path) -> Trained:
         network = DiTConfig(**meta["config"]["model"])
     except TypeError as error:  # a size too many or too few
         raise UserError(f"{path} is of a network unknown here: {error}") from None
-    model.check_params(network, params)
+    dit.check_params(network, params)
     params = jax.tree.map(lambda x: x.astype("float32"), params)
     return Trained(network, params, meta["config"], meta["step"], path)
 

@@ -8,7 +8,7 @@ from cwm_jax import diffusion
 from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.objective import NoiseConfig
 from cwm_jax.sampler import SamplerConfig, ddim_levels
 from cwm_jax.training import OptimizerConfig, StepConfig

@@ -3,16 +3,16 @@
 Three things differ besides names. Linear weights are stored [out, in] there and [in, out] here.
 The patch embedding is a convolution [D, C, row, column] there and a linear over (row, column,
 channel) here. And the query and key columns of each head are reordered from interleaved to
-half-split planes (see `cwm_jax.rope`).
+half-split planes (see `cwm_jax.models.rope`).
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from cwm_jax import rope
 from cwm_jax.errors import UserError
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import rope
+from cwm_jax.models.config import DiTConfig
 
 _BEFORE_BLOCKS = {
     "x_embedder.proj": "patch_in",

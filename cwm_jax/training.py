@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from cwm_jax import model, objective
+from cwm_jax import objective
 from cwm_jax.errors import UserError
-from cwm_jax.model import Params
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.dit import Params
 from cwm_jax.objective import NoiseConfig, Teacher
 from cwm_jax.runtime import sharding
 
@@ -56,13 +57,13 @@ class OptimizerConfig:
 class StepConfig:
     """How an update is computed: this changes memory and speed, not the result."""
 
-    remat: str = "none"  # what the backward pass computes again, see `model.DiT.clip`
+    remat: str = "none"  # what the backward pass computes again, see `dit.DiT.clip`
     accumulate_steps: int = 1  # parts in which a device goes through its clips, one by one
 
     def __post_init__(self):
-        if self.remat not in model.REMAT:
+        if self.remat not in dit.REMAT:
             raise UserError(
-                f"config.remat must be one of {', '.join(model.REMAT)}, not {self.remat!r}"
+                f"config.remat must be one of {', '.join(dit.REMAT)}, not {self.remat!r}"
             )
         if self.accumulate_steps < 1:
             raise UserError(f"config.accumulate_steps={self.accumulate_steps}: must be 1 or more")
@@ -133,7 +134,7 @@ def init_state(
     network: DiTConfig, optim: OptimizerConfig, seed: int, params: Params | None = None
 ) -> TrainState:
     """A run's state before its first update, from float32 parameters; random without them."""
-    params = model.init(network, seed) if params is None else params
+    params = dit.init(network, seed) if params is None else params
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import rope
 from cwm_jax.denoiser import Denoiser
-from cwm_jax.model import FrameKV, Modulations, Past
+from cwm_jax.models import rope
+from cwm_jax.models.dit import FrameKV, Modulations, Past
 
 Window = Literal["exact", "cached", "hop"]
 

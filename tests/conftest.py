@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from tiny_network import TINY
 
-from cwm_jax import model
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data.records import Episode, encode
 from cwm_jax.data.shards import write_shard
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def network_of(tiny, tiny_params) -> Callable[[int], tuple[DiTConfig, dict[str, 
 
 
 def _at_work(network: DiTConfig) -> dict[str, jax.Array]:
-    params = model.init(network, 0)
+    params = dit.init(network, 0)
     keys = jax.random.split(jax.random.key(1), len(params))
     # Filters act on the last frame each time anew: large ones make of rounding another film.
     scale = lambda name: 0.02 if name.startswith("motion_out") else 0.1

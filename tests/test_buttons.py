@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import model, sampler
+from cwm_jax import sampler
 from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.errors import UserError
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
 
 TINY = dict(hidden_size=16, depth=1, num_heads=2, patch_size=32, image_size=64, max_frames=3)
 PAD = DiTConfig(**TINY, num_actions=3, dtype="float32", action_encoding="buttons")
@@ -17,11 +18,11 @@ PAD = DiTConfig(**TINY, num_actions=3, dtype="float32", action_encoding="buttons
 def test_each_button_is_an_input_of_its_own():
     actions = jnp.array([NO_ACTION, 0, 1, 5, 7])
     wanted = [[0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 0, 1], [1, 1, 1]]
-    np.testing.assert_array_equal(model.action_vectors(PAD, actions), wanted)
+    np.testing.assert_array_equal(dit.action_vectors(PAD, actions), wanted)
     single = DiTConfig(**TINY, num_actions=3, dtype="float32")
     wanted = [[0, 0, 0], [1, 0, 0], [0, 0, 1]]
     actions = jnp.array([NO_ACTION, 0, 2])
-    np.testing.assert_array_equal(model.action_vectors(single, actions), wanted)
+    np.testing.assert_array_equal(dit.action_vectors(single, actions), wanted)
 
 
 def test_a_sampler_takes_every_combination_and_no_other():
@@ -29,7 +30,7 @@ def test_a_sampler_takes_every_combination_and_no_other():
     rng = np.random.default_rng(1)  # fresh parameters have zero gates, which would hide actions
     params = {
         name: rng.normal(size=leaf.shape, scale=0.2).astype(np.float32)
-        for name, leaf in model.shapes(PAD).items()
+        for name, leaf in dit.shapes(PAD).items()
     }
     config = sampler.SamplerConfig(levels=(999,), window="cached")
     drawer = sampler.Sampler(PAD, params, config)

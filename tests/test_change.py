@@ -8,21 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import (
-    change,
-    denoiser,
-    diffusion,
-    flops,
-    model,
-    objective,
-    sampler,
-    torch_format,
-    training,
-    world,
-)
+from cwm_jax import change, denoiser, diffusion, objective, sampler, torch_format, training, world
 from cwm_jax.coinrun import to_model
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import quality, single_step
+from cwm_jax.models import dit, flops
 from cwm_jax.play import memory
 from cwm_jax.runtime import sharding
 from cwm_jax.sampler import Sampler, SamplerConfig
@@ -66,7 +56,7 @@ def test_a_change_undone_is_the_frame(known):
 def test_a_network_that_has_learned_nothing_draws_the_last_frame(known):
     config = dataclasses.replace(known[0], motion=0)  # with motion, blurred a little
     prompt, actions = clip_of(frames=3)
-    drawer = Sampler(config, model.init(config, 0), SamplerConfig(levels=(999,)))
+    drawer = Sampler(config, dit.init(config, 0), SamplerConfig(levels=(999,)))
     _, drawn = drawer.rollout(drawer.start(prompt, actions), [[7, 7], [1, 1]], KEY)
     off = np.abs(np.asarray(drawn, int) - prompt[:, -1:])
     assert off.max() <= 3  # what one step leaves of the noise: √ᾱ of it, on the scale of a change
@@ -217,7 +207,7 @@ def test_what_is_judged_is_what_was_trained(known):
     drawn = quality.reconstruction(config, params, frames, actions)
     first_window = quality.reconstruction(config, params, frames[:, :5], actions[:, :5])
     assert (drawn[:, 4] == first_window[:, 4]).all()  # not as the second window's first
-    silent = quality.reconstruction(config, model.init(config, 0), frames, actions)
+    silent = quality.reconstruction(config, dit.init(config, 0), frames, actions)
     assert (
         np.abs(silent.astype(int) - frames).max() <= 1
     )  # a fresh network leaves changes as they are

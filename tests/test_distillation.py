@@ -151,11 +151,12 @@ def test_a_student_comes_nearer_to_its_teachers_steps(network_of, clips):
 
 IN_PARTS = """
 import dataclasses, jax, numpy as np
-from cwm_jax import model, objective, training
+from cwm_jax import objective, training
+from cwm_jax.models import dit
 from cwm_jax.runtime import sharding
 from tiny_network import TINY
 network = dataclasses.replace(TINY, depth=1)
-params, others = model.init(network, 0), model.init(network, 1)
+params, others = dit.init(network, 0), dit.init(network, 1)
 teacher = objective.Teacher(others, np.int32(4))
 frames = np.random.default_rng(0).integers(0, 256, (4, 2, 64, 64, 3), np.uint8)
 actions = np.full((4, 2), 7, np.int32)

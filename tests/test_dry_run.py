@@ -8,8 +8,9 @@ import pytest
 from test_loop import ROOT, config_of, program
 
 from configs import small
-from cwm_jax import dry_run, flops, model, training
+from cwm_jax import dry_run, training
 from cwm_jax.dry_run import Memory
+from cwm_jax.models import dit, flops
 from cwm_jax.runtime import device_speed
 from cwm_jax.settings import Settings
 
@@ -96,7 +97,7 @@ def test_memory_is_that_of_state_and_batch_and_what_a_step_adds(tiny):
 def test_a_teacher_takes_memory_and_passes(tiny):
     taught = dataclasses.replace(tiny, distil_from="somewhere")
     plain, with_teacher = (dry_run.memory_of(dry_run.compile_step(s)) for s in (tiny, taught))
-    params = sum(4 * x.size for x in jax.tree.leaves(model.shapes(tiny.model)))
+    params = sum(4 * x.size for x in jax.tree.leaves(dit.shapes(tiny.model)))
     assert with_teacher.state - plain.state == pytest.approx(params, rel=1e-3)
     assert (tiny.more_passes, taught.more_passes) == (0, 2)
 

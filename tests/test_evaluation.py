@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import model
 from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.data import loader
 from cwm_jax.data.loader import DataConfig
@@ -31,7 +30,8 @@ from cwm_jax.evaluation import (
 )
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.scores import score
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig
 
 CLIPS, LENGTH = 5, 24
@@ -125,7 +125,7 @@ def test_scores_do_not_depend_on_the_number_of_clips_scored_at_once(clips):
 
 def test_an_untrained_network_reconstructs_what_the_lowest_label_leaves(clips):
     # Its last layer is zero, so v = 0 and x0 = ᾱ(0) · x: the frame itself but for rounding.
-    frames = quality.reconstruction(TINY, model.init(TINY, 0), clips.frames, clips.actions)
+    frames = quality.reconstruction(TINY, dit.init(TINY, 0), clips.frames, clips.actions)
     assert frames.shape == clips.frames.shape
     assert np.abs(frames.astype(int) - clips.frames).max() <= 1
 
@@ -366,7 +366,7 @@ def test_batches_share_one_shape_and_noise_hangs_on_nothing_but_seed_and_place(c
 
 
 def test_a_sampler_that_draws_nan_is_found_out(clips):
-    params = model.init(TINY, 0)
+    params = dit.init(TINY, 0)
     params["patch_out.bias"] = params["patch_out.bias"].at[0].set(np.nan)
     draw = drawing.by_sampler(Sampler(TINY, params, SamplerConfig(levels=(999, 499))))
     with pytest.raises(UserError, match="not finite"):
@@ -416,7 +416,7 @@ def measured(tmp_path_factory):
     plan = full.Plan(
         split="test", clips=3, horizon=6, n_prompt=(1, 2), drift_frames=16, batch_size=2
     )
-    params = model.init(TINY, 0)
+    params = dit.init(TINY, 0)
     sampler = Sampler(TINY, params, SamplerConfig(levels=(999, 499)))
     config = DataConfig(dir="assets/coinrun", clip_len=7, stride=80)
     with pytest.MonkeyPatch.context() as patch:
@@ -482,9 +482,9 @@ def test_the_page_holds_everything_itself(measured, tmp_path):
 
 
 def test_a_fingerprint_changes_with_any_parameter():
-    params = model.init(TINY, 0)
+    params = dit.init(TINY, 0)
     before = protocol.fingerprint(params)
-    assert before == protocol.fingerprint(model.init(TINY, 0))
+    assert before == protocol.fingerprint(dit.init(TINY, 0))
     params["patch_in.bias"] = params["patch_in.bias"].at[0].add(1e-6)
     assert before != protocol.fingerprint(params)
 

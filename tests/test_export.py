@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import attention, bundle, checkpoint, model, samplers, training, weights
+from cwm_jax import bundle, checkpoint, samplers, training, weights
 from cwm_jax.errors import UserError
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import attention, dit
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
 from cwm_jax.tools import export
 
@@ -33,7 +34,7 @@ def run(tmp_path_factory):
     rng = np.random.default_rng(2)
     params = {
         name: jax.numpy.asarray(0.2 * rng.normal(size=leaf.shape), np.float32)
-        for name, leaf in model.shapes(NETWORK).items()
+        for name, leaf in dit.shapes(NETWORK).items()
     }
     config = {"model": {k: getattr(NETWORK, k) for k in DiTConfig.__dataclass_fields__}}
     step, loss = jax.numpy.int32(7), jax.numpy.zeros(2)
@@ -94,7 +95,7 @@ state = bundle.start(example["prompt"], example["led_in"])
 state, frames = bundle.rollout(state, example["actions"], jax.random.key(int(example["seed"])))
 assert np.abs(np.asarray(frames).astype(int) - example["frames"]).max() <= 1
 try:
-    import cwm_jax.model
+    import cwm_jax.models.dit
 except ImportError:
     print("drawn without the model code")
 """

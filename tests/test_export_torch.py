@@ -9,7 +9,7 @@ import pytest
 
 from cwm_jax import checkpoint, training
 from cwm_jax.errors import UserError
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.tools import import_torch
 
 torch = pytest.importorskip("torch")

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import denoiser, diffusion, model, sampler, torch_format, training
+from cwm_jax import denoiser, diffusion, sampler, torch_format, training
 from cwm_jax.coinrun import to_model
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 SIZES = json.loads((FOLDER / "model.json").read_text())
@@ -47,12 +48,12 @@ def arrays(name):
 
 def params_of(name):
     params = torch_format.from_original(arrays(name), CONFIG)
-    model.check_params(CONFIG, params)
+    dit.check_params(CONFIG, params)
     return {k: jnp.asarray(v) for k, v in params.items()}
 
 
 def test_parameter_count_is_the_originals():
-    assert model.parameter_count(model.shapes(CONFIG)) == SIZES["num_params"]
+    assert dit.parameter_count(dit.shapes(CONFIG)) == SIZES["num_params"]
 
 
 def test_schedule():

@@ -170,7 +170,7 @@ def test_the_rules_catch_what_they_forbid():
     ours |= {("errors",), ("play", "__init__"), ("play", "page")}
     cases = {
         ("model",): "from cwm_jax import report",
-        ("errors",): "def f():\n    import cwm_jax.model",
+        ("errors",): "def f():\n    import cwm_jax.models.dit",
         ("tools", "pack"): "from .hub import push",
         ("report",): "from cwm_jax.play import x",
         ("play", "__init__"): "from ..tools import pack",

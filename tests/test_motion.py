@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import flops, model, motion
+from cwm_jax import motion
 from cwm_jax.errors import UserError
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit, flops
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig
 
 REACH, PATCH, ROWS, COLUMNS = 5, 7, 2, 3
@@ -91,7 +92,7 @@ def test_without_doubt_said_the_guess_counts_by_the_noise():
 
 def moving(config: DiTConfig, *, down: int, across: int) -> dict[str, jax.Array]:
     """A network that has learned nothing but to see all pixels from so far away."""
-    params = model.init(config, 0)
+    params = dit.init(config, 0)
     bias, taps = np.zeros(2 * motion.taps(config.motion), np.float32), motion.taps(config.motion)
     bias[[config.motion + down, taps + config.motion + across]] = 50.0
     return params | {"motion_out.bias": jnp.asarray(bias)}

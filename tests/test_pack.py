@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwm_jax import controls, key_panel, model, objective, rollouts, sheet, video
+from cwm_jax import controls, key_panel, objective, rollouts, sheet, video
 from cwm_jax.controls import Control, Controls
 from cwm_jax.data import clips, loader, shards, user_recordings
 from cwm_jax.errors import UserError
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.simulator import environment, game
 from cwm_jax.tools import check, pack
 
@@ -81,7 +82,7 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
     config = loader.DataConfig(dir=str(out), clip_len=5, num_threads=1)
     batches = loader.train_batches(config, batch_size=2, seed=0, num_actions=network.action_values)
     batch, t = next(batches), np.full((2, 5), 500)
-    params = {name: np.full(x.shape, 0.1, x.dtype) for name, x in model.shapes(network).items()}
+    params = {name: np.full(x.shape, 0.1, x.dtype) for name, x in dit.shapes(network).items()}
     noise = np.zeros(batch["frames"].shape, np.float32)
     loss = jax.jit(objective.clip_loss, static_argnames="network")
     assert batch["actions"].max() > 3  # more than there are buttons: combinations

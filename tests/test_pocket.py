@@ -11,10 +11,11 @@ import pytest
 
 import sample
 from configs import pocket as config
-from cwm_jax import metrics, model, pocket, samplers, weights
+from cwm_jax import metrics, pocket, samplers, weights
 from cwm_jax.data import loader
 from cwm_jax.errors import UserError
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampler import ddim_levels
 
 
@@ -40,7 +41,7 @@ def test_it_tells_of_no_machine(trained):
 
 def test_its_card_is_of_this_very_model(trained):
     card = (pocket.FOLDER / "README.md").read_text()
-    assert f"{model.parameter_count(trained.params):,} parameters" in card
+    assert f"{dit.parameter_count(trained.params):,} parameters" in card
     assert f"{trained.step:,} steps" in card
 
 

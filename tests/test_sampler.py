@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import change, denoiser, diffusion, model, sampler, world
+from cwm_jax import change, denoiser, diffusion, sampler, world
 from cwm_jax.errors import UserError
+from cwm_jax.models import dit
 from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
 
 KEY = jax.random.key(7)
@@ -143,7 +144,7 @@ def test_an_oracle_is_recovered(tiny):
         config = SamplerConfig(levels=ddim_levels(steps))
         alpha_bar = diffusion.alpha_bars()[list(config.levels)]
         table = np.repeat(alpha_bar[:, None, None], tiny.num_actions + 1, 1)
-        tables = sampler.Tables(model.Modulations(np.zeros_like(table), table), None)
+        tables = sampler.Tables(dit.Modulations(np.zeros_like(table), table), None)
         tables = jax.tree.map(jnp.asarray, tables)
         state = blank_world(tiny)
         start = jax.random.normal(KEY, truth.shape)
@@ -155,7 +156,7 @@ def test_an_oracle_is_recovered(tiny):
 
 def blank_world(tiny):
     empty = jnp.zeros((1, tiny.tokens, tiny.num_heads, 4, tiny.head_size))
-    kv = model.FrameKV((empty,) * tiny.depth, (empty,) * tiny.depth)
+    kv = dit.FrameKV((empty,) * tiny.depth, (empty,) * tiny.depth)
     frames = jnp.zeros((1, 4, 64, 64, 3))
     return world.World(frames, jnp.zeros((1, 4), int), kv, jnp.int32(0), jnp.int32(1))
 
@@ -231,7 +232,7 @@ def test_stochastic_steps(tiny, tiny_params):
 def test_stochastic_variance_follows_the_paper(tiny):
     """σ² + (what is left for ε) = 1 − ᾱ′, and η = 1 is DDPM's posterior variance."""
     config = SamplerConfig(levels=(700, 300), eta=1.0)
-    tables = sampler.Tables(model.Modulations(jnp.zeros(2), jnp.zeros(2)), None)
+    tables = sampler.Tables(dit.Modulations(jnp.zeros(2), jnp.zeros(2)), None)
     steps = sampler._steps(tables, config)
     now, after = diffusion.alpha_bars()[[700, 300]]
     posterior = (1 - after) / (1 - now) * (1 - now / after)

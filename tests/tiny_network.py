@@ -1,7 +1,7 @@
 """The network that most tests use."""
 
 from cwm_jax.coinrun import NUM_ACTIONS
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
 
 TINY = DiTConfig(
     hidden_size=24,

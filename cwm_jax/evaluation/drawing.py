@@ -9,7 +9,7 @@ from tqdm import tqdm
 from cwm_jax.bundle import Bundle
 from cwm_jax.coinrun import IMAGE_SIZE, NUM_ACTIONS
 from cwm_jax.errors import UserError
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampler import Sampler
 
 

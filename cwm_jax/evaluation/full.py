@@ -31,8 +31,8 @@ from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.probe import Probe
 from cwm_jax.evaluation.scores import Scores, score
 from cwm_jax.files import written_whole
-from cwm_jax.model import Params
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.dit import Params
 from cwm_jax.runtime import sharding
 from cwm_jax.sampler import Sampler, check_seed
 

@@ -13,7 +13,7 @@ import cwm_jax
 from cwm_jax.bundle import Drawing
 from cwm_jax.evaluation import quality
 from cwm_jax.evaluation.held_out import HeldOut
-from cwm_jax.model import Params
+from cwm_jax.models.dit import Params
 from cwm_jax.sampler import SamplerConfig
 
 VERSION = 2  # of the definitions: raised whenever a number of the same name would mean another

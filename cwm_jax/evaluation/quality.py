@@ -17,8 +17,8 @@ from cwm_jax.coinrun import to_model, to_pixels
 from cwm_jax.denoiser import bind
 from cwm_jax.evaluation import intervals
 from cwm_jax.evaluation.scores import Scores
-from cwm_jax.model import Params
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.dit import Params
 
 HORIZONS = (*range(1, 11), 16, 31, 64, 120)
 PSNR_CAP = 60.0  # dB: what a frame equal to the real one, of infinite PSNR, counts in a mean

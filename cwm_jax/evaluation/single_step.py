@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from cwm_jax import diffusion, metrics
 from cwm_jax.coinrun import to_model, to_pixels
 from cwm_jax.denoiser import bind
-from cwm_jax.model import Params
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.dit import Params
 from cwm_jax.runtime.sharding import to_devices
 
 Batches = Iterable[dict[str, np.ndarray]]

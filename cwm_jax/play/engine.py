@@ -16,8 +16,8 @@ import numpy as np
 
 from cwm_jax import sampler, world
 from cwm_jax.denoiser import bind
-from cwm_jax.model import Params
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.dit import Params
 from cwm_jax.play import memory as memories
 from cwm_jax.play.memory import Memory
 from cwm_jax.sampler import SamplerConfig, ddim_levels

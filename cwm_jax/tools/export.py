@@ -32,7 +32,6 @@ from cwm_jax import (
     checkpoint,
     checksums,
     diffusion,
-    model,
     sampler,
     samplers,
     weights,
@@ -43,8 +42,9 @@ from cwm_jax.coinrun import to_model
 from cwm_jax.data import loader
 from cwm_jax.denoiser import bind
 from cwm_jax.errors import UserError, shown_to_user
-from cwm_jax.model import FrameKV, Modulations, Params
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.dit import FrameKV, Modulations, Params
 from cwm_jax.sampler import SamplerConfig, Tables
 from cwm_jax.world import World
 
@@ -171,7 +171,7 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
             "platforms": bundle.PLATFORMS,
             "step": trained.step,
             "dtype": dtype,
-            "parameters": model.parameter_count(params),
+            "parameters": dit.parameter_count(params),
             "network": sizes,
             "drawing": drawing,
             "config": trained.config,

@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cwm_jax import checkpoint, files, model, torch_format, training
+from cwm_jax import checkpoint, files, torch_format, training
 from cwm_jax.errors import UserError, shown_to_user
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.training import OptimizerConfig, TrainState
 
 _ONE = checkpoint.Retention(1)
@@ -95,8 +96,8 @@ def state_of(loaded: dict[str, Any], network: DiTConfig, optim: OptimizerConfig)
     )
 
 
-def _arrays(flat: dict[str, np.ndarray], network: DiTConfig) -> model.Params:
-    model.check_params(network, flat)
+def _arrays(flat: dict[str, np.ndarray], network: DiTConfig) -> dit.Params:
+    dit.check_params(network, flat)
     return {name: jnp.asarray(value, jnp.float32) for name, value in flat.items()}
 
 

@@ -7,8 +7,9 @@ import functools
 import numpy as np
 import pytest
 
-from cwm_jax import model, video
-from cwm_jax.network import DiTConfig
+from cwm_jax import video
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
 from cwm_jax.play.engine import Engine
 from cwm_jax.play.governor import FrameRate
 from cwm_jax.play.prompts import ClipPrompts
@@ -39,7 +40,7 @@ def noisy(network):
     rng = np.random.default_rng(0)
     return {
         name: (0.15 * rng.standard_normal(leaf.shape)).astype(np.float32)
-        for name, leaf in sorted(model.shapes(network).items())
+        for name, leaf in sorted(dit.shapes(network).items())
     }
 
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import attention, layers, rope
-from cwm_jax.kernels import norm, reference
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import attention, layers, rope
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.kernels import norm, reference
 
 Function = Callable[..., object]  # of arrays, to an array or several
 

@@ -9,8 +9,8 @@ pass, but for the first layers, whose inputs want no gradient.
 
 from typing import NamedTuple
 
-from cwm_jax.model import MLP_RATIO, SINUSOID
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.dit import MLP_RATIO, SINUSOID
 
 
 class Flops(NamedTuple):

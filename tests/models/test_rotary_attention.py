@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import attention, rope
-from cwm_jax.kernels import reference
-from cwm_jax.kernels.rotary_attention import Plan, Tuning, rotary_attention
+from cwm_jax.models import attention, rope
+from cwm_jax.models.kernels import reference
+from cwm_jax.models.kernels.rotary_attention import Plan, Tuning, rotary_attention
 
 HEADS = 2
 NEAR = {"float32": 1e-5, "bfloat16": 1e-2}  # of the root mean square

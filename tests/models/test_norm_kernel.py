@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from test_layers import KEYS, plain_norm
 
-from cwm_jax import denoiser, layers, model
+from cwm_jax import denoiser
 from cwm_jax.errors import UserError
-from cwm_jax.kernels import norm
+from cwm_jax.models import dit, layers
+from cwm_jax.models.kernels import norm
 
 ACCURACY = {"float32": 1e-5, "bfloat16": 1e-2}
 
@@ -103,7 +104,7 @@ def test_a_network_with_the_kernels_computes_what_it_does_without(tiny):
     keys = jax.random.split(jax.random.key(2), 100)
     params = {
         name: leaf + 0.1 * jax.random.normal(key, leaf.shape)
-        for key, (name, leaf) in zip(keys, model.init(network, 0).items(), strict=False)
+        for key, (name, leaf) in zip(keys, dit.init(network, 0).items(), strict=False)
     }
     sample = jax.random.normal(KEYS[0], (2, 3, 64, 64, 3))
     t, action = jnp.array([[0, 5, 999]] * 2), jnp.array([[-1, 3, 7]] * 2)

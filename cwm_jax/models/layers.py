@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cwm_jax.kernels import norm
-from cwm_jax.network import DiTConfig
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.kernels import norm
 
 _SQRT_2_OVER_PI = 0.7978845608028654
 

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cwm_jax import attention, rope
 from cwm_jax.errors import UserError
-from cwm_jax.layers import (
+from cwm_jax.models import attention, rope
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.layers import (
     Update,
     add,
     add_and_norm,
@@ -30,7 +31,6 @@ from cwm_jax.layers import (
     unit_rms,
     zeros_linear,
 )
-from cwm_jax.network import DiTConfig
 
 Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spatial.qkv.kernel"
 

@@ -9,8 +9,8 @@ import contextlib
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import rope
 from cwm_jax.errors import UserError
+from cwm_jax.models import rope
 
 KERNELS = ("auto", "xla", "cudnn", "fused")
 
@@ -107,7 +107,7 @@ def _fused(qkv_RLMC, angles_LJ, num_heads: int, *, causal: bool) -> jax.Array:
 
 def _kernels():
     """Imported where it is used: not every jaxlib has Pallas for GPUs."""
-    from cwm_jax.kernels import rotary_attention
+    from cwm_jax.models.kernels import rotary_attention
 
     return rotary_attention
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cwm_jax import layers
+from cwm_jax.models import layers
 
 KEYS = jax.random.split(jax.random.key(5), 4)
 

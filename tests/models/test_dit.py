@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from configs import debug, large, pocket, small
-from cwm_jax import attention, denoiser, model, objective
+from cwm_jax import denoiser, objective
 from cwm_jax.errors import UserError
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import attention, dit
+from cwm_jax.models.config import DiTConfig
 
 
 def forward(config, params, *args):
@@ -36,7 +37,7 @@ def clip(config, batch=2, frames=5, seed=0):
 )
 def test_the_published_sizes(config, count):
     network = DiTConfig(**config.get_config().model)
-    assert model.parameter_count(model.shapes(network)) == count
+    assert dit.parameter_count(dit.shapes(network)) == count
 
 
 def test_no_frame_sees_a_later_one(tiny, tiny_params):
@@ -80,11 +81,11 @@ def test_no_action_is_the_zero_vector(tiny, tiny_params):
 
 
 def test_a_fresh_network_predicts_zero(tiny):
-    assert (forward(tiny, model.init(tiny, 0), *clip(tiny)) == 0).all()
+    assert (forward(tiny, dit.init(tiny, 0), *clip(tiny)) == 0).all()
 
 
 def test_initial_weights(tiny):
-    params = model.init(tiny, 0)
+    params = dit.init(tiny, 0)
     for name, leaf in params.items():
         if "modulation" in name or name.startswith("patch_out") or name.endswith("bias"):
             assert (leaf == 0).all(), name
@@ -114,7 +115,7 @@ def test_float32_means_float32_on_every_device(tiny, change):
     labels = jax.ShapeDtypeStruct((2, 4), jnp.int32)
     noise = jax.ShapeDtypeStruct(frames.shape, jnp.float32)
     loss = functools.partial(objective.clip_loss, network=network)
-    lowered = jax.jit(jax.grad(loss)).lower(model.shapes(network), frames, labels, labels, noise)
+    lowered = jax.jit(jax.grad(loss)).lower(dit.shapes(network), frames, labels, labels, noise)
     products = re.findall(r"stablehlo.dot_general.*", lowered.as_text())
     assert len(products) > 20
     assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []
@@ -142,9 +143,9 @@ def test_a_kernel_that_this_device_lacks_is_told():
 
 
 def test_foreign_parameters_are_named(tiny):
-    shapes = model.shapes(tiny)
+    shapes = dit.shapes(tiny)
     with pytest.raises(UserError, match=r"patch_in\.kernel"):
-        model.check_params(tiny, {k: v for k, v in shapes.items() if k != "patch_in.kernel"})
+        dit.check_params(tiny, {k: v for k, v in shapes.items() if k != "patch_in.kernel"})
     wrong = shapes | {"patch_in.bias": jax.ShapeDtypeStruct((3,), jnp.float32)}
     with pytest.raises(UserError, match=r"patch_in\.bias has shape \(3,\)"):
-        model.check_params(tiny, wrong)
+        dit.check_params(tiny, wrong)

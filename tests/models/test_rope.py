@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from cwm_jax import rope
+from cwm_jax.models import rope
 
 
 def test_temporal_angles():

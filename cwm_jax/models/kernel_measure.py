@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax.kernel_trials import Check, Function, Timing, Trial
+from cwm_jax.models.kernel_trials import Check, Function, Timing, Trial
 from cwm_jax.runtime import device_speed
 
 _COMPILE_SECONDS = 120  # for all programs of a trial; what is not ready then is not taken

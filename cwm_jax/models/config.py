@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import attention, controls, displacement
+from cwm_jax import controls, displacement
 from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.errors import UserError
+from cwm_jax.models import attention
 
 _MAY_BE_ZERO = ("history", "motion", "displacement_down", "displacement_across")
 

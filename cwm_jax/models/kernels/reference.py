@@ -10,7 +10,7 @@ import numpy as np
 def rotary_attention(
     qkv_RLMC: jax.Array, cos_LJ: np.ndarray, sin_LJ: np.ndarray, *, num_heads: int, causal: bool
 ) -> jax.Array:
-    """See `cwm_jax.kernels.rotary_attention`; its gradients are autodiff's."""
+    """See `cwm_jax.models.kernels.rotary_attention`; its gradients are autodiff's."""
     return _out(*_split(qkv_RLMC, cos_LJ, sin_LJ, num_heads), causal)
 
 

@@ -8,8 +8,8 @@ frames at one token's place [B, T, S, …], both without a copy.
 One program takes a tile of 64 rows and all scores of a head among them: one sequence, or several
 short ones, each blind to the others. So the softmax is exact, and the backward pass computes it
 again from q and k: nothing is kept but qkv. The two halves of a head's dimensions, which rotation
-mixes (`cwm_jax.rope`), are two operands throughout: a score is the sum of two products, and nothing
-is joined or split.
+mixes (`cwm_jax.models.rope`), are two operands throughout: a score is the sum of two products, and
+nothing is joined or split.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from cwm_jax.kernels import reference
+from cwm_jax.models.kernels import reference
 
 TILE = 64  # rows; four warps multiply 64 at once
 _LEAST = 16  # rows of a sequence in a tile, the multiple that tensor cores take

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import attention, kernel_choice, kernel_trials
-from cwm_jax.kernel_trials import Check, Timing, Trial
+from cwm_jax.models import attention, kernel_choice, kernel_trials
+from cwm_jax.models.kernel_trials import Check, Timing, Trial
 from cwm_jax.runtime import compile_cache, device_speed
 
 FLOAT = jnp.dtype("float32")

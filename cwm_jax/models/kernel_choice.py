@@ -18,11 +18,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cwm_jax import attention, files, kernel_measure, kernel_trials, kernels, layers
+from cwm_jax import files
 from cwm_jax.errors import UserError, tell
-from cwm_jax.kernel_measure import Found, is_final, measure, one_line
-from cwm_jax.kernel_trials import Trial
-from cwm_jax.network import DiTConfig
+from cwm_jax.models import attention, kernel_measure, kernel_trials, kernels, layers
+from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.kernel_measure import Found, is_final, measure, one_line
+from cwm_jax.models.kernel_trials import Trial
 from cwm_jax.runtime import compile_cache
 
 FILE = "kernels.json"
