@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from cwm_jax import pocket, sampler, samplers, video
+from cwm_jax import pocket, sampler, samplers
 from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
@@ -30,6 +30,7 @@ from cwm_jax.evaluation import (
     protocol,
     quality,
 )
+from cwm_jax.rendering import video
 from cwm_jax.simulator import environment, game
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from cwm_jax import files, pocket, rollouts, sampler, samplers, sheet, video
+from cwm_jax import files, pocket, rollouts, sampler, samplers
 from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.rendering import contact_sheet, video
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
 _MAX_FPS = 1000
@@ -50,7 +51,9 @@ def main() -> None:
         )
         print(f"step {opened.step} of {checkpoint} → {args.output}")
         if args.grid:
-            video.write_png(args.grid, sheet.grid(script.real, frames, n_prompt=args.n_prompt))
+            video.write_png(
+                args.grid, contact_sheet.grid(script.real, frames, n_prompt=args.n_prompt)
+            )
             print(f"stills → {args.grid}")
         if args.save_npz:
             _save_npz(args.save_npz, script, frames, args.seed)

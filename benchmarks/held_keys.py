@@ -13,9 +13,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cwm_jax import coinrun, pocket, samplers, sheet, video
+from cwm_jax import coinrun, pocket, samplers
 from cwm_jax.data import loader
 from cwm_jax.errors import shown_to_user
+from cwm_jax.rendering import video
+from cwm_jax.rendering.contact_sheet import enlarged
 
 PROMPT, FRAMES, EVERY = 4, 120, 12
 RIGHT, LEFT, UP, STAY = 7, 1, 5, 4
@@ -54,7 +56,7 @@ def main() -> None:
         state = opened.sampler.start(given["frames"], given["actions"])
         _, frames = opened.sampler.rollout(state, actions, jax.random.key(args.seed))
         picture = contact_sheet(given["frames"], np.asarray(frames))
-        video.write_png(args.output, sheet.enlarged(picture, args.scale))
+        video.write_png(args.output, enlarged(picture, args.scale))
         print(f"step {opened.step} → {args.output}")
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from cwm_jax import (
     checkpoint,
     clock,
-    curves,
     files,
     metrics_file,
     progress,
@@ -23,16 +22,15 @@ from cwm_jax import (
     rollouts,
     run_folder,
     samplers,
-    sheet,
     stages,
     training,
-    video,
 )
 from cwm_jax.data import device_data, loader
 from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import drawing, quick, single_step
 from cwm_jax.models import kernel_choice
 from cwm_jax.objective import Teacher
+from cwm_jax.rendering import contact_sheet, plots, video
 from cwm_jax.runtime import hosts, preemption, process_memory, sharding
 from cwm_jax.sampler import Sampler
 from cwm_jax.settings import Settings
@@ -422,7 +420,7 @@ class _Run:
         if jax.process_index() == 0:
             series = metrics_file.read_series(self.workdir / report.METRICS_FILE)
             if any(name.endswith("loss") for name in series):  # not so before the first log
-                curves.curves(series, self.workdir / "curves.png")
+                plots.curves(series, self.workdir / "curves.png")
 
     def _sampler(self, weights) -> Sampler | None:
         """Draws with the weights, in the first process alone; every process must come by here."""
@@ -442,7 +440,9 @@ class _Run:
         key = jax.random.key(settings.seed)
         frames = rollouts.write(sampler, self.script, mp4, key=key)
         png = mp4.with_suffix(".png")
-        video.write_png(png, sheet.grid(self.script.real, frames, n_prompt=settings.n_prompt))
+        video.write_png(
+            png, contact_sheet.grid(self.script.real, frames, n_prompt=settings.n_prompt)
+        )
         self.reporter.video(step, "rollout/video", mp4)
         self.reporter.image(step, "rollout/grid", png)
 

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cwm_jax.metrics_file import MetricsFile
-from cwm_jax.video import write_png
+from cwm_jax.rendering.video import write_png
 from cwm_jax.wandb_run import WandbConfig, open_wandb
 
 METRICS_FILE = "metrics.jsonl"

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax import controls, sheet, video
+from cwm_jax import controls
 from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
 from cwm_jax.data import loader
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
+from cwm_jax.rendering import contact_sheet, video
 from cwm_jax.sampler import Sampler
 
 ACTION_SOURCES = ("gt", "random", "pattern")
@@ -132,7 +133,7 @@ def film(script: Script, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Film images for `video.write_film`: real on top, drawn below, the pressed keys under each."""
     samples, length = script.actions.shape
     shape = script.prompt.shape[2:4]
-    page = sheet.Sheet.fitting(
+    page = contact_sheet.Sheet.fitting(
         samples, shape, with_real=script.real is not None, known=script.known
     )
     for t, frame_BHWC in enumerate(frames):

@@ -20,9 +20,9 @@ from configs import base
 from cwm_jax import checkpoint, clock, loop, metrics_file, run_folder, training, weights
 from cwm_jax.data import loader
 from cwm_jax.errors import UserError
+from cwm_jax.rendering.video import read_mp4
 from cwm_jax.runtime import preemption
 from cwm_jax.settings import Settings
-from cwm_jax.video import read_mp4
 
 ROOT = Path(__file__).parents[1]
 

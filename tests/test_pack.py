@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwm_jax import controls, key_panel, objective, rollouts, sheet, video
+from cwm_jax import controls, objective, rollouts
 from cwm_jax.controls import Control, Controls
 from cwm_jax.data import clips, loader, shards, user_recordings
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
+from cwm_jax.rendering import contact_sheet, key_panel, video
 from cwm_jax.simulator import environment, game
 from cwm_jax.tools import check, pack
 
@@ -94,7 +95,7 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
     )
     for t, picture in enumerate(rollouts.film(script, np.moveaxis(script.real, 1, 0))):
         panel = key_panel.draw(controls.read(out), int(script.actions[0, t]), width=192)
-        below, right = sheet.GAP + 2 * (192 + sheet.GAP), sheet.GUTTER
+        below, right = contact_sheet.GAP + 2 * (192 + contact_sheet.GAP), contact_sheet.GUTTER
         shown = picture[below:, right:][: len(panel), :192]
         np.testing.assert_array_equal(shown, panel)
 

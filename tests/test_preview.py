@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwm_jax import key_panel, keyboard, video
 from cwm_jax.controls import Control, Controls
 from cwm_jax.data import shards
 from cwm_jax.data.records import encode
+from cwm_jax.rendering import arrow_keys, key_panel, video
 from cwm_jax.tools import preview
 
 
@@ -58,7 +58,7 @@ def test_another_game_is_shown_with_its_own_keys(bright):
     pad = Controls("nes", "buttons", tuple(map(Control, ("SELECT", "START", "LEFT", "RIGHT"))))
     (bright / "metadata.json").write_text(json.dumps(pad.to_json()))
     panel = lambda action: key_panel.draw(pad, action, width=128)
-    gold = lambda image: (image == keyboard.ACCENT).all(-1).sum()
+    gold = lambda image: (image == arrow_keys.ACCENT).all(-1).sum()
     none, one, two = (gold(panel(action)) for action in (0, 0b0001, 0b1001))
     assert none == 0 < one < two
 
@@ -66,7 +66,7 @@ def test_another_game_is_shown_with_its_own_keys(bright):
 def test_coinrun_keeps_its_arrow_keys(bright, capsys):
     coinrun = preview.controls.read(bright)
     np.testing.assert_array_equal(
-        key_panel.draw(coinrun, 8, width=128), keyboard.keyboard_panel(8, width=128)
+        key_panel.draw(coinrun, 8, width=128), arrow_keys.keyboard_panel(8, width=128)
     )
     with pytest.raises(SystemExit):
         preview.main(["--data", str(bright), "--first", "2"])

@@ -8,8 +8,9 @@ import types
 import numpy as np
 import pytest
 
-from cwm_jax import video, wandb_run
+from cwm_jax import wandb_run
 from cwm_jax.errors import UserError
+from cwm_jax.rendering import video
 from cwm_jax.report import open_reporter
 from cwm_jax.wandb_run import WandbConfig, open_wandb, resolved_mode
 

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cwm_jax import sheet
 from cwm_jax.coinrun import NO_ACTION, NUM_ACTIONS
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import quality
 from cwm_jax.evaluation.drawing import Draw
 from cwm_jax.evaluation.scores import Scores, score
-from cwm_jax.keyboard import ACCENT, BACKDROP, BRIGHT, DIM, LINE, font
+from cwm_jax.rendering import contact_sheet
+from cwm_jax.rendering.arrow_keys import ACCENT, BACKDROP, BRIGHT, DIM, LINE, font
 
 # (level seed, actions) of each run → uint8 frames [n + 1, H, W, C] of each: the level's first
 # frame, then one an action; fewer where the level ended.
@@ -84,7 +84,7 @@ def play(
 def film(loop: Loop) -> Iterator[np.ndarray]:
     """Film images for `video.write_mp4`: game above, model below, keys, and PSNR over time."""
     psnr = quality.capped(loop.scores.psnr)
-    frames = sheet.side_by_side(loop.real, loop.drawn, loop.actions, n_prompt=loop.n_prompt)
+    frames = contact_sheet.side_by_side(loop.real, loop.drawn, loop.actions, n_prompt=loop.n_prompt)
     for t, picture in enumerate(frames):
         done = max(0, t + 1 - loop.n_prompt)
         yield np.concatenate([picture, _graph(psnr, done, picture.shape[1])])

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cwm_jax import sheet, video
 from cwm_jax.coinrun import FPS
 from cwm_jax.evaluation import charts, comparison
 from cwm_jax.evaluation.full import Measured, Plan
 from cwm_jax.evaluation.quality import capped
 from cwm_jax.files import written_whole
+from cwm_jax.rendering import contact_sheet, video
 
 FILE = "report.html"
 _TEMPLATE = "report_template.html"
@@ -53,9 +53,11 @@ def write(folder: Path, measured: Measured, plan: Plan) -> None:
     strips = chosen_strips(measured)
     for strip in strips:
         real, drawn, actions = _clip(measured, plan, strip.clip)
-        still = sheet.grid(real, drawn, n_prompt=plan.n_prompt[0], max_columns=_STRIP_FRAMES)
+        still = contact_sheet.grid(
+            real, drawn, n_prompt=plan.n_prompt[0], max_columns=_STRIP_FRAMES
+        )
         video.write_png(folder / f"{strip.name}.png", still)
-        film = sheet.side_by_side(real, drawn, actions, n_prompt=plan.n_prompt[0])
+        film = contact_sheet.side_by_side(real, drawn, actions, n_prompt=plan.n_prompt[0])
         video.write_mp4(folder / f"{strip.name}.mp4", film, fps=FPS)
     with written_whole(folder / FILE) as temporary:
         temporary.write_text(_page(folder, measured, plan, pictures, strips), encoding="utf-8")

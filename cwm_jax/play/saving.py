@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cwm_jax import files, video
+from cwm_jax import files
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.play.session import Session
-from cwm_jax.sheet import Sheet
+from cwm_jax.rendering import video
+from cwm_jax.rendering.contact_sheet import Sheet
 
 _SCALE = 6
 

@@ -20,13 +20,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from cwm_jax import controls, files, key_panel, keyboard, sheet, video
+from cwm_jax import controls, files
 from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
 from cwm_jax.data import shards
 from cwm_jax.data.clips import Episodes
 from cwm_jax.data.records import Episode
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.rendering import arrow_keys, key_panel, video
+from cwm_jax.rendering.contact_sheet import enlarged
 
 _EMBEDDED = Path(__file__).parents[2] / "assets" / "coinrun"
 _STILLS = 10  # in a row of the sheet
@@ -66,11 +68,11 @@ def film(
 
 
 def _film_image(episode: Episode, t: int, known: Controls, place: str, scale: int) -> np.ndarray:
-    picture = sheet.enlarged(episode.frames[t], scale)
+    picture = enlarged(episode.frames[t], scale)
     width = picture.shape[1]
-    header = Image.new("RGB", (width, _HEADER), keyboard.BACKDROP)
+    header = Image.new("RGB", (width, _HEADER), arrow_keys.BACKDROP)
     spot = (width / 2, _HEADER / 2)
-    ImageDraw.Draw(header).text(spot, place, keyboard.BRIGHT, keyboard.font(14), anchor="mm")
+    ImageDraw.Draw(header).text(spot, place, arrow_keys.BRIGHT, arrow_keys.font(14), anchor="mm")
     panel = key_panel.draw(known, int(episode.actions[t]), width=width)
     return np.concatenate([np.array(header), picture, panel])
 
@@ -84,22 +86,24 @@ def contact_sheet(
         episode = episodes[number]
         times = np.linspace(0, len(episode) - 1, min(len(episode), _STILLS)).round().astype(int)
         tiles = [_still(episode, t, known, scale) for t in times]
-        blank = np.full_like(tiles[0], keyboard.BACKDROP)
+        blank = np.full_like(tiles[0], arrow_keys.BACKDROP)
         rows.append(np.concatenate(tiles + [blank] * (_STILLS - len(tiles)), axis=1))
-        title = Image.new("RGB", (rows[0].shape[1], 22), keyboard.BACKDROP)
+        title = Image.new("RGB", (rows[0].shape[1], 22), arrow_keys.BACKDROP)
         text = f"episode {number}, {len(episode)} frames"
-        ImageDraw.Draw(title).text((6, 11), text, keyboard.BRIGHT, keyboard.font(12), anchor="lm")
+        ImageDraw.Draw(title).text(
+            (6, 11), text, arrow_keys.BRIGHT, arrow_keys.font(12), anchor="lm"
+        )
         rows.insert(-1, np.array(title))
     return np.concatenate(rows)
 
 
 def _still(episode: Episode, t: int, known: Controls, scale: int) -> np.ndarray:
-    picture = sheet.enlarged(episode.frames[t], scale)
-    tile = Image.new("RGB", (picture.shape[1] + 6, picture.shape[0] + 20), keyboard.BACKDROP)
+    picture = enlarged(episode.frames[t], scale)
+    tile = Image.new("RGB", (picture.shape[1] + 6, picture.shape[0] + 20), arrow_keys.BACKDROP)
     tile.paste(Image.fromarray(picture), (3, 0))
     text = f"{t + 1} {known.name(int(episode.actions[t]))}"
     spot = (tile.width / 2, tile.height - 10)
-    ImageDraw.Draw(tile).text(spot, text, keyboard.DIM, keyboard.font(10), anchor="mm")
+    ImageDraw.Draw(tile).text(spot, text, arrow_keys.DIM, arrow_keys.font(10), anchor="mm")
     return np.array(tile)
 
 
@@ -108,7 +112,7 @@ def page(found: Facts, known: Controls, *, source: str, of: int) -> str:
     count = sum(found.lengths.values())
     frames = sum(length * n for length, n in found.lengths.items())
     png = io.BytesIO()
-    Image.fromarray(sheet.enlarged(found.mean_frame, 4)).save(png, format="PNG")
+    Image.fromarray(enlarged(found.mean_frame, 4)).save(png, format="PNG")
     mean = base64.b64encode(png.getvalue()).decode()
     lengths = _bars({f"{length} frames": n for length, n in found.lengths.items()})
     pressed = np.argsort(-found.actions, kind="stable")[:64]

@@ -143,8 +143,9 @@ def _live(workdir, config, log, cache, sabotage, environment) -> None:
     import jax
     from absl import logging
 
-    from cwm_jax import curves, loop
+    from cwm_jax import loop
     from cwm_jax.errors import shown_to_user, tell
+    from cwm_jax.rendering import plots
     from cwm_jax.runtime import preemption
     from cwm_jax.settings import Settings
     from tests.faults.sabotage import Sabotage
@@ -153,7 +154,7 @@ def _live(workdir, config, log, cache, sabotage, environment) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    curves.curves = lambda *_: None  # half of such a short run's time
+    plots.curves = lambda *_: None  # half of such a short run's time
     if sabotage:
         Sabotage(*sabotage).prepare()
     try:

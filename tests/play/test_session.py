@@ -8,7 +8,6 @@ import zlib
 import numpy as np
 import pytest
 
-from cwm_jax import key_panel
 from cwm_jax.coinrun import MEANINGFUL_ACTIONS
 from cwm_jax.errors import UserError
 from cwm_jax.play import saving, session, share
@@ -16,8 +15,9 @@ from cwm_jax.play.engine import Engine
 from cwm_jax.play.prompts import ClipSource
 from cwm_jax.play.scheduler import Scheduler
 from cwm_jax.play.session import Session
-from cwm_jax.sheet import GAP, GUTTER
-from cwm_jax.video import read_mp4
+from cwm_jax.rendering import key_panel
+from cwm_jax.rendering.contact_sheet import GAP, GUTTER
+from cwm_jax.rendering.video import read_mp4
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import numpy as np
 from einops import repeat
 from PIL import Image, ImageDraw
 
-from cwm_jax import controls, key_panel
+from cwm_jax import controls
 from cwm_jax.controls import Controls
 from cwm_jax.errors import UserError
-from cwm_jax.keyboard import ACCENT, BACKDROP, BRIGHT, DIM, LINE, font
+from cwm_jax.rendering import key_panel
+from cwm_jax.rendering.arrow_keys import ACCENT, BACKDROP, BRIGHT, DIM, LINE, font
 
 GAP = 6  # pixels around every picture; the border that marks a prompt frame is drawn in it
 BORDER = 2

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cwm_jax import keyboard, sheet
 from cwm_jax.errors import UserError
+from cwm_jax.rendering import arrow_keys, contact_sheet
 
 
 def noise(*shape, seed=0):
@@ -33,25 +33,27 @@ def corners(picture, piece):
 @pytest.mark.parametrize("with_real", [True, False])
 def test_every_frame_and_panel_is_found_enlarged_exactly(samples, with_real):
     real, generated, actions = clips(samples)
-    films = list(sheet.side_by_side(real if with_real else None, generated, actions, scale=3))
+    films = list(
+        contact_sheet.side_by_side(real if with_real else None, generated, actions, scale=3)
+    )
     assert len(films) == 5
     for t, film in enumerate(films):
         assert film.dtype == np.uint8
         assert film.shape == films[0].shape
         assert film.shape[0] % 2 == film.shape[1] % 2 == 0
         for sample in range(samples):
-            ((y, x),) = corners(film, sheet.enlarged(generated[sample, t], 3))
-            panel = keyboard.keyboard_panel(int(actions[sample, t]), width=64)
-            below = y + 3 * 17 + sheet.GAP
+            ((y, x),) = corners(film, contact_sheet.enlarged(generated[sample, t], 3))
+            panel = arrow_keys.keyboard_panel(int(actions[sample, t]), width=64)
+            below = y + 3 * 17 + contact_sheet.GAP
             assert np.array_equal(film[below : below + len(panel), x : x + 64], panel)
             if with_real:
-                ((real_y, real_x),) = corners(film, sheet.enlarged(real[sample, t], 3))
-                assert (real_y, real_x) == (y - 3 * 17 - sheet.GAP, x)
+                ((real_y, real_x),) = corners(film, contact_sheet.enlarged(real[sample, t], 3))
+                assert (real_y, real_x) == (y - 3 * 17 - contact_sheet.GAP, x)
 
 
 def test_enlarging_repeats_pixels():
     frame = noise(5, 7, 3)
-    large = sheet.enlarged(frame, 3)
+    large = contact_sheet.enlarged(frame, 3)
     assert large.shape == (15, 21, 3)
     for dy in range(3):
         for dx in range(3):
@@ -60,21 +62,21 @@ def test_enlarging_repeats_pixels():
 
 def test_given_frames_and_only_they_have_a_border():
     real, generated, actions = clips(samples=2)
-    films = sheet.side_by_side(real, generated, actions, n_prompt=2, scale=2)
+    films = contact_sheet.side_by_side(real, generated, actions, n_prompt=2, scale=2)
     for t, film in enumerate(films):
         for frames, bordered in ((generated, t < 2), (real, False)):
-            ((y, x),) = corners(film, sheet.enlarged(frames[0, t], 2))
+            ((y, x),) = corners(film, contact_sheet.enlarged(frames[0, t], 2))
             around = film[y - 1, x : x + 34]
-            assert (around == keyboard.ACCENT).all() == bordered
+            assert (around == arrow_keys.ACCENT).all() == bordered
 
 
 def test_frames_are_drawn_only_when_asked_for(monkeypatch):
     drawn = []
-    draw = sheet.Sheet.draw
+    draw = contact_sheet.Sheet.draw
     monkeypatch.setattr(
-        sheet.Sheet, "draw", lambda *args, **kw: drawn.append(1) or draw(*args, **kw)
+        contact_sheet.Sheet, "draw", lambda *args, **kw: drawn.append(1) or draw(*args, **kw)
     )
-    films = sheet.side_by_side(*clips())
+    films = contact_sheet.side_by_side(*clips())
     assert not drawn
     next(films)
     assert len(drawn) == 1
@@ -82,8 +84,8 @@ def test_frames_are_drawn_only_when_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("samples", [1, 8, 9, 61, 300, 701])
 def test_any_number_of_samples_fits_in_what_players_decode(samples):
-    layout = sheet.Sheet.fitting(samples, (64, 64), with_real=True)
-    assert max(layout.shape) <= sheet.MAX_SIDE
+    layout = contact_sheet.Sheet.fitting(samples, (64, 64), with_real=True)
+    assert max(layout.shape) <= contact_sheet.MAX_SIDE
     places = {layout._corner(sample) for sample in range(samples)}
     assert len(places) == samples
     if samples <= 8:
@@ -102,16 +104,16 @@ def test_mistakes_are_named():
     ]
     for message, arguments in cases:
         with pytest.raises(UserError, match=message):
-            sheet.side_by_side(*arguments)
+            contact_sheet.side_by_side(*arguments)
     with pytest.raises(UserError, match="enlarged by 0"):
-        sheet.side_by_side(real, generated, actions, scale=0)
+        contact_sheet.side_by_side(real, generated, actions, scale=0)
     with pytest.raises(UserError, match="fewer samples"):
-        sheet.Sheet.fitting(100_003, (64, 64), with_real=True)
+        contact_sheet.Sheet.fitting(100_003, (64, 64), with_real=True)
 
 
 def test_grid_shows_first_and_last_and_evenly_between():
     real, generated, _ = clips(samples=2, length=31)
-    picture = sheet.grid(real, generated, n_prompt=1, scale=1, max_columns=4)
+    picture = contact_sheet.grid(real, generated, n_prompt=1, scale=1, max_columns=4)
     shown = [t for t in range(31) if corners(picture, generated[1, t])]
     assert shown == [0, 10, 20, 30]
     for sample in range(2):
@@ -119,15 +121,15 @@ def test_grid_shows_first_and_last_and_evenly_between():
         for t in shown:
             ((y, x),) = corners(picture, generated[sample, t])
             ((real_y, real_x),) = corners(picture, real[sample, t])
-            assert (real_y, real_x) == (y - 17 - sheet.GAP, x)
-            assert (picture[y - 1, x : x + 17] == keyboard.ACCENT).all() == (t == 0)
+            assert (real_y, real_x) == (y - 17 - contact_sheet.GAP, x)
+            assert (picture[y - 1, x : x + 17] == arrow_keys.ACCENT).all() == (t == 0)
             lefts.append(x)
         assert lefts == sorted(lefts)
 
 
 def test_grid_of_few_frames_shows_each_once():
     _, generated, _ = clips(samples=3, length=3)
-    picture = sheet.grid(None, generated, scale=2)
+    picture = contact_sheet.grid(None, generated, scale=2)
     for sample in range(3):
         for t in range(3):
-            assert len(corners(picture, sheet.enlarged(generated[sample, t], 2))) == 1
+            assert len(corners(picture, contact_sheet.enlarged(generated[sample, t], 2))) == 1

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwm_jax import curves
 from cwm_jax.errors import UserError
+from cwm_jax.rendering import plots
 
 
 def series(count, value=lambda step: 1 / step):
@@ -15,7 +15,7 @@ def series(count, value=lambda step: 1 / step):
 
 def drawn(tmp_path, **named):
     path = tmp_path / "curves.png"
-    curves.curves({name.replace("_", "/"): xy for name, xy in named.items()}, path)
+    plots.curves({name.replace("_", "/"): xy for name, xy in named.items()}, path)
     return np.array(Image.open(path).convert("RGB")).astype(int)
 
 
@@ -24,7 +24,7 @@ def test_each_series_leaves_its_colour(tmp_path):
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         return (np.abs(picture - wanted).max(-1) <= 3).any()
 
-    blue, orange = curves._COLOURS[:2]
+    blue, orange = plots._COLOURS[:2]
     alone = drawn(tmp_path, train_loss=series(997))
     both = drawn(tmp_path, train_loss=series(997), val_loss=series(7))
     assert has(alone, blue)
@@ -48,14 +48,14 @@ def test_values_that_are_not_finite_and_single_points_are_no_obstacle(tmp_path):
 
 def test_smoothing_keeps_constants_and_straight_lines_but_calms_noise():
     line = np.linspace(3, 1, 601)
-    assert np.allclose(curves.smoothed(np.full(601, 2.5)), 2.5)
-    assert np.allclose(curves.smoothed(line)[:590], line[:590])
+    assert np.allclose(plots.smoothed(np.full(601, 2.5)), 2.5)
+    assert np.allclose(plots.smoothed(line)[:590], line[:590])
     noise = np.random.default_rng(0).normal(size=601)
-    assert curves.smoothed(noise)[20:].std() < 0.4
-    assert len(curves.smoothed(np.ones(1))) == 1
+    assert plots.smoothed(noise)[20:].std() < 0.4
+    assert len(plots.smoothed(np.ones(1))) == 1
 
 
 def test_nothing_to_draw_is_said(tmp_path):
     for nothing in ({}, {"train/lr": series(5)}, {"train/loss": (np.zeros(0), np.zeros(0))}):
         with pytest.raises(UserError, match="no loss to draw"):
-            curves.curves(nothing, tmp_path / "curves.png")
+            plots.curves(nothing, tmp_path / "curves.png")

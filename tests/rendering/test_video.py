@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwm_jax import video
 from cwm_jax.errors import UserError
+from cwm_jax.rendering import video
 
 
 def plain(colour, height=46, width=62):

@@ -5,8 +5,8 @@ import functools
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cwm_jax import keyboard
 from cwm_jax.controls import Control, Controls
+from cwm_jax.rendering import arrow_keys
 
 _CAP = 22  # height of a key in pixels
 _PITCH = _CAP + 4
@@ -25,20 +25,20 @@ def draw(known: Controls, action: int, *, width: int) -> np.ndarray:
         A read-only uint8 image [height(known, width), width, 3].
     """
     if known.is_procgen:
-        return keyboard.keyboard_panel(action, width=width)
-    panel = Image.new("RGB", (width, height(known, width)), keyboard.BACKDROP)
+        return arrow_keys.keyboard_panel(action, width=width)
+    panel = Image.new("RGB", (width, height(known, width)), arrow_keys.BACKDROP)
     picture, held = ImageDraw.Draw(panel), known.held(action)
     for row, line in enumerate(_lines(known, width)):
         top = 4 + row * _PITCH
         for left, right, control in line:
             lit = control in held
-            face = keyboard.ACCENT if lit else keyboard.KEY_FACE
-            ink = keyboard.BACKDROP if lit else keyboard.DIM
-            picture.rounded_rectangle((left, top, right, top + _CAP), 4, face, keyboard.KEY_EDGE)
+            face = arrow_keys.ACCENT if lit else arrow_keys.KEY_FACE
+            ink = arrow_keys.BACKDROP if lit else arrow_keys.DIM
+            picture.rounded_rectangle((left, top, right, top + _CAP), 4, face, arrow_keys.KEY_EDGE)
             spot = ((left + right) / 2, top + _CAP / 2)
-            picture.text(spot, control.name, ink, keyboard.font(11), anchor="mm")
+            picture.text(spot, control.name, ink, arrow_keys.font(11), anchor="mm")
     spot = (width / 2, panel.height - 12)
-    picture.text(spot, known.name(action), keyboard.BRIGHT, keyboard.font(13), anchor="mm")
+    picture.text(spot, known.name(action), arrow_keys.BRIGHT, arrow_keys.font(13), anchor="mm")
     pixels = np.array(panel)
     pixels.setflags(write=False)  # the cache hands the same array to every caller
     return pixels
@@ -47,7 +47,7 @@ def draw(known: Controls, action: int, *, width: int) -> np.ndarray:
 def height(known: Controls, width: int) -> int:
     """Pixels that a panel of this width is high; always even."""
     if known.is_procgen:
-        return keyboard.panel_height(width)
+        return arrow_keys.panel_height(width)
     return len(_lines(known, width)) * _PITCH + _NAME
 
 
@@ -55,7 +55,7 @@ def _lines(known: Controls, width: int) -> list[list[tuple[float, float, Control
     """Where each key stands, left and right, in lines as wide as the panel."""
     lines, left = [[]], 4.0
     for control in known.controls:
-        right = left + keyboard.font(11).getlength(control.name) + 12
+        right = left + arrow_keys.font(11).getlength(control.name) + 12
         if right > width - 4 and lines[-1]:
             lines.append([])
             left, right = 4.0, right - left + 4

@@ -1,0 +1,1 @@
+"""Frames, keys and numbers as pictures: contact sheets, videos, key panels, plots."""
