@@ -32,7 +32,8 @@ import optax
 
 from benchmarks import machine, sizes, train
 from benchmarks import network as golden
-from cwm_jax import denoiser, sampler, training
+from cwm_jax import sampler, training
+from cwm_jax.diffusion import denoiser
 from cwm_jax.models import attention, dit, kernel_choice, kernel_measure, kernel_trials
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.objective import NoiseConfig

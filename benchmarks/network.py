@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from benchmarks import machine, sizes, train
-from cwm_jax import denoiser, diffusion, torch_format
+from cwm_jax import torch_format
 from cwm_jax.coinrun import to_model
+from cwm_jax.diffusion import denoiser, schedule
 from cwm_jax.models import attention, dit, rope
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
@@ -60,7 +61,7 @@ def parity(dtype: str, kernel: str) -> Result:
     """
     network, golden = config(dtype, kernel), arrays("forward")
     noise = golden["noise"].astype(np.float32)
-    sample = diffusion.noised(to_model(golden["frames"]), golden["t"], noise)
+    sample = schedule.noised(to_model(golden["frames"]), golden["t"], noise)
     forward = jax.jit(lambda params, *args: denoiser.bind(network, params)(*args))
     v = np.asarray(forward(parameters(network), sample.x, golden["t"], golden["actions"]))
     rms = lambda x: float(np.sqrt(np.square(x).mean()))
@@ -73,7 +74,7 @@ def parity(dtype: str, kernel: str) -> Result:
         "worst_v": worst,
         "rms_v": rms(wrong),
         "rms_of_v": right,
-        "loss_off": abs(float(diffusion.loss(v, sample.velocity)) - float(golden["loss"])),
+        "loss_off": abs(float(schedule.loss(v, sample.velocity)) - float(golden["loss"])),
     }
 
 

@@ -25,7 +25,8 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import machine, sizes
-from cwm_jax import change, denoiser, diffusion, sampler
+from cwm_jax import sampler
+from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.models import dit, flops
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
@@ -110,15 +111,15 @@ class Bench:
 
     def _plain(self, window: str, batch: int, steps: int, context: int):
         levels = sampler.ddim_levels(steps)
-        alpha_bars = diffusion.alpha_bars()[np.array(levels)]
+        alpha_bars = schedule.alpha_bars()[np.array(levels)]
         after = np.append(alpha_bars[1:], np.float32(1))
 
         @jax.jit
         def draw(params, frames_BTHWC, actions_BT, x):
             net = denoiser.bind(self.config, params)
             with_new = jnp.concatenate([frames_BTHWC, frames_BTHWC[:, -1:]], axis=1)
-            earlier = change.earlier(self.config, with_new)
-            known = change.to_sample(
+            earlier = residual.earlier(self.config, with_new)
+            known = residual.to_sample(
                 self.config, frames_BTHWC, None if earlier is None else earlier[:, :-1]
             )
 
@@ -127,8 +128,8 @@ class Bench:
                 seen = jnp.concatenate([known, x[:, None]], axis=1)
                 t_BT = jnp.full(seen.shape[:2], 14).at[:, -1].set(level)
                 velocity = net(seen, t_BT, actions_BT, earlier)[:, -1]
-                x0 = diffusion.clean(x, velocity, now)
-                noise = diffusion.epsilon(x, x0, now)
+                x0 = schedule.clean(x, velocity, now)
+                noise = schedule.epsilon(x, x0, now)
                 return jnp.sqrt(then) * x0 + jnp.sqrt(1 - then) * noise, None
 
             return jax.lax.scan(one, x, (jnp.array(levels), alpha_bars, after))[0]

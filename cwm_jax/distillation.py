@@ -12,8 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import diffusion
-from cwm_jax.diffusion import NUM_LEVELS, step_label
+from cwm_jax.diffusion import schedule
+from cwm_jax.diffusion.schedule import NUM_LEVELS, step_label
 
 _SHARE = 0.5  # of frames, at which the student's steps begin
 
@@ -57,7 +57,7 @@ def _after(x, velocity, t, next_t):
 
 def _turn(t, next_t):
     """Cosine and sine of the angle from a label to another, where cos² is the share of signal."""
-    alpha_bars = jnp.append(jnp.asarray(diffusion.alpha_bars()), 1.0)  # of −1, the last: clean
+    alpha_bars = jnp.append(jnp.asarray(schedule.alpha_bars()), 1.0)  # of −1, the last: clean
     now, after = (alpha_bars[label][..., None, None, None] for label in (t, next_t))
     signal, noise, next_signal, next_noise = map(jnp.sqrt, (now, 1 - now, after, 1 - after))
     return signal * next_signal + noise * next_noise, noise * next_signal - signal * next_noise

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import coinrun, diffusion, displacement, distillation
+from cwm_jax import coinrun, distillation
 from cwm_jax.coinrun import NO_ACTION, to_model
-from cwm_jax.denoiser import Denoiser, alpha_bar, bind
+from cwm_jax.diffusion import displacement, schedule
+from cwm_jax.diffusion.denoiser import Denoiser, alpha_bar, bind
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 
-_TOP = diffusion.NUM_LEVELS - 1
+_TOP = schedule.NUM_LEVELS - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def draw(
     key, shape: tuple[int, ...], noise: NoiseConfig, teacher: Teacher | None = None
 ) -> tuple[jax.Array, ...]:
     """Labels and noise of a batch, followed by an `Own` where the config asks for it."""
-    t_BT, noise_BTHWC = diffusion.draw(key, shape)
+    t_BT, noise_BTHWC = schedule.draw(key, shape)
     top_key, clips_key, own_key, label_key = jax.random.split(jax.random.fold_in(key, 1), 4)
     if noise.top_share:
         t_BT = _with_top(top_key, t_BT, noise.top_share)
@@ -75,11 +76,11 @@ def draw(
     own_key, own_top_key = jax.random.split(own_key)
     blind_key = jax.random.fold_in(clips_key, 1)
     passes = shape[0], noise.own_passes, shape[1]
-    t_BPT = jax.random.randint(label_key, passes, 0, diffusion.NUM_LEVELS)
+    t_BPT = jax.random.randint(label_key, passes, 0, schedule.NUM_LEVELS)
     t_BPT = _with_top(own_top_key, t_BPT, noise.top_share)
     if noise.own_renoised:  # the first pass starts from noise alone, so nothing real leaks
         numbers = jax.random.choice(label_key, jnp.array([1, 2, 4, 4]), passes[:2])
-        t_BPT = jnp.broadcast_to(diffusion.step_label(numbers, 4)[..., None], passes)
+        t_BPT = jnp.broadcast_to(schedule.step_label(numbers, 4)[..., None], passes)
         t_BPT = t_BPT.at[:, 0].set(_TOP)
     blind_B = jax.random.bernoulli(blind_key, noise.own_top_share, shape[:1])
     t_BPT = jnp.where(blind_B[:, None, None], _TOP, t_BPT)
@@ -121,7 +122,7 @@ def clip_loss(
     noise: NoiseConfig = NoiseConfig(),
     teacher: Teacher | None = None,
 ):
-    """Diffusion loss of clips, float32 []; frames are uint8, t and noise as `diffusion.draw`.
+    """Diffusion loss of clips, float32 []; frames are uint8, t and noise as `schedule.draw`.
 
     With history the first frame of a clip, of which there is no change to draw, does not count.
     With `middle_weight` other than 1 it is a mean in which the pixels of the middle weigh so much.
@@ -137,7 +138,7 @@ def clip_loss(
         shown, t_BT = _shown(fixed, frames, actions_BT, t_BT, Own(*own), noise)
         earlier = denoiser.earlier(shown)
     x0 = denoiser.to_sample(frames, earlier)
-    sample = diffusion.noised(x0, t_BT, noise_BTHWC)
+    sample = schedule.noised(x0, t_BT, noise_BTHWC)
     outputs = denoiser.net(sample.x, t_BT, actions_BT, earlier, remat=remat)
     counted = denoiser.counted
     middle = noise.middle_weight
@@ -161,7 +162,7 @@ def clip_loss(
         predict = lambda x, t: taught(x, t, actions_BT, earlier)
         wanted = distillation.velocity(predict, sample.x, t_BT, teacher.steps)
     weights = 1.0 if middle == 1 else _weights(network.image_size, middle)
-    return diffusion.loss(predicted[:, counted], wanted[:, counted], weights) + added
+    return schedule.loss(predicted[:, counted], wanted[:, counted], weights) + added
 
 
 def _shown(denoiser: Denoiser, frames, actions_BT, t_BT, own: Own, noise: NoiseConfig):
@@ -220,7 +221,7 @@ def own_frames(
     def again(shown, t_BT):
         earlier = denoiser.earlier(shown)
         x0 = denoiser.to_sample(shown if renoised else frames_BTHWC, earlier)
-        noised = diffusion.noised(x0, t_BT, own.noise_BTHWC).x
+        noised = schedule.noised(x0, t_BT, own.noise_BTHWC).x
         frames = denoiser.frames(noised, t_BT, actions_BT, earlier)
         return frames.at[:, 0].set(frames_BTHWC[:, 0]), None
 

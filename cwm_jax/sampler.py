@@ -4,7 +4,7 @@ DDIM: Song et al. 2021, https://arxiv.org/abs/2010.02502, equations 12 and 16. C
 clean and carry a small noise label ("stabilisation", Chen et al. 2024,
 https://arxiv.org/abs/2407.01392). A frame starts as N(0, 1) clipped to ±20 and stays unclamped as
 context; what leaves the device is clamped to [-1, 1]. Networks with history draw changes
-(`cwm_jax.change`), whose frames are clamped at once.
+(`cwm_jax.diffusion.residual`), whose frames are clamped at once.
 """
 
 import dataclasses
@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import diffusion, prompt, world
+from cwm_jax import prompt, world
 from cwm_jax.coinrun import NO_ACTION, to_model, to_pixels
-from cwm_jax.denoiser import Denoiser, bind
+from cwm_jax.diffusion import schedule
+from cwm_jax.diffusion.denoiser import Denoiser, bind
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Modulations, Params
@@ -34,9 +35,9 @@ def ddim_levels(steps: int) -> tuple[int, ...]:
     Raises:
         UserError: where `steps` is no whole number 1…1000.
     """
-    if not isinstance(steps, int) or not 1 <= steps <= diffusion.NUM_LEVELS:
-        raise UserError(f"ddim_steps must be 1…{diffusion.NUM_LEVELS}, not {steps!r}")
-    return tuple(diffusion.step_label(number, steps) for number in range(steps, 0, -1))
+    if not isinstance(steps, int) or not 1 <= steps <= schedule.NUM_LEVELS:
+        raise UserError(f"ddim_steps must be 1…{schedule.NUM_LEVELS}, not {steps!r}")
+    return tuple(schedule.step_label(number, steps) for number in range(steps, 0, -1))
 
 
 def check_seed(seed: int) -> None:
@@ -60,8 +61,8 @@ class SamplerConfig:
         if not levels or any(a <= b for a, b in itertools.pairwise(levels)):
             raise UserError(f"noise levels must fall from step to step, not {levels}")
         for level in (*levels, self.context_level):
-            if not 0 <= level < diffusion.NUM_LEVELS:
-                raise UserError(f"a noise level must be 0…{diffusion.NUM_LEVELS - 1}, not {level}")
+            if not 0 <= level < schedule.NUM_LEVELS:
+                raise UserError(f"a noise level must be 0…{schedule.NUM_LEVELS - 1}, not {level}")
         if self.window not in WINDOWS:
             raise UserError(f"window must be one of {', '.join(WINDOWS)}, not {self.window!r}")
         if not 0 <= self.eta <= 1:
@@ -100,7 +101,7 @@ class _Step(NamedTuple):
 
 
 def _steps(tables: Tables, config: SamplerConfig) -> _Step:
-    now = diffusion.alpha_bars()[np.array(config.levels)]
+    now = schedule.alpha_bars()[np.array(config.levels)]
     after = np.append(now[1:], np.float32(1))
     sigma = config.eta * np.sqrt((1 - after) / (1 - now) * (1 - now / after))
     return _Step(tables.steps, *map(jnp.asarray, (now, after, sigma.astype(np.float32))))
@@ -123,8 +124,8 @@ def draw_frame(denoiser: Denoiser, tables: Tables, state: World, action_B, noise
         sample = x_BHWC[:, None]
         outputs, _ = denoiser.net.frame_outputs(sample, modulations, past, beside)
         velocity = denoiser.velocity(outputs, sample, step.alpha_bar, beside)[:, 0]
-        x0 = diffusion.clean(x_BHWC, velocity, step.alpha_bar)
-        noise = diffusion.epsilon(x_BHWC, x0, step.alpha_bar)
+        x0 = schedule.clean(x_BHWC, velocity, step.alpha_bar)
+        noise = schedule.epsilon(x_BHWC, x0, step.alpha_bar)
         spread = jnp.sqrt(1 - step.alpha_bar_next - jnp.square(step.sigma))
         x = jnp.sqrt(step.alpha_bar_next) * x0 + spread * noise
         if config.eta:

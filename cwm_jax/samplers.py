@@ -9,7 +9,7 @@ import jax
 from cwm_jax import bundle, checkpoint, weights
 from cwm_jax.bundle import Bundle, Drawing, is_bundle
 from cwm_jax.checkpoint import Trained
-from cwm_jax.diffusion import NUM_LEVELS
+from cwm_jax.diffusion.schedule import NUM_LEVELS
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig

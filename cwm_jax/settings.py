@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from cwm_jax import diffusion
 from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.data.loader import DataConfig
+from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.objective import NoiseConfig
@@ -88,9 +88,9 @@ class Settings:
                 f"config.data.clip_len={self.data.clip_len} must be 2 or more where changes are "
                 f"drawn (config.model.history={self.model.history}): one frame shows none"
             )
-        if self.distil_from and self.ddim_steps > diffusion.NUM_LEVELS // 2:
+        if self.distil_from and self.ddim_steps > schedule.NUM_LEVELS // 2:
             raise UserError(
-                f"config.ddim_steps={self.ddim_steps} must be at most {diffusion.NUM_LEVELS // 2} "
+                f"config.ddim_steps={self.ddim_steps} must be at most {schedule.NUM_LEVELS // 2} "
                 f"with config.distil_from: the teacher takes twice as many steps"
             )
         if self.noise.own_share and not self.model.history:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax.denoiser import Denoiser
+from cwm_jax.diffusion.denoiser import Denoiser
 from cwm_jax.models import rope
 from cwm_jax.models.dit import FrameKV, Modulations, Past
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import change, denoiser, diffusion, distillation, objective, training
+from cwm_jax import distillation, objective, training
 from cwm_jax.coinrun import to_model
+from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.objective import NoiseConfig, Teacher
 from cwm_jax.runtime import sharding
 from cwm_jax.sampler import ddim_levels
@@ -58,13 +59,13 @@ def test_a_students_step_ends_where_the_sampler_begins_the_next(steps):
 def test_one_step_of_the_student_ends_where_two_of_the_teacher_do(steps):
     """By the sampler's formula, through the clean sample and the noise."""
     predict = lambda x, t: jnp.sin(3 * x) + 0.001 * t[..., None, None, None]
-    alpha_bars = np.append(diffusion.alpha_bars(), np.float32(1))
+    alpha_bars = np.append(schedule.alpha_bars(), np.float32(1))
 
     def ddim(x, velocity, now, after):
-        x0 = diffusion.clean(x, velocity, alpha_bars[now])
+        x0 = schedule.clean(x, velocity, alpha_bars[now])
         if after == -1:
             return x0
-        noise = diffusion.epsilon(x, x0, alpha_bars[now])
+        noise = schedule.epsilon(x, x0, alpha_bars[now])
         return np.sqrt(alpha_bars[after]) * x0 + np.sqrt(1 - alpha_bars[after]) * noise
 
     of_student, of_teacher = ((*ddim_levels(n), -1) for n in (steps, 2 * steps))
@@ -85,8 +86,8 @@ def test_one_step_of_the_student_ends_where_two_of_the_teacher_do(steps):
 def test_a_teacher_that_knows_the_frame_teaches_what_the_data_does():
     t = distillation.draw(KEY, jax.random.randint(KEY, (1, 60), 0, 1000), 4)
     x0, noise = jax.random.normal(jax.random.key(1), (2, 1, 60, 4, 4, 3))
-    knowing = lambda x, t: diffusion.noised(x0, t, noise).velocity
-    found = distillation.velocity(knowing, diffusion.noised(x0, t, noise).x, t, 4)
+    knowing = lambda x, t: schedule.noised(x0, t, noise).velocity
+    found = distillation.velocity(knowing, schedule.noised(x0, t, noise).x, t, 4)
     np.testing.assert_allclose(found, knowing(None, t), atol=1e-5)
 
 
@@ -96,17 +97,17 @@ def test_the_loss_is_the_distance_to_the_teachers_steps(network_of, clips, histo
     network, params = network_of(history)
     teacher = Teacher(altered(params), 2)
     frames, actions = clips
-    t, noise = diffusion.draw(KEY, frames.shape)
+    t, noise = schedule.draw(KEY, frames.shape)
     t = t.at[:, 1].set(999).at[:2, 2].set(499)
-    earlier = change.earlier(network, to_model(frames))
-    x = diffusion.noised(change.to_sample(network, to_model(frames), earlier), t, noise).x
+    earlier = residual.earlier(network, to_model(frames))
+    x = schedule.noised(residual.to_sample(network, to_model(frames), earlier), t, noise).x
     taught = denoiser.bind(network, teacher.params)
     wanted = distillation.velocity(lambda x, t: taught(x, t, actions, earlier), x, t, 2)
     off = denoiser.bind(network, params)(x, t, actions, earlier) - wanted
     loss = functools.partial(
         objective.clip_loss, params, frames, actions, t, noise, network=network
     )
-    counted = change.counted(network)
+    counted = residual.counted(network)
     np.testing.assert_allclose(loss(teacher=teacher), jnp.square(off[:, counted]).mean(), rtol=1e-4)
     assert loss(teacher=teacher) != pytest.approx(float(loss()), rel=0.01)
 
@@ -139,7 +140,7 @@ def test_a_student_comes_nearer_to_its_teachers_steps(network_of, clips):
         lr=3e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
     )
     batch = dict(zip(("frames", "actions"), clips, strict=True))
-    draws = jnp.full((4, 3), 999), diffusion.draw(KEY, clips[0].shape)[1]
+    draws = jnp.full((4, 3), 999), schedule.draw(KEY, clips[0].shape)[1]
     state = training.init_state(network, optim, 0, jax.tree.map(jnp.copy, params))
     update = jax.jit(functools.partial(training.update, network=network, optim=optim))
     losses = []

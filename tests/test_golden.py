@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import denoiser, diffusion, sampler, torch_format, training
+from cwm_jax import sampler, torch_format, training
 from cwm_jax.coinrun import to_model
+from cwm_jax.diffusion import denoiser, schedule
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 
@@ -58,17 +59,17 @@ def test_parameter_count_is_the_originals():
 
 def test_schedule():
     golden = arrays("schedule")
-    np.testing.assert_allclose(diffusion.betas(), golden["betas_f64"], rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(diffusion.alpha_bars(), golden["alphas_cumprod_f32"])
+    np.testing.assert_allclose(schedule.betas(), golden["betas_f64"], rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(schedule.alpha_bars(), golden["alphas_cumprod_f32"])
 
 
 def test_forward_pass_and_loss():
     golden = arrays("forward")
-    sample = diffusion.noised(to_model(golden["frames"]), golden["t"], golden["noise"])
+    sample = schedule.noised(to_model(golden["frames"]), golden["t"], golden["noise"])
     network = jax.jit(lambda params, *args: denoiser.bind(CONFIG, params)(*args))
     v = network(params_of("weights_step0"), sample.x, golden["t"], golden["actions"])
     np.testing.assert_allclose(v, golden["v_pred"], rtol=0, atol=2e-5)
-    assert float(diffusion.loss(v, sample.velocity)) == pytest.approx(golden["loss"], abs=1e-5)
+    assert float(schedule.loss(v, sample.velocity)) == pytest.approx(golden["loss"], abs=1e-5)
 
 
 def test_three_updates():

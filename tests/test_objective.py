@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import coinrun, denoiser, diffusion, objective, training
+from cwm_jax import coinrun, objective, training
+from cwm_jax.diffusion import denoiser, schedule
 
 KEY = jax.random.key(3)
 
@@ -14,7 +15,7 @@ KEY = jax.random.key(3)
 def test_labels_and_clips_are_drawn_in_the_shares_asked_for():
     shape = (200, 5, 2, 2, 3)
     t, _ = objective.draw(KEY, shape, objective.NoiseConfig())
-    assert (t == diffusion.draw(KEY, shape)[0]).all()
+    assert (t == schedule.draw(KEY, shape)[0]).all()
     noise = objective.NoiseConfig(top_share=0.3, own_share=0.25, own_passes=3)
     t, noise, *own = objective.draw(KEY, shape, noise)
     own = objective.Own(*own)
@@ -116,9 +117,9 @@ def test_what_is_wrong_in_the_middle_counts_as_much_as_asked_for(tiny, tiny_para
     assert weights[24:40, 24:40].min() > 1
 
     frames, actions = clips["frames"], clips["actions"]
-    given = frames, actions, *diffusion.draw(KEY, frames.shape)
+    given = frames, actions, *schedule.draw(KEY, frames.shape)
     loss = functools.partial(objective.clip_loss, tiny_params, *given, network=tiny)
-    sample = diffusion.noised(coinrun.to_model(frames), *given[2:])
+    sample = schedule.noised(coinrun.to_model(frames), *given[2:])
     net = denoiser.bind(tiny, tiny_params)
     squares = np.square(net(sample.x, given[2], actions) - sample.velocity)
     assert loss() == pytest.approx(squares.mean(), rel=1e-5)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import change, denoiser, diffusion, sampler, world
+from cwm_jax import sampler, world
+from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
 from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
@@ -27,7 +28,7 @@ def prompt_of(tiny, worlds=2, frames=1, seed=0):
 def plainly(tiny, params, config, prompt, actions, key):
     """The reference: every pass over the whole window, nothing kept; float [B, F, H, W, C]."""
     window = tiny.max_frames
-    alpha_bars = diffusion.alpha_bars()
+    alpha_bars = schedule.alpha_bars()
     network = jax.jit(lambda *args: denoiser.bind(tiny, params)(*args))
     frames = list(np.moveaxis(prompt.astype(np.float32) / 255 * 2 - 1, 1, 0))
     shape = frames[0].shape
@@ -36,19 +37,19 @@ def plainly(tiny, params, config, prompt, actions, key):
         x, _ = sampler.frame_noise(jax.random.fold_in(key, number), shape)
         context = jnp.stack(frames[-(window - 1) :], axis=1)
         # A frame's own pixels are not among those before it, so any may stand for the new one.
-        beside = change.earlier(tiny, jnp.concatenate([context, context[:, -1:]], axis=1))
+        beside = residual.earlier(tiny, jnp.concatenate([context, context[:, -1:]], axis=1))
         at = lambda frame, beside=beside: None if beside is None else beside[:, frame]
-        known = change.to_sample(tiny, context, at(slice(0, -1)))
+        known = residual.to_sample(tiny, context, at(slice(0, -1)))
         for level, after in zip(config.levels, (*config.levels[1:], None), strict=True):
             seen = jnp.concatenate([known, x[:, None]], axis=1)
             t = jnp.full(seen.shape[:2], config.context_level).at[:, -1].set(level)
             first = max(0, i + 1 - window)
             velocity = network(seen, t, actions[:, first : i + 1], beside)[:, -1]
-            x0 = diffusion.clean(x, velocity, alpha_bars[level])
-            noise = diffusion.epsilon(x, x0, alpha_bars[level])
+            x0 = schedule.clean(x, velocity, alpha_bars[level])
+            noise = schedule.epsilon(x, x0, alpha_bars[level])
             left = 1.0 if after is None else alpha_bars[after]
             x = np.sqrt(left) * x0 + np.sqrt(1 - left) * noise
-        frames.append(np.asarray(change.to_frame(tiny, x, at(-1))))
+        frames.append(np.asarray(residual.to_frame(tiny, x, at(-1))))
     return np.stack(frames[prompt.shape[1] :], axis=1)
 
 
@@ -142,7 +143,7 @@ def test_an_oracle_is_recovered(tiny):
 
     for steps in (1, 2, 7, 50):
         config = SamplerConfig(levels=ddim_levels(steps))
-        alpha_bar = diffusion.alpha_bars()[list(config.levels)]
+        alpha_bar = schedule.alpha_bars()[list(config.levels)]
         table = np.repeat(alpha_bar[:, None, None], tiny.num_actions + 1, 1)
         tables = sampler.Tables(dit.Modulations(np.zeros_like(table), table), None)
         tables = jax.tree.map(jnp.asarray, tables)
@@ -234,7 +235,7 @@ def test_stochastic_variance_follows_the_paper(tiny):
     config = SamplerConfig(levels=(700, 300), eta=1.0)
     tables = sampler.Tables(dit.Modulations(jnp.zeros(2), jnp.zeros(2)), None)
     steps = sampler._steps(tables, config)
-    now, after = diffusion.alpha_bars()[[700, 300]]
+    now, after = schedule.alpha_bars()[[700, 300]]
     posterior = (1 - after) / (1 - now) * (1 - now / after)
     assert float(steps.sigma[0]) ** 2 == pytest.approx(posterior, rel=1e-5)
     assert float(steps.sigma[1]) == 0.0

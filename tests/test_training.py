@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import diffusion, training
+from cwm_jax import training
+from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
 from cwm_jax.training import OptimizerConfig, StepConfig
 
@@ -99,7 +100,7 @@ def test_noise_depends_on_the_step_alone(tiny):
 @pytest.mark.parametrize("how", [dict(remat="gelu_norm"), dict(remat="layer", accumulate_steps=2)])
 def test_how_a_step_is_computed_does_not_change_it(tiny, tiny_params, how):
     batch = batch_of(4)
-    drawn = diffusion.draw(KEY, batch["frames"].shape)
+    drawn = schedule.draw(KEY, batch["frames"].shape)
     found = [
         jax.jit(functools.partial(training.gradients, network=tiny, step=step, mesh=None))(
             tiny_params, batch["frames"], batch["actions"], *drawn
@@ -126,7 +127,7 @@ def test_gradients_are_float32_whatever_the_matmuls(tiny):
     network = dataclasses.replace(tiny, dtype="bfloat16")
     state = jax.eval_shape(lambda: training.init_state(network, settings(), 0))
     batch = batch_of(2)
-    drawn = jax.eval_shape(lambda: diffusion.draw(KEY, batch["frames"].shape))
+    drawn = jax.eval_shape(lambda: schedule.draw(KEY, batch["frames"].shape))
     function = functools.partial(training.gradients, network=network, step=StepConfig(), mesh=None)
     _, grads = jax.eval_shape(function, state.params, batch["frames"], batch["actions"], *drawn)
     assert {leaf.dtype for leaf in grads.values()} == {jnp.dtype("float32")}

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import change, diffusion
 from cwm_jax.coinrun import to_model, to_pixels
-from cwm_jax.denoiser import bind
+from cwm_jax.diffusion import residual, schedule
+from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.evaluation import intervals
 from cwm_jax.evaluation.scores import Scores
 from cwm_jax.models.config import DiTConfig
@@ -93,7 +93,7 @@ def reconstruction(network: DiTConfig, params: Params, frames_BTHWC, actions_BT)
     length = frames_BTHWC.shape[1]
     window = min(network.max_frames, length)
     result = np.empty_like(frames_BTHWC)
-    first = change.counted(network).start
+    first = residual.counted(network).start
     for clip in range(len(frames_BTHWC)):
         for start in range(0, max(length - first, 1), max(window - first, 1)):
             start = min(start, length - window)
@@ -112,5 +112,5 @@ def _reconstruct(params, frames_BTHWC, actions_BT, *, network: DiTConfig):
     bound = bind(network, params)
     earlier = bound.earlier(frames_BTHWC)
     x0 = bound.to_sample(frames_BTHWC, earlier)
-    shown = diffusion.noised(x0, t_BT, jnp.zeros_like(x0)).x
+    shown = schedule.noised(x0, t_BT, jnp.zeros_like(x0)).x
     return to_pixels(bound.frames(shown, t_BT, actions_BT, earlier))

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cwm_jax import diffusion, metrics
+from cwm_jax import metrics
 from cwm_jax.coinrun import to_model, to_pixels
-from cwm_jax.denoiser import bind
+from cwm_jax.diffusion import schedule
+from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.runtime.sharding import to_devices
@@ -24,10 +25,10 @@ def _sums(params, batch, key, *, network: DiTConfig) -> dict[str, jax.Array]:
     frames, bound = to_model(batch["frames"]), bind(network, params)
     earlier = bound.earlier(frames)
     x0 = bound.to_sample(frames, earlier)
-    t_BT, noise = diffusion.draw(key, x0.shape)
-    sample = diffusion.noised(x0, t_BT, noise)
+    t_BT, noise = schedule.draw(key, x0.shape)
+    sample = schedule.noised(x0, t_BT, noise)
     velocity = bound(sample.x, t_BT, batch["actions"], earlier)
-    predicted = diffusion.predict_clean(sample.x, velocity, t_BT)
+    predicted = schedule.predict_clean(sample.x, velocity, t_BT)
     predicted = to_pixels(bound.to_frame(predicted, earlier)) / 255
     real = batch["frames"] / 255
     per_clip = {

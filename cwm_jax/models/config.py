@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import controls, displacement
+from cwm_jax import controls
 from cwm_jax.coinrun import NUM_ACTIONS
+from cwm_jax.diffusion import displacement
 from cwm_jax.errors import UserError
 from cwm_jax.models import attention
 
@@ -31,17 +32,17 @@ class DiTConfig:
     # Over clips: xla, cudnn, fused, or auto (see `kernel_choice`); older checkpoints lack it.
     attention: str = "auto"
     # Earlier frames shown beside each frame, of which then the change is drawn in units of
-    # `change_scale`; see `cwm_jax.change`. 0: none, the original's network. Not in the repr, from
-    # which share codes know a network: codes older than this must go on to work.
+    # `change_scale`; see `cwm_jax.diffusion.residual`. 0: none, the original's network. Not in the
+    # repr, from which share codes know a network: codes older than this must go on to work.
     history: int = dataclasses.field(default=0, repr=False)
     change_scale: float = dataclasses.field(default=0.2, repr=False)
     # What adds the output of a half block and takes the next norm, see `layers.add_and_norm`: xla,
     # triton (NVIDIA GPUs), or auto (see `kernel_choice`).
     norm: str = dataclasses.field(default="auto", repr=False)
-    # Pixels by which the last frame's may move, see `cwm_jax.motion`. 0: none are moved.
+    # Pixels by which the last frame's may move, see `cwm_jax.diffusion.warp`. 0: none are moved.
     motion: int = dataclasses.field(default=0, repr=False)
     # Largest displacement of a patch of `displacement_patch` pixels, down or up and across, see
-    # `cwm_jax.displacement`. 0: none.
+    # `cwm_jax.diffusion.displacement`. 0: none.
     displacement_down: int = dataclasses.field(default=0, repr=False)
     displacement_across: int = dataclasses.field(default=0, repr=False)
     displacement_patch: int = dataclasses.field(default=4, repr=False)

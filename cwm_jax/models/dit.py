@@ -49,7 +49,7 @@ class Modulations(NamedTuple):
 class Outputs(NamedTuple):
     """What the last layers return, float32; the last three where the network has them.
 
-    `cwm_jax.denoiser` says what they mean.
+    `cwm_jax.diffusion.denoiser` says what they mean.
     """
 
     residual: jax.Array  # [B, T, S, P · P · C], each patch's pixels

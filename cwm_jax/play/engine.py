@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cwm_jax import sampler, world
-from cwm_jax.denoiser import bind
+from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.play import memory as memories

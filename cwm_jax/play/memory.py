@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from cwm_jax import world
 from cwm_jax.coinrun import to_model
-from cwm_jax.denoiser import Denoiser
+from cwm_jax.diffusion.denoiser import Denoiser
 from cwm_jax.models.dit import Modulations
 from cwm_jax.world import World
 

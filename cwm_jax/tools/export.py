@@ -26,21 +26,12 @@ import orbax.checkpoint as ocp
 from jax import ShapeDtypeStruct
 from tqdm import tqdm
 
-from cwm_jax import (
-    __version__,
-    bundle,
-    checkpoint,
-    checksums,
-    diffusion,
-    sampler,
-    samplers,
-    weights,
-    world,
-)
+from cwm_jax import __version__, bundle, checkpoint, checksums, sampler, samplers, weights, world
 from cwm_jax.checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
 from cwm_jax.data import loader
-from cwm_jax.denoiser import bind
+from cwm_jax.diffusion import schedule
+from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
@@ -246,7 +237,7 @@ def _card_of(text: str) -> list[int]:
         return list(samplers.check_playable_steps([int(word) for word in text.split(",")]))
     except (ValueError, UserError):
         raise UserError(
-            f"--playable-steps {text}: give whole numbers 1…{diffusion.NUM_LEVELS} with commas "
+            f"--playable-steps {text}: give whole numbers 1…{schedule.NUM_LEVELS} with commas "
             "between, such as 1,2,4"
         ) from None
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_layers import KEYS, plain_norm
 
-from cwm_jax import denoiser
+from cwm_jax.diffusion import denoiser
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit, layers
 from cwm_jax.models.kernels import norm

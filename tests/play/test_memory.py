@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import denoiser, sampler, world
+from cwm_jax import sampler, world
 from cwm_jax.coinrun import to_model
+from cwm_jax.diffusion import denoiser
 from cwm_jax.play import memory as memories
 from cwm_jax.play.engine import Lane
 from cwm_jax.sampler import SamplerConfig

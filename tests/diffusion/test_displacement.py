@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import displacement
-from cwm_jax.displacement import Reach
+from cwm_jax.diffusion import displacement
+from cwm_jax.diffusion.displacement import Reach
 
 REACH = Reach(down=3, across=2, patch=4)
 STAY = REACH.count // 2

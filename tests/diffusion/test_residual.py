@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import change, denoiser, diffusion, objective, sampler, torch_format, training, world
+from cwm_jax import objective, sampler, torch_format, training, world
 from cwm_jax.coinrun import to_model
+from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import quality, single_step
 from cwm_jax.models import dit, flops
@@ -36,21 +37,21 @@ def clip_of(frames=5, clips=2, seed=0):
 def test_the_frames_before_each(tiny):
     config = dataclasses.replace(tiny, history=3)
     frames = jnp.arange(1, 6.0).reshape(1, 5, 1, 1, 1) * jnp.ones(3)
-    shown = change.earlier(config, frames)[0, :, 0, 0, ::3]
+    shown = residual.earlier(config, frames)[0, :, 0, 0, ::3]
     assert shown.tolist() == [[1, 1, 1], [1, 1, 1], [2, 1, 1], [3, 2, 1], [4, 3, 2]]
 
 
 def test_a_change_undone_is_the_frame(known):
     config, _ = known
     frames = to_model(jnp.asarray(clip_of()[0]))
-    earlier = change.earlier(config, frames)
-    sample = change.to_sample(config, frames, earlier)
+    earlier = residual.earlier(config, frames)
+    sample = residual.to_sample(config, frames, earlier)
     assert (sample[:, 0] == 0).all()
     np.testing.assert_allclose(
         sample[:, 3], (frames[:, 3] - frames[:, 2]) / config.change_scale, atol=1e-6
     )
-    np.testing.assert_allclose(change.to_frame(config, sample, earlier), frames, atol=1e-6)
-    assert np.abs(change.to_frame(config, 100 * sample, earlier)).max() == 1
+    np.testing.assert_allclose(residual.to_frame(config, sample, earlier), frames, atol=1e-6)
+    assert np.abs(residual.to_frame(config, 100 * sample, earlier)).max() == 1
 
 
 def test_a_network_that_has_learned_nothing_draws_the_last_frame(known):
@@ -102,11 +103,11 @@ def test_a_players_memory_is_a_world_that_begins_with_its_first_frame(known):
 def test_the_first_frame_of_a_clip_does_not_count(known):
     config, params = known
     frames, actions = clip_of()
-    t, noise = diffusion.draw(KEY, frames.shape)
+    t, noise = schedule.draw(KEY, frames.shape)
     loss = objective.clip_loss(params, frames, actions, t, noise, network=config)
-    earlier = change.earlier(config, to_model(frames))
-    x0 = change.to_sample(config, to_model(frames), earlier)
-    sample = diffusion.noised(x0, t, noise)
+    earlier = residual.earlier(config, to_model(frames))
+    x0 = residual.to_sample(config, to_model(frames), earlier)
+    sample = schedule.noised(x0, t, noise)
     off = denoiser.bind(config, params)(sample.x, t, actions, earlier) - sample.velocity
     np.testing.assert_allclose(loss, jnp.square(off[:, 1:]).mean(), rtol=1e-5)
 
@@ -115,7 +116,7 @@ def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
     """The loss of a clip whose earlier frames were drawn twice over, put in their place by hand."""
     config, params = known
     frames, actions = clip_of()
-    t, noise = diffusion.draw(KEY, frames.shape)
+    t, noise = schedule.draw(KEY, frames.shape)
     own = own_of(frames, passes=2)
     given = params, frames, actions, t, noise
     loss = lambda share: objective.clip_loss(
@@ -124,13 +125,13 @@ def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
     real = shown = to_model(frames)
     net = denoiser.bind(config, params)
     for number in (0, 1):
-        beside, label = change.earlier(config, shown), own.t_BPT[:, number]
-        x0 = change.to_sample(config, real, beside)
-        start = diffusion.noised(x0, label, own.noise_BTHWC).x
-        drawn = diffusion.predict_clean(start, net(start, label, actions, beside), label)
-        shown = change.to_frame(config, drawn, beside).at[:, 0].set(real[:, 0])
-    beside = change.earlier(config, shown)
-    sample = diffusion.noised(change.to_sample(config, real, beside), t, noise)
+        beside, label = residual.earlier(config, shown), own.t_BPT[:, number]
+        x0 = residual.to_sample(config, real, beside)
+        start = schedule.noised(x0, label, own.noise_BTHWC).x
+        drawn = schedule.predict_clean(start, net(start, label, actions, beside), label)
+        shown = residual.to_frame(config, drawn, beside).at[:, 0].set(real[:, 0])
+    beside = residual.earlier(config, shown)
+    sample = schedule.noised(residual.to_sample(config, real, beside), t, noise)
     off = net(sample.x, t, actions, beside) - sample.velocity
     of_clips = jnp.square(off[:, 1:]).mean((1, 2, 3, 4))
     np.testing.assert_allclose(loss(1.0), of_clips.mean(), rtol=1e-4)
@@ -148,14 +149,14 @@ def test_no_gradient_goes_through_what_was_drawn(known):
     """A clip's loss falls as fast by its last linear as if the drawn frames had been given."""
     config, params = known
     frames, actions = clip_of(clips=1)
-    t, noise = diffusion.draw(KEY, frames.shape)
+    t, noise = schedule.draw(KEY, frames.shape)
     own = own_of(frames)
     real = to_model(frames)
     drawn = objective.own_frames(denoiser.bind(config, params), real, actions, own)
-    shown = change.earlier(config, drawn)
+    shown = residual.earlier(config, drawn)
 
     def given(params):
-        sample = diffusion.noised(change.to_sample(config, real, shown), t, noise)
+        sample = schedule.noised(residual.to_sample(config, real, shown), t, noise)
         off = denoiser.bind(config, params)(sample.x, t, actions, shown) - sample.velocity
         return jnp.square(off[:, 1:]).mean()
 
@@ -199,7 +200,7 @@ def test_what_is_judged_is_what_was_trained(known):
     frames, actions = clip_of(frames=11, clips=1)
     shown = {"frames": frames[:, :5], "actions": actions[:, :5], "mask": np.ones(1, np.float32)}
     told = dict(single_step.validation(config, params, [shown], sharding.make_mesh()))
-    t, noise = diffusion.draw(jax.random.fold_in(jax.random.key(0), 0), frames[:, :5].shape)
+    t, noise = schedule.draw(jax.random.fold_in(jax.random.key(0), 0), frames[:, :5].shape)
     asked = params, frames[:, :5], actions[:, :5], t, noise
     np.testing.assert_allclose(
         told["val/loss"], objective.clip_loss(*asked, network=config), rtol=1e-5

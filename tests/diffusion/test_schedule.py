@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import diffusion
+from cwm_jax.diffusion import schedule
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def example():
 
 
 def test_alpha_bar_falls_from_nearly_one_to_nearly_zero():
-    alpha_bar = diffusion.alpha_bars()
+    alpha_bar = schedule.alpha_bars()
     assert alpha_bar.shape == (1000,)
     assert alpha_bar.dtype == np.float32
     assert (np.diff(alpha_bar) < 0).all()
@@ -28,18 +28,18 @@ def test_alpha_bar_falls_from_nearly_one_to_nearly_zero():
 def test_velocity_gives_back_frame_and_noise(example, level):
     x0, noise = example
     t = np.full((2, 3), level)
-    sample = diffusion.noised(x0, t, noise)
-    alpha_bar = diffusion.alpha_bars()[level]
-    found = diffusion.clean(sample.x, sample.velocity, alpha_bar)
+    sample = schedule.noised(x0, t, noise)
+    alpha_bar = schedule.alpha_bars()[level]
+    found = schedule.clean(sample.x, sample.velocity, alpha_bar)
     np.testing.assert_allclose(found, x0, atol=2e-6)
-    np.testing.assert_allclose(diffusion.predict_clean(*sample, t), x0, atol=2e-6)
-    np.testing.assert_allclose(diffusion.epsilon(sample.x, x0, alpha_bar), noise, atol=2e-4)
+    np.testing.assert_allclose(schedule.predict_clean(*sample, t), x0, atol=2e-6)
+    np.testing.assert_allclose(schedule.epsilon(sample.x, x0, alpha_bar), noise, atol=2e-4)
 
 
 def test_each_frame_has_its_own_label(example):
     x0, noise = example
     t = np.array([[0, 500, 999], [999, 0, 500]])
-    x = np.asarray(diffusion.noised(x0, t, noise).x)
+    x = np.asarray(schedule.noised(x0, t, noise).x)
     nearly_clean = np.abs(x - x0).max((2, 3, 4)) < 0.1
     nearly_noise = np.abs(x - noise).max((2, 3, 4)) < 0.1
     np.testing.assert_array_equal(nearly_clean, t == 0)
@@ -47,7 +47,7 @@ def test_each_frame_has_its_own_label(example):
 
 
 def test_draws_cover_all_labels_and_are_standard_normal():
-    t, noise = diffusion.draw(jax.random.key(3), (64, 64, 2, 2, 3))
+    t, noise = schedule.draw(jax.random.key(3), (64, 64, 2, 2, 3))
     assert t.shape == (64, 64)
     assert t.min() == 0
     assert t.max() == 999
@@ -56,4 +56,4 @@ def test_draws_cover_all_labels_and_are_standard_normal():
 
 
 def test_loss_is_the_mean_square():
-    assert float(diffusion.loss(np.full((2, 3), 1.0), np.full((2, 3), 3.0))) == 4.0
+    assert float(schedule.loss(np.full((2, 3), 1.0), np.full((2, 3), 3.0))) == 4.0

@@ -1,15 +1,15 @@
 """The denoiser: what a network's outputs mean for a noisy sample.
 
 The network (`cwm_jax.models.dit`) knows nothing of noise. `Denoiser` owns the rest: what the sample
-of a frame is (`cwm_jax.change`), how the last frame is warped, and how a noisy sample and the
-outputs become a velocity, a clean frame and a loss. Training, evaluation, the sampler, the KV cache
-and self-generated context all go through it.
+of a frame is (`cwm_jax.diffusion.residual`), how the last frame is warped, and how a noisy sample
+and the outputs become a velocity, a clean frame and a loss. Training, evaluation, the sampler, the
+KV cache and self-generated context all go through it.
 """
 
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import change, diffusion, displacement, motion
+from cwm_jax.diffusion import displacement, residual, schedule, warp
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import DiT, Outputs, Params
@@ -29,26 +29,26 @@ class Denoiser:
 
     @property
     def counted(self) -> slice:
-        """The frames of a clip that are trained and evaluated, see `change.counted`."""
-        return change.counted(self.config)
+        """The frames of a clip that are trained and evaluated, see `residual.counted`."""
+        return residual.counted(self.config)
 
     def earlier(self, frames_BTHWC: jax.Array) -> jax.Array | None:
-        """The frames before each of a clip, see `change.earlier`."""
-        return change.earlier(self.config, frames_BTHWC)
+        """The frames before each of a clip, see `residual.earlier`."""
+        return residual.earlier(self.config, frames_BTHWC)
 
     def to_sample(self, frames: jax.Array, earlier: jax.Array | None) -> jax.Array:
         """What is noised and denoised of frames [..., H, W, 3], given the frames before them."""
-        return change.to_sample(self.config, frames, earlier)
+        return residual.to_sample(self.config, frames, earlier)
 
     def to_frame(self, sample: jax.Array, earlier: jax.Array | None) -> jax.Array:
         """The frames of clean samples; undoes `to_sample`."""
-        return change.to_frame(self.config, sample, earlier)
+        return residual.to_frame(self.config, sample, earlier)
 
     def __call__(self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None) -> jax.Array:
         """The velocity √ᾱ ε − √(1−ᾱ) x0 of every frame's sample, float32 [B, T, H, W, C].
 
         Args:
-            sample_BTHWC: noisy samples (`to_sample`, then `diffusion.noised`); T ≤ `max_frames`.
+            sample_BTHWC: noisy samples (`to_sample`, then `schedule.noised`); T ≤ `max_frames`.
             t_BT: their noise levels, whole numbers 0…999.
             action_BT: the action that led into each frame, −1 for none.
             earlier_BTHWC: `earlier`, None for a network without history.
@@ -59,7 +59,7 @@ class Denoiser:
     def frames(self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None) -> jax.Array:
         """The clean frames that one pass predicts from noisy samples, float32 [B, T, H, W, C]."""
         velocity = self(sample_BTHWC, t_BT, action_BT, earlier_BTHWC)
-        clean = diffusion.predict_clean(sample_BTHWC, velocity, t_BT)
+        clean = schedule.predict_clean(sample_BTHWC, velocity, t_BT)
         return self.to_frame(clean, earlier_BTHWC)
 
     def velocity(
@@ -79,7 +79,7 @@ class Denoiser:
             return self.net.pixels(outputs.residual)
         last = earlier_BTHWC[..., :3].astype(jnp.float32)
         warped = self._warped(outputs, last, displacements_BThw) / self.config.change_scale
-        velocity = motion.velocity(
+        velocity = warp.velocity(
             self.net.patches(sample_BTHWC),
             warped,
             outputs.log_variance,
@@ -92,9 +92,7 @@ class Denoiser:
         """How much the warped last frame differs from it, in patches [B, T, S, P · P · C]."""
         config = self.config
         if config.motion:
-            return motion.change(
-                last, outputs.filters, reach=config.motion, patch=config.patch_size
-            )
+            return warp.change(last, outputs.filters, reach=config.motion, patch=config.patch_size)
         if displacements_BThw is None:
             displacements_BThw = jnp.argmax(self.logits(outputs), axis=-1)
         warped = displacement.warp(last, displacements_BThw, config.reach)
@@ -109,7 +107,7 @@ class Denoiser:
 
 def alpha_bar(t: jax.Array) -> jax.Array:
     """The share of signal at noise levels t, float32, of the same shape."""
-    return jnp.asarray(diffusion.alpha_bars())[t]
+    return jnp.asarray(schedule.alpha_bars())[t]
 
 
 def bind(config: DiTConfig, params: Params) -> Denoiser:

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import motion
+from cwm_jax.diffusion import warp
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit, flops
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampler import Sampler, SamplerConfig
 
 REACH, PATCH, ROWS, COLUMNS = 5, 7, 2, 3
-WIDTH = motion.taps(REACH)
+WIDTH = warp.taps(REACH)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def frames():
 
 def changed(frames, scores):
     """The frames, changed by filters of these logits, [B, T, S, 2 · taps]."""
-    moved = motion.change(jnp.asarray(frames), jnp.asarray(scores), reach=REACH, patch=PATCH)
+    moved = warp.change(jnp.asarray(frames), jnp.asarray(scores), reach=REACH, patch=PATCH)
     blocks = np.asarray(moved).reshape(2, 3, ROWS, COLUMNS, PATCH, PATCH, 3)
     return frames + blocks.swapaxes(3, 4).reshape(frames.shape)
 
@@ -76,24 +76,24 @@ def test_what_is_known_of_a_velocity():
         deviation, signal, sigma = np.exp(doubt / 2), alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         z = moved + deviation * around
         x = signal * z + sigma * noise
-        known = motion.velocity(x, moved, doubt, jnp.zeros(()), alpha_bar)
+        known = warp.velocity(x, moved, doubt, jnp.zeros(()), alpha_bar)
         left = signal * noise - sigma * z - known
         for given in (x, moved, known):
             assert abs(np.corrcoef(left, given)[0, 1]) < 0.02
-        unit = motion.velocity(x, moved, doubt, jnp.ones(()), alpha_bar) - known
+        unit = warp.velocity(x, moved, doubt, jnp.ones(()), alpha_bar) - known
         assert left.std() == pytest.approx(float(unit[0]), rel=0.02)
 
 
 def test_without_doubt_said_the_guess_counts_by_the_noise():
     x, moved, rest = jax.random.normal(jax.random.key(6), (3, 50))
-    found = motion.velocity(x, moved, 0.0, rest, 0.36)
+    found = warp.velocity(x, moved, 0.0, rest, 0.36)
     np.testing.assert_allclose(found, rest - 0.8 * moved, atol=1e-5)
 
 
 def moving(config: DiTConfig, *, down: int, across: int) -> dict[str, jax.Array]:
     """A network that has learned nothing but to see all pixels from so far away."""
     params = dit.init(config, 0)
-    bias, taps = np.zeros(2 * motion.taps(config.motion), np.float32), motion.taps(config.motion)
+    bias, taps = np.zeros(2 * warp.taps(config.motion), np.float32), warp.taps(config.motion)
     bias[[config.motion + down, taps + config.motion + across]] = 50.0
     return params | {"motion_out.bias": jnp.asarray(bias)}
 
