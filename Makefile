@@ -33,7 +33,7 @@ install-torch: $(STAMP)  ## Add the pinned PyTorch, which only .pt files need
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 
 install-procgen: $(STAMP)  ## Make .venv-procgen with the real game, to record data from
-	$(BIN)/python -c 'from cwm_jax.simulator import environment; environment.ensure()'
+	$(BIN)/python -c 'from cwm_jax.simulator import venv; venv.ensure()'
 
 demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagines
 	rm -rf $(DEMO)

@@ -31,7 +31,7 @@ from cwm_jax.evaluation import (
     quality,
 )
 from cwm_jax.rendering import video
-from cwm_jax.simulator import environment, game
+from cwm_jax.simulator import game, venv
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
 
@@ -128,7 +128,7 @@ def close_the_loop(words: list[str]) -> None:
     draw = drawing.by_sampler(opened.sampler)
     levels = range(args.first_level, args.first_level + args.levels)
     keys = closed_loop.random_keys(args.levels, args.frames - 1, seed=args.seed)
-    with game.Simulator(environment.ensure(args.simulator)) as simulator:
+    with game.Simulator(venv.ensure(args.simulator)) as simulator:
         replay = lambda runs: [run.frames for run in simulator.replay("coinrun", runs)]
         loop = closed_loop.play(draw, replay, levels, keys, n_prompt=args.n_prompt, seed=args.seed)
     video.write_film(args.output, closed_loop.film(loop), fps=FPS)

@@ -14,12 +14,12 @@ from cwm_jax import controls
 from cwm_jax.data import records as records_module
 from cwm_jax.data import shards
 from cwm_jax.errors import UserError
-from cwm_jax.simulator import environment, game
+from cwm_jax.simulator import game, venv
 from cwm_jax.tools import collect
 
 ENVIRONMENT = Path(__file__).parents[1] / ".venv-procgen"
 real_game = pytest.mark.skipif(
-    not environment.is_ready(ENVIRONMENT), reason="no simulator here: make install-procgen"
+    not venv.is_ready(ENVIRONMENT), reason="no simulator here: make install-procgen"
 )
 
 
@@ -212,7 +212,7 @@ def test_episodes_that_are_all_too_short_end_the_recording(tmp_path, short_game)
 
 @pytest.fixture(scope="module")
 def simulator():
-    with game.Simulator(environment.ensure(ENVIRONMENT)) as simulator:
+    with game.Simulator(venv.ensure(ENVIRONMENT)) as simulator:
         yield simulator
 
 
@@ -263,7 +263,7 @@ def test_sticky_players_hold_their_keys_and_run_to_the_right(simulator):
 @real_game
 def test_a_worker_that_breaks_says_why(simulator):
     with (
-        game.Simulator(environment.ensure(ENVIRONMENT)) as broken,
+        game.Simulator(venv.ensure(ENVIRONMENT)) as broken,
         pytest.raises(UserError, match="process ended with code -6"),
     ):
         list(broken.record(recording(game="no_such_game")))

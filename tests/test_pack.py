@@ -18,7 +18,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.rendering import contact_sheet, key_panel, video
-from cwm_jax.simulator import environment, game
+from cwm_jax.simulator import game, venv
 from cwm_jax.tools import check, pack
 
 SIMULATOR = Path(__file__).parents[1] / ".venv-procgen"
@@ -100,16 +100,14 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
         np.testing.assert_array_equal(shown, panel)
 
 
-@pytest.mark.skipif(
-    not environment.is_ready(SIMULATOR), reason="no simulator here: make install-procgen"
-)
+@pytest.mark.skipif(not venv.is_ready(SIMULATOR), reason="no simulator here: make install-procgen")
 def test_a_second_procgen_game_goes_through_films_into_training_batches(tmp_path):
     """Maze, filmed as a person would, comes back as the same game with the same actions."""
     (tmp_path / "films").mkdir()
     keys = controls.procgen("maze").to_json()
     rows = [f"{{name = {a['name']!r}, keys = {a['keys']!r}}}" for a in keys["actions"]]
     (tmp_path / "keys.toml").write_text(f'game = "maze"\nactions = [{", ".join(rows)}]')
-    with game.Simulator(environment.ensure(SIMULATOR)) as simulator:
+    with game.Simulator(venv.ensure(SIMULATOR)) as simulator:
         actions = np.random.default_rng(0).integers(15, size=(3, 41))
         runs = [(seed, row.tolist()) for seed, row in zip((3, 5, 7), actions, strict=True)]
         played = simulator.replay("maze", runs)

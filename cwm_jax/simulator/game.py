@@ -78,7 +78,7 @@ class Simulator:
     then ends it here.
 
     Args:
-        python: of the simulator's environment, see `environment.ensure`.
+        python: of the simulator's environment, see `venv.ensure`.
     """
 
     def __init__(self, python: Path):

@@ -28,7 +28,7 @@ from cwm_jax import __version__, controls, files
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data import records, shards
 from cwm_jax.errors import UserError, shown_to_user
-from cwm_jax.simulator import environment, game
+from cwm_jax.simulator import game, venv
 
 LEVELS = 500_000_000  # level seeds of each split; three times this stays below 2³¹
 
@@ -180,7 +180,7 @@ def _grows(then: dict[str, int] | None, now: dict[str, int]) -> bool:
 
 
 def _simulator_versions() -> list[str]:
-    pins = environment.REQUIREMENTS.read_text().splitlines()
+    pins = venv.REQUIREMENTS.read_text().splitlines()
     return [pin for pin in pins if pin.startswith(("procgen", "gym3", "numpy"))]
 
 
@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             chunk=args.chunk,
             min_chunk=args.min_chunk,
         )
-        python = environment.ensure(args.environment)
+        python = venv.ensure(args.environment)
         try:
             collect(args.output, recipe, python=python, jobs=args.jobs)
         except KeyboardInterrupt:

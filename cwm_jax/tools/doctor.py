@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from cwm_jax import wandb_run
 from cwm_jax.data import shards
 from cwm_jax.errors import UserError
-from cwm_jax.simulator import environment
+from cwm_jax.simulator import venv
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -188,8 +188,8 @@ def open_files(limit: int = resource.getrlimit(resource.RLIMIT_NOFILE)[1]) -> Fi
 
 
 def simulator(folder: Path | None = None) -> Finding:
-    folder = folder or environment.default_folder()
-    if environment.is_ready(folder):
+    folder = folder or venv.default_folder()
+    if venv.is_ready(folder):
         return Finding(OK, f"the Procgen simulator is in {folder}")
     return Finding(NOTE, "no Procgen simulator; recording makes it", "make install-procgen")
 
