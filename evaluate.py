@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from cwm_jax import pocket, sampler, samplers
+from cwm_jax import pocket, samplers
 from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
@@ -31,6 +31,7 @@ from cwm_jax.evaluation import (
     quality,
 )
 from cwm_jax.rendering import video
+from cwm_jax.sampling import sampler
 from cwm_jax.simulator import game, venv
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"

@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from cwm_jax import files, pocket, rollouts, sampler, samplers
+from cwm_jax import files, pocket, samplers
 from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.rendering import contact_sheet, video
+from cwm_jax.sampling import rollouts, sampler
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
 _MAX_FPS = 1000

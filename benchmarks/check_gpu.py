@@ -32,12 +32,13 @@ import optax
 
 from benchmarks import machine, sizes, train
 from benchmarks import network as golden
-from cwm_jax import sampler, training
+from cwm_jax import training
 from cwm_jax.diffusion import denoiser
 from cwm_jax.models import attention, dit, kernel_choice, kernel_measure, kernel_trials
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.objective import NoiseConfig
 from cwm_jax.runtime import process_memory
+from cwm_jax.sampling import sampler
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("debug", "pocket", "small", "large")

@@ -21,7 +21,7 @@ from cwm_jax.evaluation import drawing, drift, held_out, probe, quality, quick, 
 from cwm_jax.evaluation.scores import score
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.sampler import Sampler, SamplerConfig
+from cwm_jax.sampling.sampler import Sampler, SamplerConfig
 
 _DATA = DataConfig(dir=str(Path(__file__).parents[1] / "assets" / "coinrun"))
 

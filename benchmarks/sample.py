@@ -25,11 +25,11 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import machine, sizes
-from cwm_jax import sampler
 from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.models import dit, flops
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
+from cwm_jax.sampling import sampler
 
 KEY = jax.random.key(0)
 

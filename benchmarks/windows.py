@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from cwm_jax import checkpoint, sampler, samplers
+from cwm_jax import checkpoint, samplers
 from cwm_jax.data import loader
+from cwm_jax.sampling import sampler
 
 WAYS = {  # window, dtype of the matmuls
     "exact": ("exact", "float32"),

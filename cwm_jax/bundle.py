@@ -22,9 +22,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import prompt, weights
+from cwm_jax import weights
 from cwm_jax.coinrun import to_pixels
 from cwm_jax.errors import UserError
+from cwm_jax.sampling import prompt
 
 MANIFEST = "manifest.json"
 PARAMS = f"params{weights.SUFFIX}"
@@ -60,7 +61,7 @@ class Drawing(NamedTuple):
 
 
 class State(NamedTuple):
-    """B worlds in progress; see `world.World`."""
+    """B worlds in progress; see `kv_cache.World`."""
 
     frames_BMHWC: jax.Array
     actions_BM: jax.Array

@@ -19,7 +19,6 @@ from cwm_jax import (
     progress,
     report,
     resume,
-    rollouts,
     run_folder,
     samplers,
     stages,
@@ -32,7 +31,8 @@ from cwm_jax.models import kernel_choice
 from cwm_jax.objective import Teacher
 from cwm_jax.rendering import contact_sheet, plots, video
 from cwm_jax.runtime import hosts, preemption, process_memory, sharding
-from cwm_jax.sampler import Sampler
+from cwm_jax.sampling import rollouts
+from cwm_jax.sampling.sampler import Sampler
 from cwm_jax.settings import Settings
 from cwm_jax.training import TrainState
 

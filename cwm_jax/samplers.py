@@ -14,7 +14,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
-from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
+from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 
 
 class Opened(NamedTuple):

@@ -10,7 +10,7 @@ from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.objective import NoiseConfig
-from cwm_jax.sampler import SamplerConfig, ddim_levels
+from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
 from cwm_jax.training import OptimizerConfig, StepConfig
 from cwm_jax.wandb_run import WandbConfig
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import sampler
 from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
+from cwm_jax.sampling import sampler
 
 TINY = dict(hidden_size=16, depth=1, num_heads=2, patch_size=32, image_size=64, max_frames=3)
 PAD = DiTConfig(**TINY, num_actions=3, dtype="float32", action_encoding="buttons")

@@ -17,7 +17,7 @@ from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.objective import NoiseConfig, Teacher
 from cwm_jax.runtime import sharding
-from cwm_jax.sampler import ddim_levels
+from cwm_jax.sampling.sampler import ddim_levels
 
 KEY = jax.random.key(3)
 

@@ -32,7 +32,7 @@ from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.scores import score
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.sampler import Sampler, SamplerConfig
+from cwm_jax.sampling.sampler import Sampler, SamplerConfig
 
 CLIPS, LENGTH = 5, 24
 EMBEDDED = DataConfig(dir="assets/coinrun")

@@ -16,7 +16,7 @@ from cwm_jax import bundle, checkpoint, samplers, training, weights
 from cwm_jax.errors import UserError
 from cwm_jax.models import attention, dit
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
+from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 from cwm_jax.tools import export
 
 ROOT = Path(__file__).parents[1]

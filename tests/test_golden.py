@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import sampler, torch_format, training
+from cwm_jax import torch_format, training
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, schedule
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
+from cwm_jax.sampling import sampler
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 SIZES = json.loads((FOLDER / "model.json").read_text())

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwm_jax import controls, objective, rollouts
+from cwm_jax import controls, objective
 from cwm_jax.controls import Control, Controls
 from cwm_jax.data import clips, loader, shards, user_recordings
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.rendering import contact_sheet, key_panel, video
+from cwm_jax.sampling import rollouts
 from cwm_jax.simulator import game, venv
 from cwm_jax.tools import check, pack
 

@@ -16,7 +16,7 @@ from cwm_jax.data import loader
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.sampler import ddim_levels
+from cwm_jax.sampling.sampler import ddim_levels
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from cwm_jax.bundle import Bundle
 from cwm_jax.coinrun import IMAGE_SIZE, NUM_ACTIONS
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.sampler import Sampler
+from cwm_jax.sampling.sampler import Sampler
 
 
 class Draw(Protocol):

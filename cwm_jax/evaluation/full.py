@@ -34,7 +34,7 @@ from cwm_jax.files import written_whole
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.runtime import sharding
-from cwm_jax.sampler import Sampler, check_seed
+from cwm_jax.sampling.sampler import Sampler, check_seed
 
 PROBED = 31  # frames whose actions are read back: what fits the window of the original
 

@@ -14,7 +14,7 @@ from cwm_jax.bundle import Drawing
 from cwm_jax.evaluation import quality
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.models.dit import Params
-from cwm_jax.sampler import SamplerConfig
+from cwm_jax.sampling.sampler import SamplerConfig
 
 VERSION = 2  # of the definitions: raised whenever a number of the same name would mean another
 

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import sampler, world
 from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.play import memory as memories
 from cwm_jax.play.memory import Memory
-from cwm_jax.sampler import SamplerConfig, ddim_levels
+from cwm_jax.sampling import kv_cache, sampler
+from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
 
 LANES = (1, 2, 4, 8)
 _STATIC = ("network", "config")
@@ -149,10 +149,10 @@ class Engine:
     def _frame_shape(self) -> tuple[int, int, int]:
         return (self.network.image_size, self.network.image_size, 3)
 
-    def _world_like(self) -> world.World:
+    def _world_like(self) -> kv_cache.World:
         frames = jnp.zeros((1, self.slots, *self._frame_shape), jnp.float32)
         actions = jnp.zeros((1, self.slots), jnp.int32)
-        begin = lambda params, context: world.start(
+        begin = lambda params, context: kv_cache.start(
             bind(self.network, params), context, frames, actions, 1
         )
         return jax.eval_shape(begin, self._params, self._context)

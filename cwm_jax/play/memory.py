@@ -4,7 +4,7 @@ Play wants each frame at the same cost, every window to be one that training has
 back to any earlier frame that costs no memory. So a player has two temporal caches, staggered by
 half a window. The next frame looks back on the older; both take in each frame that is drawn; when
 the older is full, the younger takes its place and begins anew. This is the window mode "hop" of
-`cwm_jax.world` without its hiccup at each hop.
+`cwm_jax.sampling.kv_cache` without its hiccup at each hop.
 
 Frames enter as the uint8 pixels that the player saw, each by one pass of one compiled program. A
 memory that is rebuilt from a recorded session (at most one window of passes, however old the
@@ -16,11 +16,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import world
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion.denoiser import Denoiser
 from cwm_jax.models.dit import Modulations
-from cwm_jax.world import World
+from cwm_jax.sampling import kv_cache
+from cwm_jax.sampling.kv_cache import World
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +67,7 @@ def remember(
     count = worlds.count.at[1 - old].multiply(jnp.where(full, 0, 1))
     takes_part = count[old] >= stride(slots)
     frame_BHWC, action_B = to_model(frame_u8_HWC)[None], action[None]
-    take_in = lambda one: world.advance(denoiser, context, one, frame_BHWC, action_B, "cached")
+    take_in = lambda one: kv_cache.advance(denoiser, context, one, frame_BHWC, action_B, "cached")
     after = jax.vmap(take_in)(dataclasses.replace(worlds, count=count))
     count = after.count.at[1 - old].multiply(jnp.where(takes_part, 1, 0))
     return Memory(dataclasses.replace(after, count=count), old)

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from jax import ShapeDtypeStruct
 from tqdm import tqdm
 
-from cwm_jax import __version__, bundle, checkpoint, checksums, sampler, samplers, weights, world
+from cwm_jax import __version__, bundle, checkpoint, checksums, samplers, weights
 from cwm_jax.checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
 from cwm_jax.data import loader
@@ -36,8 +36,9 @@ from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import FrameKV, Modulations, Params
-from cwm_jax.sampler import SamplerConfig, Tables
-from cwm_jax.world import World
+from cwm_jax.sampling import kv_cache, sampler
+from cwm_jax.sampling.kv_cache import World
+from cwm_jax.sampling.sampler import SamplerConfig, Tables
 
 FORMATS = ("orbax", "safetensors", "bundle")
 DTYPES = ("float32", "bfloat16")
@@ -79,7 +80,7 @@ def programs(network: DiTConfig, config: SamplerConfig) -> dict[str, Callable]:
     def start(params, tables, frames_u8_BMHWC, actions_BM, count):
         bound, frames_BMHWC = bind(network, params), to_model(frames_u8_BMHWC)
         context = Modulations(**tables["context"])
-        return _fields(world.start(bound, context, frames_BMHWC, actions_BM, count))
+        return _fields(kv_cache.start(bound, context, frames_BMHWC, actions_BM, count))
 
     def draw(params, tables, fields, action_B, key_data):
         bound, state = bind(network, params), _world(fields)
@@ -90,7 +91,9 @@ def programs(network: DiTConfig, config: SamplerConfig) -> dict[str, Callable]:
 
     def append(params, tables, fields, action_B, frame_BHWC):
         bound, context = bind(network, params), Modulations(**tables["context"])
-        older = world.advance(bound, context, _world(fields), frame_BHWC, action_B, config.window)
+        older = kv_cache.advance(
+            bound, context, _world(fields), frame_BHWC, action_B, config.window
+        )
         return _fields(older)
 
     return {"tabulate": tabulate, "start": start, "draw": draw, "append": append}

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from cwm_jax import rollouts
 from cwm_jax.coinrun import NO_ACTION, NUM_ACTIONS
 from cwm_jax.data import clips as clips_module
 from cwm_jax.data import shared_memory
@@ -34,6 +33,7 @@ from cwm_jax.data.loader import (
 from cwm_jax.data.records import BadRecord, encode
 from cwm_jax.data.shards import find_shards, write_shard
 from cwm_jax.errors import UserError
+from cwm_jax.sampling import rollouts
 
 EMBEDDED = Path(__file__).parents[2] / "assets/coinrun"
 LENGTHS = [[40, 33, 31], [], [160], [32, 47]]  # clips of 32 every 8: 2, 1, 0, 17, 1, 2 = 23

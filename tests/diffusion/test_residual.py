@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import objective, sampler, torch_format, training, world
+from cwm_jax import objective, torch_format, training
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.errors import UserError
@@ -16,7 +16,8 @@ from cwm_jax.evaluation import quality, single_step
 from cwm_jax.models import dit, flops
 from cwm_jax.play import memory
 from cwm_jax.runtime import sharding
-from cwm_jax.sampler import Sampler, SamplerConfig
+from cwm_jax.sampling import kv_cache, sampler
+from cwm_jax.sampling.sampler import Sampler, SamplerConfig
 
 KEY = jax.random.key(3)
 
@@ -90,7 +91,7 @@ def test_a_players_memory_is_a_world_that_begins_with_its_first_frame(known):
     actions = jnp.array([[-1, 7, 1]])
     pad = ((0, 0), (0, 1))
     frames = jnp.pad(to_model(prompt), (*pad, (0, 0), (0, 0), (0, 0)))
-    begun = world.start(net, context, frames, jnp.pad(actions, pad, constant_values=-1), 3)
+    begun = kv_cache.start(net, context, frames, jnp.pad(actions, pad, constant_values=-1), 3)
     kept = memory.fresh(begun)
     for number in range(3):
         kept = memory.remember(net, context, kept, prompt[0, number], actions[0, number])

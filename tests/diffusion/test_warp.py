@@ -11,7 +11,7 @@ from cwm_jax.diffusion import warp
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit, flops
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.sampler import Sampler, SamplerConfig
+from cwm_jax.sampling.sampler import Sampler, SamplerConfig
 
 REACH, PATCH, ROWS, COLUMNS = 5, 7, 2, 3
 WIDTH = warp.taps(REACH)

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import sampler, world
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser
 from cwm_jax.play import memory as memories
 from cwm_jax.play.engine import Lane
-from cwm_jax.sampler import SamplerConfig
+from cwm_jax.sampling import kv_cache, sampler
+from cwm_jax.sampling.sampler import SamplerConfig
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["frames", "changes"])
@@ -43,14 +43,14 @@ def told(engine, story, stop, start=0):
 
 @pytest.fixture(scope="module")
 def draw_from_window(engine, params):
-    """The frame after a window that was encoded in one pass, as `cwm_jax.sampler` draws it."""
+    """The frame after a window that was encoded in one pass, drawn by the sampler."""
     config = SamplerConfig(levels=sampler.ddim_levels(2))
 
     @jax.jit
     def draw(frames_u8_MHWC, actions_M, count, action, seed, number):
         net = denoiser.bind(engine.network, params)
         tables = sampler.tabulate(net, config)
-        state = world.start(
+        state = kv_cache.start(
             net, tables.context, to_model(frames_u8_MHWC)[None], actions_M[None], count
         )
         key = jax.random.fold_in(jax.random.key(seed), number)

@@ -17,7 +17,7 @@ from cwm_jax.data import loader
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.rendering import contact_sheet, video
-from cwm_jax.sampler import Sampler
+from cwm_jax.sampling.sampler import Sampler
 
 ACTION_SOURCES = ("gt", "random", "pattern")
 _CHUNK = 16  # frames drawn in one call of the device; progress is shown after each

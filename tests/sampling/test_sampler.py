@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import sampler, world
 from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
-from cwm_jax.sampler import Sampler, SamplerConfig, ddim_levels
+from cwm_jax.sampling import kv_cache, sampler
+from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 
 KEY = jax.random.key(7)
 LEVELS = ddim_levels(3)
@@ -114,7 +114,7 @@ def test_hop_sees_what_a_fresh_world_would_see(network_of, history):
     slots = (int(state.first) + np.arange(kept)) % state.slots
     pad = ((0, 0), (0, state.slots - kept), (0, 0), (0, 0), (0, 0))
     net = denoiser.bind(tiny, tiny_params)
-    fresh = world.start(
+    fresh = kv_cache.start(
         net,
         sampler.tabulate(net, config).context,
         np.pad(np.asarray(state.frames_BMHWC)[:, slots], pad),
@@ -159,7 +159,7 @@ def blank_world(tiny):
     empty = jnp.zeros((1, tiny.tokens, tiny.num_heads, 4, tiny.head_size))
     kv = dit.FrameKV((empty,) * tiny.depth, (empty,) * tiny.depth)
     frames = jnp.zeros((1, 4, 64, 64, 3))
-    return world.World(frames, jnp.zeros((1, 4), int), kv, jnp.int32(0), jnp.int32(1))
+    return kv_cache.World(frames, jnp.zeros((1, 4), int), kv, jnp.int32(0), jnp.int32(1))
 
 
 def test_levels_are_the_references():

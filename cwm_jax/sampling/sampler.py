@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import prompt, world
 from cwm_jax.coinrun import NO_ACTION, to_model, to_pixels
 from cwm_jax.diffusion import schedule
 from cwm_jax.diffusion.denoiser import Denoiser, bind
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Modulations, Params
-from cwm_jax.world import Window, World
+from cwm_jax.sampling import kv_cache, prompt
+from cwm_jax.sampling.kv_cache import Window, World
 
 _NOISE_CLIP = 20.0
 WINDOWS = ("exact", "cached", "hop")
@@ -51,7 +51,7 @@ class SamplerConfig:
     """How frames are drawn."""
 
     levels: tuple[int, ...] = ddim_levels(10)  # falling noise labels, 0…999; one pass for each
-    window: Window = "exact"  # what happens past the window, see `cwm_jax.world`
+    window: Window = "exact"  # what happens past the window, see `cwm_jax.sampling.kv_cache`
     eta: float = 0.0  # 0: deterministic DDIM, 1: as random as DDPM
     context_level: int = 14  # noise label of the clean context frames
     unroll: bool = False  # passes as straight code: quicker on a GPU, slower to compile
@@ -115,7 +115,7 @@ def draw_frame(denoiser: Denoiser, tables: Tables, state: World, action_B, noise
         noise_BHWC: what the frame starts from, N(0, 1).
         key: PRNG key for the noise of stochastic steps; unused where `config.eta` is 0.
     """
-    past, earlier = world.past(denoiser, state), world.earlier(denoiser, state)
+    past, earlier = kv_cache.past(denoiser, state), kv_cache.earlier(denoiser, state)
     beside = None if earlier is None else earlier[:, None]
 
     def denoise(x_BHWC, step_and_index):
@@ -141,7 +141,7 @@ def draw_frame(denoiser: Denoiser, tables: Tables, state: World, action_B, noise
 def step(denoiser: Denoiser, tables: Tables, state: World, action_B, noise_BHWC, key, config):
     """One frame on: (the older world, the frame it ends with, float32 [B, H, W, C], unclamped)."""
     frame = draw_frame(denoiser, tables, state, action_B, noise_BHWC, key, config)
-    older = world.advance(denoiser, tables.context, state, frame, action_B, config.window)
+    older = kv_cache.advance(denoiser, tables.context, state, frame, action_B, config.window)
     return older, frame
 
 
@@ -181,7 +181,7 @@ def _tabulate(params, *, network, config):
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _start(params, tables, frames_u8_BMHWC, actions_BM, count, *, network, config):
     denoiser = bind(network, params)
-    return world.start(denoiser, tables.context, to_model(frames_u8_BMHWC), actions_BM, count)
+    return kv_cache.start(denoiser, tables.context, to_model(frames_u8_BMHWC), actions_BM, count)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")

@@ -1,0 +1,1 @@
+"""Sampling: DDIM with a KV cache, and rollouts from a prompt."""
