@@ -32,13 +32,13 @@ import optax
 
 from benchmarks import machine, sizes, train
 from benchmarks import network as golden
-from cwm_jax import training
 from cwm_jax.diffusion import denoiser
 from cwm_jax.models import attention, dit, kernel_choice, kernel_measure, kernel_trials
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.objective import NoiseConfig
 from cwm_jax.runtime import process_memory
 from cwm_jax.sampling import sampler
+from cwm_jax.training import train_step
+from cwm_jax.training.objective import NoiseConfig
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("debug", "pocket", "small", "large")
@@ -153,12 +153,12 @@ def parameters(network: DiTConfig) -> dit.Params:
 
 def updates(size: str, network: DiTConfig, clips: int, frames: int) -> Numbers:
     """Losses, gradient norms, and some numbers of the mean gradients, of three updates."""
-    state = training.init_state(network, train.OPTIM, 0, parameters(network))
+    state = train_step.init_state(network, train.OPTIM, 0, parameters(network))
     batch, key = train.random_batch(clips, frames), jax.random.key(0)
     how = dict(network=network, optim=train.OPTIM, noise=NOISE.get(size, NoiseConfig()))
     losses, norms = [], []
     for _ in range(UPDATES):
-        state, metrics = training.train_step(state, batch, key, **how)
+        state, metrics = train_step.train_step(state, batch, key, **how)
         losses.append(float(metrics["train/loss"]))
         norms.append(float(metrics["train/grad_norm"]))
     means = optax.tree_utils.tree_get(state.opt_state, "mu")

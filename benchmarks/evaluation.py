@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import machine, sizes, train
-from cwm_jax import training
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.evaluation import drawing, drift, held_out, probe, quality, quick, reading
 from cwm_jax.evaluation.scores import score
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
+from cwm_jax.training import train_step
 
 _DATA = DataConfig(dir=str(Path(__file__).parents[1] / "assets" / "coinrun"))
 
@@ -31,7 +31,7 @@ def quick_form(network: DiTConfig, *, clips: int, frames: int, every: int) -> di
     few = quick.prepare(_DATA, "val", clips=4, frames=8, num_actions=15, seed=0)
     draw = drawing.by_sampler(Sampler(network, dit.init(network, 0), SamplerConfig()))
     first, again = (_seconds(lambda: dict(quick.run(draw, few))) for _ in range(2))
-    shape = dict(clips=clips, frames=frames, step=training.StepConfig())
+    shape = dict(clips=clips, frames=frames, step=train_step.StepConfig())
     step = train.measure(network, **shape)["step_s"]
     share = again / (again + every * step)
     return {"first_s": first, "again_s": again, "step_s": step, "share": share}

@@ -29,10 +29,10 @@ import optax
 
 from benchmarks import hlo, machine, sizes
 from benchmarks.train import OPTIM, random_batch
-from cwm_jax import training
 from cwm_jax.models import attention, dit, layers
 from cwm_jax.models.kernels import norm
 from cwm_jax.runtime import process_memory
+from cwm_jax.training import train_step
 
 BY_LIBRARY = {"xla_gpu_enable_triton_gemm": False}  # products in cuBLAS, with bias and GELU
 Patches = tuple[tuple[object, str, object], ...]  # (module, name, what stands there instead)
@@ -130,7 +130,7 @@ def old_add_and_norm(x, update, shift, scale, *, kernel="xla"):
 OLD: Patches = (
     (dit, "add_and_norm", old_add_and_norm),
     (dit, "gelu", old_gelu),
-    (training, "_norm", optax.tree.norm),
+    (train_step, "_norm", optax.tree.norm),
 )
 
 
@@ -469,8 +469,8 @@ def run_piece(bench: Bench, piece: Piece, compiled: dict[str, Compiled], repeats
                 measure_piece(bench, piece, name, programs, cases, repeats)
 
 
-def abstract_state(network) -> training.TrainState:
-    return jax.eval_shape(lambda: training.init_state(network, OPTIM, 0))
+def abstract_state(network) -> train_step.TrainState:
+    return jax.eval_shape(lambda: train_step.init_state(network, OPTIM, 0))
 
 
 def fill(shapes):
@@ -485,7 +485,7 @@ def lower_step(bench: Bench, network, step: Step, batch) -> concurrent.futures.F
     jax.clear_caches()
     network = dataclasses.replace(network, **step.fields)
     with replaced(step.patches):
-        lowered = training.train_step.lower(
+        lowered = train_step.train_step.lower(
             abstract_state(network), batch, jax.random.key(0), network=network, optim=OPTIM
         )
     return bench.compile(lowered, step.options)

@@ -20,22 +20,22 @@ from jax.sharding import Mesh
 
 from benchmarks import hlo, sizes
 from benchmarks.train import OPTIM
-from cwm_jax import training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.models import flops
 from cwm_jax.models.dit import REMAT
 from cwm_jax.runtime import process_memory, sharding
+from cwm_jax.training import train_step
 
 TARGET = Path(__file__).parent / "targets" / "h200.txtpb"
 
 
-def compile_for_target(network, step: training.StepConfig, *, clips: int, frames: int, devices=1):
+def compile_for_target(network, step: train_step.StepConfig, *, clips: int, frames: int, devices=1):
     """The compiled program of a step over `devices` GPUs, which cannot be run here."""
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGET.read_text(), topology=f"1x1x{devices}"
     )
     mesh = Mesh([[device] for device in topology.devices], sharding.AXES)
-    fresh = lambda: training.init_state(network, OPTIM, 0)
+    fresh = lambda: train_step.init_state(network, OPTIM, 0)
     state = sharding.abstract(jax.eval_shape(fresh), mesh)
     place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.by_clip(mesh))
     shape = clips * devices, frames
@@ -43,7 +43,7 @@ def compile_for_target(network, step: training.StepConfig, *, clips: int, frames
     key = sharding.abstract(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     # Kernels of Pallas ask for the kind of device when they are lowered.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = training.train_step.trace(
+        traced = train_step.train_step.trace(
             state, batch, key, network=network, optim=OPTIM, step=step, mesh=mesh
         )
         return traced.lower(lowering_platforms=("cuda",)).compile()
@@ -118,7 +118,7 @@ def main() -> None:
         name += ", products by library" if args.library else ""
         if name in results:
             continue
-        step = training.StepConfig(remat=remat, accumulate_steps=args.accumulate)
+        step = train_step.StepConfig(remat=remat, accumulate_steps=args.accumulate)
         shape = dict(clips=args.batch, frames=args.frames, devices=args.devices)
         network = sizes.network(args.size, dtype="bfloat16", attention=attention)
         network = dataclasses.replace(network, norm=args.norm)

@@ -23,7 +23,7 @@ from cwm_jax.diffusion import denoiser, schedule
 from cwm_jax.models import attention, dit, rope
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
-from cwm_jax.training import StepConfig
+from cwm_jax.training.train_step import StepConfig
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 

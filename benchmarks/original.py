@@ -212,15 +212,17 @@ def our_step(size: str, *, clips: int, frames: int) -> Step:
     import jax
 
     from benchmarks import train
-    from cwm_jax import training
+    from cwm_jax.training import train_step
 
     network = sizes.network(size, dtype="float32")
-    state = training.init_state(network, train.OPTIM, 0)
+    state = train_step.init_state(network, train.OPTIM, 0)
     batch, key = train.random_batch(clips, frames), jax.random.key(0)
 
     def step() -> float:
         nonlocal state
-        state, metrics = training.train_step(state, batch, key, network=network, optim=train.OPTIM)
+        state, metrics = train_step.train_step(
+            state, batch, key, network=network, optim=train.OPTIM
+        )
         return float(metrics["train/loss"])
 
     return step

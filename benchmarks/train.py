@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import sizes, trace
-from cwm_jax import training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.models import dit, flops, kernel_choice
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
-from cwm_jax.training import OptimizerConfig, StepConfig
+from cwm_jax.training import train_step
+from cwm_jax.training.train_step import OptimizerConfig, StepConfig
 
 OPTIM = OptimizerConfig(lr=1e-4, weight_decay=0.01, warmup_steps=2000, grad_clip=1.0, ema_decay=0.0)
 
@@ -49,11 +49,11 @@ def measure(
 ) -> dict[str, object]:
     """Compiles and times steps on one device; rates of `machine` come from `machine_speed`."""
     machine = machine or machine_speed(network.compute_dtype)
-    state = training.init_state(network, OPTIM, 0)
+    state = train_step.init_state(network, OPTIM, 0)
     batch = jax.device_put(random_batch(clips, frames))
     key = jax.random.key(0)
     start = time.perf_counter()
-    compiled = training.train_step.lower(
+    compiled = train_step.train_step.lower(
         state, batch, key, network=network, optim=OPTIM, step=step
     ).compile()
     compile_seconds = time.perf_counter() - start

@@ -25,7 +25,7 @@ from cwm_jax.errors import UserError, tell
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
-from cwm_jax.training import TrainState
+from cwm_jax.training.train_step import TrainState
 
 FOLDER = "checkpoints"
 _FORMAT = 2

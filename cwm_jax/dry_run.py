@@ -11,13 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import training
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.data import loader
 from cwm_jax.errors import UserError
 from cwm_jax.models import flops, kernel_choice
 from cwm_jax.runtime import device_speed, sharding
 from cwm_jax.settings import Settings
+from cwm_jax.training import train_step
 
 _GIB = 2**30
 
@@ -39,16 +39,16 @@ def compile_step(settings: Settings):
     clips = sharding.global_batch_size(
         settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
     )
-    fresh = lambda: training.init_state(settings.model, settings.optimizer, settings.seed)
+    fresh = lambda: train_step.init_state(settings.model, settings.optimizer, settings.seed)
     state = sharding.abstract(jax.eval_shape(fresh), mesh)
     shape = clips, settings.data.clip_len
     place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.by_clip(mesh))
     batch = {"frames": place((*shape, *FRAME_SHAPE), jnp.uint8), "actions": place(shape, jnp.int32)}
     teacher = None
     if settings.distil_from:
-        make = lambda params: training.init_teacher(settings.model, params, settings.ddim_steps)
+        make = lambda params: train_step.init_teacher(settings.model, params, settings.ddim_steps)
         teacher = sharding.abstract(jax.eval_shape(make, state.params), mesh)
-    lowered = training.train_step.lower(
+    lowered = train_step.train_step.lower(
         state,
         batch,
         jax.eval_shape(lambda: jax.random.key(0)),

@@ -22,19 +22,19 @@ from cwm_jax import (
     run_folder,
     samplers,
     stages,
-    training,
 )
 from cwm_jax.data import device_data, loader
 from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import drawing, quick, single_step
 from cwm_jax.models import kernel_choice
-from cwm_jax.objective import Teacher
 from cwm_jax.rendering import contact_sheet, plots, video
 from cwm_jax.runtime import hosts, preemption, process_memory, sharding
 from cwm_jax.sampling import rollouts
 from cwm_jax.sampling.sampler import Sampler
 from cwm_jax.settings import Settings
-from cwm_jax.training import TrainState
+from cwm_jax.training import train_step
+from cwm_jax.training.objective import Teacher
+from cwm_jax.training.train_step import TrainState
 
 _FREE = (
     "dtype",
@@ -236,7 +236,7 @@ class _Run:
         """
         settings = self.settings
         begin = functools.partial(
-            training.init_state, settings.model, settings.optimizer, settings.seed
+            train_step.init_state, settings.model, settings.optimizer, settings.seed
         )
         shapes = jax.eval_shape(begin)
         saved = self.checkpoints.newest()
@@ -283,7 +283,7 @@ class _Run:
         params = self._params_of("distil_from", path)
         tell(f"learning to draw as {path} does in twice as many steps", file=sys.stdout)
         make = functools.partial(
-            training.init_teacher, self.settings.model, steps=self.settings.ddim_steps
+            train_step.init_teacher, self.settings.model, steps=self.settings.ddim_steps
         )
         shapes = jax.eval_shape(make, params)
         return jax.jit(make, out_shardings=sharding.placement(shapes, self.mesh))(params)
@@ -363,7 +363,7 @@ class _Run:
 
     def _look_and_save(self, step: int, state: TrainState, stop: preemption.Stop) -> TrainState:
         settings = self.settings
-        weights = training.weights_to_sample(state)
+        weights = train_step.weights_to_sample(state)
         val_loss = None
         if _is_due(step, settings.val_every_steps):
             batches = stop.until(self.validation)

@@ -5,18 +5,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
-from cwm_jax import training
-from cwm_jax.objective import NoiseConfig
-from cwm_jax.training import TrainState
+from cwm_jax.training import train_step
+from cwm_jax.training.objective import NoiseConfig
+from cwm_jax.training.train_step import TrainState
 
 
 class Stages:
-    """Calls `training.train_step`; a thread compiles the next stage's during the present one.
+    """Calls `train_step.train_step`; a thread compiles the next stage's during the present one.
 
     Args:
         noises: of each stage the share of the run with which it begins, and its settings. The
             first begins at 0.
-        how: the other keyword arguments of `training.train_step` that do not change.
+        how: the other keyword arguments of `train_step.train_step` that do not change.
     """
 
     def __init__(self, noises: Sequence[tuple[float, NoiseConfig]], **how):
@@ -50,12 +50,12 @@ class Stages:
 
     def _jitted(self, number: int):
         noise = self._noises[number]
-        return lambda *args, **traced: training.train_step(
+        return lambda *args, **traced: train_step.train_step(
             *args, noise=noise, **self._how, **traced
         )
 
     def _compile(self, number: int, state, batch, key, traced):
-        lowered = training.train_step.lower(
+        lowered = train_step.train_step.lower(
             state, batch, key, noise=self._noises[number], **self._how, **traced
         )
         compiled, teacher = lowered.compile(), self._how["teacher"]

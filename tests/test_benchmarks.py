@@ -15,7 +15,7 @@ from tiny_network import TINY
 from benchmarks import check_gpu, data, gpu, hlo, network, original, sample, sizes, trace, train
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.models import attention, flops
-from cwm_jax.training import StepConfig
+from cwm_jax.training.train_step import StepConfig
 
 PROGRAM = """HloModule made_up
 

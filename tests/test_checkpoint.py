@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import pytest
 from tiny_network import TINY
 
-from cwm_jax import checkpoint, checksums, training
+from cwm_jax import checkpoint, checksums
 from cwm_jax.checkpoint import Checkpoints, Retention
 from cwm_jax.errors import UserError
+from cwm_jax.training import train_step
 
-OPTIM = training.OptimizerConfig(
+OPTIM = train_step.OptimizerConfig(
     lr=1e-3, weight_decay=0.01, warmup_steps=3, grad_clip=1.0, ema_decay=0.9
 )
 CONFIG = {"model": dataclasses.asdict(TINY), "lr": 1e-3}
 
 
 def state_at(step, seed=0):
-    state = training.init_state(TINY, OPTIM, seed)
+    state = train_step.init_state(TINY, OPTIM, seed)
     different = jax.tree.map(lambda x: x + step, state.ema)
     return state._replace(step=jnp.int32(step), ema=different)
 
@@ -109,7 +110,7 @@ def test_a_foreign_config_is_named(run):
 
 def test_another_network_does_not_continue_it(run):
     wide = dataclasses.replace(TINY, hidden_size=48)
-    like = jax.eval_shape(lambda: training.init_state(wide, OPTIM, 0))
+    like = jax.eval_shape(lambda: train_step.init_state(wide, OPTIM, 0))
     with (
         Checkpoints(run, retention=Retention(2)) as saved,
         pytest.raises(UserError, match="cannot continue from"),

@@ -8,11 +8,12 @@ import pytest
 from test_loop import ROOT, config_of, program
 
 from configs import small
-from cwm_jax import dry_run, training
+from cwm_jax import dry_run
 from cwm_jax.dry_run import Memory
 from cwm_jax.models import dit, flops
 from cwm_jax.runtime import device_speed
 from cwm_jax.settings import Settings
+from cwm_jax.training import train_step
 
 SETTINGS = dataclasses.replace(
     Settings.from_config(small.get_config().to_dict()), remat="none", batch_size=6
@@ -87,7 +88,7 @@ def test_what_is_told_follows_from_the_sizes(tiny, capsys):
 
 def test_memory_is_that_of_state_and_batch_and_what_a_step_adds(tiny):
     memory = dry_run.memory_of(dry_run.compile_step(tiny))
-    state = jax.eval_shape(lambda: training.init_state(tiny.model, tiny.optimizer, 0))
+    state = jax.eval_shape(lambda: train_step.init_state(tiny.model, tiny.optimizer, 0))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     batch = 2 * 5 * (64 * 64 * 3 + 4)
     assert memory.state == pytest.approx(size + batch, rel=1e-3)

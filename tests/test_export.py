@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import bundle, checkpoint, samplers, training, weights
+from cwm_jax import bundle, checkpoint, samplers, weights
 from cwm_jax.errors import UserError
 from cwm_jax.models import attention, dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 from cwm_jax.tools import export
+from cwm_jax.training import train_step
 
 ROOT = Path(__file__).parents[1]
 NETWORK = DiTConfig(
@@ -38,7 +39,9 @@ def run(tmp_path_factory):
     }
     config = {"model": {k: getattr(NETWORK, k) for k in DiTConfig.__dataclass_fields__}}
     step, loss = jax.numpy.int32(7), jax.numpy.zeros(2)
-    state = training.TrainState(step, params, opt_state=(), ema=None, epoch_loss=loss, skipped=step)
+    state = train_step.TrainState(
+        step, params, opt_state=(), ema=None, epoch_loss=loss, skipped=step
+    )
     with checkpoint.Checkpoints(workdir, retention=checkpoint.Retention(1)) as saved:
         saved.save(state, data_position="", config=config)
     return workdir

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import checkpoint, training
+from cwm_jax import checkpoint
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.tools import import_torch
+from cwm_jax.training import train_step
 
 torch = pytest.importorskip("torch")
 
@@ -51,8 +52,8 @@ def wanted_config(wanted):
 def save(tmp_path, *, ema_decay, steps=(0,)):
     network = DiTConfig(**TINY, max_frames=8, dtype="float32")
     config = dict(lr=1e-3, weight_decay=0.01, warmup_steps=0, grad_clip=1.0)
-    optim = training.OptimizerConfig(**config, ema_decay=ema_decay)
-    state = training.init_state(network, optim, 5)
+    optim = train_step.OptimizerConfig(**config, ema_decay=ema_decay)
+    state = train_step.init_state(network, optim, 5)
     if ema_decay:
         state = state._replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
     keep = checkpoint.Retention(len(steps))

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import torch_format, training
+from cwm_jax import torch_format
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, schedule
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling import sampler
+from cwm_jax.training import train_step
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 SIZES = json.loads((FOLDER / "model.json").read_text())
@@ -77,15 +78,15 @@ def test_three_updates():
     golden = arrays("train3")
     # The file holds the three rates; only one warm-up goes through them.
     warmup = next(w for w in range(1, 10_000) if fits_warmup(w, golden["lr"]))
-    optim = training.OptimizerConfig(
+    optim = train_step.OptimizerConfig(
         lr=float(golden["lr"][0] * warmup),
         weight_decay=float(golden["weight_decay"]),
         warmup_steps=warmup,
         grad_clip=float(golden["grad_clip"]),
         ema_decay=0.0,
     )
-    state = training.init_state(CONFIG, optim, 0)._replace(params=params_of("weights_step0"))
-    update = jax.jit(training.update, static_argnames=("network", "optim"))
+    state = train_step.init_state(CONFIG, optim, 0)._replace(params=params_of("weights_step0"))
+    update = jax.jit(train_step.update, static_argnames=("network", "optim"))
     for i in range(3):
         batch = {k: golden[f"step{i}_{k}"] for k in ("frames", "actions")}
         drawn = golden[f"step{i}_t"], golden[f"step{i}_noise"]

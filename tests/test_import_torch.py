@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from test_golden import FOLDER, SIZES, arrays, params_of
 
-from cwm_jax import checkpoint, training
+from cwm_jax import checkpoint
 from cwm_jax.errors import UserError
 from cwm_jax.tools import import_torch
+from cwm_jax.training import train_step
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: .pt files cannot be read")
 
@@ -35,14 +36,14 @@ def test_moments_come_across(tmp_path):
     """One more update from the imported state equals torch's AdamW from the same checkpoint."""
     loaded = torch.load(FOLDER / "ckpt_step_0000003.pt", weights_only=True)
     trained = checkpoint.load(imported(tmp_path, "ckpt_step_0000003.pt"))
-    optim = training.OptimizerConfig(
+    optim = train_step.OptimizerConfig(
         lr=1e-3, weight_decay=0.01, warmup_steps=0, grad_clip=1e9, ema_decay=0.0
     )
     state = import_torch.state_of(loaded, trained.network, optim)
     weights = arrays("weights_step3")
     gradient = {k: np.cos(np.arange(v.size)).reshape(v.shape) * 1e-3 for k, v in weights.items()}
     ours = import_torch.torch_format.from_original(gradient, trained.network)
-    updates, _ = training.optimizer(optim).update(ours, state.opt_state, state.params)
+    updates, _ = train_step.optimizer(optim).update(ours, state.opt_state, state.params)
     stepped = jax.tree.map(lambda p, u: p + u, state.params, updates)
 
     names = [n for n in loaded["model"] if not (n.startswith("blocks.") and "rotary" in n)]

@@ -17,12 +17,13 @@ from tiny_network import TINY
 
 import sample
 from configs import base
-from cwm_jax import checkpoint, clock, loop, metrics_file, run_folder, training, weights
+from cwm_jax import checkpoint, clock, loop, metrics_file, run_folder, weights
 from cwm_jax.data import loader
 from cwm_jax.errors import UserError
 from cwm_jax.rendering.video import read_mp4
 from cwm_jax.runtime import preemption
 from cwm_jax.settings import Settings
+from cwm_jax.training import train_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,14 +139,14 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path, small_data):
 
 def before_step(monkeypatch, step, action):
     """Does `action(batch)` before that update; what it returns takes the batch's place."""
-    train_step = training.train_step
+    undisturbed = train_step.train_step
 
     def disturbed(state, batch, key, **options):
         if int(state.step) + 1 == step:
             batch = action(batch) or batch
-        return train_step(state, batch, key, **options)
+        return undisturbed(state, batch, key, **options)
 
-    monkeypatch.setattr(training, "train_step", disturbed)
+    monkeypatch.setattr(train_step, "train_step", disturbed)
 
 
 def stopped_before(workdir, config, monkeypatch, step):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwm_jax import controls, objective
+from cwm_jax import controls
 from cwm_jax.controls import Control, Controls
 from cwm_jax.data import clips, loader, shards, user_recordings
 from cwm_jax.errors import UserError
@@ -21,6 +21,7 @@ from cwm_jax.rendering import contact_sheet, key_panel, video
 from cwm_jax.sampling import rollouts
 from cwm_jax.simulator import game, venv
 from cwm_jax.tools import check, pack
+from cwm_jax.training import objective
 
 SIMULATOR = Path(__file__).parents[1] / ".venv-procgen"
 PAD_KEYS = """

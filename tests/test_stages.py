@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import stages, training
-from cwm_jax.objective import NoiseConfig
+from cwm_jax import stages
 from cwm_jax.runtime import sharding
+from cwm_jax.training import train_step
+from cwm_jax.training.objective import NoiseConfig
 
-OPTIM = training.OptimizerConfig(
+OPTIM = train_step.OptimizerConfig(
     lr=1e-2, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
 )
 NOISES = [(0.0, NoiseConfig()), (0.5, NoiseConfig(top_share=1.0))]
@@ -23,7 +24,7 @@ def batch():
 
 
 def losses_of(update, tiny, batch, shares):
-    state, losses = training.init_state(tiny, OPTIM, 0), []
+    state, losses = train_step.init_state(tiny, OPTIM, 0), []
     for share in shares:
         state, metrics = update(share, state, batch, KEY, rate=np.float32(0.5))
         losses.append(float(metrics["train/loss"]))
@@ -35,7 +36,7 @@ def test_a_stage_begins_at_its_share_also_in_a_run_that_starts_within_it(tiny, b
 
     def plain(share, state, *args, **traced):
         noise = NOISES[share >= 0.5][1]
-        return training.train_step(state, *args, noise=noise, **how, **traced)
+        return train_step.train_step(state, *args, noise=noise, **how, **traced)
 
     for shares in ([0.0, 0.4, 0.5, 0.9], [0.6]):
         updates = stages.Stages(NOISES, **how)
@@ -47,9 +48,9 @@ def test_a_stage_begins_at_its_share_also_in_a_run_that_starts_within_it(tiny, b
 def test_the_next_stage_is_compiled_during_the_present_one(tiny, batch):
     how = dict(network=tiny, optim=OPTIM, mesh=sharding.make_mesh(), teacher=None)
     updates = stages.Stages(NOISES, **how)
-    state, _ = updates.update(0.0, training.init_state(tiny, OPTIM, 0), batch, KEY)
+    state, _ = updates.update(0.0, train_step.init_state(tiny, OPTIM, 0), batch, KEY)
     updates._next.result()
-    before = training.train_step._cache_size()
+    before = train_step.train_step._cache_size()
     updates.update(0.5, state, batch, KEY)
-    assert training.train_step._cache_size() == before
+    assert train_step.train_step._cache_size() == before
     updates.close()

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cwm_jax import checkpoint, files, torch_format, training
+from cwm_jax import checkpoint, files, torch_format
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.training import OptimizerConfig, TrainState
+from cwm_jax.training import train_step
+from cwm_jax.training.train_step import OptimizerConfig, TrainState
 
 _ONE = checkpoint.Retention(1)
 _KEYS = ("model", "optimizer", "scheduler", "epoch", "step", "config")
@@ -75,7 +76,7 @@ def state_of(loaded: dict[str, Any], network: DiTConfig, optim: OptimizerConfig)
     """The original's parameters, moments and step as our training state."""
     weights = {k: v.numpy() for k, v in loaded["model"].items()}
     params = _arrays(torch_format.from_original(weights, network), network)
-    state = training.init_state(network, optim, 0)._replace(
+    state = train_step.init_state(network, optim, 0)._replace(
         params=params, step=jnp.asarray(loaded["step"], jnp.int32)
     )
     moments = loaded["optimizer"]["state"]
@@ -237,7 +238,7 @@ def convert_back(workdir: Path, path: Path, *, ema: bool) -> None:
     if ema and not has_ema:
         raise UserError(f"{workdir} keeps no moving average: leave out --ema")
     optim = _optimizer_of(trained.config, ema=has_ema)
-    like = jax.eval_shape(lambda: training.init_state(trained.network, optim, 0))
+    like = jax.eval_shape(lambda: train_step.init_state(trained.network, optim, 0))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
     state = checkpoint.load_state(trained.path, like)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import objective, torch_format, training
+from cwm_jax import torch_format
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.errors import UserError
@@ -18,6 +18,7 @@ from cwm_jax.play import memory
 from cwm_jax.runtime import sharding
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
+from cwm_jax.training import objective, train_step
 
 KEY = jax.random.key(3)
 
@@ -186,9 +187,9 @@ def test_own_drawings_do_not_depend_on_how_a_step_is_computed(known, share, how)
     frames, actions = clip_of(clips=4, frames=3)
     noise = objective.NoiseConfig(own_share=share, own_passes=2)
     arrays = frames, actions, *objective.draw(KEY, frames.shape, noise)
-    gradients = functools.partial(training.gradients, network=config, mesh=None, noise=noise)
-    loss, plain = gradients(params, *arrays, step=training.StepConfig())
-    other_loss, other = gradients(params, *arrays, step=training.StepConfig(**how))
+    gradients = functools.partial(train_step.gradients, network=config, mesh=None, noise=noise)
+    loss, plain = gradients(params, *arrays, step=train_step.StepConfig())
+    other_loss, other = gradients(params, *arrays, step=train_step.StepConfig(**how))
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     for name, gradient in plain.items():
         scale = float(jnp.abs(gradient).max())
@@ -231,7 +232,7 @@ def test_the_original_cannot_hold_such_a_network(known):
 def test_a_network_with_history_learns(known):
     """On a film of stripes that move two pixels a frame, it does better than the last frame."""
     config, _ = known
-    optim = training.OptimizerConfig(
+    optim = train_step.OptimizerConfig(
         lr=1e-2, weight_decay=0.0, warmup_steps=5, grad_clip=1.0, ema_decay=0.0
     )
     noise = objective.NoiseConfig(top_share=0.5, own_share=0.5)
@@ -246,8 +247,10 @@ def test_a_network_with_history_learns(known):
         jax.random.normal(KEY, frames.shape),
         network=config,
     )
-    state = training.init_state(config, optim, 0)
+    state = train_step.init_state(config, optim, 0)
     untrained = drawn(state)
     for _ in range(60):
-        state, _ = training.train_step(state, batch, KEY, network=config, optim=optim, noise=noise)
+        state, _ = train_step.train_step(
+            state, batch, KEY, network=config, optim=optim, noise=noise
+        )
     assert drawn(state) < 0.5 * untrained

@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import training, wandb_run
+from cwm_jax import wandb_run
+from cwm_jax.training import train_step
 
 
 class Sabotage:
@@ -19,14 +20,14 @@ class Sabotage:
 
     def prepare(self) -> None:
         wandb_run._INIT_SECONDS = 2  # a server that is not there need not be waited for so long
-        train_step = training.train_step
+        undisturbed = train_step.train_step
 
         def sabotaged(state, batch, key, **options):
             if int(state.step) + 1 == self._step:
                 batch = self._what(batch) or batch
-            return train_step(state, batch, key, **options)
+            return undisturbed(state, batch, key, **options)
 
-        training.train_step = sabotaged
+        train_step.train_step = sabotaged
 
     def _nothing(self, batch) -> None:
         pass

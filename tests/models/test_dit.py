@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from configs import debug, large, pocket, small
-from cwm_jax import objective
 from cwm_jax.diffusion import denoiser
 from cwm_jax.errors import UserError
 from cwm_jax.models import attention, dit
 from cwm_jax.models.config import DiTConfig
+from cwm_jax.training import objective
 
 
 def forward(config, params, *args):

@@ -24,14 +24,15 @@ SCRIPT = """
 import dataclasses, json, re, sys
 from pathlib import Path
 import jax
-sys.path[:0] = [".", "tests"]
-from cwm_jax import checkpoint, training
+sys.path[:0] = [".", "tests", "tests/training"]
+from cwm_jax import checkpoint
+from cwm_jax.training import train_step
 from cwm_jax.runtime import hosts, sharding
 port, count, index, fsdp, folder, restore_from = sys.argv[1:]
 if int(count) > 1:
     hosts.join(hosts.Place(coordinator="localhost:" + port, count=int(count), index=int(index)))
 from tiny_network import TINY
-from test_training import KEY, batch_of, settings
+from test_train_step import KEY, batch_of, settings
 hosts.check_same({"config": {"a": {"b": 1}}})
 try:
     hosts.check_same({"config": {"a": {"b": jax.process_index()}}})
@@ -41,9 +42,9 @@ mesh, optim = sharding.make_mesh(int(fsdp)), settings(ema_decay=0.5)
 network = dataclasses.replace(TINY, depth=1)
 batch, mine = batch_of(4), 4 // jax.process_count()
 mine = {k: v[jax.process_index() * mine :][:mine] for k, v in batch.items()}
-fresh = lambda: training.init_state(network, optim, 0)
+fresh = lambda: train_step.init_state(network, optim, 0)
 shapes = jax.eval_shape(fresh)
-run = jax.tree_util.Partial(training.train_step, network=network, optim=optim, mesh=mesh)
+run = jax.tree_util.Partial(train_step.train_step, network=network, optim=optim, mesh=mesh)
 
 def train(state):
     losses = []

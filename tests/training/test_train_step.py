@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import training
 from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
-from cwm_jax.training import OptimizerConfig, StepConfig
+from cwm_jax.training import train_step
+from cwm_jax.training.train_step import OptimizerConfig, StepConfig
 
 KEY = jax.random.key(0)
 
@@ -30,10 +30,10 @@ def batch_of(clips, frames=3):
 
 
 def run(tiny, optim, steps, batch=None):
-    state = training.init_state(tiny, optim, 0)
+    state = train_step.init_state(tiny, optim, 0)
     losses = []
     for _ in range(steps):
-        state, metrics = training.train_step(
+        state, metrics = train_step.train_step(
             state, batch or batch_of(2), KEY, network=tiny, optim=optim
         )
         losses.append(float(metrics["train/loss"]))
@@ -41,48 +41,48 @@ def run(tiny, optim, steps, batch=None):
 
 
 def test_warm_up():
-    rate = training.learning_rate(settings(lr=2e-3, warmup_steps=5))
+    rate = train_step.learning_rate(settings(lr=2e-3, warmup_steps=5))
     expected = [2e-3 * (1 / 5 + (1 - 1 / 5) * min(k / 5, 1)) for k in range(8)]
     np.testing.assert_allclose([float(rate(k)) for k in range(8)], expected, rtol=1e-6)
-    assert float(training.learning_rate(settings())(0)) == pytest.approx(1e-3)
+    assert float(train_step.learning_rate(settings())(0)) == pytest.approx(1e-3)
 
 
 def test_warm_up_keeps_its_first_digits():
-    rate = training.learning_rate(settings(lr=1e-3, warmup_steps=2000))
+    rate = train_step.learning_rate(settings(lr=1e-3, warmup_steps=2000))
     assert float(rate(jnp.int32(0))) == pytest.approx(5e-7, rel=1e-6)
 
 
 def test_the_rate_falls_to_nothing_at_the_end():
-    rate = training.learning_rate(settings(lr=1e-3, warmup_steps=2, max_steps=10, decay_steps=4))
+    rate = train_step.learning_rate(settings(lr=1e-3, warmup_steps=2, max_steps=10, decay_steps=4))
     expected = [0.5, 0.75, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
     np.testing.assert_allclose([float(rate(k)) for k in range(11)], 1e-3 * np.array(expected))
-    short = training.learning_rate(settings(lr=1e-3, max_steps=2, decay_steps=4))
+    short = train_step.learning_rate(settings(lr=1e-3, max_steps=2, decay_steps=4))
     np.testing.assert_allclose([float(short(k)) for k in range(3)], [1e-3, 5e-4, 0])
 
 
 def test_a_rate_multiplies_an_update_and_compiles_nothing_anew(tiny):
-    optim, before = settings(lr=1e-2), training.train_step._cache_size()
+    optim, before = settings(lr=1e-2), train_step.train_step._cache_size()
     moved = {}
     for rate in (1.0, 0.25, 0.0):
-        state = training.init_state(tiny, optim, 0)
+        state = train_step.init_state(tiny, optim, 0)
         start = jax.tree.map(jnp.copy, state.params)
-        state, metrics = training.train_step(
+        state, metrics = train_step.train_step(
             state, batch_of(2), KEY, network=tiny, optim=optim, rate=np.float32(rate)
         )
         assert float(metrics["train/lr"]) == pytest.approx(rate * 1e-2)
         moved[rate] = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, start)
-    assert training.train_step._cache_size() == before + 1
+    assert train_step.train_step._cache_size() == before + 1
     for name, whole in moved[1.0].items():
         np.testing.assert_allclose(moved[0.25][name], 0.25 * whole, rtol=1e-3, atol=1e-6)
         assert not moved[0.0][name].any()
 
 
 def test_it_learns_and_compiles_once(tiny):
-    before = training.train_step._cache_size()
+    before = train_step.train_step._cache_size()
     white = batch_of(2) | {"frames": np.full((2, 3, 64, 64, 3), 255, np.uint8)}
     state, losses = run(tiny, settings(lr=1e-2), 40, white)
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
-    assert training.train_step._cache_size() == before + 1
+    assert train_step.train_step._cache_size() == before + 1
     assert int(state.step) == 40
     np.testing.assert_allclose(state.epoch_loss, [sum(losses), 40], rtol=1e-5)
 
@@ -102,7 +102,7 @@ def test_how_a_step_is_computed_does_not_change_it(tiny, tiny_params, how):
     batch = batch_of(4)
     drawn = schedule.draw(KEY, batch["frames"].shape)
     found = [
-        jax.jit(functools.partial(training.gradients, network=tiny, step=step, mesh=None))(
+        jax.jit(functools.partial(train_step.gradients, network=tiny, step=step, mesh=None))(
             tiny_params, batch["frames"], batch["actions"], *drawn
         )
         for step in (StepConfig(), StepConfig(**how))
@@ -116,8 +116,8 @@ def test_how_a_step_is_computed_does_not_change_it(tiny, tiny_params, how):
 
 def test_a_step_takes_over_the_memory_of_the_state(tiny):
     optim = settings(ema_decay=0.9)
-    state = jax.eval_shape(lambda: training.init_state(tiny, optim, 0))
-    lowered = training.train_step.lower(state, batch_of(2), KEY, network=tiny, optim=optim)
+    state = jax.eval_shape(lambda: train_step.init_state(tiny, optim, 0))
+    lowered = train_step.train_step.lower(state, batch_of(2), KEY, network=tiny, optim=optim)
     (given, batch, key), _ = lowered.args_info
     assert all(leaf.donated for leaf in jax.tree.leaves(given))
     assert not any(leaf.donated for leaf in jax.tree.leaves((batch, key)))
@@ -125,10 +125,12 @@ def test_a_step_takes_over_the_memory_of_the_state(tiny):
 
 def test_gradients_are_float32_whatever_the_matmuls(tiny):
     network = dataclasses.replace(tiny, dtype="bfloat16")
-    state = jax.eval_shape(lambda: training.init_state(network, settings(), 0))
+    state = jax.eval_shape(lambda: train_step.init_state(network, settings(), 0))
     batch = batch_of(2)
     drawn = jax.eval_shape(lambda: schedule.draw(KEY, batch["frames"].shape))
-    function = functools.partial(training.gradients, network=network, step=StepConfig(), mesh=None)
+    function = functools.partial(
+        train_step.gradients, network=network, step=StepConfig(), mesh=None
+    )
     _, grads = jax.eval_shape(function, state.params, batch["frames"], batch["actions"], *drawn)
     assert {leaf.dtype for leaf in grads.values()} == {jnp.dtype("float32")}
 
@@ -141,24 +143,24 @@ def test_a_way_to_compute_that_we_lack_is_named(wrong):
 
 def test_moving_average(tiny):
     optim = settings(ema_decay=0.9)
-    state = training.init_state(tiny, optim, 0)
+    state = train_step.init_state(tiny, optim, 0)
     expected = jax.tree.map(np.asarray, state.params)
     for k in range(3):
-        state, _ = training.train_step(state, batch_of(2), KEY, network=tiny, optim=optim)
+        state, _ = train_step.train_step(state, batch_of(2), KEY, network=tiny, optim=optim)
         decay = min(0.9, (1 + k) / (10 + k))
         expected = {n: decay * v + (1 - decay) * state.params[n] for n, v in expected.items()}
     for name, value in expected.items():
         np.testing.assert_allclose(state.ema[name], value, rtol=1e-4, atol=1e-7)
-    assert training.weights_to_sample(state) is state.ema
-    assert training.weights_to_sample(state._replace(ema=None)) is state.params
+    assert train_step.weights_to_sample(state) is state.ema
+    assert train_step.weights_to_sample(state._replace(ema=None)) is state.params
 
 
 def test_decay_reaches_every_parameter(tiny):
     optim = settings(lr=0.1, weight_decay=0.5)
-    state = training.init_state(tiny, optim, 0)
+    state = train_step.init_state(tiny, optim, 0)
     ones = jax.tree.map(jnp.ones_like, state.params)
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    updates, _ = training.optimizer(optim).update(zeros, state.opt_state, ones)
+    updates, _ = train_step.optimizer(optim).update(zeros, state.opt_state, ones)
     for name, update in updates.items():
         np.testing.assert_allclose(update, -0.05, rtol=1e-5, err_msg=name)
 
@@ -175,12 +177,12 @@ def test_an_update_that_is_not_finite_is_passed_over(tiny):
     state, _ = run(tiny, optim, 2)
     before = jax.tree.map(np.array, state)
     poisoned = batch_of(2) | {"frames": np.full((2, 3, 64, 64, 3), np.nan, np.float32)}
-    state, metrics = training.train_step(state, poisoned, KEY, network=tiny, optim=optim)
+    state, metrics = train_step.train_step(state, poisoned, KEY, network=tiny, optim=optim)
     assert np.isnan(metrics["train/loss"])
     assert int(metrics["train/skipped"]) == 1
     expected = before._replace(step=np.int32(3), skipped=np.int32(1))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state, expected))
-    state, metrics = training.train_step(state, batch_of(2), KEY, network=tiny, optim=optim)
+    state, metrics = train_step.train_step(state, batch_of(2), KEY, network=tiny, optim=optim)
     assert np.isfinite(metrics["train/loss"])
     assert int(state.opt_state[1][0].count) == 3
     assert int(metrics["train/skipped"]) == 1

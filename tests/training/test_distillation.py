@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import distillation, objective, training
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, residual, schedule
-from cwm_jax.objective import NoiseConfig, Teacher
 from cwm_jax.runtime import sharding
 from cwm_jax.sampling.sampler import ddim_levels
+from cwm_jax.training import distillation, objective, train_step
+from cwm_jax.training.objective import NoiseConfig, Teacher
 
 KEY = jax.random.key(3)
 
@@ -117,14 +117,14 @@ def test_a_teacher_teaches_however_an_update_is_computed(network_of, clips):
     teacher = Teacher(altered(params), np.int32(2))
     noise = NoiseConfig(own_share=0.5)
     arrays = *clips, *objective.draw(KEY, clips[0].shape, noise, teacher)
-    parts = training.StepConfig(accumulate_steps=2, remat="layer")
+    parts = train_step.StepConfig(accumulate_steps=2, remat="layer")
 
     def gradients(**how):
         how |= dict(network=network, teacher=teacher, noise=noise)
-        find = functools.partial(training.gradients, **how)
+        find = functools.partial(train_step.gradients, **how)
         return jax.jit(find)(params, *arrays)
 
-    loss, plain = gradients(step=training.StepConfig(), mesh=None)
+    loss, plain = gradients(step=train_step.StepConfig(), mesh=None)
     other_loss, other = gradients(step=parts, mesh=sharding.make_mesh())
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     for name, gradient in plain.items():
@@ -136,13 +136,13 @@ def test_a_student_comes_nearer_to_its_teachers_steps(network_of, clips):
     """On the same noise each time, from which one step has to go where two do."""
     network, params = network_of(2)
     teacher = Teacher(params, np.int32(1))
-    optim = training.OptimizerConfig(
+    optim = train_step.OptimizerConfig(
         lr=3e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
     )
     batch = dict(zip(("frames", "actions"), clips, strict=True))
     draws = jnp.full((4, 3), 999), schedule.draw(KEY, clips[0].shape)[1]
-    state = training.init_state(network, optim, 0, jax.tree.map(jnp.copy, params))
-    update = jax.jit(functools.partial(training.update, network=network, optim=optim))
+    state = train_step.init_state(network, optim, 0, jax.tree.map(jnp.copy, params))
+    update = jax.jit(functools.partial(train_step.update, network=network, optim=optim))
     losses = []
     for _ in range(40):
         state, told = update(state, batch, *draws, teacher=teacher)
@@ -152,7 +152,7 @@ def test_a_student_comes_nearer_to_its_teachers_steps(network_of, clips):
 
 IN_PARTS = """
 import dataclasses, jax, numpy as np
-from cwm_jax import objective, training
+from cwm_jax.training import objective, train_step
 from cwm_jax.models import dit
 from cwm_jax.runtime import sharding
 from tiny_network import TINY
@@ -162,12 +162,12 @@ teacher = objective.Teacher(others, np.int32(4))
 frames = np.random.default_rng(0).integers(0, 256, (4, 2, 64, 64, 3), np.uint8)
 actions = np.full((4, 2), 7, np.int32)
 draws = objective.draw(jax.random.key(0), frames.shape, objective.NoiseConfig(), teacher)
-how = dict(network=network, step=training.StepConfig())
-alone = training.gradients(params, frames, actions, *draws, mesh=None, teacher=teacher, **how)
+how = dict(network=network, step=train_step.StepConfig())
+alone = train_step.gradients(params, frames, actions, *draws, mesh=None, teacher=teacher, **how)
 mesh = sharding.make_mesh(2)
 place = lambda tree: jax.device_put(tree, sharding.placement(tree, mesh))
 params, teacher = place(params), teacher._replace(params=place(others))
-shared = jax.jit(lambda p, t: training.gradients(
+shared = jax.jit(lambda p, t: train_step.gradients(
     p, frames, actions, *draws, mesh=mesh, teacher=t, **how))(params, teacher)
 for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
     np.testing.assert_allclose(one, other, atol=1e-5)
@@ -179,7 +179,7 @@ def test_a_teacher_may_lie_in_parts_on_several_devices():
     """… which share the clips: two copies of it and of the student, each of two parts."""
     found = subprocess.run(
         [sys.executable, "-c", IN_PARTS],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         env=os.environ
         | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
         capture_output=True,

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from cwm_jax import objective
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
-from cwm_jax.objective import NoiseConfig, Teacher
 from cwm_jax.runtime import sharding
+from cwm_jax.training import objective
+from cwm_jax.training.objective import NoiseConfig, Teacher
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

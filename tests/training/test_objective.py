@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import coinrun, objective, training
+from cwm_jax import coinrun
 from cwm_jax.diffusion import denoiser, schedule
+from cwm_jax.training import objective, train_step
 
 KEY = jax.random.key(3)
 
@@ -94,12 +95,12 @@ def clips():
 
 def first_loss(network, clips, **noise):
     """Of a training step from the start."""
-    optim = training.OptimizerConfig(
+    optim = train_step.OptimizerConfig(
         lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
     )
     noise = objective.NoiseConfig(**noise)
-    state = training.init_state(network, optim, 0)
-    _, told = training.train_step(state, clips, KEY, network=network, optim=optim, noise=noise)
+    state = train_step.init_state(network, optim, 0)
+    _, told = train_step.train_step(state, clips, KEY, network=network, optim=optim, noise=noise)
     return float(told["train/loss"])
 
 

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import coinrun, distillation
+from cwm_jax import coinrun
 from cwm_jax.coinrun import NO_ACTION, to_model
 from cwm_jax.diffusion import displacement, schedule
 from cwm_jax.diffusion.denoiser import Denoiser, alpha_bar, bind
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
+from cwm_jax.training import distillation
 
 _TOP = schedule.NUM_LEVELS - 1
 
