@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from cwm_jax import pocket, samplers
+from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> None:
     )
     results = measured.results
     results["checkpoint"] = dict(
-        path=pocket.NAME if args.checkpoint == pocket.FOLDER else str(args.checkpoint),
+        path=pretrained.NAME if args.checkpoint == pretrained.FOLDER else str(args.checkpoint),
         step=opened.step,
         fingerprint=protocol.fingerprint(opened.params),
     )
@@ -168,11 +168,11 @@ def _add_drawing_flags(add) -> None:
     add("--seed", type=int, default=0, help="of noise and random actions (%(default)s)")
 
 
-def _open(args: argparse.Namespace) -> samplers.Opened:
+def _open(args: argparse.Namespace) -> formats.Opened:
     levels = sampler.ddim_levels(args.ddim_steps)
-    args.checkpoint = pocket.unless(args.checkpoint)
+    args.checkpoint = pretrained.unless(args.checkpoint)
     how = dict(levels=levels, window=args.window)
-    return samplers.open_sampler(args.checkpoint, step=args.step, **how)
+    return formats.open_sampler(args.checkpoint, step=args.step, **how)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

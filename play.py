@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from cwm_jax import pocket
+from cwm_jax.checkpoints import pretrained
 from cwm_jax.errors import UserError, shown_to_user
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
@@ -25,7 +25,7 @@ def main() -> None:
 
         launch.serve(
             launch.Options(
-                checkpoint=None if args.demo else pocket.unless(args.checkpoint),
+                checkpoint=None if args.demo else pretrained.unless(args.checkpoint),
                 step=args.step,
                 data=args.data or _EMBEDDED,
                 host=args.host,

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from cwm_jax import files, pocket, samplers
+from cwm_jax import files
+from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
@@ -31,8 +32,8 @@ def main() -> None:
     with shown_to_user():
         _check(args)
         drawing = _drawing(args)
-        checkpoint = pocket.unless(args.checkpoint)
-        opened = samplers.open_sampler(checkpoint, step=args.step, **drawing)
+        checkpoint = pretrained.unless(args.checkpoint)
+        opened = formats.open_sampler(checkpoint, step=args.step, **drawing)
         script = rollouts.write_script(
             _data_config(args.data, opened),
             args.split,
@@ -88,7 +89,7 @@ def _flags() -> argparse.ArgumentParser:
     return parser
 
 
-def _data_config(folder: str | None, opened: samplers.Opened) -> loader.DataConfig:
+def _data_config(folder: str | None, opened: formats.Opened) -> loader.DataConfig:
     used = opened.config.get("data", {}).get("dir", "")
     if not folder:
         folder = used if used and Path(used).is_dir() else str(_EMBEDDED)

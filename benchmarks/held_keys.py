@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cwm_jax import coinrun, pocket, samplers
+from cwm_jax import coinrun
+from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.data import loader
 from cwm_jax.errors import shown_to_user
 from cwm_jax.rendering import video
@@ -47,8 +48,8 @@ def main() -> None:
     with shown_to_user():
         steps = {}
         if args.ddim_steps is not None:
-            steps["levels"] = samplers.ddim_levels(args.ddim_steps)
-        opened = samplers.open_sampler(pocket.unless(args.checkpoint), window="hop", **steps)
+            steps["levels"] = formats.ddim_levels(args.ddim_steps)
+        opened = formats.open_sampler(pretrained.unless(args.checkpoint), window="hop", **steps)
         episodes = loader.open_episodes(loader.DataConfig(dir=args.data), "test")
         numbers = loader.pick_episodes(episodes, count=len(HELD), length=PROMPT, seed=args.seed)
         given = loader.load_clips(episodes, numbers, length=PROMPT)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from benchmarks import machine, sizes, train
-from cwm_jax import torch_format
+from cwm_jax.checkpoints import torch_format
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, schedule
 from cwm_jax.models import attention, dit, rope

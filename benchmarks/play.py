@@ -22,7 +22,7 @@ import uvicorn
 from websockets.sync.client import connect
 
 from benchmarks import machine
-from cwm_jax import samplers
+from cwm_jax.checkpoints import formats
 from cwm_jax.play import opening, server
 from cwm_jax.play.engine import Engine
 from cwm_jax.play.prompts import ClipPrompts
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=10_000)
     parser.add_argument("--only", default="pace,players,sessions,memory")
     args = parser.parse_args()
-    trained = samplers.load(args.checkpoint)
+    trained = formats.load(args.checkpoint)
     engine = Engine(trained.network, trained.params, steps=_STEPS)
     for name in args.only.split(","):
         print(f"--- {name}", flush=True)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from cwm_jax import checkpoint, samplers
+from cwm_jax.checkpoints import formats, run_checkpoint
 from cwm_jax.data import loader
 from cwm_jax.sampling import sampler
 
@@ -34,7 +34,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(-10 * np.log10(np.maximum(error, 10**-9.9)).mean())
 
 
-def rollouts(trained: checkpoint.Trained, prompt, led_in, actions, *, steps: int, seed: int):
+def rollouts(trained: run_checkpoint.Trained, prompt, led_in, actions, *, steps: int, seed: int):
     """Frames of each way, uint8 [B, F, H, W, C] by name."""
     drawn = {}
     for name, (window, dtype) in WAYS.items():
@@ -60,7 +60,7 @@ def main() -> None:
     add("--json", type=Path)
     args = parser.parse_args()
 
-    trained = samplers.load(args.checkpoint)
+    trained = formats.load(args.checkpoint)
     episodes = loader.open_episodes(loader.DataConfig(dir=args.data), "test")
     numbers = loader.pick_episodes(episodes, count=args.clips, length=160, seed=args.seed)
     clips = loader.load_clips(episodes, numbers, length=160)

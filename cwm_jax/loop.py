@@ -11,18 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cwm_jax import (
-    checkpoint,
-    clock,
-    files,
-    metrics_file,
-    progress,
-    report,
-    resume,
-    run_folder,
-    samplers,
-    stages,
-)
+from cwm_jax import clock, files, metrics_file, progress, report, resume, run_folder, stages
+from cwm_jax.checkpoints import formats, run_checkpoint
 from cwm_jax.data import device_data, loader
 from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import drawing, quick, single_step
@@ -222,12 +212,12 @@ class _Run:
             self.total_steps = step
         return {"train/minutes": seconds / 60}
 
-    def _checkpoints(self) -> checkpoint.Checkpoints:
+    def _checkpoints(self) -> run_checkpoint.Checkpoints:
         settings = self.settings
-        retention = checkpoint.Retention(
+        retention = run_checkpoint.Retention(
             settings.keep_checkpoints, settings.keep_every_steps, settings.keep_best
         )
-        return checkpoint.Checkpoints(self.workdir, retention=retention)
+        return run_checkpoint.Checkpoints(self.workdir, retention=retention)
 
     def _start(self) -> tuple[int, TrainState, bool]:
         """A fresh state, or the last one saved, with the data put in its place.
@@ -292,7 +282,7 @@ class _Run:
         """The parameters of a model that a setting names; it must have this run's network."""
         wanted = self.settings.model
         try:
-            given = samplers.load(path)
+            given = formats.load(path)
         except UserError as error:
             raise UserError(f"config.{setting}: {error}") from None
         for field in dataclasses.fields(wanted):

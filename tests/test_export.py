@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import bundle, checkpoint, samplers, weights
+from cwm_jax.checkpoints import bundle, formats, run_checkpoint, weights
 from cwm_jax.errors import UserError
 from cwm_jax.models import attention, dit
 from cwm_jax.models.config import DiTConfig
@@ -42,7 +42,7 @@ def run(tmp_path_factory):
     state = train_step.TrainState(
         step, params, opt_state=(), ema=None, epoch_loss=loss, skipped=step
     )
-    with checkpoint.Checkpoints(workdir, retention=checkpoint.Retention(1)) as saved:
+    with run_checkpoint.Checkpoints(workdir, retention=run_checkpoint.Retention(1)) as saved:
         saved.save(state, data_position="", config=config)
     return workdir
 
@@ -72,12 +72,12 @@ def film(sampler, worlds=2):
 
 @pytest.fixture(scope="module")
 def wanted(run):
-    trained = checkpoint.load(run)
+    trained = run_checkpoint.load(run)
     return film(Sampler(trained.network, trained.params, SamplerConfig(**DRAWING)))
 
 
 def test_a_bundle_draws_what_the_model_draws(made, wanted):
-    opened = samplers.open_sampler(made)
+    opened = formats.open_sampler(made)
     assert isinstance(opened.sampler, bundle.Bundle)
     assert opened.step == 7
     drawn = film(opened.sampler)
@@ -92,7 +92,7 @@ import sys
 for room in ("model", "sampler", "world", "diffusion", "attention", "checkpoint", "training"):
     sys.modules["cwm_jax." + room] = None  # importing it fails from here on
 import jax, numpy as np
-from cwm_jax.bundle import Bundle
+from cwm_jax.checkpoints.bundle import Bundle
 bundle, example = Bundle({str(made)!r}), np.load({str(made / bundle.EXAMPLE)!r})
 state = bundle.start(example["prompt"], example["led_in"])
 state, frames = bundle.rollout(state, example["actions"], jax.random.key(int(example["seed"])))
@@ -109,7 +109,7 @@ except ImportError:
 def test_what_was_trained_with_kernels_for_gpus_opens_and_exports_anywhere(
     run, tmp_path, monkeypatch
 ):
-    trained = checkpoint.load(run)
+    trained = run_checkpoint.load(run)
     network = dataclasses.replace(
         trained.network, dtype="bfloat16", attention="cudnn", norm="triton"
     )
@@ -117,18 +117,18 @@ def test_what_was_trained_with_kernels_for_gpus_opens_and_exports_anywhere(
     meta = {"config": {"model": dataclasses.asdict(network)}, "step": 7}
     weights.write(path, trained.params, meta)
     anywhere = dataclasses.replace(network, attention="auto", norm="auto")
-    assert samplers.load(path).network == anywhere
+    assert formats.load(path).network == anywhere
     monkeypatch.setattr(attention, "fuses", lambda: True)  # as on a GPU
     flags = "--format bundle --dtype bfloat16 --ddim-steps 2"
     export.main([str(path), "--output", str(tmp_path / "bundle"), *flags.split()])
-    assert samplers.open_sampler(tmp_path / "bundle").step == 7
+    assert formats.open_sampler(tmp_path / "bundle").step == 7
 
 
 def test_a_damaged_or_unfit_bundle_is_refused(made, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(made, copy)
     with pytest.raises(UserError, match="levels="):
-        samplers.open_sampler(copy, levels=ddim_levels(10))
+        formats.open_sampler(copy, levels=ddim_levels(10))
     state = bundle.Bundle(copy).start(np.zeros((1, 1, 64, 64, 3), np.uint8), [[-1]])
     with pytest.raises(UserError, match=r"action 15: actions are 0…14"):
         bundle.Bundle(copy).step(state, [15], jax.random.key(0))
@@ -151,11 +151,11 @@ def test_parameters_alone_keep_every_bit_that_fits(run, tmp_path, format, name, 
     out = tmp_path / name
     export.main([str(run), "--output", str(out), "--format", format, "--dtype", dtype])
     read = (
-        checkpoint.load(out).params
+        run_checkpoint.load(out).params
         if format == "orbax"
         else {k: v.astype("float32") for k, v in weights.read(out)[0].items()}
     )
-    for key, value in checkpoint.load(run).params.items():
+    for key, value in run_checkpoint.load(run).params.items():
         np.testing.assert_array_equal(read[key], value.astype(dtype).astype("float32"))
     if format == "safetensors":
         whole = weights.read(out)[0]
@@ -165,15 +165,15 @@ def test_parameters_alone_keep_every_bit_that_fits(run, tmp_path, format, name, 
 def test_a_safetensors_file_is_opened_to_draw(run, tmp_path, wanted):
     out = tmp_path / "m.safetensors"
     export.main([str(run), "--output", str(out), "--format", "safetensors"])
-    np.testing.assert_array_equal(film(samplers.open_sampler(out, **DRAWING).sampler), wanted)
+    np.testing.assert_array_equal(film(formats.open_sampler(out, **DRAWING).sampler), wanted)
 
 
 def test_how_a_model_draws_where_nothing_is_said(run, made, tmp_path):
     """A bundle as it was made to, others with the steps of their config, or 10."""
-    levels = lambda path: samplers.open_sampler(path).sampler.config.levels
+    levels = lambda path: formats.open_sampler(path).sampler.config.levels
     assert levels(made) == ddim_levels(2)
     assert levels(run) == ddim_levels(10)
-    trained = checkpoint.load(run)
+    trained = run_checkpoint.load(run)
     kept = tmp_path / "m.safetensors"
     config = trained.config | {"ddim_steps": 3}
     weights.write(kept, trained.params, {"step": 7, "config": config})
@@ -185,7 +185,7 @@ def test_how_a_model_draws_where_nothing_is_said(run, made, tmp_path):
 
 
 def test_every_form_keeps_the_card_and_an_export_of_an_export_too(run, tmp_path):
-    read = lambda path: samplers.playable_steps(samplers.load(path))
+    read = lambda path: formats.playable_steps(formats.load(path))
     assert read(run) is None
     one, other = tmp_path / "m.safetensors", tmp_path / "orbax"
     card = ["--format", "safetensors", "--playable-steps", "4,1, 2"]
@@ -203,10 +203,10 @@ BAD_CARDS = ["2", 2, [], [0], [1001], [1.0], [True], ["1"], None, {"1": 2}]
 
 @pytest.mark.parametrize("card", BAD_CARDS, ids=repr)
 def test_a_card_that_cannot_be_is_reported_with_file_field_and_value(run, tmp_path, card, capsys):
-    trained, path = checkpoint.load(run), tmp_path / "m.safetensors"
+    trained, path = run_checkpoint.load(run), tmp_path / "m.safetensors"
     weights.write(path, trained.params, _said(trained, playable_steps=card))
     with pytest.raises(UserError) as caught:
-        samplers.playable_steps(samplers.load(path))
+        formats.playable_steps(formats.load(path))
     for part in (str(path), "config.playable_steps", repr(card), "whole numbers 1…1000"):
         assert part in str(caught.value)
     with pytest.raises(SystemExit):  # and it is not passed on
@@ -232,9 +232,9 @@ def test_every_form_holds_the_network_and_its_parameters(run, made, tmp_path):
     """What play, which draws in its own way, and evaluation take from each."""
     out = tmp_path / "m.safetensors"
     export.main([str(run), "--output", str(out), "--format", "safetensors"])
-    trained = checkpoint.load(run)
+    trained = run_checkpoint.load(run)
     for form in (run, out, made):
-        for found in (samplers.load(form), samplers.open_sampler(form, **DRAWING)):
+        for found in (formats.load(form), formats.open_sampler(form, **DRAWING)):
             assert (found.network, found.step) == (trained.network, trained.step)
             for name, value in trained.params.items():
                 np.testing.assert_array_equal(found.params[name], value)
@@ -253,7 +253,7 @@ def test_faults_are_told(run, tmp_path, capsys):
             export.main([str(run), *argv])
         assert fault in capsys.readouterr().err
     with pytest.raises(UserError, match="not a readable safetensors"):
-        samplers.open_sampler(tmp_path / "bad.safetensors")
+        formats.open_sampler(tmp_path / "bad.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.safetensors", "other"]
 
 
@@ -290,9 +290,9 @@ def test_a_manifest_or_header_with_parts_missing_is_told(made, run, tmp_path):
     for said in wrong:
         (copy / "manifest.json").write_text(json.dumps(said))
         with pytest.raises(UserError, match=r"manifest\.json (has no|does not)"):
-            samplers.open_sampler(copy)
+            formats.open_sampler(copy)
     meta = {"step": 1, "config": {"model": {"hidden_size": 16}}}
     for said in ([], {"step": 1}, meta | {"step": "1"}, meta):
         weights.write(tmp_path / "x.safetensors", {"a": jnp.zeros(1)}, said)
         with pytest.raises(UserError, match=r"x\.safetensors (tells|is of a network)"):
-            samplers.open_sampler(tmp_path / "x.safetensors")
+            formats.open_sampler(tmp_path / "x.safetensors")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import checkpoint
+from cwm_jax.checkpoints import run_checkpoint
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.tools import import_torch
@@ -56,8 +56,8 @@ def save(tmp_path, *, ema_decay, steps=(0,)):
     state = train_step.init_state(network, optim, 5)
     if ema_decay:
         state = state._replace(ema=jax.tree.map(lambda x: x + 1, state.ema))
-    keep = checkpoint.Retention(len(steps))
-    with checkpoint.Checkpoints(tmp_path / "run", retention=keep) as saved:
+    keep = run_checkpoint.Retention(len(steps))
+    with run_checkpoint.Checkpoints(tmp_path / "run", retention=keep) as saved:
         model = {k: getattr(network, k) for k in DiTConfig.__dataclass_fields__}
         for step in steps:
             params = jax.tree.map(lambda x, step=step: x + step, state.params)

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import HfApi
 
-from cwm_jax import bundle
+from cwm_jax.checkpoints import bundle
 from cwm_jax.tools import hub
 
 SHA = "a" * 40

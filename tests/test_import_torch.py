@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_golden import FOLDER, SIZES, arrays, params_of
 
-from cwm_jax import checkpoint
+from cwm_jax.checkpoints import run_checkpoint
 from cwm_jax.errors import UserError
 from cwm_jax.tools import import_torch
 from cwm_jax.training import train_step
@@ -24,7 +24,7 @@ def imported(tmp_path, name):
 
 @pytest.mark.parametrize("step", [0, 3])
 def test_parameters_and_step(tmp_path, step):
-    trained = checkpoint.load(imported(tmp_path, f"ckpt_step_{step:07d}.pt"))
+    trained = run_checkpoint.load(imported(tmp_path, f"ckpt_step_{step:07d}.pt"))
     assert trained.step == step
     for name, value in params_of(f"weights_step{step}").items():
         np.testing.assert_array_equal(trained.params[name], value)
@@ -35,7 +35,7 @@ def test_parameters_and_step(tmp_path, step):
 def test_moments_come_across(tmp_path):
     """One more update from the imported state equals torch's AdamW from the same checkpoint."""
     loaded = torch.load(FOLDER / "ckpt_step_0000003.pt", weights_only=True)
-    trained = checkpoint.load(imported(tmp_path, "ckpt_step_0000003.pt"))
+    trained = run_checkpoint.load(imported(tmp_path, "ckpt_step_0000003.pt"))
     optim = train_step.OptimizerConfig(
         lr=1e-3, weight_decay=0.01, warmup_steps=0, grad_clip=1e9, ema_decay=0.0
     )
@@ -98,7 +98,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     run = imported(tmp_path, "ckpt_step_0000000.pt")
     with pytest.raises(UserError, match="already holds"):
         import_torch.convert(FOLDER / "ckpt_step_0000003.pt", run, max_frames=8)
-    assert checkpoint.load(run).step == 0
+    assert run_checkpoint.load(run).step == 0
 
 
 def test_a_run_in_its_first_save_is_left_alone(tmp_path):
@@ -110,7 +110,7 @@ def test_a_run_in_its_first_save_is_left_alone(tmp_path):
 
 
 def test_its_settings_are_kept(tmp_path):
-    trained = checkpoint.load(imported(tmp_path, "ckpt_step_0000003.pt"))
+    trained = run_checkpoint.load(imported(tmp_path, "ckpt_step_0000003.pt"))
     theirs = torch.load(FOLDER / "ckpt_step_0000003.pt", weights_only=True)["config"]
     assert trained.config["lr"] == theirs["lr"]
     assert trained.config["n_prompt"] == theirs["n_prompt_frames"]

@@ -17,7 +17,8 @@ from tiny_network import TINY
 
 import sample
 from configs import base
-from cwm_jax import checkpoint, clock, loop, metrics_file, run_folder, weights
+from cwm_jax import clock, loop, metrics_file, run_folder
+from cwm_jax.checkpoints import run_checkpoint, weights
 from cwm_jax.data import loader
 from cwm_jax.errors import UserError
 from cwm_jax.rendering.video import read_mp4
@@ -89,7 +90,7 @@ def test_a_run_writes_what_it_promises(tmp_path, small_data):
     film = read_mp4(run / "rollouts" / "rollout_0000010.mp4")
     assert len(film) == 7
     assert (run / "curves.png").stat().st_size > 1000
-    assert checkpoint.load(run).step == 10
+    assert run_checkpoint.load(run).step == 10
 
 
 def test_training_goes_on_from_an_import_that_tells_less(tmp_path, small_data):
@@ -97,7 +98,7 @@ def test_training_goes_on_from_an_import_that_tells_less(tmp_path, small_data):
     state = train(tmp_path / "theirs", config_of(small_data, max_steps=2))
     imported, told = tmp_path / "imported", config_of(small_data)
     told = {name: told[name] for name in ("model", "lr", "ema_decay", "n_prompt")}
-    with checkpoint.Checkpoints(imported, retention=checkpoint.Retention(1)) as saved:
+    with run_checkpoint.Checkpoints(imported, retention=run_checkpoint.Retention(1)) as saved:
         saved.save(state, data_position="", config=told)
     assert int(train(imported, config_of(small_data, max_steps=3)).step) == 3
     other = config_of(small_data, max_steps=4)
@@ -154,7 +155,7 @@ def stopped_before(workdir, config, monkeypatch, step):
         before_step(patch, step, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(preemption.Preempted, match=f"stopped by SIGTERM after step {step} of"):
             train(workdir, config)
-    assert checkpoint.load(workdir).step == step
+    assert run_checkpoint.load(workdir).step == step
 
 
 def test_a_run_asked_to_stop_saves_its_step_and_loses_nothing(tmp_path, small_data, monkeypatch):
@@ -190,7 +191,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(
         before_step(patch, 6, poisoned)  # a step that is saved after
         with pytest.raises(UserError, match=r"step 6 has loss nan.*\n.*max_skipped_updates=0"):
             train(tmp_path / "run", config_of(small_data))
-    assert checkpoint.load(tmp_path / "run").step == 5
+    assert run_checkpoint.load(tmp_path / "run").step == 5
     record = json.loads((tmp_path / "run" / "post-mortem" / "step_0000006.json").read_text())
     batches = loader.train_batches(
         Settings.from_config(config_of(small_data)).data, batch_size=2, seed=0
@@ -228,7 +229,7 @@ def test_a_run_begins_with_anothers_parameters(tmp_path, small_data, exported):
     source = tmp_path / "first"
     if exported:
         source = tmp_path / f"model{weights.SUFFIX}"
-        trained = checkpoint.load(tmp_path / "first")
+        trained = run_checkpoint.load(tmp_path / "first")
         weights.write(source, trained.params, dict(step=trained.step, config=trained.config))
     config = config_of(small_data, init_from=str(source), lr=0.0, max_steps=1)
     config["model"] = config["model"] | dict(max_frames=8)
@@ -419,7 +420,7 @@ def test_a_run_ends_with_its_minutes_and_goes_on_where_its_clock_stood(
     config |= never | dict(ckpt_every_minutes=1.0, ckpt_every_steps=1000, keep_checkpoints=9)
     run = tmp_path / "run"
     train(run, config | dict(max_steps=4))
-    stopped = checkpoint.Checkpoints(run, retention=checkpoint.Retention(9)).newest()
+    stopped = run_checkpoint.Checkpoints(run, retention=run_checkpoint.Retention(9)).newest()
     assert 20 < stopped.seconds < 180
     state = train(run, config)
     series = metrics_file.read_series(run / "metrics.jsonl")

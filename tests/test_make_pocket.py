@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cwm_jax import samplers
+from cwm_jax.checkpoints import formats
 from cwm_jax.errors import UserError
 from cwm_jax.runtime.preemption import EXIT_CODE
 from cwm_jax.tools import pocket
@@ -41,7 +41,7 @@ def test_a_rehearsal_on_data_from_elsewhere_without_optional_packages(
     told = capfd.readouterr()
     assert "was not recorded by cwm_jax.tools.collect" in told.err
     assert "cannot draw a rollout: videos need PyAV" in told.err
-    trained = samplers.load(tmp_path / "run" / "model.safetensors")
+    trained = formats.load(tmp_path / "run" / "model.safetensors")
     assert trained.step == 3
     assert trained.config["minutes"] == 5
 

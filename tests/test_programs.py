@@ -6,7 +6,7 @@ import pytest
 
 import evaluate
 import sample
-from cwm_jax import pocket, samplers
+from cwm_jax.checkpoints import formats, pretrained
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from cwm_jax import pocket, samplers
     ],
 )
 def test_a_wrong_number_is_told_before_a_model_is_opened(program, words, told, monkeypatch, capsys):
-    for module, name in ((pocket, "unless"), (samplers, "open_sampler")):
+    for module, name in ((pretrained, "unless"), (formats, "open_sampler")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a model was asked for"))
     monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *words.split()])
     with pytest.raises(SystemExit) as stopped:

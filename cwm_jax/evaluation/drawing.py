@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax.bundle import Bundle
+from cwm_jax.checkpoints.bundle import Bundle
 from cwm_jax.coinrun import IMAGE_SIZE, NUM_ACTIONS
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from cwm_jax.bundle import Bundle
+from cwm_jax.checkpoints.bundle import Bundle
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data import loader
 from cwm_jax.data.loader import DataConfig

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import cwm_jax
-from cwm_jax.bundle import Drawing
+from cwm_jax.checkpoints.bundle import Drawing
 from cwm_jax.evaluation import quality
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.models.dit import Params

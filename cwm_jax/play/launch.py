@@ -121,17 +121,17 @@ def _load(studio, options: Options):
 def _engine(options: Options, known, steps):
     import jax
 
-    from cwm_jax import samplers
+    from cwm_jax.checkpoints import formats
     from cwm_jax.play.engine import Engine
     from cwm_jax.runtime import compile_cache
 
     compile_cache.enable()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    trained = samplers.load(options.checkpoint, step=options.step)
+    trained = formats.load(options.checkpoint, step=options.step)
     network = trained.network
     check_fits(network, trained.path, known, options.data)
     title = f"{options.checkpoint.name} · step {trained.step}"
-    usual, playable = samplers.usual_steps(trained), samplers.playable_steps(trained)
+    usual, playable = formats.usual_steps(trained), formats.playable_steps(trained)
     return Engine(network, trained.params, steps=steps, usual=usual, playable=playable), title
 
 

@@ -26,8 +26,9 @@ import orbax.checkpoint as ocp
 from jax import ShapeDtypeStruct
 from tqdm import tqdm
 
-from cwm_jax import __version__, bundle, checkpoint, checksums, samplers, weights
-from cwm_jax.checkpoint import Saved, Trained
+from cwm_jax import __version__
+from cwm_jax.checkpoints import bundle, checksums, formats, run_checkpoint, weights
+from cwm_jax.checkpoints.run_checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
 from cwm_jax.data import loader
 from cwm_jax.diffusion import schedule
@@ -47,13 +48,13 @@ _EXAMPLE_FRAMES = 4
 
 
 def write_orbax(trained: Trained, out: Path) -> None:
-    """A folder that `checkpoint.load` reads: parameters and config, without the optimizer."""
+    """A folder that `run_checkpoint.load` reads: parameters and config, without the optimizer."""
     if out.exists():
         raise UserError(f"{out} is there already; name a new folder")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         params = ocp.args.StandardSave(trained.params)
         saved = Saved(trained.step, data_position="", config=trained.config, pause_due=False)
-        meta = ocp.args.JsonSave(checkpoint.meta_of(saved))
+        meta = ocp.args.JsonSave(run_checkpoint.meta_of(saved))
         args = ocp.args.Composite(params=params, meta=meta)
         writer.save(out.absolute(), args)
     checksums.write(out)
@@ -64,7 +65,7 @@ def _meta(trained: Trained) -> dict[str, Any]:
 
 
 def write_safetensors(trained: Trained, out: Path) -> None:
-    """One file with parameters and config, which `samplers.open_sampler` reads."""
+    """One file with parameters and config, which `formats.open_sampler` reads."""
     if out.suffix != weights.SUFFIX:
         raise UserError(f"--output {out}: a safetensors file must end in {weights.SUFFIX}")
     weights.write(out, trained.params, _meta(trained))
@@ -209,9 +210,9 @@ def _folder_written_whole(out: Path) -> Iterator[Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _flags().parse_args(argv)
     with shown_to_user():
-        trained = _with_card(samplers.load(args.checkpoint, step=args.step), args.playable_steps)
+        trained = _with_card(formats.load(args.checkpoint, step=args.step), args.playable_steps)
         if args.format == "bundle":
-            steps = samplers.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
+            steps = formats.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
             levels = sampler.ddim_levels(steps)
             config = SamplerConfig(levels=levels, window=args.window, unroll=args.unroll)
             write_bundle(trained, args.output, config, args.dtype, args.data)
@@ -231,13 +232,13 @@ def _with_card(trained: Trained, playable_steps: str | None) -> Trained:
     if playable_steps is not None:
         steps = _card_of(playable_steps)
         trained = trained._replace(config=trained.config | {"playable_steps": steps})
-    samplers.playable_steps(trained)
+    formats.playable_steps(trained)
     return trained
 
 
 def _card_of(text: str) -> list[int]:
     try:
-        return list(samplers.check_playable_steps([int(word) for word in text.split(",")]))
+        return list(formats.check_playable_steps([int(word) for word in text.split(",")]))
     except (ValueError, UserError):
         raise UserError(
             f"--playable-steps {text}: give whole numbers 1…{schedule.NUM_LEVELS} with commas "

@@ -24,7 +24,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
-from cwm_jax import bundle, checkpoint, weights
+from cwm_jax.checkpoints import bundle, run_checkpoint, weights
 from cwm_jax.data import shards
 from cwm_jax.errors import UserError, shown_to_user
 
@@ -156,7 +156,7 @@ def gather(source: Path, step: int | None) -> tuple[dict[str, Path], Callable[[s
     if source.suffix == weights.SUFFIX:
         _, meta = weights.read(source)
         contents = {source.name: source}
-    elif (source / weights.NAME).is_file() and not (source / checkpoint.FOLDER).is_dir():
+    elif (source / weights.NAME).is_file() and not (source / run_checkpoint.FOLDER).is_dir():
         _, meta = weights.read(source / weights.NAME)
         contents = {weights.NAME: source / weights.NAME}
     elif bundle.is_bundle(source):
@@ -169,15 +169,15 @@ def gather(source: Path, step: int | None) -> tuple[dict[str, Path], Callable[[s
 
 
 def _gather_run(source: Path, step: int | None) -> tuple[dict[str, Any], dict[str, Path]]:
-    trained = checkpoint.load(source, step=step)
+    trained = run_checkpoint.load(source, step=step)
     meta = {"step": trained.step, "config": trained.config}
-    root = source / checkpoint.FOLDER
+    root = source / run_checkpoint.FOLDER
     if not root.is_dir():  # one checkpoint, or an export of its parameters
         return meta, _all_files(trained.path, "")
     steps = [trained.path] if step is not None else [p for p in root.iterdir() if p.name.isdigit()]
     contents = {}
     for path in sorted(steps):
-        contents |= _all_files(path, f"{checkpoint.FOLDER}/{path.name}/")
+        contents |= _all_files(path, f"{run_checkpoint.FOLDER}/{path.name}/")
     for name in ("config.json", "metrics.jsonl", "curves.png"):
         if (source / name).is_file():
             contents[name] = source / name

@@ -24,14 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cwm_jax import checkpoint, files, torch_format
+from cwm_jax import files
+from cwm_jax.checkpoints import run_checkpoint, torch_format
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.training import train_step
 from cwm_jax.training.train_step import OptimizerConfig, TrainState
 
-_ONE = checkpoint.Retention(1)
+_ONE = run_checkpoint.Retention(1)
 _KEYS = ("model", "optimizer", "scheduler", "epoch", "step", "config")
 _SETTINGS = {  # the original's names for what both projects have, where they differ
     "ckpt_every_steps": "ckpt_every_steps",
@@ -209,14 +210,14 @@ def convert(path: Path, out_dir: Path, *, max_frames: int) -> None:
     Raises:
         UserError: `path` is no such checkpoint, or `out_dir` holds a run, finished saves or not.
     """
-    if any((out_dir / checkpoint.FOLDER).glob("*")):  # a run that lives would lose its save
+    if any((out_dir / run_checkpoint.FOLDER).glob("*")):  # a run that lives would lose its save
         raise UserError(f"{out_dir} already holds checkpoints; name an empty folder")
     loaded = read(path)
     weights = {k: v.numpy() for k, v in loaded["model"].items()}
     network = torch_format.infer_config(weights, image_size=64, max_frames=max_frames, dtype="auto")
     settings = settings_of(loaded, network)
     optim = _optimizer_of(settings, ema=False)
-    with checkpoint.Checkpoints(out_dir, retention=_ONE) as saved:
+    with run_checkpoint.Checkpoints(out_dir, retention=_ONE) as saved:
         saved.save(state_of(loaded, network, optim), data_position="", config=settings)
     print(f"{path}: step {loaded['step']}, {network} → {out_dir}")
 
@@ -233,7 +234,7 @@ def convert_back(workdir: Path, path: Path, *, ema: bool) -> None:
             such network.
     """
     torch = _torch()
-    trained = checkpoint.load(workdir)
+    trained = run_checkpoint.load(workdir)
     has_ema = (trained.path / "ema").is_dir()
     if ema and not has_ema:
         raise UserError(f"{workdir} keeps no moving average: leave out --ema")
@@ -241,7 +242,7 @@ def convert_back(workdir: Path, path: Path, *, ema: bool) -> None:
     like = jax.eval_shape(lambda: train_step.init_state(trained.network, optim, 0))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-    state = checkpoint.load_state(trained.path, like)
+    state = run_checkpoint.load_state(trained.path, like)
     if ema:
         state = state._replace(params=state.ema)
     with files.written_whole(path) as temporary:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cwm_jax import controls
-from cwm_jax.checkpoint import FOLDER
+from cwm_jax.checkpoints.run_checkpoint import FOLDER
 from cwm_jax.data import shards
 from cwm_jax.data.records import FRAME_BYTES
 from cwm_jax.errors import UserError, shown_to_user, tell

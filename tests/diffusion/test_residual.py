@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax import torch_format
+from cwm_jax.checkpoints import torch_format
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.errors import UserError

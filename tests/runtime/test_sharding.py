@@ -25,7 +25,7 @@ import dataclasses, json, re, sys
 from pathlib import Path
 import jax
 sys.path[:0] = [".", "tests", "tests/training"]
-from cwm_jax import checkpoint
+from cwm_jax.checkpoints import run_checkpoint
 from cwm_jax.training import train_step
 from cwm_jax.runtime import hosts, sharding
 port, count, index, fsdp, folder, restore_from = sys.argv[1:]
@@ -61,10 +61,11 @@ lowered = run.func.lower(state, batch, KEY, **run.keywords | {"network": fast}).
 over_devices = r'stablehlo.(?:all_reduce|reduce_scatter)".*?\\^bb0\\(%\\w+: tensor<(\\w+)>'
 print("sums", *sorted(set(re.findall(over_devices, lowered, re.DOTALL))))
 print("part", kept / state.params["blocks.0.spatial.qkv.kernel"].size)
-with checkpoint.Checkpoints(Path(folder), retention=checkpoint.Retention(1)) as kept_in:
+last = run_checkpoint.Retention(1)
+with run_checkpoint.Checkpoints(Path(folder), retention=last) as kept_in:
     kept_in.save(state, data_position="", config={})
 if restore_from:
-    with checkpoint.Checkpoints(Path(restore_from), retention=checkpoint.Retention(1)) as kept_in:
+    with run_checkpoint.Checkpoints(Path(restore_from), retention=last) as kept_in:
         state = kept_in.restore(sharding.abstract(shapes, mesh))
     train(state)
 """

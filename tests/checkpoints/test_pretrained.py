@@ -11,7 +11,8 @@ import pytest
 
 import sample
 from configs import pocket as config
-from cwm_jax import metrics, pocket, samplers, weights
+from cwm_jax import metrics
+from cwm_jax.checkpoints import formats, pretrained, weights
 from cwm_jax.data import loader
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
@@ -21,26 +22,26 @@ from cwm_jax.sampling.sampler import ddim_levels
 
 @pytest.fixture(scope="module")
 def trained():
-    return samplers.load(pocket.FOLDER)
+    return formats.load(pretrained.FOLDER)
 
 
 def test_it_is_small_and_what_its_config_says(trained):
-    held = sum(file.stat().st_size for file in pocket.FOLDER.iterdir())
+    held = sum(file.stat().st_size for file in pretrained.FOLDER.iterdir())
     assert held <= 24 * 2**20
     how = dict(dtype="auto", attention="auto", norm="auto")  # of no influence on what it is
     wanted = DiTConfig(**config.get_config().model)
     assert dataclasses.replace(trained.network, **how) == dataclasses.replace(wanted, **how)
-    assert trained.path == pocket.FOLDER / weights.NAME
+    assert trained.path == pretrained.FOLDER / weights.NAME
 
 
 def test_it_tells_of_no_machine(trained):
     """Paths in its config and card are those of any checkout."""
-    for told in (json.dumps(trained.config), (pocket.FOLDER / "README.md").read_text()):
+    for told in (json.dumps(trained.config), (pretrained.FOLDER / "README.md").read_text()):
         assert not re.search(r"(?<![\w.])/(home|root|work|tmp|mnt|data|Users)\b", told)
 
 
 def test_its_card_is_of_this_very_model(trained):
-    card = (pocket.FOLDER / "README.md").read_text()
+    card = (pretrained.FOLDER / "README.md").read_text()
     assert f"{dit.parameter_count(trained.params):,} parameters" in card
     assert f"{trained.step:,} steps" in card
 
@@ -53,7 +54,7 @@ def test_it_does_better_than_the_last_frame(trained, steps):
     picked = loader.pick_episodes(episodes, count=6, length=24)
     clips = loader.load_clips(episodes, picked, length=24)
     given, shown = 20, dict(levels=ddim_levels(steps), window="hop")
-    drawer = samplers.open_sampler(pocket.FOLDER, **shown).sampler
+    drawer = formats.open_sampler(pretrained.FOLDER, **shown).sampler
     seen = slice(given - 4, given)
     state = drawer.start(clips["frames"][:, seen], clips["actions"][:, seen])
     _, drawn = drawer.rollout(state, clips["actions"][:, given:], jax.random.key(0))
@@ -74,19 +75,19 @@ def test_it_draws_where_no_other_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_a_named_checkpoint_goes_first(tmp_path, capsys):
-    assert pocket.unless(tmp_path) == tmp_path
+    assert pretrained.unless(tmp_path) == tmp_path
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match=r"no checkpoint at .*nowhere"):
-        pocket.unless(tmp_path / "nowhere")
+        pretrained.unless(tmp_path / "nowhere")
 
 
 def test_where_it_is_missing_the_way_to_another_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(pocket, "FOLDER", tmp_path)  # there, but empty
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path)  # there, but empty
     with pytest.raises(UserError, match=r"(?s)no --checkpoint is named.*configs/debug\.py"):
-        pocket.unless(None)
+        pretrained.unless(None)
 
 
 def test_a_step_that_it_does_not_hold_is_named(trained):
-    assert samplers.load(pocket.FOLDER, step=trained.step).step == trained.step
+    assert formats.load(pretrained.FOLDER, step=trained.step).step == trained.step
     with pytest.raises(UserError, match=rf"holds step {trained.step} of a run, and no step 7"):
-        samplers.load(pocket.FOLDER, step=7)
+        formats.load(pretrained.FOLDER, step=7)

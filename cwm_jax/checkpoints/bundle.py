@@ -22,7 +22,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import weights
+from cwm_jax.checkpoints import weights
 from cwm_jax.coinrun import to_pixels
 from cwm_jax.errors import UserError
 from cwm_jax.sampling import prompt

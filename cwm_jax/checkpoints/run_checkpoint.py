@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from cwm_jax import checksums
+from cwm_jax.checkpoints import checksums
 from cwm_jax.errors import UserError, tell
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig

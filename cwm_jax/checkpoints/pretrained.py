@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cwm_jax.errors import UserError
 
-FOLDER = Path(__file__).parents[1] / "checkpoints" / "pocket"
+FOLDER = Path(__file__).parents[2] / "checkpoints" / "pocket"
 NAME = "checkpoints/pocket"
 FILE = "model.safetensors"
 

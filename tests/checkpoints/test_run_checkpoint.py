@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from tiny_network import TINY
 
-from cwm_jax import checkpoint, checksums
-from cwm_jax.checkpoint import Checkpoints, Retention
+from cwm_jax.checkpoints import checksums, run_checkpoint
+from cwm_jax.checkpoints.run_checkpoint import Checkpoints, Retention
 from cwm_jax.errors import UserError
 from cwm_jax.training import train_step
 
@@ -54,19 +54,19 @@ def test_old_ones_go(run):
 
 def test_loading_needs_the_folder_alone(run):
     for path in (run, run / "checkpoints", run / "checkpoints" / "11"):
-        trained = checkpoint.load(path)
+        trained = run_checkpoint.load(path)
         assert trained.network == TINY
         assert trained.step == 11
         assert trained.config == CONFIG
         assert all((trained.params[k] == v).all() for k, v in state_at(11).ema.items())
-    assert checkpoint.load(run, step=7).step == 7
+    assert run_checkpoint.load(run, step=7).step == 7
 
 
 def test_without_an_average_the_parameters_are_loaded(tmp_path):
     state = state_at(2)._replace(ema=None)
     with Checkpoints(tmp_path, retention=Retention(1)) as saved:
         saved.save(state, data_position="", config=CONFIG)
-    loaded = checkpoint.load(tmp_path).params
+    loaded = run_checkpoint.load(tmp_path).params
     assert all((loaded[k] == v).all() for k, v in state.params.items())
 
 
@@ -80,10 +80,10 @@ def test_what_is_no_checkpoint_is_named(run, tmp_path):
         (empty, "no checkpoint in"),
     ):
         with pytest.raises(UserError, match=told):
-            checkpoint.load(path)
-    assert checkpoint.load(run).step == 11  # an unfinished save does not count
+            run_checkpoint.load(path)
+    assert run_checkpoint.load(run).step == 11  # an unfinished save does not count
     with pytest.raises(UserError, match="no checkpoint of step 5"):
-        checkpoint.load(run, step=5)
+        run_checkpoint.load(run, step=5)
 
 
 @pytest.mark.parametrize("lost", ["ema", "meta/metadata", "ema/manifest.ocdbt", "ema/d"])
@@ -95,7 +95,7 @@ def test_a_checkpoint_with_a_part_missing_is_named(run, lost):
     else:
         victim.unlink()
     with pytest.raises(UserError, match="11 is not a whole checkpoint"):
-        checkpoint.load(step)
+        run_checkpoint.load(step)
 
 
 def test_a_foreign_config_is_named(run):
@@ -105,7 +105,7 @@ def test_a_foreign_config_is_named(run):
     meta.write_text(json.dumps(changed))
     checksums.write(run / "checkpoints" / "11")
     with pytest.raises(UserError, match="11"):
-        checkpoint.load(run)
+        run_checkpoint.load(run)
 
 
 def test_another_network_does_not_continue_it(run):
@@ -124,15 +124,15 @@ def test_one_checkpoint_is_read_whole_and_its_run_stays_as_it_is(run):
     (kept / "11" / "meta" / "metadata").write_text("damaged")
     before = {p: p.is_file() and p.read_bytes() for p in run.rglob("*")}
     like = jax.eval_shape(lambda: state_at(0))
-    state = checkpoint.load_state(kept / "7", like)
+    state = run_checkpoint.load_state(kept / "7", like)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state, state_at(7)))
     assert {p: p.is_file() and p.read_bytes() for p in run.rglob("*")} == before
     with pytest.raises(UserError, match="11 is not a whole checkpoint: meta"):
-        checkpoint.load_state(kept / "11", like)
+        run_checkpoint.load_state(kept / "11", like)
     shutil.rmtree(kept / "7" / "optimizer")  # as in an export
     checksums.write(kept / "7")
     with pytest.raises(UserError, match="7 is not a whole checkpoint"):
-        checkpoint.load_state(kept / "7", like)
+        run_checkpoint.load_state(kept / "7", like)
 
 
 def flip(path, place=-3):
@@ -163,7 +163,7 @@ def test_a_flipped_bit_is_found_and_the_one_before_goes_on(run, part, capsys):
         told = capsys.readouterr().err
         assert f"{root / '11'}: {part}/" in told
         saved.save(state_at(11), data_position="again", config=CONFIG)  # its place is free
-    assert checkpoint.load(run).step == 11
+    assert run_checkpoint.load(run).step == 11
     assert (root / "11.damaged").is_dir()
 
 
@@ -180,10 +180,10 @@ def test_a_missing_file_and_missing_sums_are_found(run):
 
 def test_sampling_takes_the_one_before_and_says_so(run, capsys):
     flip(run / "checkpoints" / "11" / "ema" / "manifest.ocdbt")
-    assert checkpoint.load(run).step == 7
+    assert run_checkpoint.load(run).step == 7
     assert "11 is not a whole checkpoint: ema/manifest.ocdbt" in capsys.readouterr().err
     with pytest.raises(UserError, match="11 is not a whole checkpoint"):
-        checkpoint.load(run, step=11)
+        run_checkpoint.load(run, step=11)
 
 
 def test_hostile_sums_open_nothing(run):
@@ -226,7 +226,7 @@ def test_a_save_that_fails_is_told_and_leaves_the_others(run, monkeypatch, capsy
     assert "step 13 could not be saved" in told
     assert "No space left on device" in told
     assert sorted(p.name for p in root.iterdir()) == ["11", "17"]
-    assert checkpoint.load(run).step == 17
+    assert run_checkpoint.load(run).step == 17
 
 
 def test_a_save_that_fails_before_it_begins_is_no_success(run, monkeypatch):

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from cwm_jax import bundle, checkpoint, weights
-from cwm_jax.bundle import Bundle, Drawing, is_bundle
-from cwm_jax.checkpoint import Trained
+from cwm_jax.checkpoints import bundle, run_checkpoint, weights
+from cwm_jax.checkpoints.bundle import Bundle, Drawing, is_bundle
+from cwm_jax.checkpoints.run_checkpoint import Trained
 from cwm_jax.diffusion.schedule import NUM_LEVELS
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
@@ -70,10 +70,10 @@ def _load(path: Path, step: int | None) -> Trained:
     if is_bundle(path):
         bundle.read_manifest(path)  # whose checksums must hold
         return _from_file(path / bundle.PARAMS)
-    if (path / weights.NAME).is_file() and not (path / checkpoint.FOLDER).is_dir():
+    if (path / weights.NAME).is_file() and not (path / run_checkpoint.FOLDER).is_dir():
         path = path / weights.NAME
     if path.suffix != weights.SUFFIX:
-        return checkpoint.load(path, step=step)
+        return run_checkpoint.load(path, step=step)
     trained = _from_file(path)
     if step not in (None, trained.step):
         raise UserError(f"{path} holds step {trained.step} of a run, and no step {step}")

@@ -1,0 +1,1 @@
+"""What a model is saved as and loaded from: runs, exports, bundles, PyTorch files."""
