@@ -20,15 +20,15 @@ from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.evaluation import (
+    bootstrap,
     closed_loop,
     comparison,
-    drawing,
     full,
-    intervals,
-    page,
+    generation,
+    html_report,
     probe,
     protocol,
-    quality,
+    rollout_quality,
 )
 from cwm_jax.rendering import video
 from cwm_jax.sampling import sampler
@@ -82,13 +82,13 @@ def measure(args: argparse.Namespace) -> None:
     results["device"] = jax.devices()[0].device_kind
     full.write_json(args.output, results)
     report = args.report or args.output.parent / f"{args.output.stem}_report"
-    page.write(report, measured, plan)
+    html_report.write(report, measured, plan)
     used = results["clips"]
     print(
         f"{used['used']} of {used['records']} records of {args.data}/{args.split} used "
         f"({used['too_short']} have fewer than {plan.frames} frames)\n"
         f"{comparison.table([(args.output.name, results)])}\n"
-        f"numbers → {args.output}\npictures → {report / page.FILE}"
+        f"numbers → {args.output}\npictures → {report / html_report.FILE}"
     )
 
 
@@ -125,15 +125,15 @@ def close_the_loop(words: list[str]) -> None:
     sampler.check_seed(args.seed)
     closed_loop.check(levels=args.levels, frames=args.frames, n_prompt=args.n_prompt)
     opened = _open(args)
-    drawing.check_game(opened.network)
-    draw = drawing.by_sampler(opened.sampler)
+    generation.check_game(opened.network)
+    draw = generation.by_sampler(opened.sampler)
     levels = range(args.first_level, args.first_level + args.levels)
     keys = closed_loop.random_keys(args.levels, args.frames - 1, seed=args.seed)
     with game.Simulator(venv.ensure(args.simulator)) as simulator:
         replay = lambda runs: [run.frames for run in simulator.replay("coinrun", runs)]
         loop = closed_loop.play(draw, replay, levels, keys, n_prompt=args.n_prompt, seed=args.seed)
     video.write_film(args.output, closed_loop.film(loop), fps=FPS)
-    psnr = intervals.of_mean(quality.capped(loop.scores.psnr).mean(1))
+    psnr = bootstrap.of_mean(rollout_quality.capped(loop.scores.psnr).mean(1))
     print(
         f"{len(loop.levels)} of {args.levels} levels lasted {args.frames} frames\n"
         f"PSNR {psnr} dB (mean over frames and levels) → {args.output}"

@@ -16,8 +16,16 @@ import numpy as np
 
 from benchmarks import machine, sizes, train
 from cwm_jax.data.loader import DataConfig
-from cwm_jax.evaluation import drawing, drift, held_out, probe, quality, quick, reading
-from cwm_jax.evaluation.scores import score
+from cwm_jax.evaluation import (
+    drift,
+    generation,
+    held_out,
+    probe,
+    probe_accuracy,
+    quick,
+    rollout_quality,
+)
+from cwm_jax.evaluation.frame_scores import score
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
@@ -29,7 +37,7 @@ _DATA = DataConfig(dir=str(Path(__file__).parents[1] / "assets" / "coinrun"))
 def quick_form(network: DiTConfig, *, clips: int, frames: int, every: int) -> dict[str, float]:
     """Seconds of the quick form, as `configs/debug.py` sets it, beside those of training."""
     few = quick.prepare(_DATA, "val", clips=4, frames=8, num_actions=15, seed=0)
-    draw = drawing.by_sampler(Sampler(network, dit.init(network, 0), SamplerConfig()))
+    draw = generation.by_sampler(Sampler(network, dit.init(network, 0), SamplerConfig()))
     first, again = (_seconds(lambda: dict(quick.run(draw, few))) for _ in range(2))
     shape = dict(clips=clips, frames=frames, step=train_step.StepConfig())
     step = train.measure(network, **shape)["step_s"]
@@ -44,8 +52,8 @@ def real_frames() -> dict[str, float | dict]:
     reader = probe.train(learnt.frames, learnt.actions)
     train_s = time.perf_counter() - start
     clips = held_out.load(_DATA, "test", frames=124, up_to=drift.REAL)
-    read = reading.summary(reader, clips.frames, clips.frames, clips.actions)
-    copied = quality.copy_last(clips.frames[:, :1], 120)
+    read = probe_accuracy.summary(reader, clips.frames, clips.frames, clips.actions)
+    copied = rollout_quality.copy_last(clips.frames[:, :1], 120)
     floor = score(copied, clips.frames[:, 1:121], clips.frames[:, 0])
     horizons = (1, 10, 120)
     lasted = {name: drift.summary(x, clips.frames) for name, x in ruined(clips.frames[:, :80])}
@@ -53,7 +61,7 @@ def real_frames() -> dict[str, float | dict]:
         "clips": len(clips),
         "probe_train_s": train_s,
         **{side: {k: read[side][k] for k in _TOLD} for side in ("real", "shuffled")},
-        "copy_last_psnr": quality.summary(floor, horizons)["psnr"]["mean"],
+        "copy_last_psnr": rollout_quality.summary(floor, horizons)["psnr"]["mean"],
         "false_alarms": lasted["real"]["false_alarms"],
         "collapse": {name: found["frames_to_collapse"]["mean"] for name, found in lasted.items()},
         "survived": {name: found["survived"] for name, found in lasted.items()},

@@ -15,7 +15,7 @@ from cwm_jax import clock, files, metrics_file, progress, report, resume, run_fo
 from cwm_jax.checkpoints import formats, run_checkpoint
 from cwm_jax.data import device_data, loader
 from cwm_jax.errors import UserError, tell
-from cwm_jax.evaluation import drawing, quick, single_step
+from cwm_jax.evaluation import generation, quick, single_step
 from cwm_jax.models import kernel_choice
 from cwm_jax.rendering import contact_sheet, plots, video
 from cwm_jax.runtime import hosts, preemption, process_memory, sharding
@@ -421,7 +421,7 @@ class _Run:
 
     def _evaluate(self, step: int, sampler: Sampler) -> None:
         """The quick form of the evaluation."""
-        self.reporter.scalars(step, dict(quick.run(drawing.by_sampler(sampler), self.quick)))
+        self.reporter.scalars(step, dict(quick.run(generation.by_sampler(sampler), self.quick)))
 
     def _draw(self, step: int, sampler: Sampler) -> None:
         """A rollout from validation clips, as a film and a sheet."""

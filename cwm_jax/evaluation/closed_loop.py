@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw
 
 from cwm_jax.coinrun import NO_ACTION, NUM_ACTIONS
 from cwm_jax.errors import UserError
-from cwm_jax.evaluation import quality
-from cwm_jax.evaluation.drawing import Draw
-from cwm_jax.evaluation.scores import Scores, score
+from cwm_jax.evaluation import rollout_quality
+from cwm_jax.evaluation.frame_scores import Scores, score
+from cwm_jax.evaluation.generation import Draw
 from cwm_jax.rendering import contact_sheet
 from cwm_jax.rendering.arrow_keys import ACCENT, BACKDROP, BRIGHT, DIM, LINE, font
 
@@ -83,7 +83,7 @@ def play(
 
 def film(loop: Loop) -> Iterator[np.ndarray]:
     """Film images for `video.write_mp4`: game above, model below, keys, and PSNR over time."""
-    psnr = quality.capped(loop.scores.psnr)
+    psnr = rollout_quality.capped(loop.scores.psnr)
     frames = contact_sheet.side_by_side(loop.real, loop.drawn, loop.actions, n_prompt=loop.n_prompt)
     for t, picture in enumerate(frames):
         done = max(0, t + 1 - loop.n_prompt)

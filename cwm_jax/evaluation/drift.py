@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from cwm_jax.evaluation import intervals, quality
+from cwm_jax.evaluation import bootstrap, rollout_quality
 
 PATCH = 8  # pixels on a side
 WINDOW = 16  # frames whose patches make one Gaussian
@@ -72,7 +72,7 @@ def summary(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray) -> dict:
     by_window = {
         name: {
             "frame": [STRIDE * i for i in range(values.shape[1])],
-            **quality.series(*intervals.of_means(values)),
+            **rollout_quality.series(*bootstrap.of_means(values)),
             "real": float(getattr(real, name).mean()),
             "limits": limits[name],
         }
@@ -80,7 +80,7 @@ def summary(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray) -> dict:
     }
     return {
         "frames": frames,
-        "frames_to_collapse": quality.as_dict(*intervals.of_median(lasted)),
+        "frames_to_collapse": rollout_quality.as_dict(*bootstrap.of_median(lasted)),
         "survived": float((lasted == frames).mean()),
         "false_alarms": float((frames_to_collapse(beyond(real, limits), rest) < rest).mean()),
         "by_window": by_window,

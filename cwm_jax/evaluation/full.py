@@ -17,19 +17,19 @@ from cwm_jax.data import loader
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import (
-    control,
-    drawing,
+    controllability,
     drift,
+    generation,
     held_out,
     probe,
+    probe_accuracy,
     protocol,
-    quality,
-    reading,
+    rollout_quality,
     single_step,
 )
+from cwm_jax.evaluation.frame_scores import Scores, score
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.probe import Probe
-from cwm_jax.evaluation.scores import Scores, score
 from cwm_jax.files import written_whole
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
@@ -108,16 +108,16 @@ def measure(
     Raises:
         UserError: for data or a network that cannot be measured so.
     """
-    drawing.check_game(network)
+    generation.check_game(network)
     lengths = loader.open_episodes(config, plan.split).lengths
     check_memory(plan.clips or int((lengths >= plan.frames).sum()), plan)
     clips = held_out.load(
         config, plan.split, frames=plan.frames, up_to=drift.REAL, clips=plan.clips
     )
     reader = probe.cached(config, probes)
-    drawn = draw_all(drawing.by_sampler(sampler), clips, plan, watched=watched)
+    drawn = draw_all(generation.by_sampler(sampler), clips, plan, watched=watched)
     scored = slice(max(plan.n_prompt) + plan.horizon)
-    rendered = quality.reconstruction(
+    rendered = rollout_quality.reconstruction(
         network, params, clips.frames[:, scored], clips.actions[:, scored]
     )
     measured = judge(drawn, plan, rendered=rendered, reader=reader)
@@ -130,7 +130,7 @@ def measure(
         clips,
         sampler.config,
         split=plan.split,
-        horizons=quality.horizons_to(plan.horizon),
+        horizons=rollout_quality.horizons_to(plan.horizon),
         n_prompt=plan.n_prompt,
         drift_frames=plan.drift_frames,
         seed=plan.seed,
@@ -163,13 +163,15 @@ def _whole_batch(size: int) -> int:
     return math.ceil(size / jax.device_count()) * jax.device_count()
 
 
-def draw_all(draw: drawing.Draw, clips: HeldOut, plan: Plan, *, watched: bool = False) -> Rollouts:
+def draw_all(
+    draw: generation.Draw, clips: HeldOut, plan: Plan, *, watched: bool = False
+) -> Rollouts:
     """Draws everything that a plan needs: the longest rollout of each kind, once."""
 
     def batches(actions, given: int, label: str):
         settings = dict(seed=plan.seed, batch_size=plan.batch_size)
         prompt, label = clips.frames[:, :given], label if watched else ""
-        return drawing.in_batches(draw, prompt, actions, label=label, **settings)
+        return generation.in_batches(draw, prompt, actions, label=label, **settings)
 
     true = {
         given: batches(
@@ -178,7 +180,7 @@ def draw_all(draw: drawing.Draw, clips: HeldOut, plan: Plan, *, watched: bool = 
         for given in plan.n_prompt
     }
     given = plan.n_prompt[0]
-    actions = control.random_actions(
+    actions = controllability.random_actions(
         clips.actions, n_prompt=given, frames=plan.drift_frames, seed=plan.seed
     )
     return Rollouts(clips, true, actions, batches(actions, given, "random actions"))
@@ -190,18 +192,20 @@ def judge(drawn: Rollouts, plan: Plan, *, rendered: np.ndarray, reader: Probe) -
     Args:
         rendered: the reconstruction of the real clips, uint8 [B, T, H, W, C].
     """
-    clips, horizons = drawn.clips, quality.horizons_to(plan.horizon)
+    clips, horizons = drawn.clips, rollout_quality.horizons_to(plan.horizon)
     rollout, kept = {}, None
     for given in plan.n_prompt:
         span = slice(given, given + plan.horizon)
         prompt, real = clips.frames[:, :given], clips.frames[:, span]
         candidates = {
             "model": drawn.true[given],
-            "copy_last": quality.copy_last(prompt, plan.horizon),
+            "copy_last": rollout_quality.copy_last(prompt, plan.horizon),
             "reconstruction": rendered[:, span],
         }
         scored = {name: score(frames, real, prompt[:, -1]) for name, frames in candidates.items()}
-        rollout[f"prompt_{given}"] = {n: quality.summary(s, horizons) for n, s in scored.items()}
+        rollout[f"prompt_{given}"] = {
+            n: rollout_quality.summary(s, horizons) for n, s in scored.items()
+        }
         kept = kept or scored["model"]
     given = plan.n_prompt[0]
     prompt = clips.frames[:, :given]
@@ -213,8 +217,8 @@ def judge(drawn: Rollouts, plan: Plan, *, rendered: np.ndarray, reader: Probe) -
     results = {
         "clips": {"used": len(clips), "records": clips.records, "too_short": clips.too_short},
         "rollout": rollout,
-        "control": control.delta_psnr(kept, random, horizons),
-        "probe": reading.summary(reader, begun(drawn.true[given]), begun(real), actions),
+        "control": controllability.delta_psnr(kept, random, horizons),
+        "probe": probe_accuracy.summary(reader, begun(drawn.true[given]), begun(real), actions),
         "drift": drift.summary(drawn.random, clips.frames),
     }
     return Measured(results, drawn, kept)

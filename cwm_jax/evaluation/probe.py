@@ -25,9 +25,9 @@ from cwm_jax.coinrun import CHANNELS, MEANINGFUL_ACTIONS, NUM_ACTIONS, action_ke
 from cwm_jax.data import loader, npz
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
-from cwm_jax.evaluation import held_out, sight
+from cwm_jax.evaluation import held_out, probe_features
 from cwm_jax.evaluation.held_out import HeldOut
-from cwm_jax.evaluation.sight import Sight
+from cwm_jax.evaluation.probe_features import Sight
 from cwm_jax.files import written_whole
 
 _VERSION = 2  # of all that follows: a cached probe of another version is not used
@@ -56,7 +56,7 @@ class Reader(nnx.Module):
         conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
         self.near = conv(2 * CHANNELS, 16, strides=2)
         self.far = conv(16, 32)
-        seen = 2 * sight.SHIFTS + 32 * (sight.MIDDLE // 2) ** 2
+        seen = 2 * probe_features.SHIFTS + 32 * (probe_features.MIDDLE // 2) ** 2
         self.hidden = nnx.Linear(seen, 192, rngs=rngs)
         self.last = nnx.Linear(192, 96, rngs=rngs)
         self.out = nnx.Linear(96, len(GROUP_NAMES), rngs=rngs)
@@ -89,11 +89,11 @@ def read(probe: Probe, frames_BTHWC: np.ndarray) -> np.ndarray:
         frames_BTHWC: uint8, T ≥ 3.
     """
     clips, length = frames_BTHWC.shape[:2]
-    whole, total = sight.look(frames_BTHWC), clips * (length - 2)
+    whole, total = probe_features.look(frames_BTHWC), clips * (length - 2)
     found = []
     for first in range(0, total, _READ_AT_ONCE):
         places = np.minimum(np.arange(first, first + _READ_AT_ONCE), total - 1)
-        found.append(np.asarray(_read(probe.params, sight.at(whole, places))))
+        found.append(np.asarray(_read(probe.params, probe_features.at(whole, places))))
     return np.concatenate(found)[:total].reshape(clips, length - 2)
 
 
@@ -113,7 +113,7 @@ def train(frames_BTHWC: np.ndarray, actions_BT: np.ndarray, *, name: str = "", s
         actions_BT: the action that led into each frame; those of a clip's first two are not used.
         name: kept with the probe.
     """
-    groups, whole = GROUPS[actions_BT[:, 2:].ravel()], sight.look(frames_BTHWC)
+    groups, whole = GROUPS[actions_BT[:, 2:].ravel()], probe_features.look(frames_BTHWC)
     batch = min(_BATCH, len(groups))
     per_epoch = len(groups) // batch
     steps = _EPOCHS * per_epoch
@@ -126,7 +126,7 @@ def train(frames_BTHWC: np.ndarray, actions_BT: np.ndarray, *, name: str = "", s
             order = rng.permutation(len(groups))
         rows = order[place * batch : (place + 1) * batch]
         colours = rng.permuted(np.tile(np.arange(CHANNELS), (batch, 1)), axis=1)
-        examples = sight.at(whole, rows), groups[rows], rng.random(batch) < 0.5, colours
+        examples = probe_features.at(whole, rows), groups[rows], rng.random(batch) < 0.5, colours
         params, state = _learn(params, state, examples, steps=steps)
     return Probe(params, name)
 
@@ -140,7 +140,7 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
 def _learn(params, state, examples, *, steps: int):
     seen, groups, mirror_B, colours_BC = examples
     chosen = lambda a, b: jnp.where(mirror_B.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-    seen = jax.tree.map(chosen, sight.mirrored(seen), seen)
+    seen = jax.tree.map(chosen, probe_features.mirrored(seen), seen)
     middle = jnp.take_along_axis(seen.middle, colours_BC[:, None, None, None], axis=-1)
     groups = jnp.where(mirror_B, jnp.asarray(_MIRRORED)[groups], groups)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 import cwm_jax
 from cwm_jax.checkpoints.bundle import Drawing
-from cwm_jax.evaluation import quality
+from cwm_jax.evaluation import rollout_quality
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.models.dit import Params
 from cwm_jax.sampling.sampler import SamplerConfig
@@ -53,7 +53,7 @@ def of(clips: HeldOut, sampler: SamplerConfig | Drawing, **others) -> Protocol:
         window=sampler.window,
         eta=sampler.eta,
         context_level=sampler.context_level,
-        psnr_cap=quality.PSNR_CAP,
+        psnr_cap=rollout_quality.PSNR_CAP,
         **others,
     )
 

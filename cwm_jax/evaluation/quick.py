@@ -11,9 +11,9 @@ import numpy as np
 
 from cwm_jax.data import loader
 from cwm_jax.data.loader import DataConfig
-from cwm_jax.evaluation import control, drawing, held_out, quality
-from cwm_jax.evaluation.drawing import Draw
-from cwm_jax.evaluation.scores import Scores, score
+from cwm_jax.evaluation import controllability, generation, held_out, rollout_quality
+from cwm_jax.evaluation.frame_scores import Scores, score
+from cwm_jax.evaluation.generation import Draw
 
 
 class Quick(NamedTuple):
@@ -42,10 +42,10 @@ def prepare(
     chosen = loader.good_episodes(config, episodes, spread, length=frames + 1)
     batch = loader.load_clips(episodes, chosen, length=frames + 1)
     real, actions = batch["frames"], batch["actions"]
-    random = control.random_actions(
+    random = controllability.random_actions(
         actions, n_prompt=1, frames=frames, seed=seed, num_actions=num_actions
     )
-    still = quality.copy_last(real[:, :1], frames)
+    still = rollout_quality.copy_last(real[:, :1], frames)
     return Quick(real, actions, random, score(still, real[:, 1:], real[:, 0]), seed)
 
 
@@ -54,18 +54,18 @@ def run(draw: Draw, quick: Quick) -> Iterator[tuple[str, float]]:
 
     def scored(actions) -> Scores:
         batch = dict(seed=quick.seed, batch_size=len(actions))
-        frames = drawing.in_batches(draw, quick.frames[:, :1], actions, **batch)
+        frames = generation.in_batches(draw, quick.frames[:, :1], actions, **batch)
         return score(frames, quick.frames[:, 1:], quick.frames[:, 0])
 
     true, random = scored(quick.actions), scored(quick.random_actions)
     yield from _means("eval/", true)
     yield from _means("eval/copy_last_", quick.copy_last)
-    both = (quality.capped(scores.psnr).mean() for scores in (true, random))
+    both = (rollout_quality.capped(scores.psnr).mean() for scores in (true, random))
     yield "eval/delta_psnr", float(np.subtract(*both))
 
 
 def _means(prefix: str, scores: Scores) -> Iterator[tuple[str, float]]:
     for name, values in scores._asdict().items():
-        known = quality.capped(values)[~np.isnan(values)]
+        known = rollout_quality.capped(values)[~np.isnan(values)]
         if known.size:
             yield prefix + name, float(known.mean())

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cwm_jax import metrics
 from cwm_jax.coinrun import to_model, to_pixels
 from cwm_jax.diffusion import schedule
 from cwm_jax.diffusion.denoiser import bind
+from cwm_jax.evaluation import image_metrics
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.runtime.sharding import to_devices
@@ -33,8 +33,8 @@ def _sums(params, batch, key, *, network: DiTConfig) -> dict[str, jax.Array]:
     real = batch["frames"] / 255
     per_clip = {
         "loss": jnp.square(velocity - sample.velocity)[:, bound.counted].mean((1, 2, 3, 4)),
-        "mse": metrics.mse(predicted, real)[:, bound.counted].mean(1),
-        "ssim": metrics.ssim(predicted, real)[:, bound.counted].mean(1),
+        "mse": image_metrics.mse(predicted, real)[:, bound.counted].mean(1),
+        "ssim": image_metrics.ssim(predicted, real)[:, bound.counted].mean(1),
         "clips": jnp.ones(len(x0)),
     }
     return {name: (value * batch["mask"]).sum() for name, value in per_clip.items()}
@@ -64,5 +64,5 @@ def epoch_end(network, params, batches: Batches, mesh: Mesh) -> Iterator[tuple[s
     """
     means = _means(network, params, batches, mesh)
     yield "epoch/val_loss", means["loss"]
-    yield "epoch/psnr", float(metrics.psnr_of_mse(np.float32(means["mse"])))
+    yield "epoch/psnr", float(image_metrics.psnr_of_mse(np.float32(means["mse"])))
     yield "epoch/ssim", means["ssim"]

@@ -11,10 +11,10 @@ import pytest
 
 import sample
 from configs import pocket as config
-from cwm_jax import metrics
 from cwm_jax.checkpoints import formats, pretrained, weights
 from cwm_jax.data import loader
 from cwm_jax.errors import UserError
+from cwm_jax.evaluation import image_metrics
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import ddim_levels
@@ -59,8 +59,8 @@ def test_it_does_better_than_the_last_frame(trained, steps):
     state = drawer.start(clips["frames"][:, seen], clips["actions"][:, seen])
     _, drawn = drawer.rollout(state, clips["actions"][:, given:], jax.random.key(0))
     real = clips["frames"][:, given:] / np.float32(255)
-    error = metrics.mse(np.asarray(drawn) / np.float32(255), real).mean()
-    still = metrics.mse(clips["frames"][:, given - 1 : given] / np.float32(255), real).mean()
+    error = image_metrics.mse(np.asarray(drawn) / np.float32(255), real).mean()
+    still = image_metrics.mse(clips["frames"][:, given - 1 : given] / np.float32(255), real).mean()
     assert error < 0.9 * still
 
 

@@ -12,7 +12,7 @@ from cwm_jax.checkpoints import torch_format
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.errors import UserError
-from cwm_jax.evaluation import quality, single_step
+from cwm_jax.evaluation import rollout_quality, single_step
 from cwm_jax.models import dit, flops
 from cwm_jax.play import memory
 from cwm_jax.runtime import sharding
@@ -207,10 +207,10 @@ def test_what_is_judged_is_what_was_trained(known):
     np.testing.assert_allclose(
         told["val/loss"], objective.clip_loss(*asked, network=config), rtol=1e-5
     )
-    drawn = quality.reconstruction(config, params, frames, actions)
-    first_window = quality.reconstruction(config, params, frames[:, :5], actions[:, :5])
+    drawn = rollout_quality.reconstruction(config, params, frames, actions)
+    first_window = rollout_quality.reconstruction(config, params, frames[:, :5], actions[:, :5])
     assert (drawn[:, 4] == first_window[:, 4]).all()  # not as the second window's first
-    silent = quality.reconstruction(config, dit.init(config, 0), frames, actions)
+    silent = rollout_quality.reconstruction(config, dit.init(config, 0), frames, actions)
     assert (
         np.abs(silent.astype(int) - frames).max() <= 1
     )  # a fresh network leaves changes as they are

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax import metrics
+from cwm_jax.evaluation import image_metrics
 
 _CLIPS = 16  # scored in one call of the device
 
@@ -43,11 +43,11 @@ def _score(drawn_BFHWC, real_BFHWC, given_BHWC) -> Scores:
         drawn, real = (frames.astype(jnp.float32) for frames in pair)
         changed = (pair[1] != given_BHWC).any(-1)
         # Errors of whole numbers are exact: those of equal frames are 0, not nearly 0.
-        psnr = lambda error: metrics.psnr_of_mse(error / 255**2)
+        psnr = lambda error: image_metrics.psnr_of_mse(error / 255**2)
         return Scores(
-            psnr(metrics.mse(drawn, real)),
-            metrics.ssim(drawn / 255, real / 255),
-            psnr(metrics.masked_mse(drawn, real, changed)),
+            psnr(image_metrics.mse(drawn, real)),
+            image_metrics.ssim(drawn / 255, real / 255),
+            psnr(image_metrics.masked_mse(drawn, real, changed)),
         )
 
     pairs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (drawn_BFHWC, real_BFHWC))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cwm_jax.coinrun import ACTION_NAMES
-from cwm_jax.evaluation import intervals, probe, quality
+from cwm_jax.evaluation import bootstrap, probe, rollout_quality
 from cwm_jax.evaluation.probe import GROUP_NAMES, GROUPS, KEYS, Probe
 
 _SEED = 0
@@ -57,7 +57,7 @@ def _accuracies(read_BT: np.ndarray, pressed_BT: np.ndarray) -> dict:
     np.add.at(confusion, (wanted_BT.ravel(), read_BT.ravel()), 1)
     by_group = {n: _share(right_BT[wanted_BT == g]) for g, n in enumerate(GROUP_NAMES)}
     return {
-        "accuracy": quality.as_dict(*intervals.of_mean(right_BT.mean(1))),
+        "accuracy": rollout_quality.as_dict(*bootstrap.of_mean(right_BT.mean(1))),
         "balanced": float(np.nanmean([*by_group.values()])),
         "by_group": by_group,
         "by_action": {n: _share(right_BT[pressed_BT == a]) for a, n in enumerate(ACTION_NAMES)},

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from cwm_jax import metrics
+from cwm_jax.evaluation import image_metrics
 
 
 def pictures(kind):
@@ -27,17 +27,17 @@ def pictures(kind):
 def test_psnr_and_ssim_are_those_of_scikit_image(kind):
     a, b = pictures(kind)
     wanted = peak_signal_noise_ratio(a.astype(np.float64), b.astype(np.float64), data_range=1)
-    assert metrics.psnr(a, b) == pytest.approx(wanted, abs=1e-4)
+    assert image_metrics.psnr(a, b) == pytest.approx(wanted, abs=1e-4)
     wanted = structural_similarity(
         a.astype(np.float64), b.astype(np.float64), channel_axis=-1, data_range=1
     )
-    assert metrics.ssim(a, b) == pytest.approx(wanted, abs=1e-5)
+    assert image_metrics.ssim(a, b) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_each_picture_of_a_stack_is_measured_by_itself():
     kinds = "near", "noisy", "other"
     a, b = (np.stack(x) for x in zip(*map(pictures, kinds), strict=True))
-    for metric in (metrics.mse, metrics.psnr, metrics.ssim):
+    for metric in (image_metrics.mse, image_metrics.psnr, image_metrics.ssim):
         stacked = jax.jit(metric)(a[None], b[None])
         assert stacked.shape == (1, 3)
         single = [metric(*pictures(kind)) for kind in kinds]
@@ -46,16 +46,16 @@ def test_each_picture_of_a_stack_is_measured_by_itself():
 
 def test_equal_pictures_have_infinite_psnr_and_an_ssim_of_one():
     a, _ = pictures("near")
-    assert metrics.psnr(a, a) == np.inf
-    assert metrics.ssim(a, a) == pytest.approx(1, abs=1e-6)
+    assert image_metrics.psnr(a, a) == np.inf
+    assert image_metrics.ssim(a, a) == pytest.approx(1, abs=1e-6)
 
 
 def test_a_masked_error_counts_only_the_pixels_of_the_mask():
     a, b = pictures("noisy")
     mask = np.random.default_rng(1).random(a.shape[:2]) < 0.1
     wanted = np.square(a[mask].astype(np.float64) - b[mask]).mean()
-    assert metrics.masked_mse(a, b, mask) == pytest.approx(wanted, rel=1e-5)
-    assert metrics.masked_mse(a, b, np.ones_like(mask)) == pytest.approx(
-        float(metrics.mse(a, b)), rel=1e-5
+    assert image_metrics.masked_mse(a, b, mask) == pytest.approx(wanted, rel=1e-5)
+    assert image_metrics.masked_mse(a, b, np.ones_like(mask)) == pytest.approx(
+        float(image_metrics.mse(a, b)), rel=1e-5
     )
-    assert np.isnan(metrics.masked_mse(a, b, np.zeros_like(mask)))
+    assert np.isnan(image_metrics.masked_mse(a, b, np.zeros_like(mask)))

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from cwm_jax.coinrun import NUM_ACTIONS
-from cwm_jax.evaluation import quality
-from cwm_jax.evaluation.scores import Scores
+from cwm_jax.evaluation import rollout_quality
+from cwm_jax.evaluation.frame_scores import Scores
 
 
 def random_actions(
@@ -25,9 +25,11 @@ def random_actions(
 
 
 def delta_psnr(true: Scores, random: Scores, horizons: Sequence[int]) -> dict:
-    """ΔPSNR of each clip, in dB, summed up as in `quality.summary`; also over motion alone."""
+    """ΔPSNR of each clip, in dB, as in `rollout_quality.summary`; also over motion alone."""
     difference = lambda name: (
-        quality.capped(getattr(true, name)) - quality.capped(getattr(random, name))
+        rollout_quality.capped(getattr(true, name)) - rollout_quality.capped(getattr(random, name))
     )
     names = {"delta_psnr": "psnr", "delta_psnr_motion": "psnr_motion"}
-    return {new: quality.by_horizon(difference(old), horizons) for new, old in names.items()}
+    return {
+        new: rollout_quality.by_horizon(difference(old), horizons) for new, old in names.items()
+    }

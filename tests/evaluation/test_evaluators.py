@@ -13,23 +13,23 @@ from cwm_jax.data.records import BadRecord, encode
 from cwm_jax.data.shards import write_shard
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import (
+    bootstrap,
     comparison,
-    control,
-    drawing,
+    controllability,
     drift,
     full,
+    generation,
     held_out,
-    intervals,
-    page,
+    html_report,
     probe,
+    probe_accuracy,
+    probe_features,
     protocol,
-    quality,
     quick,
-    reading,
-    sight,
+    rollout_quality,
 )
+from cwm_jax.evaluation.frame_scores import score
 from cwm_jax.evaluation.held_out import HeldOut
-from cwm_jax.evaluation.scores import score
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
@@ -53,7 +53,7 @@ def clips() -> HeldOut:
     return held_out.load(EMBEDDED, "test", frames=LENGTH, clips=CLIPS)
 
 
-def replaying(clips: HeldOut) -> drawing.Draw:
+def replaying(clips: HeldOut) -> generation.Draw:
     """An oracle: draws what really came, whatever the actions."""
 
     def draw(prompt_BPHWC, actions_BT, key):
@@ -88,18 +88,20 @@ def test_identical_rollouts_have_infinite_psnr_and_an_ssim_of_one(clips):
     scores = score(clips.frames[:, 1:], clips.frames[:, 1:], clips.frames[:, 0])
     assert np.isinf(scores.psnr).all()
     np.testing.assert_allclose(scores.ssim, 1, atol=1e-6)
-    found = quality.summary(scores, (1, LENGTH - 1))
+    found = rollout_quality.summary(scores, (1, LENGTH - 1))
     assert found["identical"] == {"1": 1.0, str(LENGTH - 1): 1.0}
-    assert found["psnr"]["mean"]["1"] == dict.fromkeys(("mean", "low", "high"), quality.PSNR_CAP)
+    assert found["psnr"]["mean"]["1"] == dict.fromkeys(
+        ("mean", "low", "high"), rollout_quality.PSNR_CAP
+    )
 
 
 def test_copying_the_last_frame_of_a_still_clip_is_perfect_and_nothing_moves(clips):
     still = np.repeat(clips.frames[:, :1], LENGTH, axis=1)
-    copied = quality.copy_last(still[:, :3], LENGTH - 3)
+    copied = rollout_quality.copy_last(still[:, :3], LENGTH - 3)
     scores = score(copied, still[:, 3:], still[:, 2])
     assert np.isinf(scores.psnr).all()
     assert np.isnan(scores.psnr_motion).all()
-    assert np.isnan(quality.summary(scores, (4,))["psnr_motion"]["at"]["4"]["mean"])
+    assert np.isnan(rollout_quality.summary(scores, (4,))["psnr_motion"]["at"]["4"]["mean"])
 
 
 def test_motion_counts_only_the_pixels_that_changed_since_the_prompt():
@@ -125,7 +127,7 @@ def test_scores_do_not_depend_on_the_number_of_clips_scored_at_once(clips):
 
 def test_an_untrained_network_reconstructs_what_the_lowest_label_leaves(clips):
     # Its last layer is zero, so v = 0 and x0 = ᾱ(0) · x: the frame itself but for rounding.
-    frames = quality.reconstruction(TINY, dit.init(TINY, 0), clips.frames, clips.actions)
+    frames = rollout_quality.reconstruction(TINY, dit.init(TINY, 0), clips.frames, clips.actions)
     assert frames.shape == clips.frames.shape
     assert np.abs(frames.astype(int) - clips.frames).max() <= 1
 
@@ -136,14 +138,14 @@ def test_an_untrained_network_reconstructs_what_the_lowest_label_leaves(clips):
 def test_an_interval_holds_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(5)
     samples = rng.normal(loc=3, size=(200, 40))
-    held = [low <= 3 <= high for _, low, high in map(intervals.of_mean, samples)]
+    held = [low <= 3 <= high for _, low, high in map(bootstrap.of_mean, samples)]
     assert 0.90 <= np.mean(held) <= 0.985
 
 
 def test_an_interval_of_what_never_varies_is_a_point_and_of_nothing_is_nan():
-    assert intervals.of_mean([2.0, 2.0, np.nan]) == (2.0, 2.0, 2.0)
-    assert np.isnan(intervals.of_mean([np.nan, np.nan])).all()
-    assert intervals.of_median([1.0, 5.0, 5.0, 5.0, 9.0]).mean == 5
+    assert bootstrap.of_mean([2.0, 2.0, np.nan]) == (2.0, 2.0, 2.0)
+    assert np.isnan(bootstrap.of_mean([np.nan, np.nan])).all()
+    assert bootstrap.of_median([1.0, 5.0, 5.0, 5.0, 9.0]).mean == 5
 
 
 # Control
@@ -151,14 +153,14 @@ def test_an_interval_of_what_never_varies_is_a_point_and_of_nothing_is_nan():
 
 def delta(draw, clips, frames=12):
     true = clips.actions[:, : 1 + frames]
-    random = control.random_actions(clips.actions, n_prompt=1, frames=frames, seed=1)
+    random = controllability.random_actions(clips.actions, n_prompt=1, frames=frames, seed=1)
     real = obeying(clips.frames[:, :1], true, None)
     drawn = (
-        drawing.in_batches(draw, clips.frames[:, :1], actions, seed=0, batch_size=3)
+        generation.in_batches(draw, clips.frames[:, :1], actions, seed=0, batch_size=3)
         for actions in (true, random)
     )
     scores = (score(frames, real, clips.frames[:, 0]) for frames in drawn)
-    return control.delta_psnr(*scores, (1, frames))["delta_psnr"]["mean"][str(frames)]
+    return controllability.delta_psnr(*scores, (1, frames))["delta_psnr"]["mean"][str(frames)]
 
 
 def test_a_model_that_ignores_actions_has_no_delta_psnr(clips):
@@ -174,7 +176,7 @@ def test_a_model_that_obeys_has_a_delta_psnr_above_its_interval(clips):
 
 def test_random_actions_keep_the_prompt_and_grow_at_the_end(clips):
     short, long = (
-        control.random_actions(clips.actions, n_prompt=4, frames=n, seed=0) for n in (5, 9)
+        controllability.random_actions(clips.actions, n_prompt=4, frames=n, seed=0) for n in (5, 9)
     )
     np.testing.assert_array_equal(short, long[:, :9])
     np.testing.assert_array_equal(short[:, :4], clips.actions[:, :4])
@@ -202,7 +204,7 @@ def obedient(clips):
 
 def test_the_probe_learns_a_game_and_reads_it_from_other_clips(obedient):
     reader, frames, actions = obedient
-    found = reading.summary(reader, frames, frames, actions)
+    found = probe_accuracy.summary(reader, frames, frames, actions)
     confusion = np.array(found["real"]["confusion"])
     assert confusion.sum() == found["actions"] == 5 * 38
     left, right = confusion[[0, 1]].sum(0), confusion[[4, 5]].sum(0)
@@ -215,7 +217,7 @@ def test_an_oracle_that_replays_the_clip_is_read_as_real_frames_are(obedient):
     reader, frames, actions = obedient
     oracle = replaying(HeldOut(frames, actions, 5, 0, ""))
     drawn = np.concatenate([frames[:, :1], oracle(frames[:, :1], actions, None)], axis=1)
-    found = reading.summary(reader, drawn, frames, actions)
+    found = probe_accuracy.summary(reader, drawn, frames, actions)
     assert found["drawn"] == found["real"]
     assert found["control"] == 1
     assert found["keys_of_real"]["left"] == found["keys_of_real"]["right"] == 1
@@ -224,7 +226,7 @@ def test_an_oracle_that_replays_the_clip_is_read_as_real_frames_are(obedient):
 def test_a_world_that_stands_still_is_not_under_control(obedient):
     reader, frames, actions = obedient
     still = np.repeat(frames[:, :1], frames.shape[1], axis=1)
-    found = reading.summary(reader, still, frames, actions)
+    found = probe_accuracy.summary(reader, still, frames, actions)
     assert found["drawn"]["balanced"] <= 1 / 6 + 1e-9
     assert abs(found["control"]) < 0.2
     assert abs(found["keys_of_real"]["left"]) < 0.2
@@ -233,7 +235,7 @@ def test_a_world_that_stands_still_is_not_under_control(obedient):
 def test_readings_are_counted_by_group_by_action_and_by_key():
     pressed = np.array([[0, 1, 2, 4], [9, 5, 7, 8]])  # two left, jump left; stand; …
     read = np.array([[0, 2, 0, 0], [2, 3, 4, 4]])
-    found = reading._accuracies(read, pressed)
+    found = probe_accuracy._accuracies(read, pressed)
     assert found["accuracy"]["mean"] == 4 / 8
     known = {"left": 1 / 2, "jump left": 0, "stand": 1 / 2, "jump": 1, "right": 1, "jump right": 0}
     assert found["by_group"] == known
@@ -248,18 +250,18 @@ def test_readings_are_counted_by_group_by_action_and_by_key():
 
 def test_sight_finds_a_shift_and_a_mirror_turns_it_round(clips):
     moved = np.roll(clips.frames[0, 0], (-7, 1), axis=(0, 1))  # the level goes up and right
-    seen = sight.look(np.stack([clips.frames[0, 0], moved])[None])
-    shift = lambda motion: np.divmod(motion.argmin(-1), 2 * sight.ACROSS + 1)
-    assert shift(seen.motion[0, 0]) == (sight.DOWN + 7, sight.ACROSS - 1)
-    flipped = sight.look(np.stack([clips.frames[0, 0], moved])[None, :, :, ::-1])
-    np.testing.assert_allclose(sight.mirrored(seen).motion, flipped.motion, atol=1e-4)
-    np.testing.assert_array_equal(sight.mirrored(seen).middle, flipped.middle)
+    seen = probe_features.look(np.stack([clips.frames[0, 0], moved])[None])
+    shift = lambda motion: np.divmod(motion.argmin(-1), 2 * probe_features.ACROSS + 1)
+    assert shift(seen.motion[0, 0]) == (probe_features.DOWN + 7, probe_features.ACROSS - 1)
+    flipped = probe_features.look(np.stack([clips.frames[0, 0], moved])[None, :, :, ::-1])
+    np.testing.assert_allclose(probe_features.mirrored(seen).motion, flipped.motion, atol=1e-4)
+    np.testing.assert_array_equal(probe_features.mirrored(seen).middle, flipped.middle)
 
 
 def test_sight_of_a_frame_is_what_led_to_it():
     frames = np.arange(2 * 5).reshape(2, 5, 1, 1, 1)
-    whole = sight.Sight(np.arange(2 * 4).reshape(2, 4, 1), frames)
-    seen = sight.at(whole, np.array([0, 2, 3]))
+    whole = probe_features.Sight(np.arange(2 * 4).reshape(2, 4, 1), frames)
+    seen = probe_features.at(whole, np.array([0, 2, 3]))
     assert seen.motion[..., 0].tolist() == [[0, 1], [2, 3], [4, 5]]
     assert seen.middle.reshape(3, 2).tolist() == [[1, 2], [3, 4], [6, 7]]
 
@@ -357,30 +359,30 @@ def test_batches_share_one_shape_and_noise_hangs_on_nothing_but_seed_and_place(c
         return guessing(prompt, actions, key)
 
     args = clips.frames[:, :2], clips.actions[:, :6]
-    a, b = (drawing.in_batches(draw, *args, seed=4, batch_size=3) for _ in range(2))
+    a, b = (generation.in_batches(draw, *args, seed=4, batch_size=3) for _ in range(2))
     assert a.shape == (CLIPS, 4, 64, 64, 3)
     assert len(set(seen)) == 1
     np.testing.assert_array_equal(a, b)
-    other = drawing.in_batches(draw, *args, seed=5, batch_size=3)
+    other = generation.in_batches(draw, *args, seed=5, batch_size=3)
     assert (a != other).any()
 
 
 def test_a_sampler_that_draws_nan_is_found_out(clips):
     params = dit.init(TINY, 0)
     params["patch_out.bias"] = params["patch_out.bias"].at[0].set(np.nan)
-    draw = drawing.by_sampler(Sampler(TINY, params, SamplerConfig(levels=(999, 499))))
+    draw = generation.by_sampler(Sampler(TINY, params, SamplerConfig(levels=(999, 499))))
     with pytest.raises(UserError, match="not finite"):
         draw(clips.frames[:2, :1], clips.actions[:2, :4], jax.random.key(0))
 
 
 def test_a_network_of_another_frame_size_is_refused_with_both_sizes():
     with pytest.raises(UserError, match=r"32×32.*64×64"):
-        drawing.check_game(full.dataclasses.replace(TINY, image_size=32))
+        generation.check_game(full.dataclasses.replace(TINY, image_size=32))
 
 
 def test_a_network_of_another_game_is_refused_by_its_actions():
     with pytest.raises(UserError, match=r"num_actions 7.*15"):
-        drawing.check_game(full.dataclasses.replace(TINY, num_actions=7))
+        generation.check_game(full.dataclasses.replace(TINY, num_actions=7))
 
 
 # Clips
@@ -470,8 +472,8 @@ def test_what_is_no_measurement_is_refused(tmp_path):
 
 
 def test_the_page_holds_everything_itself(measured, tmp_path):
-    page.write(tmp_path, *measured)
-    text = (tmp_path / page.FILE).read_text()
+    html_report.write(tmp_path, *measured)
+    text = (tmp_path / html_report.FILE).read_text()
     assert "runs/&lt;tiny&gt;" in text
     assert text.count("data:video/mp4;base64,") == 3
     assert text.count("data:image/png;base64,") == 3 + 2 * 4
@@ -551,7 +553,7 @@ def test_the_quick_form_scores_an_oracle_above_copying_and_tells_that_it_ignores
     few = quick.prepare(EMBEDDED, "val", clips=3, frames=9, num_actions=15, seed=0)
     clips = HeldOut(few.frames, few.actions, 20, 0, "")
     found = dict(quick.run(replaying(clips), few))
-    assert found["eval/psnr"] == quality.PSNR_CAP
-    assert found["eval/copy_last_psnr"] < quality.PSNR_CAP
+    assert found["eval/psnr"] == rollout_quality.PSNR_CAP
+    assert found["eval/copy_last_psnr"] < rollout_quality.PSNR_CAP
     assert found["eval/delta_psnr"] == 0
     assert found["eval/copy_last_psnr_motion"] < found["eval/copy_last_psnr"]

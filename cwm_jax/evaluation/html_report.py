@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from cwm_jax.coinrun import FPS
-from cwm_jax.evaluation import charts, comparison
+from cwm_jax.evaluation import comparison, report_charts
 from cwm_jax.evaluation.full import Measured, Plan
-from cwm_jax.evaluation.quality import capped
+from cwm_jax.evaluation.rollout_quality import capped
 from cwm_jax.files import written_whole
 from cwm_jax.rendering import contact_sheet, video
 
@@ -38,12 +38,12 @@ def write(folder: Path, measured: Measured, plan: Plan) -> None:
         UserError: where the folder cannot be written.
     """
     pictures = {
-        name: charts.both(draw, measured.results)
+        name: report_charts.both(draw, measured.results)
         for name, draw in (
-            ("quality", charts.quality),
-            ("control", charts.control),
-            ("confusion", charts.confusion),
-            ("drift", charts.drift),
+            ("quality", report_charts.quality),
+            ("control", report_charts.control),
+            ("confusion", report_charts.confusion),
+            ("drift", report_charts.drift),
         )
     }
     for name, variants in pictures.items():
@@ -129,7 +129,7 @@ def tiles(results) -> list[tuple[str, str, str]]:
             f"PSNR, frames 1…{horizon}",
             f"{psnr('model')} dB",
             f"copying the last frame {psnr('copy_last')}, "
-            f"reconstruction {psnr('reconstruction')}; {charts.given(prompt)}",
+            f"reconstruction {psnr('reconstruction')}; {report_charts.given(prompt)}",
         ),
         (
             "What the actions are worth",

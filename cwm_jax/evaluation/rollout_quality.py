@@ -15,8 +15,8 @@ import numpy as np
 from cwm_jax.coinrun import to_model, to_pixels
 from cwm_jax.diffusion import residual, schedule
 from cwm_jax.diffusion.denoiser import bind
-from cwm_jax.evaluation import intervals
-from cwm_jax.evaluation.scores import Scores
+from cwm_jax.evaluation import bootstrap
+from cwm_jax.evaluation.frame_scores import Scores
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 
@@ -47,9 +47,9 @@ def capped(values: np.ndarray) -> np.ndarray:
 
 
 def by_horizon(values_BF: np.ndarray, horizons: Sequence[int]) -> dict:
-    mean, low, high = intervals.of_means(values_BF)
+    mean, low, high = bootstrap.of_means(values_BF)
     at = {str(h): as_dict(mean[h - 1], low[h - 1], high[h - 1]) for h in horizons}
-    upto = {str(h): as_dict(*intervals.of_mean(_clip_means(values_BF[:, :h]))) for h in horizons}
+    upto = {str(h): as_dict(*bootstrap.of_mean(_clip_means(values_BF[:, :h]))) for h in horizons}
     return {
         "at": at,
         "mean": upto,
