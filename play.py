@@ -21,7 +21,7 @@ _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
 def main() -> None:
     args = _flags().parse_args()
     with shown_to_user():
-        from cwm_jax.play import launch  # light: the heavy libraries load behind the first page
+        from cwm_jax.play.web import launch  # light: the heavy libraries load behind the first page
 
         launch.serve(
             launch.Options(

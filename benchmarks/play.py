@@ -23,11 +23,11 @@ from websockets.sync.client import connect
 
 from benchmarks import machine
 from cwm_jax.checkpoints import formats
-from cwm_jax.play import opening, server
-from cwm_jax.play.engine import Engine
-from cwm_jax.play.prompts import ClipPrompts
-from cwm_jax.play.scheduler import Scheduler
-from cwm_jax.play.studio import Rules, Studio
+from cwm_jax.play.inference.engine import Engine
+from cwm_jax.play.inference.scheduler import Scheduler
+from cwm_jax.play.session.prompt_sources import ClipPrompts
+from cwm_jax.play.web import loading_page, server
+from cwm_jax.play.web.app_state import Rules, Studio
 
 _STAMP = struct.Struct("<d")
 _STEPS = (10, 4, 2, 1)
@@ -73,8 +73,8 @@ def served(engine: Engine, *, fps: int, players: int):
     with Scheduler(engine) as scheduler:
         studio = Studio(Rules(fps=fps, players=players, steps=_STEPS, idle_seconds=1e6))
         studio.open(scheduler, ClipPrompts(_EMBEDDED), title="benchmark", demo=False)
-        app = opening.Opening(lambda: server.make_app(studio), print)
-        with opening.bind("127.0.0.1", 0) as listener:
+        app = loading_page.Opening(lambda: server.make_app(studio), print)
+        with loading_page.bind("127.0.0.1", 0) as listener:
             running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
             threading.Thread(target=running.run, kwargs={"sockets": [listener]}).start()
             while app._app is None:

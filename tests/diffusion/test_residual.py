@@ -14,7 +14,7 @@ from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import rollout_quality, single_step
 from cwm_jax.models import dit, flops
-from cwm_jax.play import memory
+from cwm_jax.play.inference import staggered_cache
 from cwm_jax.runtime import sharding
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
@@ -93,9 +93,9 @@ def test_a_players_memory_is_a_world_that_begins_with_its_first_frame(known):
     pad = ((0, 0), (0, 1))
     frames = jnp.pad(to_model(prompt), (*pad, (0, 0), (0, 0), (0, 0)))
     begun = kv_cache.start(net, context, frames, jnp.pad(actions, pad, constant_values=-1), 3)
-    kept = memory.fresh(begun)
+    kept = staggered_cache.fresh(begun)
     for number in range(3):
-        kept = memory.remember(net, context, kept, prompt[0, number], actions[0, number])
+        kept = staggered_cache.remember(net, context, kept, prompt[0, number], actions[0, number])
     for one, other in zip(
         jax.tree.leaves(kept.in_use().kv), jax.tree.leaves(begun.kv), strict=True
     ):

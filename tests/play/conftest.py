@@ -9,10 +9,10 @@ import pytest
 
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.play.engine import Engine
-from cwm_jax.play.governor import FrameRate
-from cwm_jax.play.prompts import ClipPrompts
-from cwm_jax.play.scheduler import Scheduler
+from cwm_jax.play.inference.engine import Engine
+from cwm_jax.play.inference.governor import FrameRate
+from cwm_jax.play.inference.scheduler import Scheduler
+from cwm_jax.play.session.prompt_sources import ClipPrompts
 from cwm_jax.rendering import video
 from cwm_jax.tools import pack
 

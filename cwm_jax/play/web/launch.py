@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from cwm_jax.errors import UserError
-from cwm_jax.play import opening
+from cwm_jax.play.web import loading_page
 
 MAX_MESSAGE = 5 << 20  # bytes; a picture is the largest message that anybody needs to send
 
@@ -45,7 +45,7 @@ def serve(options: Options) -> None:
     """
     import uvicorn
 
-    listener = opening.bind(options.host, options.port)
+    listener = loading_page.bind(options.host, options.port)
     host, port = listener.getsockname()[:2]
     shown = f"[{options.host}]" if ":" in options.host else options.host
     print(f"Play at http://{shown}:{port}", flush=True)
@@ -55,7 +55,7 @@ def serve(options: Options) -> None:
         faults.append(error)
         server.should_exit = True
 
-    app = opening.Opening(lambda: _make_app(options), failed)
+    app = loading_page.Opening(lambda: _make_app(options), failed)
     config = uvicorn.Config(
         app, log_level="warning", ws="websockets-sansio", ws_max_size=MAX_MESSAGE,
         timeout_graceful_shutdown=3,
@@ -72,8 +72,8 @@ def serve(options: Options) -> None:
 def _make_app(options: Options):
     """The application; the model is loaded and compiled after it is there."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    from cwm_jax.play import server
-    from cwm_jax.play.studio import Rules, Studio
+    from cwm_jax.play.web import server
+    from cwm_jax.play.web.app_state import Rules, Studio
 
     rules = Rules(options.fps, options.players, options.idle_minutes * 60)
     studio = Studio(rules)
@@ -99,14 +99,14 @@ def _open(studio, options: Options) -> None:
 
 
 def _load(studio, options: Options):
-    from cwm_jax.play.prompts import ClipPrompts
-    from cwm_jax.play.scheduler import Scheduler
+    from cwm_jax.play.inference.scheduler import Scheduler
+    from cwm_jax.play.session.prompt_sources import ClipPrompts
 
     studio.stage = "Reading the clips …"
     prompts = ClipPrompts(options.data)
     check_size(prompts.known, options.data)
     if options.checkpoint is None:
-        from cwm_jax.play.demo import RealClips
+        from cwm_jax.play.session.episode_playback import RealClips
 
         drawer, title = RealClips(prompts), "Demonstration: real clips, no model"
     else:
@@ -122,7 +122,7 @@ def _engine(options: Options, known, steps):
     import jax
 
     from cwm_jax.checkpoints import formats
-    from cwm_jax.play.engine import Engine
+    from cwm_jax.play.inference.engine import Engine
     from cwm_jax.runtime import compile_cache
 
     compile_cache.enable()
@@ -137,7 +137,7 @@ def _engine(options: Options, known, steps):
 
 def check_size(known, data: Path) -> None:
     """Raises a `UserError` for a game of more actions than share codes can tell apart."""
-    from cwm_jax.play.share import MAX_ACTIONS
+    from cwm_jax.play.session.share_code import MAX_ACTIONS
 
     if known.num_values > MAX_ACTIONS:
         raise UserError(f"{data} has {known.num_values} actions; play takes {MAX_ACTIONS} at most")

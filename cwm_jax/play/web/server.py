@@ -12,10 +12,10 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.routing import Mount
 
-from cwm_jax.play import page
-from cwm_jax.play.studio import Studio
+from cwm_jax.play.web import page
+from cwm_jax.play.web.app_state import Studio
 
-STATIC = importlib.resources.files("cwm_jax.play") / "static"
+STATIC = importlib.resources.files("cwm_jax.play.web") / "static"
 
 
 def make_app(studio: Studio, *, auth: tuple[str, str] | None = None) -> FastAPI:
@@ -65,7 +65,7 @@ def make_app(studio: Studio, *, auth: tuple[str, str] | None = None) -> FastAPI:
 
 def _player_type() -> type:
     """Imported at need: it brings JAX with it, and the page should not wait for that."""
-    from cwm_jax.play.player import Player
+    from cwm_jax.play.web.player import Player
 
     return Player
 

@@ -9,10 +9,10 @@ import importlib.resources
 
 import gradio as gr
 
-from cwm_jax.play.prompts import MAX_PROMPT, USUAL_PROMPT
-from cwm_jax.play.studio import Rules
+from cwm_jax.play.session.prompt_sources import MAX_PROMPT, USUAL_PROMPT
+from cwm_jax.play.web.app_state import Rules
 
-_STATIC = importlib.resources.files("cwm_jax.play") / "static"
+_STATIC = importlib.resources.files("cwm_jax.play.web") / "static"
 _SYSTEM = ("ui-sans-serif", "system-ui", "sans-serif")  # no font is fetched from anywhere
 _MONO = ("ui-monospace", "monospace")
 

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from cwm_jax.play.engine import LANES, Lane
-from cwm_jax.play.governor import Governor
-from cwm_jax.play.history import Program
+from cwm_jax.play.inference.engine import LANES, Lane
+from cwm_jax.play.inference.governor import Governor
+from cwm_jax.play.session.history import Program
 
 _PASSES_A_TURN = 4  # frames that a rebuilt memory takes in before others have their turn
 
 
 class Drawer(Protocol):
-    """What draws: `engine.Engine`, or `demo.RealClips` where there is no network."""
+    """What draws: `engine.Engine`, or `episode_playback.RealClips` where there is no network."""
 
     steps: tuple[int, ...]  # numbers of DDIM steps that a player may choose
     automatic: tuple[int, ...]  # those of them that are chosen where nobody does

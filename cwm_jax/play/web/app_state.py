@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # JAX and Grain take seconds to import, and the page needs neither
-    from cwm_jax.play.player import Player
-    from cwm_jax.play.prompts import ClipPrompts
-    from cwm_jax.play.scheduler import Scheduler
+    from cwm_jax.play.inference.scheduler import Scheduler
+    from cwm_jax.play.session.prompt_sources import ClipPrompts
+    from cwm_jax.play.web.player import Player
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,15 +10,15 @@ from PIL import Image
 
 from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.errors import UserError
-from cwm_jax.play import prompts
-from cwm_jax.play.demo import RealClips
-from cwm_jax.play.engine import Lane
-from cwm_jax.play.prompts import ClipSource, PictureSource
+from cwm_jax.play.inference.engine import Lane
+from cwm_jax.play.session import prompt_sources
+from cwm_jax.play.session.episode_playback import RealClips
+from cwm_jax.play.session.prompt_sources import ClipSource, PictureSource
 
 
 def test_a_64_by_64_picture_is_taken_as_it_is():
     pixels = noise(64, 64)
-    prompt = prompts.from_picture(file_of(pixels))
+    prompt = prompt_sources.from_picture(file_of(pixels))
     assert np.array_equal(prompt.frames_PHWC[0], pixels)
     assert prompt.actions_P.tolist() == [NO_ACTION]
 
@@ -26,27 +26,32 @@ def test_a_64_by_64_picture_is_taken_as_it_is():
 def test_a_larger_picture_gives_its_middle():
     pixels = np.zeros((128, 256, 3), np.uint8)
     pixels[:, 64:192] = 200
-    assert (prompts.from_picture(file_of(pixels)).frames_PHWC == 200).all()
+    assert (prompt_sources.from_picture(file_of(pixels)).frames_PHWC == 200).all()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "GIF", "WEBP", "BMP"])
 def test_common_formats_are_read(kind):
-    assert prompts.from_picture(file_of(noise(64, 64), kind)).frames_PHWC.shape == (1, 64, 64, 3)
+    assert prompt_sources.from_picture(file_of(noise(64, 64), kind)).frames_PHWC.shape == (
+        1,
+        64,
+        64,
+        3,
+    )
 
 
 def test_what_is_no_picture_or_too_large_is_refused(monkeypatch):
     unpacked = []
     monkeypatch.setattr(Image.Image, "convert", lambda *a: unpacked.append(a))
     with pytest.raises(UserError, match="4000×4000 pixels"):
-        prompts.from_picture(file_of(np.zeros((4000, 4000, 3), np.uint8)))
+        prompt_sources.from_picture(file_of(np.zeros((4000, 4000, 3), np.uint8)))
     assert not unpacked  # refused by its header
     monkeypatch.undo()
     whole = file_of(noise(64, 64))
     for raw in (b"", b"hello", whole[: len(whole) // 2], b"%PDF-1.7", b"\x89PNG\r\n\x1a\n" * 9):
         with pytest.raises(UserError, match="no picture"):
-            prompts.from_picture(raw)
+            prompt_sources.from_picture(raw)
     with pytest.raises(UserError, match="bytes; at most"):
-        prompts.from_picture(bytes(prompts.MAX_PICTURE_BYTES + 1))
+        prompt_sources.from_picture(bytes(prompt_sources.MAX_PICTURE_BYTES + 1))
 
 
 def test_a_picture_that_claims_more_than_pillow_opens_is_too_large():
@@ -57,9 +62,9 @@ def test_a_picture_that_claims_more_than_pillow_opens_is_too_large():
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
     with pytest.raises(UserError, match="far too large: at most 1024×1024"):
-        prompts.from_picture(bomb)
+        prompt_sources.from_picture(bomb)
     with pytest.raises(UserError, match=r"in it is far too large, not \(64, 64\)"):
-        prompts._from_png(PictureSource(bomb))
+        prompt_sources._from_png(PictureSource(bomb))
 
 
 def test_clips_are_found_by_number(clips):

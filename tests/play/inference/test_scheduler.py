@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 
-from cwm_jax.play.engine import Engine
-from cwm_jax.play.governor import FLOOR, FrameRate, Governor
-from cwm_jax.play.scheduler import Scheduler
-from cwm_jax.play.studio import Rules, Studio
+from cwm_jax.play.inference.engine import Engine
+from cwm_jax.play.inference.governor import FLOOR, FrameRate, Governor
+from cwm_jax.play.inference.scheduler import Scheduler
+from cwm_jax.play.web.app_state import Rules, Studio
 
 
 class Counting:

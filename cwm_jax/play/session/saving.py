@@ -7,7 +7,7 @@ import numpy as np
 
 from cwm_jax import files
 from cwm_jax.coinrun import FRAME_SHAPE
-from cwm_jax.play.session import Session
+from cwm_jax.play.session.session import Session
 from cwm_jax.rendering import video
 from cwm_jax.rendering.contact_sheet import Sheet
 

@@ -16,9 +16,9 @@ from starlette.websockets import WebSocketDisconnect
 from cwm_jax import controls
 from cwm_jax.controls import Control, Controls
 from cwm_jax.errors import UserError
-from cwm_jax.play import launch, opening, server
-from cwm_jax.play.player import Player
-from cwm_jax.play.studio import Rules, Studio
+from cwm_jax.play.web import launch, loading_page, server
+from cwm_jax.play.web.app_state import Rules, Studio
+from cwm_jax.play.web.player import Player
 
 HEADER = struct.Struct("<BBhHHIId")
 
@@ -423,8 +423,8 @@ def test_a_full_disk_is_told_and_play_goes_on(house, monkeypatch):
 
     with started(house()) as one:
         for place, command in (
-            ("saving.write_numbers", "save"),
-            ("history.History.append", "wait"),
+            ("session.saving.write_numbers", "save"),
+            ("session.history.History.append", "wait"),
         ):
             with monkeypatch.context() as patch:
                 patch.setattr(f"cwm_jax.play.{place}", full)
@@ -488,12 +488,12 @@ def test_until_it_is_open_the_stage_is_told_and_a_fault_too(house):
 
 
 def test_a_port_in_use_and_wrong_wishes_are_told():
-    with opening.bind("127.0.0.1", 0) as taken:
+    with loading_page.bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port}.*--port"):
-            opening.bind("127.0.0.1", port)
+            loading_page.bind("127.0.0.1", port)
     with pytest.raises(UserError, match="cannot listen on no"):
-        opening.bind("no.such.host", 0)
+        loading_page.bind("no.such.host", 0)
     wishes = dict(
         checkpoint=None, step=None, data=None, host="", port=0, share=False, auth=None, fps=15,
         players=8, idle_minutes=5.0,

@@ -21,11 +21,11 @@ from fastapi import WebSocket, WebSocketDisconnect
 from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.controls import Controls
 from cwm_jax.errors import UserError
-from cwm_jax.play import prompts, saving, share
-from cwm_jax.play.governor import FrameRate
-from cwm_jax.play.prompts import ClipSource
-from cwm_jax.play.session import MAX_FUTURE, Session
-from cwm_jax.play.studio import Downloads, Studio
+from cwm_jax.play.inference.governor import FrameRate
+from cwm_jax.play.session import prompt_sources, saving, share_code
+from cwm_jax.play.session.prompt_sources import ClipSource
+from cwm_jax.play.session.session import MAX_FUTURE, Session
+from cwm_jax.play.web.app_state import Downloads, Studio
 
 MAX_TEXT = 64 << 10
 MAX_FPS = 60
@@ -353,12 +353,12 @@ class Player:
         await self._say("started", seed=session.seed, clip=clip, given=given)
         await self._show(session.history.frame(session.at))
 
-    async def _do_start(self, clip=None, prompt=prompts.USUAL_PROMPT, seed=None) -> None:
+    async def _do_start(self, clip=None, prompt=prompt_sources.USUAL_PROMPT, seed=None) -> None:
         """A new session from a clip; a random one where `clip` is null."""
         fields = dict(clip=clip, prompt=prompt, seed=seed)
         count = len(self._studio.prompts)
         number = secrets.randbelow(count) if clip is None else _whole(fields, "clip", 0, count - 1)
-        source = ClipSource(number, _whole(fields, "prompt", 1, prompts.MAX_PROMPT))
+        source = ClipSource(number, _whole(fields, "prompt", 1, prompt_sources.MAX_PROMPT))
         seed = None if seed is None else _whole(fields, "seed", 0, 2**32 - 1)
         loaded = await asyncio.to_thread(self._studio.prompts.load, source)
         await self._begin(Session(self._studio.scheduler, loaded, self._known, seed=seed))
@@ -367,7 +367,7 @@ class Player:
         """A new session from an uploaded picture."""
         if not isinstance(raw, bytes):
             raise UserError("a picture is sent as bytes, not as text")
-        loaded = await asyncio.to_thread(prompts.from_picture, raw)
+        loaded = await asyncio.to_thread(prompt_sources.from_picture, raw)
         await self._begin(Session(self._studio.scheduler, loaded, self._known))
 
     async def _do_settings(self, fps=None, steps=None, auto=None, step_mode=None) -> None:
@@ -419,7 +419,7 @@ class Player:
     async def _do_replay(self, code="") -> None:
         """A new session, drawn from a share code."""
         self._halt()
-        recipe = share.decode(str(code))
+        recipe = share_code.decode(str(code))
         session = await asyncio.to_thread(
             Session.from_recipe, self._studio.scheduler, self._studio.prompts, recipe
         )

@@ -17,8 +17,8 @@ import numpy as np
 from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
-from cwm_jax.play import memory as memories
-from cwm_jax.play.memory import Memory
+from cwm_jax.play.inference import staggered_cache
+from cwm_jax.play.inference.staggered_cache import Memory
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
 
@@ -54,7 +54,7 @@ def _draw(params, tables, memories_L, actions_L, seeds_L, numbers_L, *, network,
 
 
 def _remember(params, context, memory, frame_u8_HWC, action, *, network):
-    return memories.remember(bind(network, params), context, memory, frame_u8_HWC, action)
+    return staggered_cache.remember(bind(network, params), context, memory, frame_u8_HWC, action)
 
 
 class Engine:
@@ -91,7 +91,7 @@ class Engine:
         self._configs = configs
         self._tables = {n: _tabulate(params, network=network, config=c) for n, c in configs.items()}
         self._context = self._tables[self.steps[0]].context
-        self._fresh = memories.fresh(self._world_like())
+        self._fresh = staggered_cache.fresh(self._world_like())
         self._draw_programs: dict[tuple[int, int], jax.stages.Compiled] = {}
         self._remember_program = None
 

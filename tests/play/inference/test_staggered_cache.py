@@ -6,8 +6,8 @@ import pytest
 
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser
-from cwm_jax.play import memory as memories
-from cwm_jax.play.engine import Lane
+from cwm_jax.play.inference import staggered_cache
+from cwm_jax.play.inference.engine import Lane
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.sampler import SamplerConfig
 
@@ -63,7 +63,7 @@ def draw_from_window(engine, params):
 
 @pytest.mark.parametrize("length", [1, 6, 7, 8, 11, 12, 23, 29])
 def test_the_next_frame_is_drawn_as_from_its_window_alone(engine, story, draw_from_window, length):
-    first = memories.first_remembered(length, engine.slots)
+    first = staggered_cache.first_remembered(length, engine.slots)
     drawn = engine.draw([Lane(told(engine, story, length), 7, 11, length)], 2, 1)[0]
     frames = np.zeros((engine.slots, 64, 64, 3), np.uint8)
     actions = np.full(engine.slots, -1)
@@ -76,14 +76,14 @@ def test_the_next_frame_is_drawn_as_from_its_window_alone(engine, story, draw_fr
 
 def test_windows_slide_by_half_and_are_never_empty():
     slots = 7
-    windows = [n - memories.first_remembered(n, slots) for n in range(1, 100)]
+    windows = [n - staggered_cache.first_remembered(n, slots) for n in range(1, 100)]
     assert windows[:slots] == list(range(1, slots + 1))
-    assert set(windows[slots:]) == set(range(slots - memories.stride(slots) + 1, slots + 1))
+    assert set(windows[slots:]) == set(range(slots - staggered_cache.stride(slots) + 1, slots + 1))
 
 
 @pytest.mark.parametrize("length", [5, 8, 15, 29])
 def test_a_memory_of_the_window_is_the_memory_of_all_bit_for_bit(engine, story, length):
-    first = memories.first_remembered(length, engine.slots)
+    first = staggered_cache.first_remembered(length, engine.slots)
     later, full = told(engine, story, length, first), told(engine, story, length)
     for number in range(length, length + 9):  # past the next changes of caches
         action = int(number) % 15

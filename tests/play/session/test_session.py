@@ -10,11 +10,11 @@ import pytest
 
 from cwm_jax.coinrun import MEANINGFUL_ACTIONS
 from cwm_jax.errors import UserError
-from cwm_jax.play import saving, session, share
-from cwm_jax.play.engine import Engine
-from cwm_jax.play.prompts import ClipSource
-from cwm_jax.play.scheduler import Scheduler
-from cwm_jax.play.session import Session
+from cwm_jax.play.inference.engine import Engine
+from cwm_jax.play.inference.scheduler import Scheduler
+from cwm_jax.play.session import saving, session, share_code
+from cwm_jax.play.session.prompt_sources import ClipSource
+from cwm_jax.play.session.session import Session
 from cwm_jax.rendering import key_panel
 from cwm_jax.rendering.contact_sheet import GAP, GUTTER
 from cwm_jax.rendering.video import read_mp4
@@ -48,7 +48,7 @@ def frames_of(one):
 
 def replayed(scheduler, clips, code):
     async def run():
-        again = Session.from_recipe(scheduler, clips, share.decode(code))
+        again = Session.from_recipe(scheduler, clips, share_code.decode(code))
         while again.to_replay:
             await again.replay_step()
         return again
@@ -262,31 +262,31 @@ def test_codes_are_short_and_any_change_is_noticed(new):
     play(one, [7] * 30 + [8] * 10)
     code = one.recipe().encoded
     assert len(code) < 100
-    assert share.decode(f" {code[:20]}\n{code[20:]} ") == one.recipe()
+    assert share_code.decode(f" {code[:20]}\n{code[20:]} ") == one.recipe()
     for at in range(5, len(code)):
         other = "A" if code[at] != "A" else "B"
         with pytest.raises(UserError, match="damaged"):
-            share.decode(code[:at] + other + code[at + 1 :])
+            share_code.decode(code[:at] + other + code[at + 1 :])
     for cut in (code[:-1], code[:30], "CWM2-", code + "AAAA", "CWM2-é", "CWM2-" + "A" * 5000):
         with pytest.raises(UserError, match="damaged"):
-            share.decode(cut)
+            share_code.decode(cut)
     for other in ("", "hello", code[1:]):
         with pytest.raises(UserError, match="no share code"):
-            share.decode(other)
+            share_code.decode(other)
 
 
 def sealed(body):
     """A code with a right checksum around any body, as only a person of ill will makes one."""
     packed = zlib.compress(body)
-    text = base64.urlsafe_b64encode(share._checksum(packed) + packed)
+    text = base64.urlsafe_b64encode(share_code._checksum(packed) + packed)
     return "CWM2-" + text.decode().rstrip("=")
 
 
 def test_a_forged_code_is_refused_and_cannot_fill_the_memory(new):
     one = new()
     play(one, [7, 8])
-    body = share._body(one.recipe())
-    assert share.decode(sealed(body)) == one.recipe()
+    body = share_code._body(one.recipe())
+    assert share_code.decode(sealed(body)) == one.recipe()
     for forged in (
         b"",
         body[:-1],
@@ -296,12 +296,12 @@ def test_a_forged_code_is_refused_and_cannot_fill_the_memory(new):
         body[:12] + b"\xff" * 40,
     ):
         with pytest.raises(UserError, match="damaged"):
-            share.decode(sealed(forged))
+            share_code.decode(sealed(forged))
     long = one.recipe()._replace(actions=[7] * 20_000, programs=[(2, 1)] * 20_000)
     with pytest.raises(UserError, match="damaged"):
-        share.decode(long.encoded)
+        share_code.decode(long.encoded)
     with pytest.raises(UserError, match="damaged"):
-        share.decode(one.recipe()._replace(actions=[7, 256]).encoded)
+        share_code.decode(one.recipe()._replace(actions=[7, 256]).encoded)
     many = one.recipe()._replace(actions=[7] * 17, programs=[(n, 1) for n in range(1, 18)])
     with pytest.raises(UserError, match="holds 16"):
         _ = many.encoded
@@ -312,9 +312,9 @@ def test_a_code_holds_every_action_that_there_can_be(new):
     play(one, [7])
     actions = [-1, *range(256)]
     recipe = one.recipe()._replace(actions=actions, programs=[(2, 1)] * len(actions))
-    assert share.decode(recipe.encoded) == recipe
+    assert share_code.decode(recipe.encoded) == recipe
     with pytest.raises(UserError, match="earlier version of play"):
-        share.decode("CWM1-" + recipe.encoded[5:])
+        share_code.decode("CWM1-" + recipe.encoded[5:])
 
 
 def test_a_pad_is_played_shared_and_saved_with_its_own_keys(pad_scheduler, pad_clips, tmp_path):

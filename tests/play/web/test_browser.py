@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import uvicorn
 
-from cwm_jax.play import opening, server
-from cwm_jax.play.studio import Rules, Studio
+from cwm_jax.play.web import loading_page, server
+from cwm_jax.play.web.app_state import Rules, Studio
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -42,11 +42,11 @@ def served(scheduler, clips):
     studio = Studio(Rules(fps=15, steps=scheduler.drawer.steps))
     studio.open(scheduler, clips, title="tiny", demo=False)
     config = uvicorn.Config(
-        opening.Opening(lambda: server.make_app(studio), pytest.fail),
+        loading_page.Opening(lambda: server.make_app(studio), pytest.fail),
         log_level="error",
         timeout_graceful_shutdown=1,
     )
-    with opening.bind("127.0.0.1", 0) as listener:
+    with loading_page.bind("127.0.0.1", 0) as listener:
         running = uvicorn.Server(config)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cwm_jax.play.engine import Lane
-from cwm_jax.play.prompts import ClipPrompts
-from cwm_jax.play.share import MAX_FRAMES
+from cwm_jax.play.inference.engine import Lane
+from cwm_jax.play.session.prompt_sources import ClipPrompts
+from cwm_jax.play.session.share_code import MAX_FRAMES
 
 
 class Place(NamedTuple):

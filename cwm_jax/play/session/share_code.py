@@ -19,8 +19,8 @@ import zlib
 from typing import NamedTuple
 
 from cwm_jax.errors import UserError
-from cwm_jax.play.history import Program
-from cwm_jax.play.prompts import ClipSource, PictureSource
+from cwm_jax.play.session.history import Program
+from cwm_jax.play.session.prompt_sources import ClipSource, PictureSource
 
 MAX_FRAMES = 18_000  # drawn frames of a session: 20 minutes at 15 a second
 MAX_ACTIONS = 256  # values of an action, besides `NO_ACTION`
