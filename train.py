@@ -16,11 +16,11 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cwm_jax import dry_run, loop
 from cwm_jax.errors import UserError, shown_to_user, tell
+from cwm_jax.experiment import dry_run, loop
+from cwm_jax.experiment.settings import Settings
 from cwm_jax.models import attention
 from cwm_jax.runtime import compile_cache, hosts, preemption, process_memory
-from cwm_jax.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, configs/NAME.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, films and metrics go.")

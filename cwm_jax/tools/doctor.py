@@ -23,9 +23,9 @@ import huggingface_hub
 import jax
 from packaging.requirements import Requirement
 
-from cwm_jax import wandb_run
 from cwm_jax.data import shards
 from cwm_jax.errors import UserError
+from cwm_jax.experiment import wandb_run
 from cwm_jax.simulator import venv
 
 OK, NOTE, BAD = "ok", "note", "BAD"

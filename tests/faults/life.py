@@ -133,7 +133,7 @@ class Life:
 
 def get_ready() -> None:
     """Starts the fork server with all that a life imports."""
-    _processes.set_forkserver_preload(["cwm_jax.loop", "tests.faults.sabotage"])
+    _processes.set_forkserver_preload(["cwm_jax.experiment.loop", "tests.faults.sabotage"])
 
 
 def _live(workdir, config, log, cache, sabotage, environment) -> None:
@@ -143,11 +143,11 @@ def _live(workdir, config, log, cache, sabotage, environment) -> None:
     import jax
     from absl import logging
 
-    from cwm_jax import loop
     from cwm_jax.errors import shown_to_user, tell
+    from cwm_jax.experiment import loop
+    from cwm_jax.experiment.settings import Settings
     from cwm_jax.rendering import plots
     from cwm_jax.runtime import preemption
-    from cwm_jax.settings import Settings
     from tests.faults.sabotage import Sabotage
 
     logging.set_verbosity(logging.WARNING)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from cwm_jax import wandb_run
+from cwm_jax.experiment import wandb_run
 from cwm_jax.training import train_step
 
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from cwm_jax import resume
 from cwm_jax.errors import UserError
+from cwm_jax.experiment import resume_check
 from cwm_jax.runtime.preemption import Stop, StopAsked
 
 TWO_SIGNALS = """
@@ -49,8 +49,8 @@ OLD = {"lr": 1e-3, "seed": 0, "ema_decay": 0.9, "model": {"depth": 2, "dtype": "
 
 def test_what_may_change_is_told():
     now = OLD | {"lr": 2e-3, "model": {"depth": 2, "dtype": "bfloat16"}, "new": 1}
-    assert resume.compare(OLD, OLD) == []
-    assert resume.compare(OLD, now) == [
+    assert resume_check.compare(OLD, OLD) == []
+    assert resume_check.compare(OLD, now) == [
         "config.lr=0.002, was 0.001",
         "config.model.dtype='bfloat16', was 'float32'",
         "config.new=1, was None",
@@ -60,11 +60,11 @@ def test_what_may_change_is_told():
 def test_every_setting_that_makes_it_another_run_is_named():
     now = {"lr": 2e-3, "seed": 1, "ema_decay": 0.0, "model": {"depth": 3, "dtype": "float32"}}
     with pytest.raises(UserError) as told:
-        resume.compare(OLD, now)
+        resume_check.compare(OLD, now)
     for line in ("seed=1, was 0", "ema_decay=0.0, was 0.9", "model.depth=3, was 2"):
         assert f"config.{line}" in str(told.value)
     assert "lr" not in str(told.value)
-    assert resume.compare(OLD, OLD | {"ema_decay": 0.99})
+    assert resume_check.compare(OLD, OLD | {"ema_decay": 0.99})
 
 
 @pytest.mark.parametrize("ending", ["SystemExit(75)", "errors.UserError('no')"])

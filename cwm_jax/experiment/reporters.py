@@ -10,9 +10,9 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax.metrics_file import MetricsFile
+from cwm_jax.experiment.metrics_file import MetricsFile
+from cwm_jax.experiment.wandb_run import WandbConfig, open_wandb
 from cwm_jax.rendering.video import write_png
-from cwm_jax.wandb_run import WandbConfig, open_wandb
 
 METRICS_FILE = "metrics.jsonl"
 

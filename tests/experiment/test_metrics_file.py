@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cwm_jax.errors import UserError
-from cwm_jax.metrics_file import MetricsFile, read_series
+from cwm_jax.experiment.metrics_file import MetricsFile, read_series
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import pytest
 from test_loop import ROOT, config_of, program
 
 from configs import small
-from cwm_jax import dry_run
-from cwm_jax.dry_run import Memory
+from cwm_jax.experiment import dry_run
+from cwm_jax.experiment.dry_run import Memory
+from cwm_jax.experiment.settings import Settings
 from cwm_jax.models import dit, flops
 from cwm_jax.runtime import device_speed
-from cwm_jax.settings import Settings
 from cwm_jax.training import train_step
 
 SETTINGS = dataclasses.replace(

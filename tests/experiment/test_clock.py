@@ -2,7 +2,7 @@
 
 import pytest
 
-from cwm_jax.clock import Clock
+from cwm_jax.experiment.clock import Clock
 
 
 class Hand:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.data import loader
 from cwm_jax.errors import UserError
+from cwm_jax.experiment.settings import Settings
 from cwm_jax.models import flops, kernel_choice
 from cwm_jax.runtime import device_speed, sharding
-from cwm_jax.settings import Settings
 from cwm_jax.training import train_step
 
 _GIB = 2**30

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 
 from cwm_jax.errors import UserError, tell
+from cwm_jax.experiment.reporters import Reporter
 from cwm_jax.files import written_whole
-from cwm_jax.report import Reporter
 
 FOLDER = "post-mortem"
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cwm_jax import progress
 from cwm_jax.errors import UserError
+from cwm_jax.experiment import progress
 
 
 class Told:

@@ -11,17 +11,26 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cwm_jax import clock, files, metrics_file, progress, report, resume, run_folder, stages
+from cwm_jax import files
 from cwm_jax.checkpoints import formats, run_checkpoint
 from cwm_jax.data import device_data, loader
 from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import generation, quick, single_step
+from cwm_jax.experiment import (
+    clock,
+    metrics_file,
+    progress,
+    reporters,
+    resume_check,
+    run_directory,
+    stages,
+)
+from cwm_jax.experiment.settings import Settings
 from cwm_jax.models import kernel_choice
 from cwm_jax.rendering import contact_sheet, plots, video
 from cwm_jax.runtime import hosts, preemption, process_memory, sharding
 from cwm_jax.sampling import rollouts
 from cwm_jax.sampling.sampler import Sampler
-from cwm_jax.settings import Settings
 from cwm_jax.training import train_step
 from cwm_jax.training.objective import Teacher
 from cwm_jax.training.train_step import TrainState
@@ -47,9 +56,9 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
         preemption.Preempted: a signal asked it to stop; everything done so far is saved.
     """
     run = _Run(settings, workdir, config)
-    run_folder.make(workdir)
+    run_directory.make(workdir)
     is_first = jax.process_index() == 0
-    alone = run_folder.held(workdir) if is_first else contextlib.nullcontext()
+    alone = run_directory.held(workdir) if is_first else contextlib.nullcontext()
     with alone, contextlib.closing(run.batches), _memory_named(settings):
         return run.train()
 
@@ -230,7 +239,7 @@ class _Run:
         )
         shapes = jax.eval_shape(begin)
         saved = self.checkpoints.newest()
-        differing = resume.compare(saved.config, self.config) if saved else []
+        differing = resume_check.compare(saved.config, self.config) if saved else []
         given = None if saved else self._given_params()
         if saved and saved.data_position:
             self.batches.set_state(json.loads(saved.data_position))
@@ -309,8 +318,8 @@ class _Run:
             },
         )
 
-    def _reporter(self, first: int) -> report.Reporter:
-        return report.open_reporter(
+    def _reporter(self, first: int) -> reporters.Reporter:
+        return reporters.open_reporter(
             self.workdir,
             total_steps=None if self.settings.minutes else self.total_steps,
             wandb=self.settings.wandb,
@@ -408,7 +417,7 @@ class _Run:
 
     def _draw_curves(self) -> None:
         if jax.process_index() == 0:
-            series = metrics_file.read_series(self.workdir / report.METRICS_FILE)
+            series = metrics_file.read_series(self.workdir / reporters.METRICS_FILE)
             if any(name.endswith("loss") for name in series):  # not so before the first log
                 plots.curves(series, self.workdir / "curves.png")
 

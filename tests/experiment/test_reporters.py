@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from cwm_jax.errors import tell
-from cwm_jax.report import Reporter, Terminal, open_reporter
-from cwm_jax.wandb_run import WandbConfig
+from cwm_jax.experiment.reporters import Reporter, Terminal, open_reporter
+from cwm_jax.experiment.wandb_run import WandbConfig
 
 OFF = WandbConfig(mode="disabled")
 

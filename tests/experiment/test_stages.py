@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cwm_jax import stages
+from cwm_jax.experiment import stages
 from cwm_jax.runtime import sharding
 from cwm_jax.training import train_step
 from cwm_jax.training.objective import NoiseConfig

@@ -17,16 +17,16 @@ from tiny_network import TINY
 
 import sample
 from configs import base
-from cwm_jax import clock, loop, metrics_file, run_folder
 from cwm_jax.checkpoints import run_checkpoint, weights
 from cwm_jax.data import loader
 from cwm_jax.errors import UserError
+from cwm_jax.experiment import clock, loop, metrics_file, run_directory
+from cwm_jax.experiment.settings import Settings
 from cwm_jax.rendering.video import read_mp4
 from cwm_jax.runtime import preemption
-from cwm_jax.settings import Settings
 from cwm_jax.training import train_step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def config_of(data_dir, **changes):
@@ -108,10 +108,13 @@ def test_training_goes_on_from_an_import_that_tells_less(tmp_path, small_data):
 
 
 def test_two_runs_do_not_share_a_workdir(tmp_path, small_data, monkeypatch):
-    monkeypatch.setattr(run_folder, "LEAVING_SECONDS", 0.1)
+    monkeypatch.setattr(run_directory, "LEAVING_SECONDS", 0.1)
     run = tmp_path / "run"
     run.mkdir()
-    with run_folder.held(run), pytest.raises(UserError, match=f"another run is at work in {run}"):
+    with (
+        run_directory.held(run),
+        pytest.raises(UserError, match=f"another run is at work in {run}"),
+    ):
         train(run, config_of(small_data, max_steps=1))
     assert not (run / "checkpoints").exists()
     train(run, config_of(small_data, max_steps=1))  # the first has left

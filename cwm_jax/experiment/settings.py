@@ -8,11 +8,11 @@ from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
+from cwm_jax.experiment.wandb_run import WandbConfig
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
 from cwm_jax.training.objective import NoiseConfig
 from cwm_jax.training.train_step import OptimizerConfig, StepConfig
-from cwm_jax.wandb_run import WandbConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cwm_jax import resume
 from cwm_jax.errors import UserError
-from cwm_jax.settings import Settings
+from cwm_jax.experiment import resume_check
+from cwm_jax.experiment.settings import Settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
 
 
@@ -144,19 +144,19 @@ def test_a_run_goes_on_from_a_config_that_is_older_than_a_setting():
     for name in [k for k in before["model"] if k.startswith("displacement") or k == "qk_norm"]:
         del before["model"][name]
     before["data"] = {k: v for k, v in before["data"].items() if k != "on_device"}
-    assert resume.compare(before, now) == []
+    assert resume_check.compare(before, now) == []
     now["stages"] = ((0.5, {"noise.own_passes": 2}),)
-    assert resume.compare(json.loads(json.dumps(now)), now) == []
-    assert resume.compare(before, now) == [
+    assert resume_check.compare(json.loads(json.dumps(now)), now) == []
+    assert resume_check.compare(before, now) == [
         f"config.stages={[[0.5, dict(now['stages'][0][1])]]}, was []"
     ]
     now["model"]["displacement_down"] = 8
     with pytest.raises(UserError, match=r"config\.model\.displacement_down=8, was 0"):
-        resume.compare(before, now)
+        resume_check.compare(before, now)
     now["model"]["displacement_down"] = 0
     now["model"]["history"] = 1
     with pytest.raises(UserError, match=r"config\.model\.history=1, was 0"):
-        resume.compare(before, now)
+        resume_check.compare(before, now)
 
 
 def test_a_teacher_needs_steps_to_take():

@@ -8,11 +8,11 @@ import types
 import numpy as np
 import pytest
 
-from cwm_jax import wandb_run
 from cwm_jax.errors import UserError
+from cwm_jax.experiment import wandb_run
+from cwm_jax.experiment.reporters import open_reporter
+from cwm_jax.experiment.wandb_run import WandbConfig, open_wandb, resolved_mode
 from cwm_jax.rendering import video
-from cwm_jax.report import open_reporter
-from cwm_jax.wandb_run import WandbConfig, open_wandb, resolved_mode
 
 NUMBERS = [
     *("train/loss", "train/lr", "train/grad_norm", "val/loss"),
