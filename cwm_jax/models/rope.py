@@ -2,7 +2,7 @@
 
 A head's K numbers are K/2 planes; position p turns plane i by an angle p · ω_i. The planes pair
 dimension i with dimension i + K/2 ("half-split"). The PyTorch original pairs 2i with 2i + 1;
-`cwm_jax.tools.import_torch` reorders the columns of its query and key weights to match, which
+`cwm_jax.tools.convert_torch` reorders the columns of its query and key weights to match, which
 leaves every score, and so the model, unchanged.
 """
 

@@ -23,7 +23,7 @@ from cwm_jax.simulator import game, venv
 from cwm_jax.tools import check, pack
 from cwm_jax.training import objective
 
-SIMULATOR = Path(__file__).parents[1] / ".venv-procgen"
+SIMULATOR = Path(__file__).parents[2] / ".venv-procgen"
 PAD_KEYS = """
 game = "pad game"
 action_encoding = "buttons"

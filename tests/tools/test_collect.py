@@ -17,7 +17,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.simulator import game, venv
 from cwm_jax.tools import collect
 
-ENVIRONMENT = Path(__file__).parents[1] / ".venv-procgen"
+ENVIRONMENT = Path(__file__).parents[2] / ".venv-procgen"
 real_game = pytest.mark.skipif(
     not venv.is_ready(ENVIRONMENT), reason="no simulator here: make install-procgen"
 )

@@ -11,14 +11,14 @@ from test_golden import FOLDER, SIZES, arrays, params_of
 
 from cwm_jax.checkpoints import run_checkpoint
 from cwm_jax.errors import UserError
-from cwm_jax.tools import import_torch
+from cwm_jax.tools import convert_torch
 from cwm_jax.training import train_step
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: .pt files cannot be read")
 
 
 def imported(tmp_path, name):
-    import_torch.convert(FOLDER / name, tmp_path / "run", max_frames=SIZES["max_frames"])
+    convert_torch.convert(FOLDER / name, tmp_path / "run", max_frames=SIZES["max_frames"])
     return tmp_path / "run"
 
 
@@ -39,10 +39,10 @@ def test_moments_come_across(tmp_path):
     optim = train_step.OptimizerConfig(
         lr=1e-3, weight_decay=0.01, warmup_steps=0, grad_clip=1e9, ema_decay=0.0
     )
-    state = import_torch.state_of(loaded, trained.network, optim)
+    state = convert_torch.state_of(loaded, trained.network, optim)
     weights = arrays("weights_step3")
     gradient = {k: np.cos(np.arange(v.size)).reshape(v.shape) * 1e-3 for k, v in weights.items()}
-    ours = import_torch.torch_format.from_original(gradient, trained.network)
+    ours = convert_torch.torch_format.from_original(gradient, trained.network)
     updates, _ = train_step.optimizer(optim).update(ours, state.opt_state, state.params)
     stepped = jax.tree.map(lambda p, u: p + u, state.params, updates)
 
@@ -56,7 +56,7 @@ def test_moments_come_across(tmp_path):
             tensor.grad = torch.tensor(gradient[name], dtype=torch.float32)
     adamw.step()
     expected = {n: t.detach().numpy() for n, t in zip(names, tensors, strict=True)}
-    expected = import_torch.torch_format.from_original(expected, trained.network)
+    expected = convert_torch.torch_format.from_original(expected, trained.network)
     for name, value in expected.items():
         np.testing.assert_allclose(stepped[name], value, rtol=0, atol=1e-6, err_msg=name)
 
@@ -74,7 +74,7 @@ def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path):
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     for name in ("evil.pt", "old.pt"):
         with pytest.raises(UserError, match=name):
-            import_torch.convert(tmp_path / name, tmp_path / "run", max_frames=8)
+            convert_torch.convert(tmp_path / name, tmp_path / "run", max_frames=8)
     assert not (tmp_path / "ran").exists()
 
 
@@ -91,13 +91,13 @@ def test_wrong_files_are_named(tmp_path):
         ("holes.pt", "external_cond.bias"),
     ):
         with pytest.raises(UserError, match=told):
-            import_torch.convert(tmp_path / name, tmp_path / "run", max_frames=8)
+            convert_torch.convert(tmp_path / name, tmp_path / "run", max_frames=8)
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path):
     run = imported(tmp_path, "ckpt_step_0000000.pt")
     with pytest.raises(UserError, match="already holds"):
-        import_torch.convert(FOLDER / "ckpt_step_0000003.pt", run, max_frames=8)
+        convert_torch.convert(FOLDER / "ckpt_step_0000003.pt", run, max_frames=8)
     assert run_checkpoint.load(run).step == 0
 
 

@@ -10,12 +10,12 @@ import pytest
 from cwm_jax.checkpoints import run_checkpoint
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.tools import import_torch
+from cwm_jax.tools import convert_torch
 from cwm_jax.training import train_step
 
 torch = pytest.importorskip("torch")
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = dict(hidden_size=32, depth=2, num_heads=2, patch_size=8, image_size=64, num_actions=15)
 
 
@@ -31,10 +31,10 @@ def flat(tree, path=()):
 @pytest.mark.parametrize("step", [0, 3])
 def test_every_bit_comes_back(tmp_path, step):
     source, back = GOLDEN / f"ckpt_step_{step:07d}.pt", tmp_path / "back.pt"
-    import_torch.main([str(source), str(tmp_path / "ours"), "--max-frames", "8"])
-    import_torch.main([str(tmp_path / "ours"), str(back)])
+    convert_torch.main([str(source), str(tmp_path / "ours"), "--max-frames", "8"])
+    convert_torch.main([str(tmp_path / "ours"), str(back)])
     wanted, found = (flat(torch.load(path, weights_only=True)) for path in (source, back))
-    not_kept = {("config", k) for k in wanted_config(wanted) - set(import_torch._SETTINGS)}
+    not_kept = {("config", k) for k in wanted_config(wanted) - set(convert_torch._SETTINGS)}
     assert set(wanted) - set(found) == not_kept
     assert set(found) <= set(wanted)
     for path in found:
@@ -71,8 +71,8 @@ def save(tmp_path, *, ema_decay, steps=(0,)):
 def test_the_average_goes_out_where_it_is_asked_for(tmp_path):
     save(tmp_path, ema_decay=0.9)
     plain, average = tmp_path / "plain.pt", tmp_path / "average.pt"
-    import_torch.main([str(tmp_path / "run"), str(plain)])
-    import_torch.main([str(tmp_path / "run"), str(average), "--ema"])
+    convert_torch.main([str(tmp_path / "run"), str(plain)])
+    convert_torch.main([str(tmp_path / "run"), str(average), "--ema"])
     biases = [
         torch.load(path, weights_only=True)["model"]["final_layer.linear.bias"].numpy()
         for path in (plain, average)
@@ -92,7 +92,7 @@ def test_the_checkpoint_that_is_named_goes_out_and_its_run_stays_as_it_is(tmp_pa
     (kept / "3" / "meta" / "metadata").write_bytes(b"damaged")
     before = content(tmp_path / "run")
     for source, step in ((kept / "1", 1), (tmp_path / "run", 2)):
-        import_torch.main([str(source), str(tmp_path / "x.pt")])
+        convert_torch.main([str(source), str(tmp_path / "x.pt")])
         found = torch.load(tmp_path / "x.pt", weights_only=True)
         assert found["step"] == step
         assert (found["model"]["final_layer.linear.bias"] == step).all()
@@ -101,7 +101,7 @@ def test_the_checkpoint_that_is_named_goes_out_and_its_run_stays_as_it_is(tmp_pa
     victim = next(p for p in sorted((kept / "2" / "optimizer").rglob("*")) if p.is_file())
     victim.unlink()
     with pytest.raises(UserError, match=r"2 is not a whole checkpoint: optimizer/.* is missing"):
-        import_torch.convert_back(kept / "2", tmp_path / "x.pt", ema=False)
+        convert_torch.convert_back(kept / "2", tmp_path / "x.pt", ema=False)
 
 
 def test_faults_are_told(tmp_path, capsys):
@@ -112,7 +112,7 @@ def test_faults_are_told(tmp_path, capsys):
         ([str(tmp_path / "none.pt"), str(tmp_path / "new")], "no file"),
     ):
         with pytest.raises(SystemExit) as ended:
-            import_torch.main(argv)
+            convert_torch.main(argv)
         assert ended.value.code == 2
         assert fault in capsys.readouterr().err
     assert not (tmp_path / "x.pt").exists()

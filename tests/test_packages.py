@@ -139,7 +139,7 @@ def tree_of(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != ROOF], ids=".".join)
 def test_imports_run_strictly_downward(name):
     assert name[0] in FLOOR, (
-        f"cwm_jax/{name[0]} is a new room: place it in FLOORS of tests/test_ladder.py, "
+        f"cwm_jax/{name[0]} is a new room: place it in FLOORS of tests/test_packages.py, "
         "above everything it imports"
     )
     assert not list(faults_of_order(tree_of(name), name))

@@ -1,7 +1,7 @@
 """Turns a training checkpoint of the PyTorch original into one of ours, or one of ours back.
 
-    python -m cwm_jax.tools.import_torch ckpt_step_0110000.pt runs/imported
-    python -m cwm_jax.tools.import_torch runs/small ckpt_step_0110000.pt
+    python -m cwm_jax.tools.convert_torch ckpt_step_0110000.pt runs/imported
+    python -m cwm_jax.tools.convert_torch runs/small ckpt_step_0110000.pt
 
 A `.pt` file as the target means the way back: the newest checkpoint of a run, or the one that is
 named (`runs/small/checkpoints/110000`), as a file that the original loads and trains on. Nothing is
