@@ -26,6 +26,13 @@ LANES = (1, 2, 4, 8)
 _STATIC = ("network", "config")
 
 
+class Program(NamedTuple):
+    """How a frame was drawn: with so many DDIM steps, in a batch of so many lanes."""
+
+    steps: int
+    lanes: int
+
+
 class Lane(NamedTuple):
     """One frame to draw."""
 

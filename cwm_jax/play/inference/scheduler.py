@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from cwm_jax.play.inference.engine import LANES, Lane
+from cwm_jax.play.inference.engine import LANES, Lane, Program
 from cwm_jax.play.inference.governor import Governor
-from cwm_jax.play.session.history import Program
 
 _PASSES_A_TURN = 4  # frames that a rebuilt memory takes in before others have their turn
 

@@ -2,20 +2,13 @@
 
 import tempfile
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from cwm_jax.coinrun import FRAME_SHAPE
+from cwm_jax.play.inference.engine import Program
 
 _FRAME_BYTES = int(np.prod(FRAME_SHAPE))
-
-
-class Program(NamedTuple):
-    """How a frame was drawn: with so many DDIM steps, in a batch of so many lanes."""
-
-    steps: int
-    lanes: int
 
 
 class History:

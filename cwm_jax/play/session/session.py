@@ -16,10 +16,10 @@ import numpy as np
 
 from cwm_jax.controls import Controls
 from cwm_jax.errors import UserError
-from cwm_jax.play.inference.engine import LANES
+from cwm_jax.play.inference.engine import LANES, Program
 from cwm_jax.play.inference.scheduler import Drawn, Scheduler
 from cwm_jax.play.inference.staggered_cache import first_remembered
-from cwm_jax.play.session.history import History, Program
+from cwm_jax.play.session.history import History
 from cwm_jax.play.session.prompt_sources import ClipPrompts, Prompt
 from cwm_jax.play.session.share_code import MAX_FRAMES, Recipe
 

@@ -19,7 +19,7 @@ import zlib
 from typing import NamedTuple
 
 from cwm_jax.errors import UserError
-from cwm_jax.play.session.history import Program
+from cwm_jax.play.inference.engine import Program
 from cwm_jax.play.session.prompt_sources import ClipSource, PictureSource
 
 MAX_FRAMES = 18_000  # drawn frames of a session: 20 minutes at 15 a second
