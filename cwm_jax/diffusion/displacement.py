@@ -10,29 +10,16 @@ columns: pixel (y, x) of the warped frame is pixel (y + rows, x + columns) of th
 edge is repeated beyond it.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from cwm_jax.models.config import Reach
 
 _TEMPERATURE = (
     0.05  # of the targets, in units of a patch's summed squared error, colours in [-1, 1]
 )
 _TIE = 0.002  # error per pixel of displacement: of equally good ones the least is the target
-
-
-class Reach(NamedTuple):
-    """How far a patch of `patch` × `patch` pixels may move, in pixels."""
-
-    down: int
-    across: int
-    patch: int
-
-    @property
-    def count(self) -> int:
-        """Number of displacements to choose from."""
-        return (2 * self.down + 1) * (2 * self.across + 1)
 
 
 def distances(reach: Reach) -> np.ndarray:

@@ -1,17 +1,30 @@
 """What a network is before it has any numbers: its sizes, and what it is shown and draws."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cwm_jax import controls
 from cwm_jax.coinrun import NUM_ACTIONS
-from cwm_jax.diffusion import displacement
 from cwm_jax.errors import UserError
 from cwm_jax.models import attention
 
 _MAY_BE_ZERO = ("history", "motion", "displacement_down", "displacement_across")
+
+
+class Reach(NamedTuple):
+    """How far a patch of `patch` × `patch` pixels may move, in pixels."""
+
+    down: int
+    across: int
+    patch: int
+
+    @property
+    def count(self) -> int:
+        """Number of displacements to choose from."""
+        return (2 * self.down + 1) * (2 * self.across + 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,13 +140,11 @@ class DiTConfig:
             )
 
     @property
-    def reach(self) -> displacement.Reach | None:
+    def reach(self) -> Reach | None:
         """Of discrete displacements; None where there are none."""
         if not (self.displacement_down or self.displacement_across):
             return None
-        return displacement.Reach(
-            self.displacement_down, self.displacement_across, self.displacement_patch
-        )
+        return Reach(self.displacement_down, self.displacement_across, self.displacement_patch)
 
     @property
     def taps(self) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cwm_jax.diffusion import displacement
-from cwm_jax.diffusion.displacement import Reach
+from cwm_jax.models.config import Reach
 
 REACH = Reach(down=3, across=2, patch=4)
 STAY = REACH.count // 2
