@@ -31,14 +31,16 @@ def state_at(step, seed=0):
 def run(tmp_path):
     with Checkpoints(tmp_path, retention=Retention(2)) as saved:
         for step in (3, 7, 11):
-            saved.save(state_at(step), data_position=f"place {step}", config=CONFIG)
+            saved.save(
+                state_at(step), data_position=f"place {step}", config=CONFIG, seconds=step / 2
+            )
     return tmp_path
 
 
 def test_state_and_position_come_back_exactly(run):
     with Checkpoints(run, retention=Retention(2)) as saved:
         assert saved.latest() == 11
-        assert saved.newest() == (11, "place 11", CONFIG, False)
+        assert saved.newest() == (11, "place 11", CONFIG, False, 5.5)
         state = saved.restore(jax.eval_shape(lambda: state_at(0)))
     same = jax.tree.map(
         lambda a, b: a.dtype == b.dtype and bool((a == b).all()), state, state_at(11)
