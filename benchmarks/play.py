@@ -76,13 +76,15 @@ def served(engine: Engine, *, fps: int, players: int):
         app = loading_page.Opening(lambda: server.make_app(studio), print)
         with loading_page.bind("127.0.0.1", 0) as listener:
             running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-            threading.Thread(target=running.run, kwargs={"sockets": [listener]}).start()
+            thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+            thread.start()
             while app._app is None:
                 time.sleep(0.1)
             try:
                 yield f"ws://127.0.0.1:{listener.getsockname()[1]}/play/socket", studio
             finally:
                 running.should_exit = True
+                thread.join()  # before the scheduler goes, which it still waits for
 
 
 def _compiled(engine: Engine, lanes=(1,)) -> None:
