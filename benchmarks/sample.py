@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import machine, sizes
-from cwm_jax.diffusion import denoiser, residual, schedule
+from cwm_jax.diffusion import denoiser, schedule
 from cwm_jax.models import dit, flops
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
@@ -118,10 +118,8 @@ class Bench:
         def draw(params, frames_BTHWC, actions_BT, x):
             net = denoiser.bind(self.config, params)
             with_new = jnp.concatenate([frames_BTHWC, frames_BTHWC[:, -1:]], axis=1)
-            earlier = residual.earlier(self.config, with_new)
-            known = residual.to_sample(
-                self.config, frames_BTHWC, None if earlier is None else earlier[:, :-1]
-            )
+            earlier = net.earlier(with_new)
+            known = net.to_sample(frames_BTHWC, None if earlier is None else earlier[:, :-1])
 
             def one(x, step):
                 level, now, then = step

@@ -18,11 +18,6 @@ _DOUBTS = -5.0, 1.0  # logarithms of the least and the largest variance
 _STAY = 4.0  # what the middle of a filter has before anything is learned: three quarters stay
 
 
-def taps(reach: int) -> int:
-    """Numbers of one filter, which looks `reach` pixels to either side."""
-    return 2 * reach + 1
-
-
 def velocity(
     sample: jax.Array, moved: jax.Array, doubt: jax.Array, rest: jax.Array, alpha_bar: jax.Array
 ) -> jax.Array:
@@ -48,7 +43,7 @@ def change(last_BTHWC: jax.Array, scores_BTSF: jax.Array, *, reach: int, patch: 
 
     Args:
         last_BTHWC: the frames that are seen, float; beyond its edge a frame repeats it.
-        scores_BTSF: of the filter down, then of the one across, the logits of `taps(reach)`
+        scores_BTSF: of the filter down, then of the one across, the logits of `DiTConfig.taps`
             weights for pixels −reach … reach away. 0: most of a pixel stays.
         reach: at most `patch`.
     """

@@ -77,12 +77,13 @@ def draw(
     own_key, own_top_key = jax.random.split(own_key)
     blind_key = jax.random.fold_in(clips_key, 1)
     passes = shape[0], noise.own_passes, shape[1]
-    t_BPT = jax.random.randint(label_key, passes, 0, schedule.NUM_LEVELS)
-    t_BPT = _with_top(own_top_key, t_BPT, noise.top_share)
     if noise.own_renoised:  # the first pass starts from noise alone, so nothing real leaks
         numbers = jax.random.choice(label_key, jnp.array([1, 2, 4, 4]), passes[:2])
         t_BPT = jnp.broadcast_to(schedule.step_label(numbers, 4)[..., None], passes)
         t_BPT = t_BPT.at[:, 0].set(_TOP)
+    else:
+        t_BPT = jax.random.randint(label_key, passes, 0, schedule.NUM_LEVELS)
+        t_BPT = _with_top(own_top_key, t_BPT, noise.top_share)
     blind_B = jax.random.bernoulli(blind_key, noise.own_top_share, shape[:1])
     t_BPT = jnp.where(blind_B[:, None, None], _TOP, t_BPT)
     clips_B = jnp.asarray(generated_clips(shape[0], noise.own_share))
@@ -133,11 +134,11 @@ def clip_loss(
     by the best of them instead of the likeliest, so that the residual is learned from both.
     """
     denoiser, frames = bind(network, params), to_model(frames_BTHWC)
-    earlier = denoiser.earlier(frames)
+    shown = frames
     if own:
         fixed = bind(network, jax.lax.stop_gradient(params))
         shown, t_BT = _shown(fixed, frames, actions_BT, t_BT, Own(*own), noise)
-        earlier = denoiser.earlier(shown)
+    earlier = denoiser.earlier(shown)
     x0 = denoiser.to_sample(frames, earlier)
     sample = schedule.noised(x0, t_BT, noise_BTHWC)
     outputs = denoiser.net(sample.x, t_BT, actions_BT, earlier, remat=remat)

@@ -14,7 +14,7 @@ from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
 
 REACH, PATCH, ROWS, COLUMNS = 5, 7, 2, 3
-WIDTH = warp.taps(REACH)
+WIDTH = 2 * REACH + 1
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_without_doubt_said_the_guess_counts_by_the_noise():
 def moving(config: DiTConfig, *, down: int, across: int) -> dict[str, jax.Array]:
     """A network that has learned nothing but to see all pixels from so far away."""
     params = dit.init(config, 0)
-    bias, taps = np.zeros(2 * warp.taps(config.motion), np.float32), warp.taps(config.motion)
+    bias, taps = np.zeros(2 * config.taps, np.float32), config.taps
     bias[[config.motion + down, taps + config.motion + across]] = 50.0
     return params | {"motion_out.bias": jnp.asarray(bias)}
 
