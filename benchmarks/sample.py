@@ -88,11 +88,7 @@ class Bench:
         return rng.integers(0, 256, shape, np.uint8), actions
 
     def _remembering(self, window: str, batch: int, steps: int, context: int):
-        # On a GPU as play does it: one player's frame is one graph of kernels, without a loop.
-        unroll = batch == 1 and jax.default_backend() == "gpu"
-        config = sampler.SamplerConfig(
-            levels=sampler.ddim_levels(steps), window=window, unroll=unroll
-        )
+        config = sampler.SamplerConfig(levels=sampler.ddim_levels(steps), window=window)
         drawer = sampler.Sampler(self.config, self.params, config)
         action, prompt = np.full(batch, 7), self._prompt(batch, context)
         # With a full window a hop comes every half window: its mean is over a whole period, and

@@ -54,7 +54,6 @@ class SamplerConfig:
     window: Window = "exact"  # what happens past the window, see `cwm_jax.sampling.kv_cache`
     eta: float = 0.0  # 0: deterministic DDIM, 1: as random as DDPM
     context_level: int = 14  # noise label of the clean context frames
-    unroll: bool = False  # passes as straight code: quicker on a GPU, slower to compile
 
     def __post_init__(self):
         levels = tuple(self.levels)
@@ -134,7 +133,7 @@ def draw_frame(denoiser: Denoiser, tables: Tables, state: World, action_B, noise
 
     x_BHWC = noise_BHWC.clip(-_NOISE_CLIP, _NOISE_CLIP)
     steps = _steps(tables, config), jnp.arange(len(config.levels))
-    sample_BHWC = jax.lax.scan(denoise, x_BHWC, steps, unroll=config.unroll)[0]
+    sample_BHWC = jax.lax.scan(denoise, x_BHWC, steps)[0]
     return denoiser.to_frame(sample_BHWC, earlier)
 
 

@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.format == "bundle":
             steps = formats.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
             levels = sampler.ddim_levels(steps)
-            config = SamplerConfig(levels=levels, window=args.window, unroll=args.unroll)
+            config = SamplerConfig(levels=levels, window=args.window)
             write_bundle(trained, args.output, config, args.dtype, args.data)
         else:
             cast = jax.tree.map(lambda x: x.astype(args.dtype), trained.params)
@@ -259,7 +259,6 @@ def _flags() -> argparse.ArgumentParser:
     add("--ddim-steps", type=int, help="bundle: denoising steps a frame (the model's own)")
     add("--playable-steps", metavar="S,S,…", help="the card: which denoising steps are playable")
     add("--window", default="exact", choices=sampler.WINDOWS, help="bundle: (%(default)s)")
-    add("--unroll", action="store_true", help="bundle: quicker on a GPU, larger programs")
     add("--data", default=str(_EMBEDDED), help="bundle: where its example comes from")
     return parser
 

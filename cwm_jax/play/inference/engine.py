@@ -92,9 +92,8 @@ class Engine:
         self.automatic = _automatic(self.steps, usual, self.playable)
         self.fingerprint = fingerprint(network, params)
         self._params = jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
-        # A GPU records a frame's kernels as one graph only where no loop stands between them.
-        how = dict(window="cached", unroll=jax.default_backend() == "gpu")
-        configs = {n: SamplerConfig(levels=ddim_levels(n), **how) for n in self.steps}
+        levels = {n: ddim_levels(n) for n in self.steps}
+        configs = {n: SamplerConfig(levels=levels[n], window="cached") for n in self.steps}
         self._configs = configs
         self._tables = {n: _tabulate(params, network=network, config=c) for n, c in configs.items()}
         self._context = self._tables[self.steps[0]].context
