@@ -1,11 +1,13 @@
 """Whether this device computes what it should: `make check-gpu`, two minutes on a GPU.
 
-    python -m benchmarks.check_gpu [--networks debug,pocket,small,large] [--clips 1]
+    python -m benchmarks.check_gpu [--parts original,debug,pocket,small,large] [--clips 1]
 
 The network against the PyTorch original's numbers; generated rollouts against its rollouts; each
 kernel against a float32 formula, on random and on extreme numbers; and three updates of each
 shipped config's network on random clips, in float32 and bfloat16, against float32 on this machine's
 CPU. One line each, `ok` or `FAIL` (`--`: nothing to check); the exit code is 1 where one failed.
+On a GPU each part (the original's numbers, or a network) is a process of its own, since most of the
+time is Python's and the compiler's; XLA does not autotune, which changes speed and not results.
 Needs jax, flax, optax and numpy, and a checkout. It runs on a CPU too, where kernels are not
 checked.
 """
@@ -41,7 +43,8 @@ from cwm_jax.training import train_step
 from cwm_jax.training.objective import NoiseConfig
 
 ROOT = Path(__file__).parents[1]
-NETWORKS = ("debug", "pocket", "small", "large")
+ORIGINAL = "original"
+PARTS = (ORIGINAL, "debug", "pocket", "small", "large")
 NOISE = {  # of the configs, where it is not the default; with one pass of generated context
     "debug": NoiseConfig(top_share=0.2),
     "pocket": NoiseConfig(
@@ -62,7 +65,8 @@ ROLLOUTS = (
     *(("rollout_prompt4_ddim5", "cached"), ("rollout_prompt4_ddim5", "hop")),
 )
 _KEPT = 4096  # numbers of each gradient that are compared
-_SECONDS = 115
+_SECONDS = 110
+_GRACE = 8  # seconds more, in which a process says what it has
 
 Numbers = dict[str, np.ndarray]
 
@@ -178,11 +182,11 @@ def compare(found: Numbers, wanted: Numbers, dtype: str) -> Verdict:
 
 
 class References:
-    """The updates on this machine's CPU, computed by a process of its own, network by network."""
+    """The updates of a network on this machine's CPU, computed by a process of its own."""
 
-    def __init__(self, folder: Path, networks: list[str], clips: int, frames: int):
+    def __init__(self, folder: Path, network: str, clips: int, frames: int):
         self._folder = folder
-        words = f"--networks {','.join(networks)} --clips {clips} --frames {frames} --reference"
+        words = f"--parts {network} --clips {clips} --frames {frames} --reference"
         self._log = (folder / "log").open("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.check_gpu", *words.split(), str(folder)],
@@ -193,7 +197,7 @@ class References:
         )
 
     def of(self, size: str) -> Numbers:
-        """Waits for those of one network."""
+        """Waits for them."""
         path = self._folder / f"{size}.npz"
         while not path.exists():
             ended = self.process.poll() is not None
@@ -205,12 +209,11 @@ class References:
             return {name: file[name] for name in file.files}
 
 
-def write_references(folder: Path, networks: list[str], clips: int, frames: int) -> None:
-    for size in networks:
-        network = sizes.network(size, dtype="float32")
-        found = updates(size, network, clips, frames or network.max_frames)
-        np.savez(folder / f"{size}.part.npz", **found)
-        (folder / f"{size}.part.npz").rename(folder / f"{size}.npz")
+def write_references(folder: Path, size: str, clips: int, frames: int) -> None:
+    network = sizes.network(size, dtype="float32")
+    found = updates(size, network, clips, frames or network.max_frames)
+    np.savez(folder / f"{size}.part.npz", **found)
+    (folder / f"{size}.part.npz").rename(folder / f"{size}.npz")
 
 
 def step(references: References, size: str, dtype: str, clips: int, frames: int) -> Verdict:
@@ -221,24 +224,27 @@ def step(references: References, size: str, dtype: str, clips: int, frames: int)
     return verdict._replace(text=f"{verdict.text}; {used}")
 
 
-def checks(
-    references: References, networks: list[str], clips: int, frames: int
-) -> Iterator[tuple[str, Check]]:
-    """All lines, in order."""
+def original_checks() -> Iterator[tuple[str, Check]]:
+    """Lines of the part that compares with the original's numbers."""
     for dtype in ("float32", "bfloat16"):
         yield f"parity in {dtype}", functools.partial(parity, dtype)
     for name, window in ROLLOUTS:
         yield f"{name}, {window}", functools.partial(rollout, name, window)
-    for size in networks:
-        network = sizes.network(size, dtype="bfloat16")
-        length = frames or network.max_frames
-        for setting, names in kernel_choice.KERNELS.items():
-            for name in names:
-                check = functools.partial(kernel, network, setting, name, length)
-                yield f"{setting} {name} at {size}", check
-        for dtype in ("float32", "bfloat16"):
-            check = functools.partial(step, references, size, dtype, clips, length)
-            yield f"{UPDATES} updates of {size} in {dtype}", check
+
+
+def network_checks(
+    references: References, size: str, clips: int, frames: int
+) -> Iterator[tuple[str, Check]]:
+    """Lines of a network's part."""
+    network = sizes.network(size, dtype="bfloat16")
+    length = frames or network.max_frames
+    for setting, names in kernel_choice.KERNELS.items():
+        for name in names:
+            check = functools.partial(kernel, network, setting, name, length)
+            yield f"{setting} {name} at {size}", check
+    for dtype in ("float32", "bfloat16"):
+        check = functools.partial(step, references, size, dtype, clips, length)
+        yield f"{UPDATES} updates of {size} in {dtype}", check
 
 
 def run(asked: list[tuple[str, Check]], seconds: float | None) -> bool:
@@ -263,30 +269,67 @@ def run(asked: list[tuple[str, Check]], seconds: float | None) -> bool:
     return not failed
 
 
+def run_part(part: str, clips: int, frames: int, seconds: float | None) -> bool:
+    """A part in this process; whether no line failed."""
+    if part == ORIGINAL:
+        return run(list(original_checks()), seconds)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        references = References(Path(folder), part, clips, frames)
+        stack.callback(references.process.wait)
+        stack.callback(references.process.kill)
+        return run(list(network_checks(references, part, clips, frames)), seconds)
+
+
+def run_processes(commands: dict[str, list[str]], seconds: float | None) -> bool:
+    """Runs the commands of all parts at once and prints what they print, part by part.
+
+    A part that is not done within the time is killed. Whether all ended with code 0.
+    """
+    end = None if seconds is None else time.monotonic() + seconds
+    whole = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    started = {part: subprocess.Popen(command, **whole) for part, command in commands.items()}
+    well = True
+    for part, process in started.items():
+        try:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            said, _ = process.communicate(timeout=left)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, _ = process.communicate()
+        print(said, end="", flush=True)
+        if process.returncode not in (0, 1):
+            print(f"FAIL  {part}: ended with code {process.returncode}", flush=True)
+        well &= process.returncode == 0
+    return well
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--networks", default=",".join(NETWORKS), help="of benchmarks/sizes.py")
+    parser.add_argument("--parts", default=",".join(PARTS), help="networks, and the original's")
     parser.add_argument("--clips", type=int, default=1, help="of an update")
     parser.add_argument("--frames", type=int, default=0, help="of a clip; 0: the whole window")
     parser.add_argument("--seconds", type=float, help=f"for all; on a GPU {_SECONDS} by default")
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    networks = args.networks.split(",")
-    if unknown := [name for name in networks if name not in sizes.SIZES]:
-        parser.error(f"--networks: {unknown[0]} is none of {', '.join(sizes.SIZES)}")
+    parts = args.parts.split(",")
+    if unknown := [name for name in parts if name not in (ORIGINAL, *sizes.SIZES)]:
+        known = ", ".join((ORIGINAL, *sizes.SIZES))
+        parser.error(f"--parts: {unknown[0]} is none of {known}")
     if args.reference:
-        write_references(args.reference, networks, args.clips, args.frames)
+        write_references(args.reference, parts[0], args.clips, args.frames)
         return 0
-    process_memory.claim_gpu()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        references = References(Path(folder), networks, args.clips, args.frames)
-        stack.callback(references.process.wait)
-        stack.callback(references.process.kill)
-        print(json.dumps(machine.description()), flush=True)
-        on_gpu = jax.default_backend() == "gpu"
-        seconds = args.seconds or (_SECONDS if on_gpu else None)
-        well = run(list(checks(references, networks, args.clips, args.frames)), seconds)
-    return 0 if well else 1
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share it
+    process_memory.skip_autotuning()
+    on_gpu = jax.default_backend() == "gpu"
+    seconds = args.seconds or (_SECONDS if on_gpu else None)
+    if not on_gpu or len(parts) == 1:
+        well = [run_part(part, args.clips, args.frames, seconds) for part in parts]
+        return 0 if all(well) else 1
+    print(json.dumps(machine.description()), flush=True)
+    words = [sys.executable, "-u", "-m", "benchmarks.check_gpu"]
+    words += ["--clips", str(args.clips), "--frames", str(args.frames), "--seconds", str(seconds)]
+    commands = {part: [*words, "--parts", part] for part in parts}
+    return 0 if run_processes(commands, seconds + _GRACE) else 1
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
 import sys
 import time
 import types
@@ -104,12 +105,33 @@ def test_the_network_benchmark_runs(tmp_path, monkeypatch):
 
 def test_the_check_of_a_gpu_runs_on_a_cpu(monkeypatch, capsys):
     monkeypatch.setattr(check_gpu, "ROLLOUTS", check_gpu.ROLLOUTS[:1])
-    monkeypatch.setattr(sys, "argv", ["check_gpu", "--networks", "tiny", "--frames", "2"])
+    for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE"):  # which the program sets
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setattr(sys, "argv", ["check_gpu", "--parts", "original,tiny", "--frames", "2"])
     assert check_gpu.main() == 0
-    _, *lines, last = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["ok"] * 3 + ["--"] * 5 + ["ok"] * 2
-    assert all("no GPU" in line for line in lines[3:8])
-    assert last == "10 of 10 lines without a failure"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*["ok"] * 3, "3", *["--"] * 5, *["ok"] * 2, "7"]
+    assert all("no GPU" in line for line in lines[4:9])
+    assert lines[3] == "3 of 3 lines without a failure"
+
+
+def test_parts_of_a_check_are_processes_whose_lines_come_in_order(capfd):
+    python = lambda code: [sys.executable, "-uc", code]
+    fine = {
+        "late": python("import time; time.sleep(0.3); print('late')"),
+        "b": python("print('b')"),
+    }
+    assert check_gpu.run_processes(fine, 60)
+    assert capfd.readouterr().out == "late\nb\n"
+    wrong = {
+        "failed": python("print('FAIL  x'); raise SystemExit(1)"),
+        "killed": python("import os; os.kill(os.getpid(), 9)"),
+        "endless": python("print('so far'); import time; time.sleep(60)"),
+    }
+    assert not check_gpu.run_processes(wrong, 2)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[:3] == ["FAIL  x", "FAIL  killed: ended with code -9", "so far"]
+    assert lines[3].startswith("FAIL  endless")
 
 
 def test_a_check_that_fails_or_raises_or_takes_too_long_is_counted(capsys):
