@@ -40,7 +40,8 @@ from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import process_memory
 from cwm_jax.sampling import sampler
 from cwm_jax.training import train_step
-from cwm_jax.training.objective import NoiseConfig
+from cwm_jax.training.examples import NoiseConfig
+from cwm_jax.training.train_step import TrainSetup
 
 ROOT = Path(__file__).parents[1]
 ORIGINAL = "original"
@@ -159,10 +160,11 @@ def updates(size: str, network: DiTConfig, clips: int, frames: int) -> Numbers:
     """Losses, gradient norms, and some numbers of the mean gradients, of three updates."""
     state = train_step.init_state(network, train.OPTIM, 0, parameters(network))
     batch, key = train.random_batch(clips, frames), jax.random.key(0)
-    how = dict(network=network, optim=train.OPTIM, noise=NOISE.get(size, NoiseConfig()))
+    noise = NOISE.get(size, NoiseConfig())
+    setup = TrainSetup(network=network, optim=train.OPTIM, noise=noise)
     losses, norms = [], []
     for _ in range(UPDATES):
-        state, metrics = train_step.train_step(state, batch, key, **how)
+        state, metrics = train_step.train_step(state, batch, key, setup)
         losses.append(float(metrics["train/loss"]))
         norms.append(float(metrics["train/grad_norm"]))
     means = optax.tree_utils.tree_get(state.opt_state, "mu")

@@ -485,8 +485,9 @@ def lower_step(bench: Bench, network, step: Step, batch) -> concurrent.futures.F
     jax.clear_caches()
     network = dataclasses.replace(network, **step.fields)
     with replaced(step.patches):
+        setup = train_step.TrainSetup(network=network, optim=OPTIM)
         lowered = train_step.train_step.lower(
-            abstract_state(network), batch, jax.random.key(0), network=network, optim=OPTIM
+            abstract_state(network), batch, jax.random.key(0), setup
         )
     return bench.compile(lowered, step.options)
 

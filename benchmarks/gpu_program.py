@@ -43,9 +43,8 @@ def compile_for_target(network, step: train_step.StepConfig, *, clips: int, fram
     key = sharding.abstract(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     # Kernels of Pallas ask for the kind of device when they are lowered.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = train_step.train_step.trace(
-            state, batch, key, network=network, optim=OPTIM, step=step, mesh=mesh
-        )
+        setup = train_step.TrainSetup(network=network, optim=OPTIM, step=step, mesh=mesh)
+        traced = train_step.train_step.trace(state, batch, key, setup)
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
 

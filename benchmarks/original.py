@@ -215,14 +215,13 @@ def our_step(size: str, *, clips: int, frames: int) -> Step:
     from cwm_jax.training import train_step
 
     network = sizes.network(size, dtype="float32")
+    setup = train_step.TrainSetup(network=network, optim=train.OPTIM)
     state = train_step.init_state(network, train.OPTIM, 0)
     batch, key = train.random_batch(clips, frames), jax.random.key(0)
 
     def step() -> float:
         nonlocal state
-        state, metrics = train_step.train_step(
-            state, batch, key, network=network, optim=train.OPTIM
-        )
+        state, metrics = train_step.train_step(state, batch, key, setup)
         return float(metrics["train/loss"])
 
     return step

@@ -25,7 +25,7 @@ from cwm_jax.models import dit, flops, kernel_choice
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
 from cwm_jax.training import train_step
-from cwm_jax.training.train_step import OptimizerConfig, StepConfig
+from cwm_jax.training.train_step import OptimizerConfig, StepConfig, TrainSetup
 
 OPTIM = OptimizerConfig(lr=1e-4, weight_decay=0.01, warmup_steps=2000, grad_clip=1.0, ema_decay=0.0)
 
@@ -53,9 +53,8 @@ def measure(
     batch = jax.device_put(random_batch(clips, frames))
     key = jax.random.key(0)
     start = time.perf_counter()
-    compiled = train_step.train_step.lower(
-        state, batch, key, network=network, optim=OPTIM, step=step
-    ).compile()
+    setup = TrainSetup(network=network, optim=OPTIM, step=step)
+    compiled = train_step.train_step.lower(state, batch, key, setup).compile()
     compile_seconds = time.perf_counter() - start
     cost = compiled.cost_analysis() or {}
     state, times, cpu_times, loss = _times(compiled, state, batch, key, steps)

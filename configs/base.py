@@ -73,11 +73,13 @@ def get_config() -> ConfigDict:
     # Examples made of clips, beyond a random noise label for each frame.
     config.noise = ConfigDict()
     config.noise.top_share = 0.0  # of frames, that get the highest label: a frame's first pass
-    config.noise.own_share = 0.0  # of clips, shown earlier frames as the network draws them …
-    config.noise.own_passes = 1  # … so many times over, each from the ones before
-    config.noise.own_renoised = False  # … renoising the network's own frames after the first time
-    config.noise.own_top_share = 0.0  # … in this share of them with all labels the highest
+    config.noise.own_share = 0.0  # of clips, whose context frames the network generates itself …
+    config.noise.own_passes = 1  # … all at once, so many times over, each from the ones before
+    config.noise.own_steps = 0  # … or frame by frame, in so many denoising steps; 0: all at once
+    config.noise.own_top_share = 0.0  # … in this share of them with all levels the highest
     config.noise.own_renoised = False  # … and passes after the first renoise those, not real ones
+    config.noise.own_start_noise = 0.0  # … after a first frame with noise of about this size
+    config.noise.persist_above = 0.0  # wrong patches of them are learned to stay (docs/pocket.md)
     config.noise.mirror_share = 0.0  # of clips, with left and right exchanged (CoinRun's actions)
     config.noise.middle_weight = 1.0  # of the pixels around the player in the loss
     config.noise.displacement_weight = 0.1  # of the cross-entropy of displacements in the loss

@@ -19,6 +19,7 @@ from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling import sampler
 from cwm_jax.training import train_step
+from cwm_jax.training.examples import Example
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 SIZES = json.loads((FOLDER / "model.json").read_text())
@@ -86,11 +87,12 @@ def test_three_updates():
         ema_decay=0.0,
     )
     state = train_step.init_state(CONFIG, optim, 0)._replace(params=params_of("weights_step0"))
-    update = jax.jit(train_step.update, static_argnames=("network", "optim"))
+    update = jax.jit(train_step.update, static_argnames="setup")
+    setup = train_step.TrainSetup(network=CONFIG, optim=optim)
     for i in range(3):
-        batch = {k: golden[f"step{i}_{k}"] for k in ("frames", "actions")}
-        drawn = golden[f"step{i}_t"], golden[f"step{i}_noise"]
-        state, metrics = update(state, batch, *drawn, network=CONFIG, optim=optim)
+        names = "frames", "actions", "t", "noise"
+        example = Example(*(golden[f"step{i}_{name}"] for name in names))
+        state, metrics = update(state, example, setup)
         assert float(metrics["train/loss"]) == pytest.approx(golden["loss"][i], abs=1e-5)
         assert float(metrics["train/grad_norm"]) == pytest.approx(golden["grad_norm"][i], abs=1e-5)
         assert float(metrics["train/lr"]) == pytest.approx(golden["lr"][i], rel=1e-6)

@@ -16,6 +16,8 @@ from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 
+_FREE = ("dtype", "attention", "norm", "max_frames")  # parameters fit any of these
+
 
 class Opened(NamedTuple):
     """A model ready to draw, and what is known of it."""
@@ -78,6 +80,15 @@ def _load(path: Path, step: int | None) -> Trained:
     if step not in (None, trained.step):
         raise UserError(f"{path} holds step {trained.step} of a run, and no step {step}")
     return trained
+
+
+def same_network(given: DiTConfig, wanted: DiTConfig) -> str | None:
+    """Why parameters of one network are not those of the other: "depth=2, and not 1"; or None."""
+    for field in dataclasses.fields(wanted):
+        have, want = (getattr(network, field.name) for network in (given, wanted))
+        if have != want and field.name not in _FREE:
+            return f"{field.name}={have!r}, and not {want!r}"
+    return None
 
 
 def usual_steps(trained: Trained) -> int:

@@ -52,11 +52,7 @@ def compile_step(settings: Settings):
         state,
         batch,
         jax.eval_shape(lambda: jax.random.key(0)),
-        network=settings.model,
-        optim=settings.optimizer,
-        step=settings.step,
-        noise=settings.noise,
-        mesh=mesh,
+        settings.setup(mesh),
         teacher=teacher,
     )
     return lowered.compile()

@@ -32,15 +32,8 @@ from cwm_jax.runtime import hosts, preemption, process_memory, sharding
 from cwm_jax.sampling import rollouts
 from cwm_jax.sampling.sampler import Sampler
 from cwm_jax.training import train_step
-from cwm_jax.training.objective import Teacher
+from cwm_jax.training.examples import Teacher
 from cwm_jax.training.train_step import TrainState
-
-_FREE = (
-    "dtype",
-    "attention",
-    "norm",
-    "max_frames",
-)  # of a network: its parameters fit any of these
 
 
 def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
@@ -158,14 +151,8 @@ class _Run:
             clips=self.batch_size // jax.device_count() // settings.accumulate_steps,
             frames=settings.data.clip_len,
         )
-        updates = stages.Stages(
-            settings.noises,
-            network=self.network,
-            optim=settings.optimizer,
-            step=settings.step,
-            mesh=self.mesh,
-            teacher=self._teacher(),
-        )
+        setup = dataclasses.replace(settings.setup(self.mesh), network=self.network)
+        updates = stages.Stages(settings.noises, setup, self._teacher())
         with (
             contextlib.closing(updates),
             preemption.Stop() as stop,
@@ -289,18 +276,14 @@ class _Run:
 
     def _params_of(self, setting: str, path: str) -> dict[str, np.ndarray]:
         """The parameters of a model that a setting names; it must have this run's network."""
-        wanted = self.settings.model
         try:
             given = formats.load(path)
         except UserError as error:
             raise UserError(f"config.{setting}: {error}") from None
-        for field in dataclasses.fields(wanted):
-            have, want = (getattr(network, field.name) for network in (given.network, wanted))
-            if have != want and field.name not in _FREE:
-                raise UserError(
-                    f"config.{setting}={path} has another network: {field.name}={have!r}, and this "
-                    f"run config.model.{field.name}={want!r}"
-                )
+        if differs := formats.same_network(given.network, self.settings.model):
+            raise UserError(
+                f"config.{setting}={path} has another network than config.model: {differs}"
+            )
         return jax.tree.map(np.asarray, given.params)
 
     def _progress(self, first: int, state: TrainState) -> progress.Progress:

@@ -23,7 +23,7 @@ _BEFORE |= {"noise.own_renoised": False, "noise.displacement_weight": 0.1}
 _BEFORE |= {"noise.own_top_share": 0.0, "noise.mirror_share": 0.0, "noise.middle_weight": 1.0}
 _BEFORE |= {"model.displacement_down": 0, "model.displacement_across": 0}
 _BEFORE |= {"model.displacement_patch": 4, "model.qk_norm": False, "model.norm": "auto"}
-_BEFORE |= {"noise.own_renoised": False, "noise.displacement_weight": 0.1}
+_BEFORE |= {"noise.own_steps": 0, "noise.own_start_noise": 0.0, "noise.persist_above": 0.0}
 _BEFORE |= {"minutes": 0.0, "decay_share": 0.45, "stages": [], "ckpt_every_minutes": 0.0}
 _BEFORE |= {"data.on_device": 0}
 

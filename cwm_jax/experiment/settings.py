@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.diffusion import schedule
@@ -11,8 +13,8 @@ from cwm_jax.errors import UserError
 from cwm_jax.experiment.wandb_run import WandbConfig
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
-from cwm_jax.training.objective import NoiseConfig
-from cwm_jax.training.train_step import OptimizerConfig, StepConfig
+from cwm_jax.training.examples import NoiseConfig
+from cwm_jax.training.train_step import OptimizerConfig, StepConfig, TrainSetup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,11 @@ class Settings:
     def step(self) -> StepConfig:
         return StepConfig(remat=self.remat, accumulate_steps=self.accumulate_steps)
 
+    def setup(self, mesh: Mesh | None) -> TrainSetup:
+        """What the training step of the first stage is compiled for."""
+        how = dict(step=self.step, noise=self.noise, mesh=mesh)
+        return TrainSetup(network=self.model, optim=self.optimizer, **how)
+
     @property
     def noises(self) -> list[tuple[float, NoiseConfig]]:
         """Of each stage the share of the run with which it begins, and its settings of noise.
@@ -178,7 +185,9 @@ class Settings:
     @property
     def more_passes(self) -> int:
         """Forward passes of an update beside the one that is learned from."""
-        return self.noise.own_passes * bool(self.noise.own_share) + 2 * bool(self.distil_from)
+        noise = self.noise
+        of_context = noise.own_steps + 1 if noise.own_steps else noise.own_passes
+        return of_context * bool(noise.own_share) + 2 * bool(self.distil_from)
 
     @property
     def sampler(self) -> SamplerConfig:

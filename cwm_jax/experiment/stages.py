@@ -1,13 +1,14 @@
 """The stages of a run: updates whose noise settings change at given shares of the run."""
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
 from cwm_jax.training import train_step
-from cwm_jax.training.objective import NoiseConfig
-from cwm_jax.training.train_step import TrainState
+from cwm_jax.training.examples import NoiseConfig, Teacher
+from cwm_jax.training.train_step import TrainSetup, TrainState
 
 
 class Stages:
@@ -16,12 +17,19 @@ class Stages:
     Args:
         noises: of each stage the share of the run with which it begins, and its settings. The
             first begins at 0.
-        how: the other keyword arguments of `train_step.train_step` that do not change.
+        setup: of the first stage.
+        teacher: see `train_step.train_step`.
     """
 
-    def __init__(self, noises: Sequence[tuple[float, NoiseConfig]], **how):
-        self._begins, self._noises = zip(*noises, strict=True)
-        self._how = how
+    def __init__(
+        self,
+        noises: Sequence[tuple[float, NoiseConfig]],
+        setup: TrainSetup,
+        teacher: Teacher | None = None,
+    ):
+        self._begins, changed = zip(*noises, strict=True)
+        self._setups = [dataclasses.replace(setup, noise=noise) for noise in changed]
+        self._teacher = teacher
         self._number, self._update = -1, None
         self._next: Future | None = None
         self._thread = ThreadPoolExecutor(1)
@@ -32,7 +40,7 @@ class Stages:
         if number != self._number:
             self._enter(number)
         following, metrics = self._update(state, batch, key, **traced)
-        if self._next is None and number + 1 < len(self._noises):
+        if self._next is None and number + 1 < len(self._setups):
             shapes = jax.tree.map(_abstract, (following, batch, key, traced))
             self._next = self._thread.submit(self._compile, number + 1, *shapes)
         return following, metrics
@@ -49,17 +57,16 @@ class Stages:
         self._number, self._next = number, None
 
     def _jitted(self, number: int):
-        noise = self._noises[number]
+        setup = self._setups[number]
         return lambda *args, **traced: train_step.train_step(
-            *args, noise=noise, **self._how, **traced
+            *args, setup, teacher=self._teacher, **traced
         )
 
     def _compile(self, number: int, state, batch, key, traced):
-        lowered = train_step.train_step.lower(
-            state, batch, key, noise=self._noises[number], **self._how, **traced
-        )
-        compiled, teacher = lowered.compile(), self._how["teacher"]
-        return lambda *args, **traced: compiled(*args, teacher=teacher, **traced)
+        compiled = train_step.train_step.lower(
+            state, batch, key, self._setups[number], teacher=self._teacher, **traced
+        ).compile()
+        return lambda *args, **traced: compiled(*args, teacher=self._teacher, **traced)
 
 
 def _abstract(x) -> jax.ShapeDtypeStruct:

@@ -111,7 +111,9 @@ def local(tree):
 
 
 def mean_over_devices(value_and_grad: Callable, mesh: Mesh) -> Callable:
-    """`value_and_grad(params, teacher, *batch)` → the same over all devices, each at its own clips.
+    """`value_and_grad(params, teacher, example)` → the same on all devices, each at its own clips.
+
+    All arrays of `example` have the clips as their first axis.
 
     Parameters, and those of a teacher where there is one, are put together from their parts
     before, in the dtype that they come in; losses and gradients, which must be means over clips,
@@ -119,22 +121,22 @@ def mean_over_devices(value_and_grad: Callable, mesh: Mesh) -> Callable:
     would sum bfloat16 gradients in bfloat16, and lose more of them the more devices there are.
     """
 
-    def everywhere(params, teacher, *batch):
+    def everywhere(params, teacher, example):
         specs, of_teacher = jax.tree.map(lambda x: _spec(x.shape, mesh), (params, teacher))
 
-        def on_a_device(params, teacher, *batch):
+        def on_a_device(params, teacher, example):
             whole = jax.tree.map(_gather, (params, teacher), (specs, of_teacher))
-            loss, grads = value_and_grad(*whole, *batch)
+            loss, grads = value_and_grad(*whole, example)
             mean = lambda x, spec: _sum(x.astype(jnp.float32), spec) / mesh.size
             return mean(loss, P()), jax.tree.map(mean, grads, specs)
 
         return jax.shard_map(
             on_a_device,
             mesh=mesh,
-            in_specs=(specs, of_teacher, *(P(AXES) for _ in batch)),
+            in_specs=(specs, of_teacher, P(AXES)),
             out_specs=(P(), specs),
             check_vma=False,  # else autodiff adds sums of its own, of gradients not yet float32
-        )(params, teacher, *batch)
+        )(params, teacher, example)
 
     return everywhere
 

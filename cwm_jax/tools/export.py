@@ -45,6 +45,7 @@ FORMATS = ("orbax", "safetensors", "bundle")
 DTYPES = ("float32", "bfloat16")
 _EMBEDDED = Path(__file__).parents[2] / "assets" / "coinrun"
 _EXAMPLE_FRAMES = 4
+_AVERAGE = "models of the same network: exports the mean of the parameters of all"
 
 
 def write_orbax(trained: Trained, out: Path) -> None:
@@ -58,6 +59,25 @@ def write_orbax(trained: Trained, out: Path) -> None:
         args = ocp.args.Composite(params=params, meta=meta)
         writer.save(out.absolute(), args)
     checksums.write(out)
+
+
+def averaged(trained: Trained, others: Sequence[Path]) -> Trained:
+    """The model with the mean of its and the others' parameters, all of which count the same.
+
+    Models trained on from the same parameters are often better averaged than each by itself
+    (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
+
+    Raises:
+        UserError: one of the others is no model, or has another network.
+    """
+    params = [trained.params]
+    for path in others:
+        other = formats.load(path)
+        if differs := formats.same_network(other.network, trained.network):
+            raise UserError(f"--average {path} has another network: {differs}")
+        params.append(other.params)
+    mean = lambda *leaves: sum(leaves[1:], leaves[0]) / len(leaves)
+    return trained._replace(params=jax.tree.map(mean, *params))
 
 
 def _meta(trained: Trained) -> dict[str, Any]:
@@ -211,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _flags().parse_args(argv)
     with shown_to_user():
         trained = _with_card(formats.load(args.checkpoint, step=args.step), args.playable_steps)
+        trained = averaged(trained, args.average)
         if args.format == "bundle":
             steps = formats.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
             levels = sampler.ddim_levels(steps)
@@ -254,6 +275,7 @@ def _flags() -> argparse.ArgumentParser:
     add("checkpoint", type=Path, help="a run's workdir, one checkpoint of it, or an export")
     add("--output", type=Path, required=True, help="folder, or file.safetensors, to make")
     add("--format", default="bundle", choices=FORMATS, help="(%(default)s)")
+    add("--average", nargs="+", type=Path, default=[], metavar="OTHER", help=_AVERAGE)
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--dtype", default="float32", choices=DTYPES, help="of the parameters (%(default)s)")
     add("--ddim-steps", type=int, help="bundle: denoising steps a frame (the model's own)")

@@ -1,8 +1,8 @@
-"""One training step: draw examples, find their gradients, update parameters and their average.
+"""One training step: make examples, find their gradients, update parameters and their average.
 
 AdamW: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. Everything that a step needs is
-in its arguments: labels and noise are drawn from a key and the step's number, so a resumed run
-draws what an undisturbed one would have drawn, on any number of devices.
+in its arguments: noise levels and noise come from a key and the step's number, so a resumed run
+has the examples that an uninterrupted one would have had, on any number of devices.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.runtime import sharding
-from cwm_jax.training import objective
-from cwm_jax.training.objective import NoiseConfig, Teacher
+from cwm_jax.training import examples, objective
+from cwm_jax.training.examples import Example, NoiseConfig, Teacher
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,18 @@ class StepConfig:
             raise UserError(f"config.accumulate_steps={self.accumulate_steps}: must be 1 or more")
 
 
-_PLAIN = StepConfig()
-_UNIFORM = NoiseConfig()
+_PLAIN = NoiseConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSetup:
+    """What a compiled training step is made for; hashable, a static argument of `jax.jit`."""
+
+    network: DiTConfig
+    optim: OptimizerConfig
+    step: StepConfig = StepConfig()
+    noise: NoiseConfig = _PLAIN
+    mesh: Mesh | None = None  # where state and batch lie, as `sharding` places them; None: 1 device
 
 
 class TrainState(NamedTuple):
@@ -154,72 +164,55 @@ def _cast(params: Params, network: DiTConfig) -> Params:
     return jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
 
 
-def _value_and_grad(
-    params, teacher, *batch, network: DiTConfig, step: StepConfig, noise: NoiseConfig
-):
+def _value_and_grad(params, teacher, example: Example, *, setup: TrainSetup):
     """Loss and gradients of clips, means over them; the gradients of parts are added in float32."""
     loss = functools.partial(
         objective.clip_loss,
-        network=network,
-        remat=step.remat,
-        noise=noise,
+        network=setup.network,
+        remat=setup.step.remat,
+        noise=setup.noise,
         teacher=teacher,
     )
-    if step.accumulate_steps == 1:
-        return jax.value_and_grad(loss)(params, *batch)
+    parts = setup.step.accumulate_steps
+    if parts == 1:
+        return jax.value_and_grad(loss)(params, example)
 
     def add(total, part):
-        found = jax.value_and_grad(loss)(params, *part)
-        return jax.tree.map(lambda a, b: a + b / step.accumulate_steps, total, found), None
+        found = jax.value_and_grad(loss)(params, part)
+        return jax.tree.map(lambda a, b: a + b / parts, total, found), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
-    parts = [x.reshape(step.accumulate_steps, -1, *x.shape[1:]) for x in batch]
-    return jax.lax.scan(add, (jnp.zeros(()), zeros), parts)[0]
+    divided = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), example)
+    return jax.lax.scan(add, (jnp.zeros(()), zeros), divided)[0]
 
 
-def gradients(
-    params,
-    *batch,
-    network: DiTConfig,
-    step: StepConfig,
-    mesh: Mesh | None,
-    noise: NoiseConfig = _UNIFORM,
-    teacher: Teacher | None = None,
-):
-    """Loss and float32 gradients at the clips of a batch: (loss, gradients).
+def gradients(params, example: Example, setup: TrainSetup, teacher: Teacher | None = None):
+    """Loss and float32 gradients of examples: (loss, gradients).
 
     Parameters are cast to the compute dtype once, here, and not again by each matmul.
     """
-    function = functools.partial(_value_and_grad, network=network, step=step, noise=noise)
-    if mesh is not None:
-        function = sharding.mean_over_devices(function, mesh)
-    loss, grads = function(_cast(params, network), teacher, *batch)
+    function = functools.partial(_value_and_grad, setup=setup)
+    if setup.mesh is not None:
+        function = sharding.mean_over_devices(function, setup.mesh)
+    loss, grads = function(_cast(params, setup.network), teacher, example)
     return loss, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
 
 
 def update(
     state: TrainState,
-    batch,
-    t_BT,
-    noise_BTHWC,
-    *own,
-    network: DiTConfig,
-    optim: OptimizerConfig,
-    step: StepConfig = _PLAIN,
-    noise: NoiseConfig = _UNIFORM,
-    mesh: Mesh | None = None,
+    example: Example,
+    setup: TrainSetup,
     teacher: Teacher | None = None,
     rate: jax.Array | None = None,
 ):
-    """One AdamW update on given examples, as `objective.draw` makes them: (next state, metrics).
+    """One AdamW update on given examples: (next state, metrics).
 
     Where the loss or the gradient is not finite, the update is passed over: only `step` and
     `skipped` count on, so no state is ever poisoned, however late somebody looks at the metrics.
     `rate` multiplies the learning rate: AdamW's update is proportional to it, decay included.
     """
-    arrays = batch["frames"], batch["actions"], t_BT, noise_BTHWC, *own
-    how = dict(network=network, step=step, noise=noise, mesh=mesh, teacher=teacher)
-    loss, grads = gradients(state.params, *arrays, **how)
+    optim = setup.optim
+    loss, grads = gradients(state.params, example, setup, teacher)
     updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
     lr = learning_rate(optim)(state.step - state.skipped)
     if rate is not None:
@@ -255,19 +248,13 @@ def _average(state: TrainState, params: Params, decay: float) -> Params | None:
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("network", "optim", "step", "noise", "mesh"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
 def train_step(
     state: TrainState,
     batch,
     key,
+    setup: TrainSetup,
     *,
-    network: DiTConfig,
-    optim: OptimizerConfig,
-    step: StepConfig = _PLAIN,
-    noise: NoiseConfig = _UNIFORM,
-    mesh: Mesh | None = None,
     teacher: Teacher | None = None,
     rate: jax.Array | None = None,
 ):
@@ -277,19 +264,15 @@ def train_step(
         state: used up; its memory becomes the next state's.
         batch: `{"frames": uint8 [B, T, H, W, 3], "actions": int32 [B, T]}`.
         key: the run's PRNG key; the step's number is folded in here.
-        mesh: where state and batch lie, as `sharding` places them; None for one device.
-        teacher: whose drawing is learned, from `init_teacher`; it lies as the state does.
-        rate: float32 [], multiplies the learning rate of `optim`; None: 1.
+        teacher: whose generation is learned, from `init_teacher`; it lies as the state does.
+        rate: float32 [], multiplies the learning rate of `setup.optim`; None: 1.
     """
-    step_key = jax.random.fold_in(key, state.step)
-    if noise.mirror_share:
-        batch = objective.mirrored(step_key, batch, noise.mirror_share)
-    # Drawn as one array over all devices, so that no clip's noise depends on where it lies.
-    draws = objective.draw(step_key, batch["frames"].shape, noise, teacher)
-    how = dict(network=network, optim=optim, step=step, mesh=mesh, teacher=teacher)
-    following, metrics = update(state, batch, *draws, noise=noise, rate=rate, **how)
-    if mesh is not None:
-        following = jax.lax.with_sharding_constraint(following, sharding.placement(following, mesh))
+    # Made as one array over all devices, so that no clip's noise depends on where it lies.
+    example = examples.make(jax.random.fold_in(key, state.step), batch, setup.noise, teacher)
+    following, metrics = update(state, example, setup, teacher, rate)
+    if setup.mesh is not None:
+        placement = sharding.placement(following, setup.mesh)
+        following = jax.lax.with_sharding_constraint(following, placement)
     return following, metrics
 
 

@@ -18,9 +18,13 @@ from cwm_jax.play.inference import staggered_cache
 from cwm_jax.runtime import sharding
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
-from cwm_jax.training import objective, train_step
+from cwm_jax.training import examples, objective, self_generated, train_step
+from cwm_jax.training.examples import Example, NoiseConfig
 
 KEY = jax.random.key(3)
+OPTIM = train_step.OptimizerConfig(
+    lr=1e-2, weight_decay=0.0, warmup_steps=5, grad_clip=1.0, ema_decay=0.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,8 @@ def test_the_first_frame_of_a_clip_does_not_count(known):
     config, params = known
     frames, actions = clip_of()
     t, noise = schedule.draw(KEY, frames.shape)
-    loss = objective.clip_loss(params, frames, actions, t, noise, network=config)
+    example = Example(frames, actions, t, noise)
+    loss = objective.clip_loss(params, example, network=config)
     earlier = residual.earlier(config, to_model(frames))
     x0 = residual.to_sample(config, to_model(frames), earlier)
     sample = schedule.noised(x0, t, noise)
@@ -119,10 +124,10 @@ def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
     config, params = known
     frames, actions = clip_of()
     t, noise = schedule.draw(KEY, frames.shape)
-    own = own_of(frames, passes=2)
-    given = params, frames, actions, t, noise
+    own = context_of(frames, passes=2)
+    example = Example(frames, actions, t, noise, own)
     loss = lambda share: objective.clip_loss(
-        *given, *own, network=config, noise=objective.NoiseConfig(own_share=share, own_passes=2)
+        params, example, network=config, noise=NoiseConfig(own_share=share, own_passes=2)
     )
     real = shown = to_model(frames)
     net = denoiser.bind(config, params)
@@ -137,14 +142,16 @@ def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
     off = net(sample.x, t, actions, beside) - sample.velocity
     of_clips = jnp.square(off[:, 1:]).mean((1, 2, 3, 4))
     np.testing.assert_allclose(loss(1.0), of_clips.mean(), rtol=1e-4)
-    first = (x[:1] for x in given[1:])  # a clip outside of the share is shown its real frames
-    of_first = objective.clip_loss(params, *first, network=config)
+    # A clip outside of the share is shown its real frames.
+    first = Example(*(x[:1] for x in (frames, actions, t, noise)))
+    of_first = objective.clip_loss(params, first, network=config)
     np.testing.assert_allclose(loss(0.5), (of_first + of_clips[1]) / 2, rtol=1e-4)
 
 
-def own_of(frames, passes=1):
-    noise = objective.NoiseConfig(own_share=1.0, own_passes=passes)
-    return objective.Own(*objective.draw(jax.random.key(4), frames.shape, noise)[2:])
+def context_of(frames, passes=1):
+    noise = NoiseConfig(own_share=1.0, own_passes=passes)
+    batch = {"frames": frames, "actions": np.zeros(frames.shape[:2], np.int32)}
+    return examples.make(jax.random.key(4), batch, noise).context
 
 
 def test_no_gradient_goes_through_what_was_drawn(known):
@@ -152,9 +159,9 @@ def test_no_gradient_goes_through_what_was_drawn(known):
     config, params = known
     frames, actions = clip_of(clips=1)
     t, noise = schedule.draw(KEY, frames.shape)
-    own = own_of(frames)
+    own = context_of(frames)
     real = to_model(frames)
-    drawn = objective.own_frames(denoiser.bind(config, params), real, actions, own)
+    drawn = self_generated.passes(denoiser.bind(config, params), real, actions, own)
     shown = residual.earlier(config, drawn)
 
     def given(params):
@@ -162,10 +169,8 @@ def test_no_gradient_goes_through_what_was_drawn(known):
         off = denoiser.bind(config, params)(sample.x, t, actions, shown) - sample.velocity
         return jnp.square(off[:, 1:]).mean()
 
-    config_of_noise = objective.NoiseConfig(own_share=1.0)
-    whole = lambda p: objective.clip_loss(
-        p, frames, actions, t, noise, *own, network=config, noise=config_of_noise
-    )
+    example, of_noise = Example(frames, actions, t, noise, own), NoiseConfig(own_share=1.0)
+    whole = lambda p: objective.clip_loss(p, example, network=config, noise=of_noise)
     for one, other in zip(
         jax.tree.leaves(jax.grad(whole)(params)),
         jax.tree.leaves(jax.grad(given)(params)),
@@ -185,11 +190,12 @@ def test_no_gradient_goes_through_what_was_drawn(known):
 def test_own_drawings_do_not_depend_on_how_a_step_is_computed(known, share, how):
     config, params = known
     frames, actions = clip_of(clips=4, frames=3)
-    noise = objective.NoiseConfig(own_share=share, own_passes=2)
-    arrays = frames, actions, *objective.draw(KEY, frames.shape, noise)
-    gradients = functools.partial(train_step.gradients, network=config, mesh=None, noise=noise)
-    loss, plain = gradients(params, *arrays, step=train_step.StepConfig())
-    other_loss, other = gradients(params, *arrays, step=train_step.StepConfig(**how))
+    noise = NoiseConfig(own_share=share, own_passes=2)
+    example = examples.make(KEY, {"frames": frames, "actions": actions}, noise)
+    setup = train_step.TrainSetup(network=config, optim=OPTIM, noise=noise)
+    loss, plain = train_step.gradients(params, example, setup)
+    other_setup = dataclasses.replace(setup, step=train_step.StepConfig(**how))
+    other_loss, other = train_step.gradients(params, example, other_setup)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     for name, gradient in plain.items():
         scale = float(jnp.abs(gradient).max())
@@ -203,9 +209,9 @@ def test_what_is_judged_is_what_was_trained(known):
     shown = {"frames": frames[:, :5], "actions": actions[:, :5], "mask": np.ones(1, np.float32)}
     told = dict(single_step.validation(config, params, [shown], sharding.make_mesh()))
     t, noise = schedule.draw(jax.random.fold_in(jax.random.key(0), 0), frames[:, :5].shape)
-    asked = params, frames[:, :5], actions[:, :5], t, noise
+    asked = Example(frames[:, :5], actions[:, :5], t, noise)
     np.testing.assert_allclose(
-        told["val/loss"], objective.clip_loss(*asked, network=config), rtol=1e-5
+        told["val/loss"], objective.clip_loss(params, asked, network=config), rtol=1e-5
     )
     drawn = rollout_quality.reconstruction(config, params, frames, actions)
     first_window = rollout_quality.reconstruction(config, params, frames[:, :5], actions[:, :5])
@@ -232,25 +238,16 @@ def test_the_original_cannot_hold_such_a_network(known):
 def test_a_network_with_history_learns(known):
     """On a film of stripes that move two pixels a frame, it does better than the last frame."""
     config, _ = known
-    optim = train_step.OptimizerConfig(
-        lr=1e-2, weight_decay=0.0, warmup_steps=5, grad_clip=1.0, ema_decay=0.0
-    )
-    noise = objective.NoiseConfig(top_share=0.5, own_share=0.5)
+    noise = NoiseConfig(top_share=0.5, own_share=0.5)
     columns = np.arange(64) + 2 * np.arange(5)[:, None, None]
     film = np.where(columns // 8 % 2, 220, 30).astype(np.uint8) * np.ones((5, 64, 1), np.uint8)
     frames = np.repeat(film[None, ..., None], 3, axis=-1).repeat(2, axis=0)
     batch = {"frames": frames, "actions": np.array([[-1, 7, 7, 7, 7]] * 2, np.int32)}
-    drawn = lambda state: objective.clip_loss(
-        state.params,
-        *batch.values(),
-        np.full((2, 5), 999),
-        jax.random.normal(KEY, frames.shape),
-        network=config,
-    )
-    state = train_step.init_state(config, optim, 0)
+    example = Example(*batch.values(), np.full((2, 5), 999), jax.random.normal(KEY, frames.shape))
+    drawn = lambda state: objective.clip_loss(state.params, example, network=config)
+    setup = train_step.TrainSetup(network=config, optim=OPTIM, noise=noise)
+    state = train_step.init_state(config, OPTIM, 0)
     untrained = drawn(state)
     for _ in range(60):
-        state, _ = train_step.train_step(
-            state, batch, KEY, network=config, optim=optim, noise=noise
-        )
+        state, _ = train_step.train_step(state, batch, KEY, setup)
     assert drawn(state) < 0.5 * untrained

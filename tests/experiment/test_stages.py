@@ -1,5 +1,7 @@
 """Stages of a run: each update is that of its stage, whether compiled ahead or not."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from cwm_jax.experiment import stages
 from cwm_jax.runtime import sharding
 from cwm_jax.training import train_step
-from cwm_jax.training.objective import NoiseConfig
+from cwm_jax.training.examples import NoiseConfig
 
 OPTIM = train_step.OptimizerConfig(
     lr=1e-2, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
@@ -32,22 +34,22 @@ def losses_of(update, tiny, batch, shares):
 
 
 def test_a_stage_begins_at_its_share_also_in_a_run_that_starts_within_it(tiny, batch):
-    how = dict(network=tiny, optim=OPTIM, mesh=sharding.make_mesh(), teacher=None)
+    setup = train_step.TrainSetup(network=tiny, optim=OPTIM, mesh=sharding.make_mesh())
 
     def plain(share, state, *args, **traced):
-        noise = NOISES[share >= 0.5][1]
-        return train_step.train_step(state, *args, noise=noise, **how, **traced)
+        of_stage = dataclasses.replace(setup, noise=NOISES[share >= 0.5][1])
+        return train_step.train_step(state, *args, of_stage, **traced)
 
     for shares in ([0.0, 0.4, 0.5, 0.9], [0.6]):
-        updates = stages.Stages(NOISES, **how)
+        updates = stages.Stages(NOISES, setup)
         found = losses_of(updates.update, tiny, batch, shares)
         updates.close()
         assert found == losses_of(plain, tiny, batch, shares)
 
 
 def test_the_next_stage_is_compiled_during_the_present_one(tiny, batch):
-    how = dict(network=tiny, optim=OPTIM, mesh=sharding.make_mesh(), teacher=None)
-    updates = stages.Stages(NOISES, **how)
+    setup = train_step.TrainSetup(network=tiny, optim=OPTIM, mesh=sharding.make_mesh())
+    updates = stages.Stages(NOISES, setup)
     state, _ = updates.update(0.0, train_step.init_state(tiny, OPTIM, 0), batch, KEY)
     updates._next.result()
     before = train_step.train_step._cache_size()

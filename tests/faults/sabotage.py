@@ -22,10 +22,10 @@ class Sabotage:
         wandb_run._INIT_SECONDS = 2  # a server that is not there need not be waited for so long
         undisturbed = train_step.train_step
 
-        def sabotaged(state, batch, key, **options):
+        def sabotaged(state, batch, key, *setup, **options):
             if int(state.step) + 1 == self._step:
                 batch = self._what(batch) or batch
-            return undisturbed(state, batch, key, **options)
+            return undisturbed(state, batch, key, *setup, **options)
 
         train_step.train_step = sabotaged
 

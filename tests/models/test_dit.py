@@ -15,6 +15,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.models import attention, dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.training import objective
+from cwm_jax.training.examples import Example
 
 
 def forward(config, params, *args):
@@ -116,7 +117,8 @@ def test_float32_means_float32_on_every_device(tiny, change):
     labels = jax.ShapeDtypeStruct((2, 4), jnp.int32)
     noise = jax.ShapeDtypeStruct(frames.shape, jnp.float32)
     loss = functools.partial(objective.clip_loss, network=network)
-    lowered = jax.jit(jax.grad(loss)).lower(dit.shapes(network), frames, labels, labels, noise)
+    example = Example(frames, labels, labels, noise)
+    lowered = jax.jit(jax.grad(loss)).lower(dit.shapes(network), example)
     products = re.findall(r"stablehlo.dot_general.*", lowered.as_text())
     assert len(products) > 20
     assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []

@@ -44,12 +44,12 @@ batch, mine = batch_of(4), 4 // jax.process_count()
 mine = {k: v[jax.process_index() * mine :][:mine] for k, v in batch.items()}
 fresh = lambda: train_step.init_state(network, optim, 0)
 shapes = jax.eval_shape(fresh)
-run = jax.tree_util.Partial(train_step.train_step, network=network, optim=optim, mesh=mesh)
+setup = train_step.TrainSetup(network=network, optim=optim, mesh=mesh)
 
 def train(state):
     losses = []
     for _ in range(3):
-        state, metrics = run(state, sharding.to_devices(mine, mesh), KEY)
+        state, metrics = train_step.train_step(state, sharding.to_devices(mine, mesh), KEY, setup)
         losses.append([float(metrics[k]) for k in ("train/loss", "train/grad_norm")])
     print(json.dumps(losses))
     return state
@@ -57,7 +57,9 @@ def train(state):
 state = train(jax.jit(fresh, out_shardings=sharding.placement(shapes, mesh))())
 kept = state.params["blocks.0.spatial.qkv.kernel"].addressable_shards[0].data.size
 fast = dataclasses.replace(network, dtype="bfloat16")
-lowered = run.func.lower(state, batch, KEY, **run.keywords | {"network": fast}).as_text()
+lowered = train_step.train_step.lower(
+    state, batch, KEY, dataclasses.replace(setup, network=fast)
+).as_text()
 over_devices = r'stablehlo.(?:all_reduce|reduce_scatter)".*?\\^bb0\\(%\\w+: tensor<(\\w+)>'
 print("sums", *sorted(set(re.findall(over_devices, lowered, re.DOTALL))))
 print("part", kept / state.params["blocks.0.spatial.qkv.kernel"].size)

@@ -304,3 +304,25 @@ def test_a_manifest_or_header_with_parts_missing_is_told(made, run, tmp_path):
         weights.write(tmp_path / "x.safetensors", {"a": jnp.zeros(1)}, said)
         with pytest.raises(UserError, match=r"x\.safetensors (tells|is of a network)"):
             formats.open_sampler(tmp_path / "x.safetensors")
+
+
+def test_an_average_is_of_all_models(run, tmp_path):
+    trained = formats.load(run)
+    for number, factor in enumerate((2.0, 6.0)):
+        params = {name: factor * leaf for name, leaf in trained.params.items()}
+        export.write_safetensors(
+            trained._replace(params=params), tmp_path / f"{number}.safetensors"
+        )
+    others = [str(tmp_path / f"{number}.safetensors") for number in (0, 1)]
+    mean = tmp_path / "mean.safetensors"
+    words = ["--format", "safetensors", "--output", str(mean), "--average", *others]
+    export.main([str(run), *words])
+    for name, leaf in formats.load(mean).params.items():
+        np.testing.assert_allclose(leaf, 3 * trained.params[name], rtol=1e-6)
+    network = dataclasses.replace(NETWORK, depth=2)
+    other = {name: np.zeros(leaf.shape, np.float32) for name, leaf in dit.shapes(network).items()}
+    config = {"model": dataclasses.asdict(network)}
+    odd = trained._replace(params=other, network=network, config=config)
+    export.write_safetensors(odd, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match=r"odd\.safetensors has another network: depth=2, and not"):
+        export.averaged(trained, [tmp_path / "odd.safetensors"])

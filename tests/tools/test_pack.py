@@ -22,6 +22,7 @@ from cwm_jax.sampling import rollouts
 from cwm_jax.simulator import game, venv
 from cwm_jax.tools import check, pack
 from cwm_jax.training import objective
+from cwm_jax.training.examples import Example
 
 SIMULATOR = Path(__file__).parents[2] / ".venv-procgen"
 PAD_KEYS = """
@@ -89,7 +90,7 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
     noise = np.zeros(batch["frames"].shape, np.float32)
     loss = jax.jit(objective.clip_loss, static_argnames="network")
     assert batch["actions"].max() > 3  # more than there are buttons: combinations
-    assert np.isfinite(loss(params, *batch.values(), t, noise, network=network))
+    assert np.isfinite(loss(params, Example(*batch.values(), t, noise), network=network))
     batches.close()
 
     script = rollouts.write_script(

@@ -16,10 +16,13 @@ from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.runtime import sharding
 from cwm_jax.sampling.sampler import ddim_levels
-from cwm_jax.training import distillation, objective, train_step
-from cwm_jax.training.objective import NoiseConfig, Teacher
+from cwm_jax.training import distillation, examples, objective, train_step
+from cwm_jax.training.examples import Example, NoiseConfig, Teacher
 
 KEY = jax.random.key(3)
+OPTIM = train_step.OptimizerConfig(
+    lr=3e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ def test_the_loss_is_the_distance_to_the_teachers_steps(network_of, clips, histo
     wanted = distillation.velocity(lambda x, t: taught(x, t, actions, earlier), x, t, 2)
     off = denoiser.bind(network, params)(x, t, actions, earlier) - wanted
     loss = functools.partial(
-        objective.clip_loss, params, frames, actions, t, noise, network=network
+        objective.clip_loss, params, Example(frames, actions, t, noise), network=network
     )
     counted = residual.counted(network)
     np.testing.assert_allclose(loss(teacher=teacher), jnp.square(off[:, counted]).mean(), rtol=1e-4)
@@ -116,15 +119,16 @@ def test_a_teacher_teaches_however_an_update_is_computed(network_of, clips):
     network, params = network_of(2)
     teacher = Teacher(altered(params), np.int32(2))
     noise = NoiseConfig(own_share=0.5)
-    arrays = *clips, *objective.draw(KEY, clips[0].shape, noise, teacher)
+    batch = dict(zip(("frames", "actions"), clips, strict=True))
+    example = examples.make(KEY, batch, noise, teacher)
     parts = train_step.StepConfig(accumulate_steps=2, remat="layer")
 
     def gradients(**how):
-        how |= dict(network=network, teacher=teacher, noise=noise)
-        find = functools.partial(train_step.gradients, **how)
-        return jax.jit(find)(params, *arrays)
+        setup = train_step.TrainSetup(network=network, optim=OPTIM, noise=noise, **how)
+        find = jax.jit(train_step.gradients, static_argnames="setup")
+        return find(params, example, setup, teacher)
 
-    loss, plain = gradients(step=train_step.StepConfig(), mesh=None)
+    loss, plain = gradients()
     other_loss, other = gradients(step=parts, mesh=sharding.make_mesh())
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     for name, gradient in plain.items():
@@ -136,39 +140,40 @@ def test_a_student_comes_nearer_to_its_teachers_steps(network_of, clips):
     """On the same noise each time, from which one step has to go where two do."""
     network, params = network_of(2)
     teacher = Teacher(params, np.int32(1))
-    optim = train_step.OptimizerConfig(
-        lr=3e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
-    )
-    batch = dict(zip(("frames", "actions"), clips, strict=True))
-    draws = jnp.full((4, 3), 999), schedule.draw(KEY, clips[0].shape)[1]
-    state = train_step.init_state(network, optim, 0, jax.tree.map(jnp.copy, params))
-    update = jax.jit(functools.partial(train_step.update, network=network, optim=optim))
+    noise = schedule.draw(KEY, clips[0].shape)[1]
+    example = Example(*clips, jnp.full((4, 3), 999), noise)
+    state = train_step.init_state(network, OPTIM, 0, jax.tree.map(jnp.copy, params))
+    setup = train_step.TrainSetup(network=network, optim=OPTIM)
+    update = jax.jit(functools.partial(train_step.update, setup=setup))
     losses = []
     for _ in range(40):
-        state, told = update(state, batch, *draws, teacher=teacher)
+        state, told = update(state, example, teacher=teacher)
         losses.append(float(told["train/loss"]))
     assert losses[-1] < 0.75 * losses[0]
 
 
 IN_PARTS = """
 import dataclasses, jax, numpy as np
-from cwm_jax.training import objective, train_step
+from cwm_jax.training import examples, train_step
 from cwm_jax.models import dit
 from cwm_jax.runtime import sharding
 from tiny_network import TINY
 network = dataclasses.replace(TINY, depth=1)
 params, others = dit.init(network, 0), dit.init(network, 1)
-teacher = objective.Teacher(others, np.int32(4))
+teacher = examples.Teacher(others, np.int32(4))
 frames = np.random.default_rng(0).integers(0, 256, (4, 2, 64, 64, 3), np.uint8)
 actions = np.full((4, 2), 7, np.int32)
-draws = objective.draw(jax.random.key(0), frames.shape, objective.NoiseConfig(), teacher)
-how = dict(network=network, step=train_step.StepConfig())
-alone = train_step.gradients(params, frames, actions, *draws, mesh=None, teacher=teacher, **how)
+batch = {"frames": frames, "actions": actions}
+example = examples.make(jax.random.key(0), batch, examples.NoiseConfig(), teacher)
+optim = train_step.OptimizerConfig(
+    lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0)
+setup = train_step.TrainSetup(network=network, optim=optim)
+alone = train_step.gradients(params, example, setup, teacher)
 mesh = sharding.make_mesh(2)
 place = lambda tree: jax.device_put(tree, sharding.placement(tree, mesh))
 params, teacher = place(params), teacher._replace(params=place(others))
-shared = jax.jit(lambda p, t: train_step.gradients(
-    p, frames, actions, *draws, mesh=mesh, teacher=t, **how))(params, teacher)
+setup = dataclasses.replace(setup, mesh=mesh)
+shared = jax.jit(lambda p, t: train_step.gradients(p, example, setup, t))(params, teacher)
 for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
     np.testing.assert_allclose(one, other, atol=1e-5)
 print(jax.device_count(), "devices alike")

@@ -8,46 +8,49 @@ import pytest
 
 from cwm_jax import coinrun
 from cwm_jax.diffusion import denoiser, schedule
-from cwm_jax.training import objective, train_step
+from cwm_jax.training import examples, objective, self_generated, train_step
+from cwm_jax.training.examples import Example, NoiseConfig
 
 KEY = jax.random.key(3)
 
 
-def test_labels_and_clips_are_drawn_in_the_shares_asked_for():
+def made(shape, **noise):
+    batch = {"frames": np.zeros(shape, np.uint8), "actions": np.zeros(shape[:2], np.int32)}
+    return examples.make(KEY, batch, NoiseConfig(**noise))
+
+
+def test_levels_and_clips_have_the_shares_asked_for():
     shape = (200, 5, 2, 2, 3)
-    t, _ = objective.draw(KEY, shape, objective.NoiseConfig())
-    assert (t == schedule.draw(KEY, shape)[0]).all()
-    noise = objective.NoiseConfig(top_share=0.3, own_share=0.25, own_passes=3)
-    t, noise, *own = objective.draw(KEY, shape, noise)
-    own = objective.Own(*own)
-    assert 0.25 < (t == 999).mean() < 0.35
-    assert own.clips_B.mean() == 0.25
-    assert not own.blind_B.any()
-    assert own.t_BPT.shape == (200, 3, 5)
-    assert 0.25 < (own.t_BPT == 999).mean() < 0.35
-    assert abs((own.noise_BTHWC * noise).mean()) < 0.05  # of its own, or it could be read off
+    assert (made(shape).t_BT == schedule.draw(KEY, shape)[0]).all()
+    example = made(shape, top_share=0.3, own_share=0.25, own_passes=3, own_start_noise=0.1)
+    context = example.context
+    assert 0.25 < (example.t_BT == 999).mean() < 0.35
+    assert context.clips_B.mean() == 0.25
+    assert not context.top_B.any()
+    assert context.t_BPT.shape == (200, 3, 5)
+    assert 0.25 < (context.t_BPT == 999).mean() < 0.35
+    of_its_own = context.noise_BTHWC * example.noise_BTHWC  # else it could be read off
+    assert abs(of_its_own.mean()) < 0.05
+    assert 0.07 < context.start_noise_B.mean() < 0.09  # |N(0, 0.1)| is 0.08 on the mean
 
 
-def test_in_some_own_clips_nothing_betrays_the_real_frames():
-    """Every label of such a clip is the highest, in its passes and where it is learned from."""
-    noise = objective.NoiseConfig(own_share=0.5, own_passes=2, own_top_share=0.4)
-    t, _, *own = objective.draw(KEY, (400, 3, 2, 2, 3), noise)
-    own = objective.Own(*own)
-    blind = (own.t_BPT == 999).all((1, 2))
-    assert 0.3 < blind.mean() < 0.5
-    assert (blind == own.blind_B).all()
-    plain = objective.NoiseConfig(own_share=0.5, own_passes=2)
-    before, _, *own_before = objective.draw(KEY, (400, 3, 2, 2, 3), plain)
-    assert (before == t).all()  # `clip_loss` raises those of blind clips alone
-    assert (objective.Own(*own_before).t_BPT == own.t_BPT)[~blind].all()
+def test_in_some_clips_nothing_shows_the_real_frames():
+    """Every level of such a clip is the highest, in its passes and where it is learned from."""
+    shape = (400, 3, 2, 2, 3)
+    example = made(shape, own_share=0.5, own_passes=2, own_top_share=0.4)
+    top = (example.context.t_BPT == 999).all((1, 2))
+    assert 0.3 < top.mean() < 0.5
+    assert (top == example.context.top_B).all()
+    plain = made(shape, own_share=0.5, own_passes=2)
+    assert (plain.t_BT == example.t_BT).all()  # `clip_loss` raises those of such clips alone
+    assert (plain.context.t_BPT == example.context.t_BPT)[~top].all()
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.6, 1.0])
 def test_every_whole_part_of_a_batch_has_the_same_clips_generated(share):
-    whole = objective.generated_clips(40, share)
+    whole = self_generated.clips(40, share)
     assert whole.mean() == pytest.approx(share)
-    part = objective.generated_clips(20, share)
-    np.testing.assert_array_equal(whole, np.tile(part, 2))
+    np.testing.assert_array_equal(whole, np.tile(self_generated.clips(20, share), 2))
 
 
 def test_in_a_mirror_left_and_right_are_exchanged_and_nothing_else():
@@ -74,7 +77,7 @@ def in_a_mirror(batch):
 
 
 def test_a_share_of_the_clips_is_seen_in_a_mirror_whole(batch):
-    found = jax.device_get(objective.mirrored(KEY, batch, 0.5))
+    found = jax.device_get(examples.mirrored(KEY, batch, 0.5))
     flipped = in_a_mirror(batch)
     same = lambda a, b: (a == b).all(axis=(1, 2, 3, 4))
     mirrored = same(found["frames"], flipped["frames"])
@@ -83,7 +86,7 @@ def test_a_share_of_the_clips_is_seen_in_a_mirror_whole(batch):
     wanted = np.where(mirrored[:, None], flipped["actions"], batch["actions"])
     assert (found["actions"] == wanted).all()
     for share, whole in ((0.0, batch), (1.0, flipped)):
-        found = objective.mirrored(KEY, batch, share)
+        found = examples.mirrored(KEY, batch, share)
         assert all((found[name] == whole[name]).all() for name in whole)
 
 
@@ -98,9 +101,9 @@ def first_loss(network, clips, **noise):
     optim = train_step.OptimizerConfig(
         lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
     )
-    noise = objective.NoiseConfig(**noise)
+    setup = train_step.TrainSetup(network=network, optim=optim, noise=NoiseConfig(**noise))
     state = train_step.init_state(network, optim, 0)
-    _, told = train_step.train_step(state, clips, KEY, network=network, optim=optim, noise=noise)
+    _, told = train_step.train_step(state, clips, KEY, setup)
     return float(told["train/loss"])
 
 
@@ -118,13 +121,13 @@ def test_what_is_wrong_in_the_middle_counts_as_much_as_asked_for(tiny, tiny_para
     assert weights[24:40, 24:40].min() > 1
 
     frames, actions = clips["frames"], clips["actions"]
-    given = frames, actions, *schedule.draw(KEY, frames.shape)
-    loss = functools.partial(objective.clip_loss, tiny_params, *given, network=tiny)
-    sample = schedule.noised(coinrun.to_model(frames), *given[2:])
+    given = Example(frames, actions, *schedule.draw(KEY, frames.shape))
+    loss = functools.partial(objective.clip_loss, tiny_params, given, network=tiny)
+    sample = schedule.noised(coinrun.to_model(frames), given.t_BT, given.noise_BTHWC)
     net = denoiser.bind(tiny, tiny_params)
-    squares = np.square(net(sample.x, given[2], actions) - sample.velocity)
+    squares = np.square(net(sample.x, given.t_BT, actions) - sample.velocity)
     assert loss() == pytest.approx(squares.mean(), rel=1e-5)
-    weighted = loss(noise=objective.NoiseConfig(middle_weight=10.0))
+    weighted = loss(noise=NoiseConfig(middle_weight=10.0))
     assert weighted == pytest.approx((squares * weights).mean(), rel=1e-5)
     assert weighted != pytest.approx(float(loss()), rel=1e-6)
 

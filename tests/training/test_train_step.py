@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
-from cwm_jax.training import train_step
-from cwm_jax.training.train_step import OptimizerConfig, StepConfig
+from cwm_jax.training import examples, train_step
+from cwm_jax.training.examples import NoiseConfig
+from cwm_jax.training.train_step import OptimizerConfig, StepConfig, TrainSetup
 
 KEY = jax.random.key(0)
 
@@ -34,7 +34,7 @@ def run(tiny, optim, steps, batch=None):
     losses = []
     for _ in range(steps):
         state, metrics = train_step.train_step(
-            state, batch or batch_of(2), KEY, network=tiny, optim=optim
+            state, batch or batch_of(2), KEY, TrainSetup(network=tiny, optim=optim)
         )
         losses.append(float(metrics["train/loss"]))
     return state, losses
@@ -62,12 +62,12 @@ def test_the_rate_falls_to_nothing_at_the_end():
 
 def test_a_rate_multiplies_an_update_and_compiles_nothing_anew(tiny):
     optim, before = settings(lr=1e-2), train_step.train_step._cache_size()
-    moved = {}
+    setup, moved = TrainSetup(network=tiny, optim=optim), {}
     for rate in (1.0, 0.25, 0.0):
         state = train_step.init_state(tiny, optim, 0)
         start = jax.tree.map(jnp.copy, state.params)
         state, metrics = train_step.train_step(
-            state, batch_of(2), KEY, network=tiny, optim=optim, rate=np.float32(rate)
+            state, batch_of(2), KEY, setup, rate=np.float32(rate)
         )
         assert float(metrics["train/lr"]) == pytest.approx(rate * 1e-2)
         moved[rate] = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, start)
@@ -99,12 +99,11 @@ def test_noise_depends_on_the_step_alone(tiny):
 
 @pytest.mark.parametrize("how", [dict(remat="gelu_norm"), dict(remat="layer", accumulate_steps=2)])
 def test_how_a_step_is_computed_does_not_change_it(tiny, tiny_params, how):
-    batch = batch_of(4)
-    drawn = schedule.draw(KEY, batch["frames"].shape)
+    example = examples.make(KEY, batch_of(4), NoiseConfig())
+    gradients = jax.jit(train_step.gradients, static_argnames="setup")
+    setup = TrainSetup(network=tiny, optim=settings())
     found = [
-        jax.jit(functools.partial(train_step.gradients, network=tiny, step=step, mesh=None))(
-            tiny_params, batch["frames"], batch["actions"], *drawn
-        )
+        gradients(tiny_params, example, dataclasses.replace(setup, step=step))
         for step in (StepConfig(), StepConfig(**how))
     ]
     (loss, plain), (other_loss, other) = found
@@ -117,7 +116,9 @@ def test_how_a_step_is_computed_does_not_change_it(tiny, tiny_params, how):
 def test_a_step_takes_over_the_memory_of_the_state(tiny):
     optim = settings(ema_decay=0.9)
     state = jax.eval_shape(lambda: train_step.init_state(tiny, optim, 0))
-    lowered = train_step.train_step.lower(state, batch_of(2), KEY, network=tiny, optim=optim)
+    lowered = train_step.train_step.lower(
+        state, batch_of(2), KEY, TrainSetup(network=tiny, optim=optim)
+    )
     (given, batch, key), _ = lowered.args_info
     assert all(leaf.donated for leaf in jax.tree.leaves(given))
     assert not any(leaf.donated for leaf in jax.tree.leaves((batch, key)))
@@ -126,12 +127,10 @@ def test_a_step_takes_over_the_memory_of_the_state(tiny):
 def test_gradients_are_float32_whatever_the_matmuls(tiny):
     network = dataclasses.replace(tiny, dtype="bfloat16")
     state = jax.eval_shape(lambda: train_step.init_state(network, settings(), 0))
-    batch = batch_of(2)
-    drawn = jax.eval_shape(lambda: schedule.draw(KEY, batch["frames"].shape))
-    function = functools.partial(
-        train_step.gradients, network=network, step=StepConfig(), mesh=None
-    )
-    _, grads = jax.eval_shape(function, state.params, batch["frames"], batch["actions"], *drawn)
+    example = jax.eval_shape(lambda: examples.make(KEY, batch_of(2), NoiseConfig()))
+    setup = TrainSetup(network=network, optim=settings())
+    function = functools.partial(train_step.gradients, setup=setup)
+    _, grads = jax.eval_shape(function, state.params, example)
     assert {leaf.dtype for leaf in grads.values()} == {jnp.dtype("float32")}
 
 
@@ -146,7 +145,8 @@ def test_moving_average(tiny):
     state = train_step.init_state(tiny, optim, 0)
     expected = jax.tree.map(np.asarray, state.params)
     for k in range(3):
-        state, _ = train_step.train_step(state, batch_of(2), KEY, network=tiny, optim=optim)
+        setup = TrainSetup(network=tiny, optim=optim)
+        state, _ = train_step.train_step(state, batch_of(2), KEY, setup)
         decay = min(0.9, (1 + k) / (10 + k))
         expected = {n: decay * v + (1 - decay) * state.params[n] for n, v in expected.items()}
     for name, value in expected.items():
@@ -176,13 +176,14 @@ def test_an_update_that_is_not_finite_is_passed_over(tiny):
     optim = settings(ema_decay=0.9)
     state, _ = run(tiny, optim, 2)
     before = jax.tree.map(np.array, state)
+    setup = TrainSetup(network=tiny, optim=optim)
     poisoned = batch_of(2) | {"frames": np.full((2, 3, 64, 64, 3), np.nan, np.float32)}
-    state, metrics = train_step.train_step(state, poisoned, KEY, network=tiny, optim=optim)
+    state, metrics = train_step.train_step(state, poisoned, KEY, setup)
     assert np.isnan(metrics["train/loss"])
     assert int(metrics["train/skipped"]) == 1
     expected = before._replace(step=np.int32(3), skipped=np.int32(1))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state, expected))
-    state, metrics = train_step.train_step(state, batch_of(2), KEY, network=tiny, optim=optim)
+    state, metrics = train_step.train_step(state, batch_of(2), KEY, setup)
     assert np.isfinite(metrics["train/loss"])
     assert int(state.opt_state[1][0].count) == 3
     assert int(metrics["train/skipped"]) == 1
