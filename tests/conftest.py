@@ -2,31 +2,17 @@
 
 import dataclasses
 import functools
-import hashlib
 import os
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-
-def _share_programs() -> None:
-    """Compiled programs are kept on disk: for all tests, their processes, and the next run.
-
-    The folder is of this processor: what is compiled for one may not run on another.
-    """
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
-    kind = "".join(sorted({line for line in lines if line.startswith(("flags", "model name"))}))
-    name = hashlib.sha256(kind.encode()).hexdigest()[:12]
-    folder = Path(__file__).parents[1] / ".pytest_cache" / "programs" / name
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-
+import compiled_programs
 
 # Tiny networks take far longer to compile than to run, here and in the programs that tests start;
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-_share_programs()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_programs.folder()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import numpy as np
