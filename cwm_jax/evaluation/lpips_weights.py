@@ -35,15 +35,14 @@ def path() -> Path:
 
 
 def available() -> Lpips | None:
-    """The weights of the cache; without them, or with a damaged file, says so and gives None."""
-    if not path().exists():
-        tell(f"LPIPS is left out: {path()} is missing; `{FETCH}` gets its weights once")
-        return None
+    """The weights of the cache; where they are missing or damaged, says so and gives None."""
     try:
-        return read(path())
-    except UserError as error:
+        if path().exists():
+            return read(path())
+        tell(f"LPIPS is left out: {path()} is missing; `{FETCH}` gets its weights once")
+    except (UserError, OSError) as error:
         tell(f"LPIPS is left out: {error}")
-        return None
+    return None
 
 
 def read(file: Path) -> Lpips:

@@ -87,4 +87,4 @@ def _difference(name: str, interval: Mapping[str, float]) -> str:
 
 
 def _floats(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([np.nan if x is None else x for x in values], np.float64)
+    return np.array(values, np.float64)  # of None, as a file has NaN, it makes NaN

@@ -169,6 +169,12 @@ def test_a_pickle_of_anything_else_is_refused_and_not_run(archive, cache, change
     assert "run" not in capsys.readouterr().out
 
 
+def test_a_cache_that_cannot_be_read_ends_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/" + 300 * "x")
+    assert lpips_weights.available() is None
+    assert "left out" in capsys.readouterr().err
+
+
 def test_damaged_weights_in_the_cache_are_said_in_one_line_and_left_out(archive, cache, capsys):
     lpips_weights.convert(archive(published()), lpips_weights.path())
     whole = lpips_weights.path().read_bytes()
