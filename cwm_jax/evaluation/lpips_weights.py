@@ -101,7 +101,8 @@ def _member(archive: Path) -> bytes:
     except KeyError:
         raise UserError(f"{archive} holds no {_MEMBER}: it is not {ARCHIVE}") from None
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"{archive} is no readable archive ({error}): need {ARCHIVE}") from None
+        reason = str(error).partition(":")[0]  # what each way to unpack it says comes after
+        raise UserError(f"{archive} is no readable archive ({reason}): need {ARCHIVE}") from None
     except OSError as error:
         raise UserError(f"cannot read {archive}: {error.strerror or error}") from None
 

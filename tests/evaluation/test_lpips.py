@@ -118,8 +118,9 @@ def test_weights_of_an_archive_are_converted_once_and_found_in_the_cache(
 
 
 def refused(path, match):
-    with pytest.raises(UserError, match=match):
+    with pytest.raises(UserError, match=match) as raised:
         lpips_weights.convert(path, lpips_weights.path())
+    assert "\n" not in str(raised.value)
     assert not lpips_weights.path().exists()
 
 
