@@ -26,6 +26,7 @@ from cwm_jax.evaluation import (
     full,
     generation,
     html_report,
+    lpips_weights,
     probe,
     protocol,
     rollout_quality,
@@ -70,6 +71,7 @@ def measure(args: argparse.Namespace) -> None:
         config,
         plan,
         probes=args.probes or probe.cache_folder(),
+        lpips=lpips_weights.available(),
         watched=True,
     )
     results = measured.results

@@ -1,21 +1,24 @@
 """Several measurements in one table, if they were made under the same conditions."""
 
+import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cwm_jax.errors import UserError
-from cwm_jax.evaluation import protocol
+from cwm_jax.evaluation import paired, protocol
 
 _MEASURES = {
-    "psnr": ("PSNR, dB,", 2),
-    "ssim": ("SSIM", 3),
-    "psnr_motion": ("PSNR of motion, dB,", 2),
+    "psnr": "PSNR, dB,",
+    "ssim": "SSIM",
+    "psnr_motion": "PSNR of motion, dB,",
+    "lpips": "LPIPS (lower is better),",
 }
 _BESIDE = {
     "model": "{}",
     "copy_last": "  copy last: {}",
     "reconstruction": "  reconstruction: {}",
+    "blur": "  blurred real frames: {}",
 }
 _READ_FROM = {"drawn": "drawn frames", "real": "real frames", "shuffled": "chance"}
 
@@ -40,6 +43,9 @@ def read(path: Path) -> dict:
 def table(named: Sequence[tuple[str, Mapping]], *, across: Collection[str] = ()) -> str:
     """The headline numbers of measurements, one column each; floors stand among the rows.
 
+    Below it, where PSNR or SSIM ranks two of them, or the only one and a floor, otherwise than
+    LPIPS.
+
     Args:
         across: conditions of `protocol.VARIABLE` that may differ, and stand in the table.
 
@@ -60,12 +66,19 @@ def table(named: Sequence[tuple[str, Mapping]], *, across: Collection[str] = ())
                 "compare. They differ in\n  " + "\n  ".join(found)
             )
     columns = [
-        {name: condition(results["protocol"][name]) for name in across} | dict(rows(results))
+        {name: condition(results["protocol"][name]) for name in across}
+        | dict(rows(results))
+        | dict(_minus(results, first, first_name))
         for _, results in named
     ]
     labels = list(dict.fromkeys(label for column in columns for label in column))
     cells = [["", *(name for name, _ in named)]]
     cells += [[label, *(column.get(label, "–") for column in columns)] for label in labels]
+    ranked = [*_ranked_otherwise(named)] if others else [*ranked_otherwise(first)]
+    return _aligned(cells) + "".join(f"\n{line}" for line in ranked)
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [
         "  ".join(
@@ -75,6 +88,45 @@ def table(named: Sequence[tuple[str, Mapping]], *, across: Collection[str] = ())
         for row in cells
     ]
     return "\n".join(lines)
+
+
+def _minus(results: Mapping, first: Mapping, name: str) -> Iterator[tuple[str, str]]:
+    """(label, value) of the differences from the first measurement, clip by clip."""
+    if results is first:
+        return
+    for prompt, found in _differences(results, first):
+        for measure in found:
+            for horizon in shown(found[measure]):
+                where = f"frames 1…{horizon} from {prompt.removeprefix('prompt_')}"
+                value = interval(found[measure][horizon], paired.DIGITS[measure])
+                yield f"{paired.NAMES[measure]} minus that of {name}, {where}", value
+
+
+def _differences(one: Mapping, other: Mapping) -> Iterator[tuple[str, paired.Differences]]:
+    """For each prompt, one measurement minus another; none for files without means by clip."""
+    for prompt, sides in one["rollout"].items():
+        beside = other["rollout"][prompt]
+        if "by_clip" in sides and "by_clip" in beside:
+            yield prompt, paired.difference(sides["by_clip"], beside["by_clip"])
+
+
+def _ranked_otherwise(named: Sequence[tuple[str, Mapping]]) -> Iterator[str]:
+    for (one, results), (other, beside) in itertools.combinations(named, 2):
+        for prompt, found in _differences(results, beside):
+            yield from _contradictions(prompt, found, one=one, other=other)
+
+
+def ranked_otherwise(results: Mapping) -> Iterator[str]:
+    """Where PSNR or SSIM ranks the model and a floor otherwise than LPIPS."""
+    for prompt, sides in results["rollout"].items():
+        for floor, found in sides.get("model_minus", {}).items():
+            yield from _contradictions(prompt, found, one="the model", other=paired.FLOORS[floor])
+
+
+def _contradictions(prompt: str, found: paired.Differences, **sides: str) -> Iterator[str]:
+    horizons = shown(found["psnr"])
+    for sentence in paired.contradictions(found, horizons, **sides):
+        yield f"{prompt.removeprefix('prompt_')} given, {sentence}"
 
 
 def condition(value) -> str:
@@ -90,11 +142,16 @@ def rows(results: Mapping) -> Iterator[tuple[str, str]]:
     for prompt, sides in results["rollout"].items():
         given = prompt.removeprefix("prompt_")
         for horizon in shown(sides["model"]["psnr"]["mean"]):
-            for measure, (name, digits) in _MEASURES.items():
-                where = f"frames 1…{horizon} from {given}"
+            for measure, name in _MEASURES.items():
+                where, digits = f"frames 1…{horizon} from {given}", paired.DIGITS[measure]
                 for side, label in _BESIDE.items():
-                    value = interval(sides[side][measure]["mean"][horizon], digits)
-                    yield f"{label.format(name)} {where}", value
+                    if measure in sides.get(side, ()):
+                        value = interval(sides[side][measure]["mean"][horizon], digits)
+                        yield f"{label.format(name)} {where}", value
+            for floor, found in sides.get("model_minus", {}).items():
+                if "lpips" in found:
+                    value = interval(found["lpips"][horizon], paired.DIGITS["lpips"])
+                    yield f"  LPIPS minus that of {paired.FLOORS[floor]}, {where}", value
     for horizon in shown(results["control"]["delta_psnr"]["mean"]):
         value = results["control"]["delta_psnr"]["mean"][horizon]
         yield f"ΔPSNR frames 1…{horizon}, dB", interval(value)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cwm_jax.evaluation import image_metrics
+from cwm_jax.evaluation.lpips import Lpips, distances
 
 _CLIPS = 16  # scored in one call of the device
 
@@ -17,15 +18,21 @@ class Scores(NamedTuple):
     psnr: np.ndarray  # dB, infinite where a frame is the real one
     ssim: np.ndarray
     psnr_motion: np.ndarray  # dB, over what changed since the last given frame; NaN: nothing did
+    lpips: np.ndarray | None = None  # lower is better; None: its weights are missing
+
+    def measured(self) -> dict[str, np.ndarray]:
+        """The scores that there are, by name."""
+        return {name: values for name, values in self._asdict().items() if values is not None}
 
 
-def score(drawn_BFHWC, real_BFHWC, given_BHWC) -> Scores:
+def score(drawn_BFHWC, real_BFHWC, given_BHWC, *, lpips: Lpips | None = None) -> Scores:
     """Scores frames against the real ones.
 
     Args:
         drawn_BFHWC, real_BFHWC: uint8.
         given_BHWC: the last frame of the prompt, uint8: pixels that still have its colour do not
             count as motion.
+        lpips: its network; no LPIPS without.
     """
     clips = min(_CLIPS, len(drawn_BFHWC))
     parts = []
@@ -33,18 +40,19 @@ def score(drawn_BFHWC, real_BFHWC, given_BHWC) -> Scores:
         rows = np.minimum(np.arange(first, first + clips), len(drawn_BFHWC) - 1)
         part = _score(*(x[rows] for x in (drawn_BFHWC, real_BFHWC, given_BHWC)))
         parts.append(jax.device_get(part))
-    return Scores(*(np.concatenate(x)[: len(drawn_BFHWC)] for x in zip(*parts, strict=True)))
+    whole = (np.concatenate(x)[: len(drawn_BFHWC)] for x in zip(*parts, strict=True))
+    return Scores(*whole, distances(lpips, drawn_BFHWC, real_BFHWC) if lpips else None)
 
 
 @jax.jit
-def _score(drawn_BFHWC, real_BFHWC, given_BHWC) -> Scores:
+def _score(drawn_BFHWC, real_BFHWC, given_BHWC) -> tuple[jax.Array, jax.Array, jax.Array]:
     # One frame of all clips at a time: SSIM needs a dozen float32 copies of what it works on.
     def of_frame(pair):
         drawn, real = (frames.astype(jnp.float32) for frames in pair)
         changed = (pair[1] != given_BHWC).any(-1)
         # Errors of whole numbers are exact: those of equal frames are 0, not nearly 0.
         psnr = lambda error: image_metrics.psnr_of_mse(error / 255**2)
-        return Scores(
+        return (
             psnr(image_metrics.mse(drawn, real)),
             image_metrics.ssim(drawn / 255, real / 255),
             psnr(image_metrics.masked_mse(drawn, real, changed)),

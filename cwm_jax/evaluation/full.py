@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from cwm_jax.evaluation import (
     drift,
     generation,
     held_out,
+    paired,
     probe,
     probe_accuracy,
     protocol,
@@ -29,6 +30,7 @@ from cwm_jax.evaluation import (
 )
 from cwm_jax.evaluation.frame_scores import Scores, score
 from cwm_jax.evaluation.held_out import HeldOut
+from cwm_jax.evaluation.lpips import Lpips
 from cwm_jax.evaluation.probe import Probe
 from cwm_jax.files import written_whole
 from cwm_jax.models.config import DiTConfig
@@ -95,6 +97,7 @@ def measure(
     plan: Plan,
     *,
     probes: Path,
+    lpips: Lpips | None = None,
     watched: bool = False,
 ) -> Measured:
     """Measures a network; the numbers are described in docs/evaluation.md.
@@ -103,6 +106,7 @@ def measure(
         sampler: draws with this network and these parameters.
         config: where clips come from; the probe learns on its train split.
         probes: folder where trained probes are kept.
+        lpips: its network; LPIPS is left out without.
         watched: somebody waits at a terminal: show progress.
 
     Raises:
@@ -120,7 +124,7 @@ def measure(
     rendered = rollout_quality.reconstruction(
         network, params, clips.frames[:, scored], clips.actions[:, scored]
     )
-    measured = judge(drawn, plan, rendered=rendered, reader=reader)
+    measured = judge(drawn, plan, rendered=rendered, reader=reader, lpips=lpips)
     mesh = sharding.make_mesh()
     batches = loader.eval_batches(
         config, plan.split, batch_size=_whole_batch(plan.batch_size), num_actions=NUM_ACTIONS
@@ -186,11 +190,19 @@ def draw_all(
     return Rollouts(clips, true, actions, batches(actions, given, "random actions"))
 
 
-def judge(drawn: Rollouts, plan: Plan, *, rendered: np.ndarray, reader: Probe) -> Measured:
+def judge(
+    drawn: Rollouts,
+    plan: Plan,
+    *,
+    rendered: np.ndarray,
+    reader: Probe,
+    lpips: Lpips | None = None,
+) -> Measured:
     """All numbers about drawn frames.
 
     Args:
         rendered: the reconstruction of the real clips, uint8 [B, T, H, W, C].
+        lpips: its network; LPIPS is left out without.
     """
     clips, horizons = drawn.clips, rollout_quality.horizons_to(plan.horizon)
     rollout, kept = {}, None
@@ -201,11 +213,13 @@ def judge(drawn: Rollouts, plan: Plan, *, rendered: np.ndarray, reader: Probe) -
             "model": drawn.true[given],
             "copy_last": rollout_quality.copy_last(prompt, plan.horizon),
             "reconstruction": rendered[:, span],
+            "blur": rollout_quality.blurred(real),
         }
-        scored = {name: score(frames, real, prompt[:, -1]) for name, frames in candidates.items()}
-        rollout[f"prompt_{given}"] = {
-            n: rollout_quality.summary(s, horizons) for n, s in scored.items()
+        scored = {
+            name: score(frames, real, prompt[:, -1], lpips=lpips)
+            for name, frames in candidates.items()
         }
+        rollout[f"prompt_{given}"] = _quality(scored, horizons)
         kept = kept or scored["model"]
     given = plan.n_prompt[0]
     prompt = clips.frames[:, :given]
@@ -222,6 +236,16 @@ def judge(drawn: Rollouts, plan: Plan, *, rendered: np.ndarray, reader: Probe) -
         "drift": drift.summary(drawn.random, clips.frames),
     }
     return Measured(results, drawn, kept)
+
+
+def _quality(scored: Mapping[str, Scores], horizons: Sequence[int]) -> dict:
+    """Means of the model and what it stands beside, and the model minus floors, clip by clip."""
+    model, *floors = (paired.by_clip(scored[name], horizons) for name in ("model", *paired.FLOORS))
+    minus = [paired.difference(model, floor) for floor in floors]
+    return {name: rollout_quality.summary(scores, horizons) for name, scores in scored.items()} | {
+        "model_minus": dict(zip(paired.FLOORS, minus, strict=True)),
+        "by_clip": model,
+    }
 
 
 def write_json(path: Path, results: Mapping) -> None:

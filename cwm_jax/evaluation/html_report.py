@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from cwm_jax.coinrun import FPS
-from cwm_jax.evaluation import comparison, report_charts
+from cwm_jax.evaluation import comparison, lpips_weights, report_charts
 from cwm_jax.evaluation.full import Measured, Plan
 from cwm_jax.evaluation.rollout_quality import capped
 from cwm_jax.files import written_whole
@@ -107,6 +108,7 @@ def _page(folder: Path, measured: Measured, plan: Plan, pictures, strips: list[S
         short=used["too_short"],
         needed=plan.frames,
         tiles="".join(_tile(*tile) for tile in tiles(results)),
+        ranked=_ranked(results),
         strips=shown,
         conditions=_rows((k, str(v)) for k, v in conditions.items()),
         numbers=_rows(comparison.rows(results)),
@@ -115,7 +117,7 @@ def _page(folder: Path, measured: Measured, plan: Plan, pictures, strips: list[S
 
 
 def tiles(results) -> list[tuple[str, str, str]]:
-    """The four numbers to look at first: (name, value, what to hold it against)."""
+    """The numbers to look at first: (name, value, what to hold it against)."""
     prompt, sides = next(iter(results["rollout"].items()))
     horizon = comparison.shown(sides["model"]["psnr"]["mean"])[0]
     psnr = lambda side: comparison.number(sides[side]["psnr"]["mean"][horizon]["mean"])
@@ -131,6 +133,7 @@ def tiles(results) -> list[tuple[str, str, str]]:
             f"copying the last frame {psnr('copy_last')}, "
             f"reconstruction {psnr('reconstruction')}; {report_charts.given(prompt)}",
         ),
+        *_perceptual_tile(sides, horizon, prompt),
         (
             "What the actions are worth",
             f"{comparison.number(delta['mean'])} dB",
@@ -150,6 +153,30 @@ def tiles(results) -> list[tuple[str, str, str]]:
             f"{drift['false_alarms']:.0%} of real clips would be called collapsed",
         ),
     ]
+
+
+def _perceptual_tile(sides, horizon: str, prompt: str) -> Iterator[tuple[str, str, str]]:
+    if "lpips" in sides["model"]:
+        mean = lambda side: comparison.number(sides[side]["lpips"]["mean"][horizon]["mean"], 3)
+        yield (
+            f"LPIPS, frames 1…{horizon}",
+            mean("model"),
+            f"lower is better; copying the last frame {mean('copy_last')}, blurred real frames "
+            f"{mean('blur')}; {report_charts.given(prompt)}",
+        )
+
+
+def _ranked(results) -> str:
+    """What LPIPS ranks otherwise, as paragraphs; or that it was not measured."""
+    if not all("lpips" in sides["model"] for sides in results["rollout"].values()):
+        return (
+            f"<p>LPIPS was not measured: <code>{lpips_weights.FETCH}</code> gets its weights.</p>"
+        )
+    found = list(comparison.ranked_otherwise(results))
+    if not found:
+        return "<p>PSNR, SSIM and LPIPS rank the model and its floors alike.</p>"
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in found)
+    return f"<p>Ranked differently:</p><ul>{lines}</ul>"
 
 
 def _tile(name: str, value: str, against: str) -> str:

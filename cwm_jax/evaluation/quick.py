@@ -14,6 +14,7 @@ from cwm_jax.data.loader import DataConfig
 from cwm_jax.evaluation import controllability, generation, held_out, rollout_quality
 from cwm_jax.evaluation.frame_scores import Scores, score
 from cwm_jax.evaluation.generation import Draw
+from cwm_jax.evaluation.lpips import Lpips
 
 
 class Quick(NamedTuple):
@@ -24,14 +25,22 @@ class Quick(NamedTuple):
     random_actions: np.ndarray  # int32 [B, T]
     copy_last: Scores
     seed: int
+    lpips: Lpips | None
 
 
 def prepare(
-    config: DataConfig, split: str, *, clips: int, frames: int, num_actions: int, seed: int
+    config: DataConfig,
+    split: str,
+    *,
+    clips: int,
+    frames: int,
+    num_actions: int,
+    seed: int,
+    lpips: Lpips | None = None,
 ) -> Quick:
     """Loads the clips, the same for a run's whole life: as many as asked for, or as there are.
 
-    They come from records at even distances over the split.
+    They come from records at even distances over the split. Without `lpips`, LPIPS is left out.
 
     Raises:
         UserError: where no record has `frames` + 1 frames, or a bad one may not be skipped.
@@ -46,18 +55,19 @@ def prepare(
         actions, n_prompt=1, frames=frames, seed=seed, num_actions=num_actions
     )
     still = rollout_quality.copy_last(real[:, :1], frames)
-    return Quick(real, actions, random, score(still, real[:, 1:], real[:, 0]), seed)
+    floor = score(still, real[:, 1:], real[:, 0], lpips=lpips)
+    return Quick(real, actions, random, floor, seed, lpips)
 
 
 def run(draw: Draw, quick: Quick) -> Iterator[tuple[str, float]]:
-    """Yields means over clips and frames: PSNR (dB), SSIM, motion's PSNR, ΔPSNR, and the floors."""
+    """Yields means over clips and frames: PSNR (dB), SSIM, motion's PSNR, LPIPS, ΔPSNR, floors."""
 
-    def scored(actions) -> Scores:
+    def scored(actions, lpips: Lpips | None = None) -> Scores:
         batch = dict(seed=quick.seed, batch_size=len(actions))
         frames = generation.in_batches(draw, quick.frames[:, :1], actions, **batch)
-        return score(frames, quick.frames[:, 1:], quick.frames[:, 0])
+        return score(frames, quick.frames[:, 1:], quick.frames[:, 0], lpips=lpips)
 
-    true, random = scored(quick.actions), scored(quick.random_actions)
+    true, random = scored(quick.actions, quick.lpips), scored(quick.random_actions)
     yield from _means("eval/", true)
     yield from _means("eval/copy_last_", quick.copy_last)
     both = (rollout_quality.capped(scores.psnr).mean() for scores in (true, random))
@@ -65,7 +75,7 @@ def run(draw: Draw, quick: Quick) -> Iterator[tuple[str, float]]:
 
 
 def _means(prefix: str, scores: Scores) -> Iterator[tuple[str, float]]:
-    for name, values in scores._asdict().items():
+    for name, values in scores.measured().items():
         known = rollout_quality.capped(values)[~np.isnan(values)]
         if known.size:
             yield prefix + name, float(known.mean())

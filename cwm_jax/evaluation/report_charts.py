@@ -37,19 +37,22 @@ def both(draw: Callable[[Mapping, Theme], Figure], results: Mapping) -> tuple[by
 
 
 def quality(results: Mapping, theme: Theme) -> Figure:
-    """PSNR, SSIM and PSNR of motion by frame, with the floors."""
-    figure, axes = _figure(theme, 3, width=11, height=3.4)
+    """PSNR, SSIM, PSNR of motion and LPIPS by frame, with the floors."""
+    first, *others = results["rollout"].items()
     labels = {
         "psnr": "PSNR (dB)",
         "ssim": "SSIM",
         "psnr_motion": "PSNR of what moved (dB)",
+        "lpips": "LPIPS (lower is better)",
     }
-    first, *others = results["rollout"].items()
+    labels = {name: label for name, label in labels.items() if name in first[1]["model"]}
+    figure, axes = _figure(theme, len(labels), width=11, height=3.4)
     for ax, (measure, label) in zip(axes, labels.items(), strict=True):
         ax.set_title(label, color=theme.ink, fontsize=10, loc="left")
         ax.set_xlabel("frame after the prompt", color=theme.faint, fontsize=9)
         for name, colour, text in (
             ("reconstruction", theme.ceiling, "reconstruction"),
+            ("blur", theme.faint, "blurred real frames"),
             ("copy_last", theme.floor, "copy last frame"),
             ("model", theme.model, f"model, {given(first[0])}"),
         ):
@@ -57,7 +60,7 @@ def quality(results: Mapping, theme: Theme) -> Figure:
         for prompt, sides in others:
             text = f"model, {given(prompt)}"
             _band(ax, sides["model"][measure]["by_frame"], theme.second, text, style="--")
-    # Under all three, where no line is hidden by it.
+    # Under all of them, where no line is hidden by it.
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(
         handles[::-1], names[::-1], loc="outside lower center", ncols=len(names), **_legend(theme)

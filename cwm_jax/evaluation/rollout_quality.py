@@ -1,8 +1,9 @@
-"""Rollout quality by horizon, and the two lines that it stands between.
+"""Rollout quality by horizon, and the lines that it stands between.
 
 Horizon h is the h-th frame after the prompt. "Copy last" holds the last given frame for ever: a
 model below it has learnt nothing that shows. "Reconstruction" is what the network makes of each
-real frame when it is shown that frame whole: what its own rendering costs.
+real frame when it is shown that frame whole: what its own rendering costs. "Blur" is each real
+frame out of focus: PSNR forgives it, eyes and LPIPS do not.
 """
 
 import functools
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import ndimage
 
 from cwm_jax.coinrun import to_model, to_pixels
 from cwm_jax.diffusion import residual, schedule
@@ -21,6 +23,7 @@ from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 
 HORIZONS = (*range(1, 11), 16, 31, 64, 120)
+BLUR = 1.0  # pixels: standard deviation of the Gaussian
 PSNR_CAP = 60.0  # dB: what a frame equal to the real one, of infinite PSNR, counts in a mean
 
 
@@ -35,7 +38,7 @@ def summary(scores: Scores, horizons: Sequence[int]) -> dict:
     Everything is a mean over clips with a bootstrap interval. `identical` is the share of frames
     up to each horizon that equal the real ones, and so count as `PSNR_CAP` dB.
     """
-    results = {name: by_horizon(capped(x), horizons) for name, x in scores._asdict().items()}
+    results = {name: by_horizon(capped(x), horizons) for name, x in scores.measured().items()}
     same = np.isinf(scores.psnr)
     results["identical"] = {str(h): float(same[:, :h].mean()) for h in horizons}
     return results
@@ -49,7 +52,7 @@ def capped(values: np.ndarray) -> np.ndarray:
 def by_horizon(values_BF: np.ndarray, horizons: Sequence[int]) -> dict:
     mean, low, high = bootstrap.of_means(values_BF)
     at = {str(h): as_dict(mean[h - 1], low[h - 1], high[h - 1]) for h in horizons}
-    upto = {str(h): as_dict(*bootstrap.of_mean(_clip_means(values_BF[:, :h]))) for h in horizons}
+    upto = {str(h): as_dict(*bootstrap.of_mean(clip_means(values_BF[:, :h]))) for h in horizons}
     return {
         "at": at,
         "mean": upto,
@@ -71,8 +74,8 @@ def as_dict(mean: float, low: float, high: float) -> dict[str, float]:
     return dict(zip(_NAMES, map(float, (mean, low, high)), strict=True))
 
 
-def _clip_means(values_BF: np.ndarray) -> np.ndarray:
-    """Mean of each clip's frames; NaN for a clip that has none that count."""
+def clip_means(values_BF: np.ndarray) -> np.ndarray:
+    """Mean of each clip's frames, [B]; NaN for a clip that has none that count."""
     present = ~np.isnan(values_BF)
     with np.errstate(invalid="ignore"):
         return np.where(present, values_BF, 0).sum(1) / present.sum(1)
@@ -82,6 +85,14 @@ def copy_last(prompt_BPHWC: np.ndarray, frames: int) -> np.ndarray:
     """The last given frame, `frames` times (a view)."""
     last = prompt_BPHWC[:, -1:]
     return np.broadcast_to(last, (len(last), frames, *last.shape[2:]))
+
+
+def blurred(frames_BFHWC: np.ndarray) -> np.ndarray:
+    """Every frame under a Gaussian of `BLUR` pixels, uint8."""
+    sigma = (0, 0, BLUR, BLUR, 0)
+    return np.stack(
+        [ndimage.gaussian_filter(x[None], sigma, mode="nearest")[0] for x in frames_BFHWC]
+    )
 
 
 def reconstruction(network: DiTConfig, params: Params, frames_BTHWC, actions_BT) -> np.ndarray:

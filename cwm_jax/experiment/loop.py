@@ -15,7 +15,7 @@ from cwm_jax import files
 from cwm_jax.checkpoints import formats, run_checkpoint
 from cwm_jax.data import device_data, loader
 from cwm_jax.errors import UserError, tell
-from cwm_jax.evaluation import generation, quick, single_step
+from cwm_jax.evaluation import generation, lpips_weights, quick, single_step
 from cwm_jax.experiment import (
     clock,
     metrics_file,
@@ -140,6 +140,7 @@ class _Run:
             frames=settings.eval_frames,
             num_actions=settings.model.action_values,
             seed=settings.seed,
+            lpips=None if jax.process_index() else lpips_weights.available(),
         )
 
     def train(self) -> TrainState:

@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from lpips_case import weights
 
 from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.data import loader
@@ -21,6 +22,8 @@ from cwm_jax.evaluation import (
     generation,
     held_out,
     html_report,
+    lpips,
+    paired,
     probe,
     probe_accuracy,
     probe_features,
@@ -51,6 +54,11 @@ TINY = DiTConfig(
 @pytest.fixture(scope="module")
 def clips() -> HeldOut:
     return held_out.load(EMBEDDED, "test", frames=LENGTH, clips=CLIPS)
+
+
+@pytest.fixture(scope="module")
+def net() -> lpips.Lpips:
+    return lpips.from_arrays(weights(), "random")
 
 
 def replaying(clips: HeldOut) -> generation.Draw:
@@ -121,8 +129,27 @@ def test_scores_do_not_depend_on_the_number_of_clips_scored_at_once(clips):
     whole = score(noisy, many[:, 1:4], many[:, 0])
     for first, last in ((0, 7), (19, 25)):
         part = score(noisy[first:last], many[first:last, 1:4], many[first:last, 0])
-        for a, b in zip(part, whole, strict=True):
-            np.testing.assert_allclose(a, b[first:last], rtol=1e-5)
+        for name, values in part.measured().items():
+            np.testing.assert_allclose(values, getattr(whole, name)[first:last], rtol=1e-5)
+
+
+def test_lpips_is_a_score_where_its_weights_are(clips, net):
+    frames = clips.frames[:2, 1:4], clips.frames[:2, 2:5], clips.frames[:2, 0]
+    without, found = score(*frames), score(*frames, lpips=net)
+    assert "lpips" not in rollout_quality.summary(without, (1,))
+    np.testing.assert_array_equal(found.lpips, lpips.distances(net, *frames[:2]))
+    summary = rollout_quality.summary(found, (1, 3))["lpips"]
+    assert summary["mean"]["3"]["mean"] == pytest.approx(found.lpips.mean(), rel=1e-5)
+
+
+def test_blur_spreads_a_point_within_its_frame_alone():
+    frames = np.zeros((2, 3, 64, 64, 3), np.uint8)
+    frames[0, 1, 32, 32, 1] = 255
+    found = rollout_quality.blurred(frames).astype(int)
+    assert found[0, 1, 32, 32, 1] == pytest.approx(255 / (2 * np.pi), abs=2)
+    assert found[0, 1, 31, 32, 1] == found[0, 1, 32, 33, 1] > 0
+    found[0, 1, ..., 1] = 0
+    assert not found.any()
 
 
 def test_an_untrained_network_reconstructs_what_the_lowest_label_leaves(clips):
@@ -414,7 +441,7 @@ def test_the_digest_tells_clips_apart_by_content(clips):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, net):
     plan = full.Plan(
         split="test", clips=3, horizon=6, n_prompt=(1, 2), drift_frames=16, batch_size=2
     )
@@ -425,7 +452,7 @@ def measured(tmp_path_factory):
         patch.setattr(probe, "_EPOCHS", 1)
         patch.setattr(probe, "_CLIPS", 4)
         probes = tmp_path_factory.mktemp("probes")
-        found = full.measure(TINY, params, sampler, config, plan, probes=probes)
+        found = full.measure(TINY, params, sampler, config, plan, probes=probes, lpips=net)
     found.results.update(
         checkpoint=dict(path="runs/<tiny>", step=7, fingerprint=protocol.fingerprint(params)),
         code=protocol.code_version(),
@@ -461,6 +488,52 @@ def test_the_whole_measurement_bears_its_protocol_and_compares(measured, tmp_pat
         comparison.table([("a", results), ("b", again)], across=["records"])
 
 
+def test_the_whole_measurement_has_lpips_beside_floors_and_by_clip(measured):
+    results = measured[0].results
+    for sides in results["rollout"].values():
+        floors = {side: sides[side]["lpips"]["mean"]["6"]["mean"] for side in paired.FLOORS}
+        mean = sides["model"]["lpips"]["mean"]["6"]["mean"]
+        assert np.mean(sides["by_clip"]["lpips"]["6"]) == pytest.approx(mean)
+        for floor, minus in sides["model_minus"].items():
+            assert minus["lpips"]["6"]["mean"] == pytest.approx(mean - floors[floor])
+    assert any("LPIPS minus" in label for label, _ in comparison.rows(results))
+
+
+def another(results, path):
+    full.write_json(path, results)
+    return comparison.read(path)
+
+
+def test_measurements_are_compared_clip_by_clip_and_rankings_that_differ_are_named(
+    measured, tmp_path
+):
+    results = measured[0].results
+    worse = another(results, tmp_path / "worse.json")
+    for sides in worse["rollout"].values():
+        clips = sides["by_clip"]
+        clips["psnr"]["6"] = [x + 1 for x in clips["psnr"]["6"]]
+        clips["lpips"]["6"] = [x + 0.5 for x in clips["lpips"]["6"]]
+    table = comparison.table([("a", results), ("b", worse)])
+    assert re.search(r"^LPIPS minus that of a, frames 1…6 from 1 +– +0\.500 \[", table, re.M)
+    assert "LPIPS ranks a above b, PSNR the other way round (a minus b: LPIPS -0.500" in table
+    assert "ranks a" not in comparison.table([("a", results), ("b", results)])
+
+
+def test_a_measurement_without_lpips_or_of_an_earlier_version_still_compares(measured, tmp_path):
+    results = measured[0].results
+    earlier = another(results, tmp_path / "earlier.json")
+    for sides in earlier["rollout"].values():
+        for name in ("model_minus", "by_clip", "blur"):
+            del sides[name]
+        for side in sides.values():
+            del side["lpips"]
+    for pair in ([("a", results), ("b", earlier)], [("b", earlier), ("a", results)]):
+        table = comparison.table(pair)
+        assert re.search(r"^LPIPS .*–", table, re.MULTILINE)
+        assert "minus that of a" not in table
+    assert "LPIPS" not in comparison.table([("b", earlier)])
+
+
 def test_what_is_no_measurement_is_refused(tmp_path):
     path = tmp_path / "x.json"
     for content in ("{", "[1]", '{"psnr": 3}'):
@@ -481,6 +554,24 @@ def test_the_page_holds_everything_itself(measured, tmp_path):
         assert way_out not in text
     for name in ("quality", "control_dark", "drift", "confusion", "best", "worst"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+def test_the_page_says_what_is_ranked_differently_or_that_lpips_was_not_measured(measured):
+    results = measured[0].results
+    assert sum(name.startswith("LPIPS") for name, *_ in html_report.tiles(results)) == 1
+    minus = {
+        "psnr": {"6": dict(mean=1, low=0.5, high=2)},
+        "lpips": {"6": dict(mean=1, low=-1, high=2)},
+    }
+    sides = results["rollout"]["prompt_1"] | {"model_minus": {"copy_last": minus}}
+    shown = html_report._ranked({"rollout": {"prompt_1": sides}})
+    assert "copying the last frame above the model, PSNR the other way" in shown
+    sides["model_minus"] = {"copy_last": minus | {"psnr": {"6": dict(mean=-1, low=-2, high=0)}}}
+    assert "alike" in html_report._ranked({"rollout": {"prompt_1": sides}})
+    del sides["model"]
+    blind = sides | {"model": {"psnr": {"mean": {"6": minus["psnr"]["6"]}}}}
+    assert "perceptual fetch" in html_report._ranked({"rollout": {"prompt_1": blind}})
+    assert not list(html_report._perceptual_tile(blind, "6", "prompt_1"))
 
 
 def test_a_fingerprint_changes_with_any_parameter():
@@ -549,11 +640,16 @@ def test_the_quick_form_passes_over_bad_records(make_data, marked_episode, capsy
         )
 
 
-def test_the_quick_form_scores_an_oracle_above_copying_and_tells_that_it_ignores_keys():
-    few = quick.prepare(EMBEDDED, "val", clips=3, frames=9, num_actions=15, seed=0)
+def test_the_quick_form_scores_an_oracle_above_copying_and_tells_that_it_ignores_keys(net):
+    few = quick.prepare(EMBEDDED, "val", clips=3, frames=9, num_actions=15, seed=0, lpips=net)
     clips = HeldOut(few.frames, few.actions, 20, 0, "")
     found = dict(quick.run(replaying(clips), few))
     assert found["eval/psnr"] == rollout_quality.PSNR_CAP
     assert found["eval/copy_last_psnr"] < rollout_quality.PSNR_CAP
     assert found["eval/delta_psnr"] == 0
+    assert found["eval/lpips"] == 0
+    assert found["eval/copy_last_lpips"] > 0
+    blind = few._replace(lpips=None, copy_last=few.copy_last._replace(lpips=None))
+    without = dict(quick.run(replaying(clips), blind))
+    assert set(found) - set(without) == {"eval/lpips", "eval/copy_last_lpips"}
     assert found["eval/copy_last_psnr_motion"] < found["eval/copy_last_psnr"]

@@ -20,6 +20,7 @@ from configs import base
 from cwm_jax.checkpoints import run_checkpoint, weights
 from cwm_jax.data import loader
 from cwm_jax.errors import UserError
+from cwm_jax.evaluation import lpips, lpips_weights
 from cwm_jax.experiment import clock, loop, metrics_file, run_directory
 from cwm_jax.experiment.settings import Settings
 from cwm_jax.rendering.video import read_mp4
@@ -71,7 +72,9 @@ def lines_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_writes_what_it_promises(tmp_path, small_data):
+def test_a_run_writes_what_it_promises(tmp_path, small_data, monkeypatch):
+    ones = {name: np.ones(shape, np.float32) for name, shape in lpips.shapes().items()}
+    monkeypatch.setattr(lpips_weights, "available", lambda: lpips.from_arrays(ones))
     run = tmp_path / "run"
     state = train(run, config_of(small_data))
     assert int(state.step) == 10
@@ -81,7 +84,7 @@ def test_a_run_writes_what_it_promises(tmp_path, small_data):
             seen.setdefault(name, []).append(line["step"])
     assert seen["train/loss"] == seen["train/lr"] == seen["train/grad_norm"] == [2, 4, 6, 8, 10]
     assert seen["val/loss"] == [3, 6, 9]
-    for name in ("psnr", "ssim", "psnr_motion", "delta_psnr", "copy_last_psnr"):
+    for name in ("psnr", "ssim", "psnr_motion", "lpips", "delta_psnr", "copy_last_psnr"):
         assert seen[f"eval/{name}"] == [4, 8]
     assert seen["rollout/video"] == seen["rollout/grid"] == [4, 8, 10]
     for name in ("epoch/train_loss", "epoch/val_loss", "epoch/psnr", "epoch/ssim"):
