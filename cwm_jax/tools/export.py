@@ -51,6 +51,7 @@ def write_orbax(trained: Trained, out: Path) -> None:
     """A folder that `run_checkpoint.load` reads: parameters and config, without the optimizer."""
     if out.exists():
         raise UserError(f"{out} is there already; name a new folder")
+    run_checkpoint.check_name(out)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         params = ocp.args.StandardSave(trained.params)
         saved = Saved(trained.step, data_position="", config=trained.config, pause_due=False)
