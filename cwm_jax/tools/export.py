@@ -37,6 +37,7 @@ from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import FrameKV, Modulations, Params
+from cwm_jax.runtime import devices
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.kv_cache import World
 from cwm_jax.sampling.sampler import SamplerConfig, Tables
@@ -211,6 +212,7 @@ def _folder_written_whole(out: Path) -> Iterator[Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _flags().parse_args(argv)
     with shown_to_user():
+        devices.check()
         trained = _with_card(formats.load(args.checkpoint, step=args.step), args.playable_steps)
         if args.format == "bundle":
             steps = formats.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
