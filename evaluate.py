@@ -18,20 +18,20 @@ import jax
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
-from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.evaluation import (
     bootstrap,
     closed_loop,
     comparison,
     full,
     generation,
-    html_report,
     lpips_weights,
     probe,
     protocol,
     rollout_quality,
 )
 from cwm_jax.rendering import video
+from cwm_jax.runtime import devices
 from cwm_jax.sampling import sampler
 from cwm_jax.simulator import game, venv
 
@@ -84,14 +84,28 @@ def measure(args: argparse.Namespace) -> None:
     results["device"] = jax.devices()[0].device_kind
     full.write_json(args.output, results)
     report = args.report or args.output.parent / f"{args.output.stem}_report"
-    html_report.write(report, measured, plan)
+    pictures = _write_report(report, measured, plan)
     used = results["clips"]
     print(
         f"{used['used']} of {used['records']} records of {args.data}/{args.split} used "
         f"({used['too_short']} have fewer than {plan.frames} frames)\n"
         f"{comparison.table([(args.output.name, results)])}\n"
-        f"numbers → {args.output}\npictures → {report / html_report.FILE}"
+        f"numbers → {args.output}{pictures}"
     )
+
+
+def _write_report(folder: Path, measured: full.Measured, plan: full.Plan) -> str:
+    """Returns what to print of the report. The numbers, which take long, stand without it."""
+    try:
+        from cwm_jax.evaluation import html_report  # Matplotlib, which reads its settings here
+
+        html_report.write(folder, measured, plan)
+    except UserError:
+        raise
+    except Exception as error:
+        tell(f"WARNING: there is no report: {type(error).__name__}: {error}")
+        return ""
+    return f"\npictures → {folder / html_report.FILE}"
 
 
 def compare(words: list[str]) -> None:
@@ -172,6 +186,7 @@ def _add_drawing_flags(add) -> None:
 
 def _open(args: argparse.Namespace) -> formats.Opened:
     levels = sampler.ddim_levels(args.ddim_steps)
+    devices.check()
     args.checkpoint = pretrained.unless(args.checkpoint)
     how = dict(levels=levels, window=args.window)
     return formats.open_sampler(args.checkpoint, step=args.step, **how)

@@ -21,6 +21,7 @@ from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.rendering import contact_sheet, video
+from cwm_jax.runtime import devices
 from cwm_jax.sampling import rollouts, sampler
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
@@ -32,6 +33,7 @@ def main() -> None:
     with shown_to_user():
         _check(args)
         drawing = _drawing(args)
+        devices.check()
         checkpoint = pretrained.unless(args.checkpoint)
         opened = formats.open_sampler(checkpoint, step=args.step, **drawing)
         script = rollouts.write_script(

@@ -20,7 +20,7 @@ from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.experiment import dry_run, loop
 from cwm_jax.experiment.settings import Settings
 from cwm_jax.models import attention
-from cwm_jax.runtime import compile_cache, hosts, preemption, process_memory
+from cwm_jax.runtime import compile_cache, devices, hosts, preemption, process_memory
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, configs/NAME.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, films and metrics go.")
@@ -49,6 +49,7 @@ def main(_) -> None:
         process_memory.keep_freed()
         compile_cache.enable(_CACHE.value)
         _join_others()
+        devices.check()
         hosts.check_same({"config": config})
         attention.check_device(settings.model.attention)
         if _DRY_RUN.value:

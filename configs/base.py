@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
     # Weights & Biases. mode: auto (online where a key is configured, else off), online, offline
     # or disabled.
     config.wandb = ConfigDict()
-    config.wandb.project = "coinrun-world-model"
+    config.wandb.project = ""  # W&B's own setting, else coinrun-world-model
     config.wandb.entity = ""
     config.wandb.mode = "auto"
     return config

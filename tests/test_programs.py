@@ -32,3 +32,10 @@ def test_a_wrong_number_is_told_before_a_model_is_opened(program, words, told, m
         program.main()
     assert stopped.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_numbers_stand_though_no_report_can_be_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cwm_jax.evaluation.html_report", None)  # cannot be imported
+    monkeypatch.delattr("cwm_jax.evaluation.html_report", raising=False)
+    assert evaluate._write_report(tmp_path, None, None) == ""
+    assert "there is no report: " in capsys.readouterr().err

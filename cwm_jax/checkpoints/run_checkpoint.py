@@ -79,6 +79,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, retention: Retention):
         root = (Path(workdir) / FOLDER).absolute()
+        check_name(root)
         self.failures = 0
         self._saving: int | None = None
         self._went_well = True  # the last save, as far as it is known
@@ -140,7 +141,8 @@ class Checkpoints:
         args = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
         self._saving = step
         try:
-            self._manager.save(step, args=args, metrics={"val_loss": val_loss})
+            if not self._manager.save(step, args=args, metrics={"val_loss": val_loss}):
+                raise UserError(f"orbax declined it: the newest one there is {self.latest()}")
         except Exception as error:  # whatever it is, training is worth more than one save
             self._failed(error)
         return time.perf_counter() - began
@@ -189,9 +191,23 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._root, options=self._options)
 
     def newest(self) -> Saved | None:
-        """What the newest whole checkpoint says; None where nothing was saved yet."""
+        """What the newest whole checkpoint says; None where nothing was saved yet.
+
+        Raises:
+            UserError: its folder has another number than its step: orbax would decline to save
+                the steps between the two.
+        """
         step = self.latest()
-        return None if step is None else _meta(self._manager.directory / str(step))
+        if step is None:
+            return None
+        folder = self._manager.directory / str(step)
+        saved = _meta(folder)
+        if saved.step != step:
+            raise UserError(
+                f"{folder} holds step {saved.step}, so it was copied or renamed, and no step below "
+                f"{step} could be saved beside it: name it kept_{saved.step}, or move it away"
+            )
+        return saved
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest state.
@@ -205,6 +221,15 @@ class Checkpoints:
             raise UserError(
                 f"cannot continue from {self._manager.directory / str(step)}: {_first_line(error)}"
             ) from None
+
+
+def check_name(folder: Path) -> None:
+    """Raises `UserError` for a path that orbax would take for a pattern, and then lose arrays."""
+    if found := set("*?[") & set(str(folder.absolute())):
+        raise UserError(
+            f"{folder}: a path of checkpoints must be without {' '.join(sorted(found))}, which "
+            f"orbax takes for a pattern of names: name another folder"
+        )
 
 
 def _items(state: TrainState) -> dict[str, Any]:

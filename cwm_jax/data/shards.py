@@ -54,11 +54,18 @@ def find_shards(dir: str | os.PathLike, split: str) -> list[Path]:
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> None:
-    """Writes `records` to a new ArrayRecord file whose records can be read one by one."""
+    """Writes `records` to a new ArrayRecord file whose records can be read one by one.
+
+    Raises:
+        UserError: it cannot be written, such as on a full disk.
+    """
     writer = ArrayRecordWriter(str(path), "group_size:1")
-    for record in records:
-        writer.write(record)
-    writer.close()
+    try:
+        for record in records:
+            writer.write(record)
+        writer.close()  # the call that raises what went wrong in all before
+    except RuntimeError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
 
 
 def open_shard(shard: Path) -> ArrayRecordReader:

@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 from PIL import Image, ImageOps
 
 from cwm_jax import controls
 from cwm_jax.coinrun import IMAGE_SIZE
 from cwm_jax.controls import Controls
-from cwm_jax.data import npz
+from cwm_jax.data import npz, pictures
 from cwm_jax.errors import UserError
 
 FILMS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
@@ -170,39 +169,34 @@ def _from_array(path: Path, known: Controls) -> np.ndarray:
 
 
 def read_frames(path: Path, *, fit: str, every: int) -> Iterator[np.ndarray]:
-    """Every `every`-th frame of a recording, uint8 [64, 64, 3].
+    """Every `every`-th frame of a recording as viewers show it, uint8 [64, 64, 3].
 
     Args:
         fit: "stretch" both sides to 64; "crop" the longer side; or "pad" the shorter with black.
 
     Raises:
-        UserError: a film or picture cannot be read.
+        UserError: a film or picture cannot be read, or the order of pictures is unknown.
     """
     try:
         for number, picture in enumerate(_pictures(path)):
             if number % every == 0:
                 yield np.asarray(fitted(picture(), fit))
-    except (av.FFmpegError, OSError, IndexError) as error:
+    except pictures.VIDEO_ERRORS as error:
         raise UserError(f"cannot read frames from {path}: {error}") from None
 
 
 def _pictures(path: Path) -> Iterator[Callable[[], Image.Image]]:
     """What makes each picture: those that are passed over cost no conversion."""
-    if path.is_dir():
-        for png in sorted(path.glob("*.png")):
-            yield functools.partial(_read_png, png)
-        return
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        for frame in container.decode(stream):
-            yield frame.to_image
+    if not path.is_dir():
+        return pictures.video_frames(path)
+    found = pictures.in_order(list(path.glob("*.png")))
+    return (functools.partial(_read_png, png) for png in found)
 
 
 def _read_png(path: Path) -> Image.Image:
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        return pictures.read_picture(path)
+    except pictures.PICTURE_ERRORS as error:
         raise UserError(f"cannot read a frame from {path}: {error}") from None
 
 

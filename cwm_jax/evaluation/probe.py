@@ -9,7 +9,6 @@ same clips is the ceiling, and its accuracy on shuffled actions the floor.
 
 import functools
 import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +20,15 @@ from einops import rearrange
 from flax import nnx
 from tqdm import tqdm
 
+from cwm_jax import files
 from cwm_jax.coinrun import CHANNELS, MEANINGFUL_ACTIONS, NUM_ACTIONS, action_keys, to_model
 from cwm_jax.data import loader, npz
 from cwm_jax.data.loader import DataConfig
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import held_out, probe_features
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.probe_features import Sight
-from cwm_jax.files import written_whole
+from cwm_jax.runtime import user_cache
 
 _VERSION = 2  # of all that follows: a cached probe of another version is not used
 _EPOCHS, _BATCH, _RATE, _DECAY = 8, 128, 1e-3, 1e-3
@@ -152,11 +152,13 @@ def _learn(params, state, examples, *, steps: int):
     return optax.apply_updates(params, updates), state
 
 
-def cached(config: DataConfig, folder: Path) -> Probe:
+def cached(config: DataConfig, folder: Path | None) -> Probe:
     """The probe of this data's train split, from `folder` or trained and put there.
 
+    A folder that is None or cannot be used costs only time: the probe is trained.
+
     Raises:
-        UserError: where there is no train split, or the folder cannot be written.
+        UserError: where there is no train split.
     """
     lengths = loader.open_episodes(config, "train").lengths
     length = int(np.median(lengths))
@@ -164,34 +166,47 @@ def cached(config: DataConfig, folder: Path) -> Probe:
     return cached_on(held_out.load(config, "train", frames=length, clips=clips), folder)
 
 
-def cached_on(clips: HeldOut, folder: Path) -> Probe:
+def cached_on(clips: HeldOut, folder: Path | None) -> Probe:
     """As `cached`, of given clips."""
     settings = repr((_VERSION, _EPOCHS, _BATCH, _RATE, _DECAY, clips.digest))
     name = hashlib.sha256(settings.encode()).hexdigest()[:16]
-    path = folder / f"probe_{name}.npz"
-    if path.exists():
-        return Probe(_load(path), name)
+    path = folder and folder / f"probe_{name}.npz"
+    if path and (kept := _kept(path)) is not None:
+        return Probe(kept, name)
     probe = train(clips.frames, clips.actions, name=name)
-    flat = nnx.to_flat_state(probe.params)
-    with written_whole(path) as temporary:
-        np.savez(temporary, **{_key(at): np.asarray(leaf[...]) for at, leaf in flat})
+    if path:
+        _keep(probe, path)
     return probe
 
 
-def cache_folder() -> Path:
-    """Where probes are kept by default: the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "cwm_jax"
+def cache_folder() -> Path | None:
+    """Where probes are kept by default: the user's cache folder; None where there is none."""
+    return user_cache.folder()
 
 
-def _load(path: Path) -> nnx.State:
+def _kept(path: Path) -> nnx.State | None:
+    """The parameters in a file; None where there is none that can be used."""
     flat = nnx.to_flat_state(_skeleton()[1])
     try:
+        if not path.exists():
+            return None
         saved = npz.read(path, [_key(at) for at, _ in flat])
-    except UserError as error:
-        raise UserError(f"{error}; it is a cached probe: remove it") from None
+        if any(saved[_key(at)].shape != leaf.shape for at, leaf in flat):
+            raise UserError(f"cannot read {path}: its arrays have other shapes")
+    except (UserError, OSError) as error:
+        tell(f"warning: {error}; the probe is trained again")
+        return None
     leaves = [(at, leaf.replace(jnp.asarray(saved[_key(at)]))) for at, leaf in flat]
     return nnx.from_flat_state(leaves)
+
+
+def _keep(probe: Probe, path: Path) -> None:
+    flat = nnx.to_flat_state(probe.params)
+    try:
+        with files.written_whole(path) as temporary:
+            np.savez(temporary, **{_key(at): np.asarray(leaf[...]) for at, leaf in flat})
+    except (UserError, OSError) as error:
+        tell(f"warning: the probe is not kept, and the next call trains it again: {error}")
 
 
 def _key(path: tuple) -> str:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -27,13 +28,15 @@ from cwm_jax.experiment import (
 )
 from cwm_jax.experiment.settings import Settings
 from cwm_jax.models import kernel_choice
-from cwm_jax.rendering import contact_sheet, plots, video
+from cwm_jax.rendering import contact_sheet, video
 from cwm_jax.runtime import hosts, preemption, process_memory, sharding
 from cwm_jax.sampling import rollouts
 from cwm_jax.sampling.sampler import Sampler
 from cwm_jax.training import train_step
 from cwm_jax.training.examples import Teacher
 from cwm_jax.training.train_step import TrainState
+
+Result = TypeVar("Result")
 
 
 def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
@@ -350,27 +353,42 @@ class _Run:
         val_loss = None
         if _is_due(step, settings.val_every_steps):
             batches = stop.until(self.validation)
-            results = dict(single_step.validation(self.network, weights, batches, self.mesh))
-            val_loss = results["val/loss"]
-            self.reporter.scalars(step, results)
+            val_loss = _attempt("validate", lambda: self._validate(step, weights, batches))
         scores = _is_due(step, settings.eval_every_steps)
         films = _is_due(step, settings.rollout_every_steps)
         films |= bool(settings.rollout_every_steps) and step == self.total_steps
-        sampler = self._sampler(weights) if scores or films else None
-        if scores and sampler:
-            _attempt("score rollouts", lambda: self._evaluate(step, sampler))
-        if films and sampler:
-            _attempt("draw a rollout", lambda: self._draw(step, sampler))
+        if scores or films:
+            self._roll_out(step, weights, scores=scores, films=films)
         if self._ends_epoch(step):
             batches = stop.until(self.whole_validation)
-            results = single_step.epoch_end(self.network, weights, batches, self.mesh)
-            loss_sum, count = sharding.local(sharding.whole(state.epoch_loss, self.mesh))
-            self.reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
+            _attempt("measure the epoch", lambda: self._measure_epoch(step, state, batches))
             state = state._replace(epoch_loss=state.epoch_loss * 0)
         if self._saves(step):
             self._save(state, val_loss=val_loss)
-            _attempt("draw curves.png", self._draw_curves)
+            _attempt("draw curves.png", self._draw_curves, alone=True)
         return state
+
+    def _validate(self, step: int, weights, batches) -> float:
+        results = dict(single_step.validation(self.network, weights, batches, self.mesh))
+        self.reporter.scalars(step, results)
+        return results["val/loss"]
+
+    def _measure_epoch(self, step: int, state: TrainState, batches) -> None:
+        weights = train_step.weights_to_sample(state)
+        results = single_step.epoch_end(self.network, weights, batches, self.mesh)
+        loss_sum, count = sharding.local(sharding.whole(state.epoch_loss, self.mesh))
+        self.reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
+
+    def _roll_out(self, step: int, weights, *, scores: bool, films: bool) -> None:
+        """In the first process alone; every process must come by here."""
+        weights = sharding.whole(weights, self.mesh)
+        if jax.process_index():
+            return
+        sampler = _attempt("prepare rollouts", lambda: self._sampler(weights), alone=True)
+        if scores and sampler:
+            _attempt("score rollouts", lambda: self._evaluate(step, sampler), alone=True)
+        if films and sampler:
+            _attempt("draw a rollout", lambda: self._draw(step, sampler), alone=True)
 
     def _save(self, state: TrainState, **details) -> None:
         position = json.dumps(self.batches.get_state())
@@ -400,16 +418,14 @@ class _Run:
         )
 
     def _draw_curves(self) -> None:
+        from cwm_jax.rendering import plots  # Matplotlib, which training can do without
+
         if jax.process_index() == 0:
             series = metrics_file.read_series(self.workdir / reporters.METRICS_FILE)
             if any(name.endswith("loss") for name in series):  # not so before the first log
                 plots.curves(series, self.workdir / "curves.png")
 
-    def _sampler(self, weights) -> Sampler | None:
-        """Draws with the weights, in the first process alone; every process must come by here."""
-        weights = sharding.whole(weights, self.mesh)
-        if jax.process_index():
-            return None
+    def _sampler(self, weights) -> Sampler:
         return Sampler(self.settings.model, sharding.local(weights), self.settings.sampler)
 
     def _evaluate(self, step: int, sampler: Sampler) -> None:
@@ -450,9 +466,22 @@ def _memory_named(settings: Settings) -> Iterator[None]:
         ) from None
 
 
-def _attempt(what: str, action: Callable[[], None]) -> None:
-    """Does what training can do without, such as writing a picture to a disk that may be full."""
+def _attempt(what: str, action: Callable[[], Result], *, alone: bool = False) -> Result | None:
+    """Does what training can do without, such as a video on a disk that may be full.
+
+    Whatever it raises is logged, and None returned.
+
+    Args:
+        alone: it computes nothing together with other processes. Those would wait for one that
+            fails, so what they do together is only given up in a run of one process.
+    """
     try:
-        action()
-    except (OSError, UserError, ImportError) as error:
-        tell(f"WARNING: cannot {what}: {error}")
+        return action()
+    except preemption.StopAsked:
+        raise
+    except Exception as error:
+        if jax.process_count() > 1 and not alone:
+            raise
+        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        tell(f"WARNING: cannot {what}: {name}{error}; training goes on")
+        return None

@@ -72,10 +72,7 @@ class Progress:
         path = self._workdir / FOLDER / f"step_{step:07d}.json"
         loss = float(metrics["train/loss"])
         if jax.process_index() == 0:
-            values = {name: repr(float(value)) for name, value in metrics.items()}
-            record = {"step": step, "metrics": values, "clips": self._clips_of(step)}
-            with written_whole(path) as temporary:
-                temporary.write_text(json.dumps(record, indent=1) + "\n")
+            self._write_record(path, step, metrics)
         what = f"loss {loss}" if not math.isfinite(loss) else "an infinite gradient"
         told = f"step {step} has {what}; its update was passed over, and its clips are in {path}"
         if self._kernels:
@@ -89,6 +86,16 @@ class Progress:
             )
         count = f"{self._skipped} of at most {self._max_skipped}"
         tell(f"warning: {told} ({count})")
+
+    def _write_record(self, path: Path, step: int, metrics: dict) -> None:
+        """What there is to look at afterwards; training goes on without it."""
+        values = {name: repr(float(value)) for name, value in metrics.items()}
+        try:
+            record = {"step": step, "metrics": values, "clips": self._clips_of(step)}
+            with written_whole(path) as temporary:
+                temporary.write_text(json.dumps(record, indent=1) + "\n")
+        except (UserError, OSError) as error:
+            tell(f"warning: {path} could not be written: {error}")
 
     def _other_kernels(self) -> str:
         """How to rule out the kernels, where they are not XLA's already."""

@@ -3,13 +3,14 @@
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import numpy as np
 from tqdm import tqdm
 
+from cwm_jax.errors import tell
 from cwm_jax.experiment.metrics_file import MetricsFile
 from cwm_jax.experiment.wandb_run import WandbConfig, open_wandb
 from cwm_jax.rendering.video import write_png
@@ -31,6 +32,8 @@ class Sink(Protocol):
 class Reporter:
     """Hands every number and picture to each of its sinks; a context manager.
 
+    A sink that fails is left out from then on, which is logged.
+
     Steps may not go back. What has been reported under a name at a step is not reported again
     at that step: the first word stands.
 
@@ -51,8 +54,8 @@ class Reporter:
             return
         fresh = self._fresh(step, values)
         numbers = {name: float(values[name]) for name in fresh}
-        for sink in self._sinks if numbers else ():
-            sink.scalars(step, numbers)
+        if numbers:
+            self._hand_out(lambda sink: sink.scalars(step, numbers))
 
     def video(self, step: int, name: str, path: str | os.PathLike) -> None:
         """Reports an mp4 that has been written to `path`."""
@@ -71,9 +74,7 @@ class Reporter:
 
     def close(self, *, failed: bool = False) -> None:
         """Closes every sink, whatever becomes of the others; `failed` marks a run that broke."""
-        with contextlib.ExitStack() as stack:
-            for sink in self._sinks:
-                stack.callback(sink.close, failed=failed)
+        self._hand_out(lambda sink: sink.close(failed=failed))
         self._sinks = ()
 
     def __enter__(self) -> "Reporter":
@@ -83,8 +84,18 @@ class Reporter:
         self.close(failed=error is not None)
 
     def _media(self, step: int, name: str, path: Path, kind: str) -> None:
-        for sink in self._sinks if self._sinks and self._fresh(step, [name]) else ():
-            sink.media(step, name, path, kind)
+        if self._sinks and self._fresh(step, [name]):
+            self._hand_out(lambda sink: sink.media(step, name, path, kind))
+
+    def _hand_out(self, give: Callable[[Sink], None]) -> None:
+        """A sink that fails is left out from then on: training can do without it."""
+        for sink in self._sinks:
+            try:
+                give(sink)
+            except Exception as error:
+                self._sinks = tuple(other for other in self._sinks if other is not sink)
+                name = type(sink).__name__
+                tell(f"WARNING: {name} failed and gets no more: {type(error).__name__}: {error}")
 
     def _fresh(self, step: int, names: Sequence[str] | Mapping) -> list[str]:
         if step < self._step:

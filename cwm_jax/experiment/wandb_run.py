@@ -1,18 +1,16 @@
 """Weights & Biases: the same numbers and pictures, on the web."""
 
 import dataclasses
-import netrc
-import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from cwm_jax.errors import UserError, tell
 from cwm_jax.files import written_whole
 
 MODES = ("auto", "online", "offline", "disabled")
+PROJECT = "coinrun-world-model"
 RUN_ID_FILE = "wandb_run_id.txt"
 _INIT_SECONDS = 30  # how long an unreachable server may hold up the start of training …
 _FINISH_SECONDS = 120  # … and its end; what is not sent by then stays on disk for `wandb sync`
@@ -23,14 +21,14 @@ class WandbConfig:
     """Where a run is shown.
 
     Fields:
-        project: the W&B project.
+        project: the W&B project; empty for that of W&B's own settings, else `PROJECT`.
         entity: the user or team; None for the default of the account.
         mode: "online", "offline" (kept in the workdir, to `wandb sync` later), "disabled", or
-            "auto": what the variable WANDB_MODE says, else online where an API key is
-            configured (WANDB_API_KEY or netrc, as `wandb login` leaves it), else disabled.
+            "auto": what W&B's own settings say (WANDB_MODE, `wandb offline`, `wandb disabled`);
+            where they say nothing, online if W&B finds credentials, else disabled.
     """
 
-    project: str = "coinrun-world-model"
+    project: str = ""
     entity: str | None = None
     mode: str = "auto"
 
@@ -98,48 +96,71 @@ def open_wandb(
     mode = resolved_mode(config.mode)
     if mode == "disabled":
         return None
-    run_id = _run_id(workdir / RUN_ID_FILE, resuming)
     try:
-        import wandb  # slow to import, and not everyone uses it
-
-        return WandbRun(
-            wandb.init(
-                project=config.project,
-                entity=config.entity,
-                mode=mode,
-                dir=workdir,
-                config=dict(run_config),
-                id=run_id,
-                resume="allow",
-                settings=wandb.Settings(init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS),
-            )
-        )
+        return WandbRun(_init(config, mode, workdir, run_config, resuming))
     except Exception as error:
         _warn(error)
         return None
+
+
+def _init(config: WandbConfig, mode: str, workdir: Path, run_config: Mapping, resuming: bool):
+    """Starts W&B's run. What its own settings say, such as WANDB_DIR, is left to them."""
+    import wandb  # slow to import, and not everyone uses it
+
+    own = _own_settings()
+    said = own.model_fields_set
+    limits = dict(init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS)
+    return wandb.init(
+        project=config.project or own.project or PROJECT,
+        entity=config.entity or None,
+        mode=None if config.mode == "auto" and "mode" in said else mode,
+        dir=None if "root_dir" in said else workdir,
+        config=dict(run_config),
+        id=own.run_id or _run_id(workdir / RUN_ID_FILE, resuming),
+        resume=own.resume or "allow",
+        settings=wandb.Settings(**{k: v for k, v in limits.items() if k not in said}),
+    )
 
 
 def resolved_mode(mode: str) -> str:
     """What "auto" comes to here: "online", "offline" or "disabled"; other modes stay."""
     if mode != "auto":
         return mode
-    asked = os.environ.get("WANDB_MODE", "")
-    if asked in ("online", "offline", "disabled"):
-        return asked
-    return "online" if has_api_key() else "disabled"
+    try:
+        return _own_mode()
+    except Exception as error:  # no home folder, or a word in WANDB_… that W&B does not know
+        tell(
+            f"warning: W&B cannot read its settings, so the run is kept on this machine: "
+            f"{type(error).__name__}: {error}"
+        )
+        return "disabled"
+
+
+def _own_mode() -> str:
+    own = _own_settings()
+    if own.mode == "disabled":
+        return "disabled"
+    if own.mode in ("offline", "dryrun"):
+        return "offline"
+    return "online" if "mode" in own.model_fields_set or has_api_key() else "disabled"
+
+
+def _own_settings():
+    """W&B's settings as it reads them: variables, `wandb/settings`, and the user's own file."""
+    from wandb.sdk import wandb_setup  # of `wandb.setup()` the part that starts no process
+
+    return wandb_setup.singleton().settings
 
 
 def has_api_key() -> bool:
-    """Whether a key is configured: WANDB_API_KEY, or netrc as `wandb login` leaves it."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    homes = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
-    file = next((home for home in homes if home and os.path.exists(home)), None)
-    try:
-        return file is not None and netrc.netrc(os.fspath(file)).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    """Whether W&B finds credentials for its server. Nothing is sent, and nobody is asked.
+
+    Raises what W&B raises where it cannot look, or finds what is no key.
+    """
+    from wandb.sdk.lib import wbauth
+
+    look = dict(source="cwm_jax", prompt=False, update_session=False)
+    return wbauth.authenticate_session(host=_own_settings().base_url, **look) is not None
 
 
 def _run_id(file: Path, resuming: bool) -> str:

@@ -9,6 +9,7 @@ from PIL import Image
 from cwm_jax.errors import UserError
 from cwm_jax.files import written_whole
 
+_INDEX_FIRST = {"movflags": "+faststart"}
 _BT709 = {"dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
 
 
@@ -30,7 +31,7 @@ def write_mp4(path: str | os.PathLike, frames: Iterable[np.ndarray], *, fps: int
     av = _pyav()
     with (
         written_whole(path) as temporary,
-        av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as container,
+        av.open(_no_address(temporary), "w", format="mp4", options=_INDEX_FIRST) as container,
     ):
         stream = None
         for frame in frames:
@@ -94,7 +95,7 @@ def read_mp4(path: str | os.PathLike) -> np.ndarray:
     """
     av = _pyav()
     try:
-        with av.open(os.fspath(path)) as container:
+        with av.open(_no_address(path)) as container:
             return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
     except (av.FFmpegError, OSError, IndexError, ValueError) as error:
         raise UserError(f"cannot read a film from {path}: {error}") from error
@@ -117,6 +118,11 @@ def _pyav():
     except ImportError:
         raise UserError("videos need PyAV, which is not installed: pip install av") from None
     return av
+
+
+def _no_address(path: str | os.PathLike) -> str:
+    """An absolute path: libav takes `12:30.mp4` for an address of the protocol `12`."""
+    return os.path.abspath(path)
 
 
 def _h264_stream(av, container, frame: np.ndarray, fps: int):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from cwm_jax.errors import UserError
+from cwm_jax.runtime import network
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 _DONE = ".installed"  # holds the requirements that were installed; absent if that broke off
@@ -34,6 +35,8 @@ def ensure(folder: Path | None = None) -> Path:
         UserError: the packages cannot be had, with pip's last word.
     """
     folder = (folder or default_folder()).absolute()
+    if is_ready(folder):  # it may be another user's, where nothing can be written
+        return folder / "bin" / "python"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with folder.with_name(folder.name + ".lock").open("w") as lock:
@@ -46,6 +49,8 @@ def ensure(folder: Path | None = None) -> Path:
 
 
 def _make(folder: Path) -> None:
+    if wrong := network.faults():
+        raise UserError("pip cannot reach its index: " + "; ".join(wrong))
     print(f"making the simulator's environment in {folder} (once)", file=sys.stderr)
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
         raise UserError(f"{folder} is there and is no virtual environment; name another folder")

@@ -29,6 +29,7 @@ from cwm_jax.checkpoints import run_checkpoint, torch_format
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
+from cwm_jax.runtime import devices
 from cwm_jax.training import train_step
 from cwm_jax.training.train_step import OptimizerConfig, TrainState
 
@@ -198,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--ema", action="store_true", help="way back: the moving average as the parameters")
     args = parser.parse_args(argv)
     with shown_to_user():
+        devices.check()
         if args.target.suffix == ".pt":
             convert_back(args.source, args.target, ema=args.ema)
         else:

@@ -13,20 +13,14 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import av
-import huggingface_hub
-import jax
-from packaging.requirements import Requirement
-
-from cwm_jax.data import shards
 from cwm_jax.errors import UserError
-from cwm_jax.experiment import wandb_run
-from cwm_jax.simulator import venv
+from cwm_jax.runtime import network, user_cache
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +54,8 @@ def requirements() -> list[str]:
 
 
 def packages(asked: Sequence[str]) -> Finding:
+    from packaging.requirements import Requirement
+
     wrong = []
     for requirement in map(Requirement, asked):
         try:
@@ -79,12 +75,15 @@ def packages(asked: Sequence[str]) -> Finding:
 
 def devices() -> Finding:
     """Where JAX will compute. A GPU that JAX does not see is bad; a machine without one is not."""
+    import jax
+
+    from cwm_jax.runtime import devices as runtime_devices
+
     driver = nvidia_driver()
-    try:
-        found = jax.devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        return Finding(BAD, f"JAX has no devices: {reason}", _mend_cuda(driver))
+    if fault := runtime_devices.missing():
+        mend = _mend_cuda(driver) if driver else "unset JAX_PLATFORMS, or set it to cpu"
+        return Finding(BAD, fault, mend)
+    found = jax.devices()
     kinds = ", ".join(f"{d.platform} {d.device_kind}{_memory(d)}" for d in found)
     if found[0].platform == "cpu" and driver:
         what = f"an NVIDIA driver ({driver}) is here, but JAX computes on the CPU"
@@ -99,7 +98,10 @@ def nvidia_driver() -> str:
     if not shutil.which("nvidia-smi"):
         return ""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):  # a driver that hangs has no version to name
+        return ""
     return done.stdout.split("\n")[0].strip() if done.returncode == 0 else ""
 
 
@@ -108,7 +110,7 @@ def _mend_cuda(driver: str) -> str:
     return f'pip install -U "cwm_jax[{"cuda13" if newer else "cuda12"}]"; unset JAX_PLATFORMS'
 
 
-def _memory(device: jax.Device) -> str:
+def _memory(device) -> str:
     stats = device.memory_stats() or {}
     limit = stats.get("bytes_limit")
     return f" ({limit / _GB:.0f} GB for JAX)" if limit else ""
@@ -120,13 +122,21 @@ def cudnn(versions: Callable[[str], str] = importlib.metadata.version) -> Findin
             return Finding(OK, f"cuDNN {versions(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    if jax.default_backend() == "gpu":
+    import jax
+
+    from cwm_jax.runtime import devices as runtime_devices
+
+    if not runtime_devices.missing() and jax.default_backend() == "gpu":
         return Finding(NOTE, "cuDNN comes from the system", 'pip install -U "cwm_jax[cuda12]"')
     return Finding(OK, "cuDNN is not needed without a GPU")
 
 
-def codecs(available: Iterable[str] = av.codecs_available) -> Finding:
-    if missing := {"libx264", "h264"} - set(available):
+def codecs(available: Iterable[str] | None = None) -> Finding:
+    import av
+
+    if missing := {"libx264", "h264"} - set(
+        av.codecs_available if available is None else available
+    ):
         what = f"PyAV {av.__version__} lacks {', '.join(sorted(missing))}: no films"
         return Finding(BAD, what, "pip install --force-reinstall --only-binary :all: av")
     return Finding(OK, f"PyAV {av.__version__} writes and reads H.264")
@@ -134,6 +144,8 @@ def codecs(available: Iterable[str] = av.codecs_available) -> Finding:
 
 def data_folder(folder: Path) -> Finding:
     """Whether every split has shards, and the first of each is whole; `check` reads them all."""
+    from cwm_jax.data import shards
+
     counts = {}
     for split in shards.SPLITS:
         try:
@@ -147,15 +159,50 @@ def data_folder(folder: Path) -> Finding:
 
 
 def wandb_login() -> Finding:
-    if wandb_run.has_api_key():
+    from cwm_jax.experiment import wandb_run
+
+    try:
+        has_key = wandb_run.has_api_key()
+    except Exception as error:  # no home folder, or a variable that W&B cannot read
+        what = f"W&B cannot read its settings ({_line(error)}): runs are kept on this machine"
+        return Finding(NOTE, what, "set HOME, and look at the variables WANDB_…")
+    if has_key:
         return Finding(OK, "a Weights & Biases key is configured")
     return Finding(NOTE, "no Weights & Biases key: runs are kept on this machine", "wandb login")
 
 
 def hub_login() -> Finding:
-    if huggingface_hub.get_token():
+    with network.hub_settings_read():
+        import huggingface_hub
+
+        token = huggingface_hub.get_token()
+    if token:
         return Finding(OK, "logged in to the Hugging Face Hub")
     return Finding(NOTE, "not logged in to the hub; only uploading needs it", "hf auth login")
+
+
+def proxies() -> Finding:
+    """Settings of the network; nothing is sent."""
+    if wrong := network.faults():
+        return Finding(BAD, "; ".join(wrong), "set it right, or unset it")
+    names = ", ".join(network.proxies())
+    return Finding(OK, f"{names} can be used" if names else "no proxies")
+
+
+def caches() -> Finding:
+    """Whether compiled programs and temporary files have a place."""
+    tempfile.gettempdir()  # raises where nothing can be written
+    folder = user_cache.folder()
+    if folder is None:
+        what = "no home folder: compiled programs and probes are not kept"
+        return Finding(NOTE, what, "set HOME or XDG_CACHE_HOME to a folder you may write to")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Finding(OK, f"compiled programs and probes are kept in {folder}")
+    except OSError as error:
+        what = f"{folder} cannot be written ({error.strerror}): compiled programs are not kept"
+        return Finding(NOTE, what, "set XDG_CACHE_HOME to a folder you may write to")
 
 
 def disk(folder: Path = Path()) -> Finding:
@@ -188,6 +235,8 @@ def open_files(limit: int = resource.getrlimit(resource.RLIMIT_NOFILE)[1]) -> Fi
 
 
 def simulator(folder: Path | None = None) -> Finding:
+    from cwm_jax.simulator import venv
+
     folder = folder or venv.default_folder()
     if venv.is_ready(folder):
         return Finding(OK, f"the Procgen simulator is in {folder}")
@@ -196,21 +245,40 @@ def simulator(folder: Path | None = None) -> Finding:
 
 def examine(folder: Path) -> list[tuple[str, Finding]]:
     """Every check by name, in the order of the report."""
-    return [
-        ("python", python()),
-        ("packages", packages(requirements())),
-        ("devices", devices()),
-        ("cudnn", cudnn()),
-        ("video", codecs()),
-        ("data", data_folder(folder)),
-        ("simulator", simulator()),
-        ("wandb", wandb_login()),
-        ("hub", hub_login()),
-        ("disk", disk()),
-        ("cores", cores()),
-        ("shared memory", shared_memory()),
-        ("open files", open_files()),
-    ]
+    checks: dict[str, Callable[[], Finding]] = {
+        "python": python,
+        "packages": lambda: packages(requirements()),
+        "devices": devices,
+        "cudnn": cudnn,
+        "video": codecs,
+        "data": lambda: data_folder(folder),
+        "simulator": simulator,
+        "wandb": wandb_login,
+        "hub": hub_login,
+        "network": proxies,
+        "disk": disk,
+        "caches": caches,
+        "cores": cores,
+        "shared memory": shared_memory,
+        "open files": open_files,
+    }
+    return [(name, _found(check)) for name, check in checks.items()]
+
+
+def _found(check: Callable[[], Finding]) -> Finding:
+    """What a check finds; what it fails of, such as a package that cannot be imported, is bad."""
+    try:
+        return check()
+    except UserError as error:
+        return Finding(BAD, str(error))
+    except ImportError as error:
+        return Finding(BAD, f"cannot be looked at: {_line(error)}", "make install")
+    except Exception as error:
+        return Finding(BAD, f"cannot be looked at: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

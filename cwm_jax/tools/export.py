@@ -37,6 +37,7 @@ from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import FrameKV, Modulations, Params
+from cwm_jax.runtime import devices
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.kv_cache import World
 from cwm_jax.sampling.sampler import SamplerConfig, Tables
@@ -52,6 +53,7 @@ def write_orbax(trained: Trained, out: Path) -> None:
     """A folder that `run_checkpoint.load` reads: parameters and config, without the optimizer."""
     if out.exists():
         raise UserError(f"{out} is there already; name a new folder")
+    run_checkpoint.check_name(out)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         params = ocp.args.StandardSave(trained.params)
         saved = Saved(trained.step, data_position="", config=trained.config, pause_due=False)
@@ -230,6 +232,7 @@ def _folder_written_whole(out: Path) -> Iterator[Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _flags().parse_args(argv)
     with shown_to_user():
+        devices.check()
         trained = _with_card(formats.load(args.checkpoint, step=args.step), args.playable_steps)
         trained = averaged(trained, args.average)
         if args.format == "bundle":

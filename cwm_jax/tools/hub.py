@@ -18,15 +18,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
-from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
 from cwm_jax.checkpoints import bundle, run_checkpoint, weights
 from cwm_jax.data import shards
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.runtime import network
+
+with shown_to_user(), network.hub_settings_read():  # its variables are read when it is imported
+    from huggingface_hub import CommitOperationAdd, HfApi, errors, get_session, get_token
+    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 DATASET = "p-doom/coinrun-dataset"
 _SPARE_BYTES = 100 << 20  # left free on the disk
@@ -141,6 +145,11 @@ def upload(
         raise UserError("uploading needs a token: hf auth login, or set HF_TOKEN")
     with _told(api, repo):
         url = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
+        if private and not api.repo_info(repo, repo_type="model").private:
+            raise UserError(
+                f"--private: {repo} is there already, and public, so nothing was uploaded: make it "
+                f"private on the hub, or name another"
+            )
         readme = f"{prefix}README.md"
         operations = [CommitOperationAdd(name, path) for name, path in contents.items()]
         operations.append(CommitOperationAdd(readme, card(repo, prefix).encode()))
@@ -252,9 +261,11 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told(api: HfApi, repo: str) -> Iterator[None]:
-    """Turns what goes wrong with the hub into one clear sentence."""
+    """Turns what goes wrong with the hub into one clear sentence, which shows no secret."""
     try:
         yield
+    except UserError:
+        raise
     except errors.GatedRepoError:
         raise UserError(f"{repo} is gated: ask for access on {api.endpoint}/{repo}") from None
     except errors.RepositoryNotFoundError:
@@ -274,16 +285,63 @@ def _told(api: HfApi, repo: str) -> Iterator[None]:
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             with _told(api, repo):
                 raise error.__cause__ from None
-        raise UserError(_OFFLINE.format(api.endpoint)) from None
-    except (errors.HTTPError, errors.OfflineModeIsEnabled, errors.FileMetadataError):
-        raise UserError(_OFFLINE.format(api.endpoint)) from None
+        raise UserError(_unreachable(api)) from None
+    except errors.OfflineModeIsEnabled:
+        raise UserError("HF_HUB_OFFLINE keeps the hub from being asked: unset it") from None
+    except (errors.HTTPError, errors.FileMetadataError):
+        raise UserError(_unreachable(api)) from None
     except errors.HFValidationError as error:
         raise UserError(f"{repo!r} is no name of a repository: {error}") from None
     except OSError as error:
         raise UserError(f"cannot store what comes from {repo}: {error.strerror or error}") from None
+    except Exception as error:  # of the libraries below; its words may hold a password
+        raise UserError(f"the hub could not be asked for {repo}: {type(error).__name__}") from None
 
 
-_OFFLINE = "cannot reach {}: is this machine online? What is there already is kept."
+def _unreachable(api: HfApi) -> str:
+    through = [name for name in network.proxies() if name.lower() != "no_proxy"]
+    asked = (
+        f"does the proxy of {' and '.join(through)} work" if through else "is this machine online"
+    )
+    return f"cannot reach {api.endpoint}: {asked}? What is there already is kept."
+
+
+def _check_settings(api: HfApi) -> None:
+    """Makes the hub's client once, so that settings at fault are named before anything is asked.
+
+    Raises:
+        UserError: naming the variable, and never its value: proxies and tokens are secrets.
+    """
+    try:
+        token = get_token() or ""
+    except OSError as error:
+        raise UserError(f"cannot read the file of the hub's token: {error}") from None
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise UserError(
+            "the token (HF_TOKEN, or that of hf auth login) has letters that no token has, such "
+            "as … or a space: copy it whole, with the button on the hub's page"
+        )
+    endpoint = urlsplit(api.endpoint)
+    if endpoint.scheme not in ("http", "https") or "@" in endpoint.netloc or not _port(endpoint):
+        raise UserError(
+            "HF_ENDPOINT is no address of a hub: wanted https://HOST or http://HOST:PORT"
+        )
+    wrong = network.faults()
+    try:
+        get_session()
+    except Exception as error:  # of any library below; its words may hold a password
+        names = ", ".join([*network.proxies(), "SSL_CERT_FILE, SSL_CERT_DIR"])
+        wrong = wrong or [f"{type(error).__name__} from one of the settings {names}"]
+    if wrong:
+        raise UserError("the hub cannot be reached: " + "; ".join(wrong))
+
+
+def _port(address: SplitResult) -> bool:
+    """Whether host and port of an address can be used."""
+    try:
+        return bool(address.hostname) and address.port != 0
+    except ValueError:
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -292,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, "jobs", 1) < 1 or (getattr(args, "shards", None) or 1) < 1:
             raise UserError("--jobs and --shards must be 1 or more")
         api = HfApi()
+        _check_settings(api)
         try:
             print(_run(api, args))
         except KeyboardInterrupt:

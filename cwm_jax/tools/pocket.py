@@ -39,6 +39,9 @@ _STEP_BYTES = 14 * 10**9  # of GPU memory, beside the frames: 128 clips of 12 fr
 _GPU_BATCH = 128
 _PROBE = """
 import jax, json
+from cwm_jax.runtime import devices
+if fault := devices.missing():
+    raise SystemExit(fault)
 d = jax.local_devices()[0]
 limit = (d.memory_stats() or {}).get("bytes_limit", 0)
 print(json.dumps([d.platform, d.device_kind, limit, getattr(d, "compute_capability", "")]))

@@ -245,3 +245,36 @@ def test_a_save_that_fails_before_it_begins_is_no_success(run, monkeypatch):
         assert not saved.settle()
         saved.save(state_at(17), data_position="", config=CONFIG)
         assert saved.settle()
+
+
+def test_a_save_that_orbax_declines_is_a_failed_one(run, capsys):
+    with Checkpoints(run, retention=Retention(2)) as saved:
+        saved.save(state_at(9), data_position="", config=CONFIG)
+        assert not saved.settle()
+        assert saved.failures == 1
+    assert "step 9 could not be saved" in capsys.readouterr().err
+
+
+def test_a_checkpoint_under_another_number_is_named(run):
+    shutil.copytree(run / "checkpoints" / "7", run / "checkpoints" / "9999")
+    with (
+        Checkpoints(run, retention=Retention(2)) as saved,
+        pytest.raises(UserError, match=r"checkpoints/9999 holds step 7.*kept_7"),
+    ):
+        saved.newest()
+    (run / "checkpoints" / "9999").rename(run / "checkpoints" / "kept_7")
+    with Checkpoints(run, retention=Retention(2)) as saved:
+        assert saved.newest().step == 11
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"), [("a:b @2 #1 100%20é", True), ("run[0:1]", False), ("run?", False)]
+)
+def test_a_name_keeps_all_arrays_or_is_refused(tmp_path, name, fits):
+    if not fits:
+        with pytest.raises(UserError, match="pattern of names: name another folder"):
+            Checkpoints(tmp_path / name, retention=Retention(2))
+        return
+    with Checkpoints(tmp_path / name, retention=Retention(2)) as saved:
+        saved.save(state_at(3), data_position="", config=CONFIG)
+    assert run_checkpoint.load(tmp_path / name).step == 3

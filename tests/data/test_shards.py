@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -232,3 +233,9 @@ def test_the_reader_reports_faults_as_assumed_here(tmp_path):
     assert not reader.ok()
     with pytest.raises(RuntimeError, match="at least 64KB"):
         reader.close()
+
+
+def test_a_shard_that_cannot_be_written_is_named(tmp_path):
+    for path in (Path("/dev/full"), tmp_path / "none" / "data.array_record"):
+        with pytest.raises(UserError, match=f"cannot write {path}: "):
+            shards.write_shard(path, [b"record" * 9])

@@ -317,14 +317,23 @@ def test_a_cached_probe_is_the_trained_one_and_other_data_has_another(clips, tmp
         probe.cached_on(other, tmp_path)
 
 
-def test_a_broken_cached_probe_is_named(clips, tmp_path, monkeypatch):
+def test_a_probe_that_cannot_be_kept_or_read_is_trained(clips, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(probe, "_EPOCHS", 1)
+    (tmp_path / "file").write_text("no folder")
+    for folder in (None, tmp_path / "file"):
+        fresh = probe.cached_on(clips, folder)
+    assert "the probe is not kept" in capsys.readouterr().err
     path = tmp_path / f"probe_{probe.cached_on(clips, tmp_path).name}.npz"
     whole = path.read_bytes()
-    for content in (b"no archive", whole[: len(whole) // 2]):
+    with np.load(path) as arrays:
+        other = {name: array[:1] for name, array in arrays.items()}
+    np.savez(tmp_path / "other.npz", **other)
+    monkeypatch.setattr(probe, "train", lambda *_, **__: fresh)
+    for content in (b"no archive", whole[: len(whole) // 2], (tmp_path / "other.npz").read_bytes()):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=f"{path.name}: .*remove it"):
-            probe.cached_on(clips, tmp_path)
+        assert probe.cached_on(clips, tmp_path).params is fresh.params
+        assert f"{path.name}" in capsys.readouterr().err
+        assert path.read_bytes() != content  # put in its place
 
 
 # Drift

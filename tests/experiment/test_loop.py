@@ -23,6 +23,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.evaluation import lpips, lpips_weights
 from cwm_jax.experiment import clock, loop, metrics_file, run_directory
 from cwm_jax.experiment.settings import Settings
+from cwm_jax.rendering import plots
 from cwm_jax.rendering.video import read_mp4
 from cwm_jax.runtime import preemption
 from cwm_jax.training import train_step
@@ -281,6 +282,27 @@ def test_a_run_begins_with_no_other_network(tmp_path, small_data):
     with pytest.raises(UserError, match=r"config\.init_from: no checkpoint folder at .*nothing"):
         train(tmp_path / "second", config)
     assert not (tmp_path / "second" / "config.json").exists()
+
+
+@pytest.mark.parametrize("what", ["sampler", "rest"])
+def test_what_training_can_do_without_never_ends_it(
+    tmp_path, small_data, monkeypatch, capsys, what
+):
+    def failing(*_, **__):
+        raise ZeroDivisionError("odd")
+
+    places = [(loop, "Sampler")]
+    if what == "rest":
+        places = [(loop.quick, "run"), (loop.rollouts, "write"), (plots, "curves")]
+        places += [(loop.single_step, name) for name in ("validation", "epoch_end")]
+    for module, name in places:
+        monkeypatch.setattr(module, name, failing)
+    assert int(train(tmp_path / "run", config_of(small_data)).step) == 10
+    assert run_checkpoint.load(tmp_path / "run").step == 10
+    told = capsys.readouterr().err
+    names = ["score", "draw a rollout", "draw curves", "validate", "measure the epoch"]
+    for name in ["prepare rollouts"] if what == "sampler" else names:
+        assert f"cannot {name}" in told
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path, small_data):

@@ -74,10 +74,10 @@ def test_pictures_are_written_beside_the_run_or_taken_as_they_are(tmp_path):
     assert own == tmp_path / "own.png"
 
 
-def test_every_sink_is_closed_and_told_of_failure(tmp_path):
+def test_every_sink_is_closed_and_told_of_failure(tmp_path, capsys):
     sinks = [Recorder(), Recorder(closing_error=OSError("first")), Recorder()]
-    with pytest.raises(OSError, match="first"):
-        Reporter(tmp_path, sinks).close()
+    Reporter(tmp_path, sinks).close()
+    assert "OSError: first" in capsys.readouterr().err
     assert [sink.closed for sink in sinks] == [False] * 3
 
     sink = Recorder()
@@ -89,6 +89,22 @@ def test_every_sink_is_closed_and_told_of_failure(tmp_path):
     with pytest.raises(RuntimeError, match="diverged"):
         break_down()
     assert sink.closed is True
+
+
+class Broken(Recorder):
+    """A sink that takes nothing."""
+
+    def scalars(self, step, values):
+        raise ZeroDivisionError("odd")
+
+
+def test_a_sink_that_fails_is_left_out_and_reports_go_on(tmp_path, capsys):
+    sink = Recorder()
+    with Reporter(tmp_path, [Broken(), sink]) as report:
+        report.scalars(1, {"a": 1})
+        report.scalars(2, {"a": 2})
+    assert [step for step, _ in sink.said] == [1, 2]
+    assert capsys.readouterr().err.count("Broken failed") == 1
 
 
 def test_other_processes_say_and_write_nothing(tmp_path, capfd):

@@ -36,7 +36,7 @@ def test_small_keeps_the_originals_settings():
     )
     assert (settings.ddim_steps, settings.n_prompt) == (10, 1)
     assert (settings.rollout_frames, settings.n_rollout_samples) == (16, 4)
-    assert settings.wandb.project == "coinrun-world-model"
+    assert settings.wandb.mode == "auto"
 
 
 @pytest.mark.parametrize(

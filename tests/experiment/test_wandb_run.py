@@ -1,5 +1,7 @@
 """W&B gets every number and picture under its name, goes on after a resume, and can only warn."""
 
+import dataclasses
+import os
 import struct
 import sys
 import time
@@ -7,11 +9,12 @@ import types
 
 import numpy as np
 import pytest
+import wandb
 
 from cwm_jax.errors import UserError
 from cwm_jax.experiment import wandb_run
 from cwm_jax.experiment.reporters import open_reporter
-from cwm_jax.experiment.wandb_run import WandbConfig, open_wandb, resolved_mode
+from cwm_jax.experiment.wandb_run import PROJECT, WandbConfig, open_wandb, resolved_mode
 from cwm_jax.rendering import video
 
 NUMBERS = [
@@ -19,15 +22,23 @@ NUMBERS = [
     *("perf/steps_per_sec", "perf/frames_per_sec"),
     *("epoch/train_loss", "epoch/val_loss", "epoch/psnr", "epoch/ssim"),
 ]
-FAMILY = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC")
 
 
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch, tmp_path):
-    for name in FAMILY:
+    for name in [name for name in os.environ if name.startswith("WANDB_")] + ["NETRC"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()  # W&B reads its settings once
+    yield
+    wandb.teardown()
+
+
+def mode_now():
+    wandb.teardown()
+    return resolved_mode("auto")
 
 
 def offline_records(path):
@@ -123,25 +134,92 @@ def test_an_offline_run_holds_everything_and_a_resumed_one_goes_on(tmp_path):
 
 
 def test_auto_is_online_only_with_a_key(tmp_path, monkeypatch):
-    assert resolved_mode("auto") == "disabled"
+    assert mode_now() == "disabled"
     netrc = tmp_path / "home" / ".netrc"
     netrc.parent.mkdir()
     netrc.write_text("machine example.org login user password secret\n")
-    assert resolved_mode("auto") == "disabled"
-    netrc.write_text("machine api.wandb.ai login user password secret\n")
-    assert resolved_mode("auto") == "online"
+    assert mode_now() == "disabled"
+    netrc.write_text(f"machine api.wandb.ai login user password {'k' * 40}\n")
+    assert mode_now() == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example.org:8080")
-    assert resolved_mode("auto") == "disabled"
+    assert mode_now() == "disabled"
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert resolved_mode("auto") == "online"
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert resolved_mode("auto") == "offline"
+    assert mode_now() == "online"
     assert [resolved_mode(mode) for mode in ("online", "disabled")] == ["online", "disabled"]
+
+
+@pytest.mark.parametrize(
+    ("said", "mode"), [("offline", "offline"), ("dryrun", "offline"), ("disabled", "disabled")]
+)
+@pytest.mark.parametrize("place", ["WANDB_MODE", "the folder", "the user", "WANDB_CONFIG_DIR"])
+def test_what_wandb_was_told_holds_though_there_is_a_key(tmp_path, monkeypatch, said, mode, place):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    folders = {"the folder": tmp_path / "wandb", "WANDB_CONFIG_DIR": tmp_path / "config"}
+    folder = folders.get(place, tmp_path / "home" / ".config" / "wandb")
+    if place == "WANDB_MODE":
+        monkeypatch.setenv(place, said)
+    else:
+        folder.mkdir(parents=True)
+        (folder / "settings").write_text(f"[default]\nmode = {said}\n")
+    if place == "WANDB_CONFIG_DIR":
+        monkeypatch.setenv(place, str(folder))
+    assert mode_now() == mode
+
+
+@pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "ofline"), ("WANDB_API_KEY", "short")])
+def test_settings_that_wandb_cannot_read_keep_a_run_here(monkeypatch, capsys, name, value):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv(name, value)
+    assert mode_now() == "disabled"
+    assert "kept on this machine" in capsys.readouterr().err
+
+
+def test_without_a_home_a_run_is_kept_here(tmp_path, monkeypatch, capsys):
+    def nobody(*_):
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    wandb.teardown()
+    assert open_wandb(WandbConfig(), tmp_path, run_config={}, resuming=False) is None
+    assert "kept on this machine" in capsys.readouterr().err
+
+
+def test_other_settings_of_wandb_hold(tmp_path, monkeypatch):
+    given = {}
+
+    def init(**more):
+        given.update(more)
+        return types.SimpleNamespace(step=0)
+
+    monkeypatch.setattr(wandb, "init", init)
+    offline = WandbConfig(mode="offline")
+    start = lambda config: open_wandb(config, tmp_path, run_config={}, resuming=False)
+    start(offline)
+    assert (given["project"], given["dir"], given["resume"]) == (PROJECT, tmp_path, "allow")
+    wishes = {"PROJECT": "mine", "DIR": str(tmp_path / "w"), "RUN_ID": "abc", "RESUME": "must"}
+    for name, value in {**wishes, "INIT_TIMEOUT": "7"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()
+    start(offline)
+    assert (given["project"], given["dir"], given["resume"]) == ("mine", None, "must")
+    assert given["id"] == "abc"
+    assert "init_timeout" not in given["settings"].model_fields_set
+    start(dataclasses.replace(offline, project="other"))
+    assert given["project"] == "other"
+
+
+def test_a_run_id_that_cannot_be_kept_is_told_and_training_goes_on(tmp_path, capsys):
+    (tmp_path / wandb_run.RUN_ID_FILE).mkdir()
+    config = WandbConfig(mode="offline")
+    assert open_wandb(config, tmp_path, run_config={}, resuming=False) is None
+    assert "WARNING: W&B failed" in capsys.readouterr().err
 
 
 def test_disabled_does_not_even_import_wandb(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would fail
-    assert open_wandb(WandbConfig(), tmp_path, run_config={}, resuming=False) is None
+    config = WandbConfig(mode="disabled")
+    assert open_wandb(config, tmp_path, run_config={}, resuming=False) is None
     assert not list(tmp_path.iterdir())
 
 

@@ -142,3 +142,12 @@ def test_a_gif_shows_every_frame(tmp_path):
     with pytest.raises(UserError, match="no frames"):
         video.write_film(tmp_path / "none.GIF", iter([]), fps=15)
     assert not (tmp_path / "none.GIF").exists()
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "http:film.mp4", "a:b/100%d?x#y.mp4", "pipe:1.gif"])
+def test_names_that_look_like_addresses_are_files(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    video.write_film(name, [plain((9, 8, 7))] * 2, fps=5)
+    assert (tmp_path / name).stat().st_size > 100
+    if name.endswith("mp4"):
+        assert len(video.read_mp4(name)) == 2

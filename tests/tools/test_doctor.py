@@ -1,9 +1,13 @@
 """The doctor sees each illness, names its cure, and says so by its exit code."""
 
 import importlib.metadata
+import sys
 from types import SimpleNamespace
 
+import huggingface_hub
+import jax
 import pytest
+import wandb
 
 from cwm_jax.tools import doctor
 from cwm_jax.tools.doctor import BAD, NOTE, OK
@@ -44,7 +48,7 @@ def test_a_gpu_that_jax_does_not_use_is_bad(monkeypatch):
     gpu = SimpleNamespace(
         platform="gpu", device_kind="H", memory_stats=lambda: {"bytes_limit": 72e9}
     )
-    monkeypatch.setattr(doctor.jax, "devices", lambda: [cpu])
+    monkeypatch.setattr(jax, "devices", lambda: [cpu])
     for driver, status, mend in (
         ("", NOTE, ""),
         ("570.1", BAD, "cuda12"),
@@ -54,13 +58,13 @@ def test_a_gpu_that_jax_does_not_use_is_bad(monkeypatch):
         found = doctor.devices()
         assert found.status == status
         assert mend in found.mend
-    monkeypatch.setattr(doctor.jax, "devices", lambda: [gpu])
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
     assert doctor.devices() == (OK, "1 × gpu H (72 GB for JAX)", "")
 
     def broken():
         raise RuntimeError("no driver\nmore")
 
-    monkeypatch.setattr(doctor.jax, "devices", broken)
+    monkeypatch.setattr(jax, "devices", broken)
     assert doctor.devices().status == BAD
 
 
@@ -90,7 +94,49 @@ def test_logins_are_seen_and_never_shown(monkeypatch, tmp_path):
     for name, value, status in (("", "", NOTE), ("k" * 40, "hf_" + "x" * 30, OK)):
         monkeypatch.setenv("WANDB_API_KEY", name)
         monkeypatch.setenv("HF_TOKEN", value)
-        monkeypatch.setattr(doctor.huggingface_hub, "get_token", lambda value=value: value or None)
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda value=value: value or None)
         found = [doctor.wandb_login(), doctor.hub_login()]
         assert [f.status for f in found] == [status, status]
         assert not any(secret and secret in str(found) for secret in (name, value))
+
+
+def test_a_check_that_fails_is_a_finding(monkeypatch, capsys):
+    def hang(*_, **__):
+        raise doctor.subprocess.TimeoutExpired("nvidia-smi", 30)
+
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: "/bin/nvidia-smi")
+    monkeypatch.setattr(doctor.subprocess, "run", hang)
+    monkeypatch.setitem(sys.modules, "av", None)  # as where a library is missing
+
+    def broken(*_):
+        raise AssertionError
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", broken)
+    with pytest.raises(SystemExit) as ended:
+        doctor.main([])
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "BAD  devices        JAX_PLATFORMS=cuda asks for" in said
+    assert "→ unset JAX_PLATFORMS" in said
+    assert "BAD  video          cannot be looked at" in said
+    assert "not well: devices, video" in said
+
+
+def test_a_machine_without_a_home_or_with_a_bad_proxy(monkeypatch, tmp_path):
+    def nobody(*_):
+        raise KeyError("uid not found")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert doctor.caches().status == OK
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert "cannot be written" in doctor.caches().what
+    for name in ("HOME", "XDG_CACHE_HOME", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    wandb.teardown()
+    assert doctor.wandb_login().status == NOTE
+    assert doctor.caches().status == NOTE
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:p#ss@h:1")
+    assert doctor.proxies().status == BAD
+    assert "p#ss" not in str(doctor.proxies())

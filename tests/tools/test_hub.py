@@ -56,7 +56,9 @@ class Hub(BaseHTTPRequestHandler):
         elif "/tree/" in path:
             self.reply(200, [entry(name, content) for name, content in state.files.items()])
         else:
-            self.reply(200, {"id": "them/things", "sha": SHA, "siblings": []})
+            self.reply(
+                200, {"id": "them/things", "sha": SHA, "siblings": [], "private": state.private}
+            )
 
     do_HEAD = do_GET
 
@@ -116,6 +118,7 @@ def stand_in(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     url = f"http://127.0.0.1:{server.server_port}"
     state = dict(url=url, files={}, sent=[], damaged={}, created=[], needs_token=False)
+    state |= {"private": False}
     server.state = SimpleNamespace(**state)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -257,3 +260,60 @@ def test_uploading_needs_a_token_that_may_write(stand_in, tmp_path, monkeypatch,
             hub.main(upload)
         assert fault in capsys.readouterr().err
     assert not stand_in.files
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("HTTPS_PROXY", "http://user:p#ss@127.0.0.1:9", "HTTPS_PROXY is no address of a proxy"),
+        ("ALL_PROXY", "socks4://127.0.0.1:9", "ALL_PROXY is no address of a proxy"),
+        ("SSL_CERT_FILE", "/nonexistent/ca.pem", "SSL_CERT_FILE names /nonexistent/ca.pem"),
+        ("HF_TOKEN", "hf_abc…def", "the token"),
+        ("HF_TOKEN", "hf_abc def", "the token"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named_and_never_shown(
+    stand_in, tmp_path, monkeypatch, capsys, name, value, told
+):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        download(tmp_path)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert not {"p#ss", "hf_abc"} & set(said.replace("@", " ").replace(":", " ").split())
+    assert not stand_in.sent
+
+
+@pytest.mark.parametrize("endpoint", ["hub.example.org", "ftp://h", "http://user:secret@h:8"])
+def test_an_endpoint_that_is_no_address_is_named(tmp_path, monkeypatch, capsys, endpoint):
+    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint=endpoint))
+    with pytest.raises(SystemExit):
+        download(tmp_path)
+    said = capsys.readouterr().err
+    assert "HF_ENDPOINT is no address" in said
+    assert "secret" not in said
+
+
+def test_whatever_the_library_raises_is_a_line(stand_in, tmp_path, monkeypatch, capsys):
+    def odd(*_, **__):
+        raise UnicodeError("with a password")
+
+    monkeypatch.setattr(HfApi, "repo_info", odd)
+    with pytest.raises(SystemExit):
+        download(tmp_path)
+    said = capsys.readouterr().err
+    assert "could not be asked for them/things: UnicodeError" in said
+    assert "password" not in said
+
+
+def test_a_model_that_is_to_be_private_does_not_become_public(stand_in, tmp_path, capsys):
+    export(tmp_path / "mine", {})
+    upload = ["upload", str(tmp_path / "mine"), "--repo", "them/things", "--private"]
+    with pytest.raises(SystemExit):
+        hub.main(upload)
+    assert "public, so nothing was uploaded" in capsys.readouterr().err
+    assert not stand_in.files
+    stand_in.private = True
+    hub.main(upload)
+    assert stand_in.files

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cwm_jax import controls
 from cwm_jax.coinrun import IMAGE_SIZE, NO_ACTION
-from cwm_jax.data import loader
+from cwm_jax.data import loader, pictures
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
 
@@ -75,7 +75,7 @@ class ClipPrompts:
 
 
 def from_picture(raw: bytes) -> Prompt:
-    """A prompt of one frame from an uploaded file; the middle of it, reduced, if it is larger.
+    """A prompt of one frame from an uploaded file, as viewers show it; its middle, reduced.
 
     Raises:
         UserError: it is no picture, or too large.
@@ -89,7 +89,7 @@ def from_picture(raw: bytes) -> Prompt:
                 f"the picture has {picture.width}×{picture.height} pixels; "
                 f"at most {MAX_SIDE}×{MAX_SIDE} are taken, and 64×64 are used"
             )
-        picture = picture.convert("RGB")
+        picture = pictures.as_shown(picture)
     except Image.DecompressionBombError:  # Pillow's own limit, before the size can be asked for
         raise UserError(
             f"the picture is far too large: at most {MAX_SIDE}×{MAX_SIDE} pixels are taken, and "
@@ -112,7 +112,7 @@ def _from_png(source: PictureSource) -> Prompt:
         picture = Image.open(io.BytesIO(source.png), formats=("PNG",))
         if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
             raise UserError(f"the picture is {picture.size}, not {(IMAGE_SIZE, IMAGE_SIZE)}")
-        frame = np.array(picture.convert("RGB"))
+        frame = np.array(pictures.as_shown(picture))
     except Image.DecompressionBombError:
         raise UserError(
             f"the picture in it is far too large, not {(IMAGE_SIZE, IMAGE_SIZE)}"

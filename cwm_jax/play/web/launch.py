@@ -4,12 +4,15 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from cwm_jax.errors import UserError
 from cwm_jax.play.web import loading_page
+from cwm_jax.runtime import network
 
 MAX_MESSAGE = 5 << 20  # bytes; a picture is the largest message that anybody needs to send
 
@@ -41,7 +44,7 @@ def serve(options: Options) -> None:
     """Serves the page until it is interrupted.
 
     Raises:
-        UserError: where the address cannot be had.
+        UserError: where the address cannot be had, or nothing temporary can be written.
     """
     import uvicorn
 
@@ -63,15 +66,37 @@ def serve(options: Options) -> None:
     server = uvicorn.Server(config)
     if options.share:
         threading.Thread(target=_share, args=(host, port, options), daemon=True).start()
-    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+    with _own_temporary_folder(), contextlib.suppress(KeyboardInterrupt):  # the way to end it
         server.run(sockets=[listener])
     if faults:
         raise faults[0]
 
 
+@contextlib.contextmanager
+def _own_temporary_folder() -> Iterator[None]:
+    """A folder for Gradio, which else writes to `/tmp/gradio`, of whoever came first."""
+    if os.environ.get("GRADIO_TEMP_DIR"):
+        yield
+        return
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="cwm_jax_page_", ignore_cleanup_errors=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"no temporary folder ({reason}): set TMPDIR to one you may write"
+        ) from None
+    with folder as name:
+        os.environ["GRADIO_TEMP_DIR"] = name
+        try:
+            yield
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]
+
+
 def _make_app(options: Options):
     """The application; the model is loaded and compiled after it is there."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    network.without_unusable()  # Gradio makes a client when it is imported
     from cwm_jax.play.web import server
     from cwm_jax.play.web.app_state import Rules, Studio
 
@@ -119,14 +144,12 @@ def _load(studio, options: Options):
 
 
 def _engine(options: Options, known, steps):
-    import jax
-
     from cwm_jax.checkpoints import formats
     from cwm_jax.play.inference.engine import Engine
-    from cwm_jax.runtime import compile_cache
+    from cwm_jax.runtime import compile_cache, devices
 
-    compile_cache.enable()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    devices.check()
+    compile_cache.enable(everything=True)
     trained = formats.load(options.checkpoint, step=options.step)
     network = trained.network
     check_fits(network, trained.path, known, options.data)
