@@ -9,7 +9,6 @@ page replays real clips, so that it can be seen without any model.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from cwm_jax.checkpoints import pretrained
@@ -19,8 +18,8 @@ _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
 
 
 def main() -> None:
-    args = _flags().parse_args()
     with shown_to_user():
+        args = _flags().parse_args()
         from cwm_jax.play.web import launch  # light: the heavy libraries load behind the first page
 
         launch.serve(
@@ -37,7 +36,6 @@ def main() -> None:
                 idle_minutes=args.idle_minutes,
             )
         )
-    sys.stdout.flush()
     os._exit(0)  # a thread may be compiling, which nothing can interrupt; all else has ended
 
 

@@ -28,8 +28,8 @@ _MAX_FPS = 1000
 
 
 def main() -> None:
-    args = _flags().parse_args()
     with shown_to_user():
+        args = _flags().parse_args()
         _check(args)
         drawing = _drawing(args)
         checkpoint = pretrained.unless(args.checkpoint)

@@ -33,6 +33,7 @@ import optax
 from benchmarks import machine, sizes, train
 from benchmarks import network as golden
 from cwm_jax.diffusion import denoiser
+from cwm_jax.errors import shown_to_user
 from cwm_jax.models import attention, dit, kernel_choice, kernel_measure, kernel_trials
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import process_memory
@@ -183,7 +184,7 @@ class References:
     def __init__(self, folder: Path, networks: list[str], clips: int, frames: int):
         self._folder = folder
         words = f"--networks {','.join(networks)} --clips {clips} --frames {frames} --reference"
-        self._log = (folder / "log").open("w+")
+        self._log = (folder / "log").open("w+", encoding="utf-8")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.check_gpu", *words.split(), str(folder)],
             cwd=ROOT,
@@ -198,7 +199,7 @@ class References:
         while not path.exists():
             ended = self.process.poll() is not None
             if ended and not path.exists():
-                said = (self._folder / "log").read_text(errors="replace").strip()
+                said = (self._folder / "log").read_text(encoding="utf-8", errors="replace").strip()
                 raise RuntimeError(f"no numbers of the CPU: {said.splitlines()[-1:]}")
             time.sleep(0.1)
         with np.load(path) as file:
@@ -290,6 +291,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
+    with shown_to_user():
+        code = main()
     os._exit(code)  # what did not end in time is not waited for

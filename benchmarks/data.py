@@ -21,6 +21,7 @@ import numpy as np
 from cwm_jax.data import loader
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.data.shards import find_shards, open_shard, read_record
+from cwm_jax.errors import shown_to_user
 from cwm_jax.runtime import process_memory
 
 _BATCHES = "training batches, global shuffle"
@@ -105,8 +106,9 @@ def main() -> None:
     found["episodes_per_batch"] = episodes_per_batch(config, args.batch)
     print(f"{found['episodes_per_batch']:.1f} episodes in a batch of {args.batch} clips")
     if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

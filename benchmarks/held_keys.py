@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of levels and noise (%(default)s)")
     parser.add_argument("--scale", type=int, default=2, help="pixels for each pixel (%(default)s)")
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
     with shown_to_user():
+        args = parser.parse_args()
         steps = {}
         if args.ddim_steps is not None:
             steps["levels"] = formats.ddim_levels(args.ddim_steps)

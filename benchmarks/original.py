@@ -295,7 +295,7 @@ def main() -> None:
             found[name] |= {"frames": _FRAMES[name]} if name in _FRAMES else {}
             print(_told(name, numbers), flush=True)
         if args.output:
-            args.output.write_text(json.dumps(found, indent=2) + "\n")
+            args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
     shape = dict(clips=args.batch, frames=args.frames)
     asked = dict(size=args.size, compiled=args.compile, **shape)
@@ -324,4 +324,5 @@ def _told(name: str, numbers: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

@@ -23,6 +23,7 @@ from websockets.sync.client import connect
 
 from benchmarks import machine
 from cwm_jax.checkpoints import formats
+from cwm_jax.errors import shown_to_user
 from cwm_jax.play.inference.engine import Engine
 from cwm_jax.play.inference.scheduler import Scheduler
 from cwm_jax.play.session.prompt_sources import ClipPrompts
@@ -197,4 +198,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

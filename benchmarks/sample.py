@@ -26,6 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import machine, sizes
 from cwm_jax.diffusion import denoiser, schedule
+from cwm_jax.errors import shown_to_user
 from cwm_jax.models import dit, flops
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
@@ -204,7 +205,7 @@ def main() -> None:
         if rows:
             print(machine.table(rows).split("\n", 2)[2], flush=True)
         if args.json:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     if args.long:
         for window in (w for w in args.window.split(",") if w in sampler.WINDOWS):
@@ -251,4 +252,5 @@ def _flags() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks import sizes, trace
 from cwm_jax.coinrun import FRAME_SHAPE
+from cwm_jax.errors import shown_to_user
 from cwm_jax.models import dit, flops, kernel_choice
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
@@ -178,8 +179,9 @@ def main() -> None:
     )
     print(show(found))
     if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

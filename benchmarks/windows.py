@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks import machine
 from cwm_jax.checkpoints import formats, run_checkpoint
 from cwm_jax.data import loader
+from cwm_jax.errors import shown_to_user
 from cwm_jax.sampling import sampler
 
 WAYS = {  # window, dtype of the matmuls
@@ -89,8 +90,9 @@ def main() -> None:
     print(machine.description() | {"checkpoint step": trained.step, "window": window})
     print(machine.table(rows))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

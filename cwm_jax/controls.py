@@ -153,7 +153,7 @@ def read(folder: str | os.PathLike) -> Controls:
     """
     path = Path(folder) / METADATA
     try:
-        said = json.loads(path.read_text())
+        said = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         said = {}
     except (OSError, ValueError) as error:

@@ -48,7 +48,7 @@ def read_key_map(path: Path) -> Controls:
         UserError: there is no such file, or it is wrong, with the field at fault.
     """
     try:
-        said = tomllib.loads(path.read_text())
+        said = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"cannot read the key map {path}: {error}") from None
     return controls.from_json(said, path)
@@ -109,7 +109,7 @@ def _csv_rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
 
 
 def _json_rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    lines = enumerate(path.read_text().splitlines(), start=1)
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
     rows = [(line, json.loads(text)) for line, text in lines if text.strip()]
     if wrong := [line for line, row in rows if not isinstance(row, dict)]:
         raise ValueError(f"line {wrong[0]} is no JSON object")

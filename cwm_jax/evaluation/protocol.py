@@ -90,7 +90,12 @@ def code_version() -> str:
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return cwm_jax.__version__

@@ -250,7 +250,7 @@ class _Run:
                 self.total_steps = saved.step
         if jax.process_index() == 0:
             with files.written_whole(self.workdir / "config.json") as temporary:
-                temporary.write_text(json.dumps(self.config, indent=2) + "\n")
+                temporary.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         if saved is None:
             make = jax.jit(begin, out_shardings=sharding.placement(shapes, self.mesh))
             return 0, make(given), False

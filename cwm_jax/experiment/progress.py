@@ -75,7 +75,7 @@ class Progress:
             values = {name: repr(float(value)) for name, value in metrics.items()}
             record = {"step": step, "metrics": values, "clips": self._clips_of(step)}
             with written_whole(path) as temporary:
-                temporary.write_text(json.dumps(record, indent=1) + "\n")
+                temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         what = f"loss {loss}" if not math.isfinite(loss) else "an infinite gradient"
         told = f"step {step} has {what}; its update was passed over, and its clips are in {path}"
         if self._kernels:

@@ -1,6 +1,7 @@
 """Rollouts on paper: which clips they start from, which keys are pressed, and films of them."""
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
 from cwm_jax.data import loader
 from cwm_jax.data.loader import DataConfig
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, tell
 from cwm_jax.rendering import contact_sheet, video
 from cwm_jax.sampling.sampler import Sampler
 
@@ -179,7 +180,10 @@ def _watched(frames: Iterator[np.ndarray], script: Script) -> Iterator[np.ndarra
             compiled = time.perf_counter()
         yield frame
     seconds = time.perf_counter() - began
-    print(f"{samples} × {wanted} frames in {seconds:.1f} s, compiling included", end="")
     later = samples * (wanted - _call_size(wanted))
     rate = later / (time.perf_counter() - compiled)
-    print(f"; {rate:.1f} frames/s once compiled" if later else "")
+    tell(
+        f"{samples} × {wanted} frames in {seconds:.1f} s, compiling included"
+        + (f"; {rate:.1f} frames/s once compiled" if later else ""),
+        file=sys.stdout,
+    )

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, tell
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 _DONE = ".installed"  # holds the requirements that were installed; absent if that broke off
@@ -21,7 +21,9 @@ def default_folder() -> Path:
 def is_ready(folder: Path) -> bool:
     """Whether `folder` holds an environment with the present requirements."""
     done = folder / _DONE
-    return done.is_file() and done.read_text() == REQUIREMENTS.read_text()
+    return done.is_file() and done.read_text(encoding="utf-8") == REQUIREMENTS.read_text(
+        encoding="utf-8"
+    )
 
 
 def ensure(folder: Path | None = None) -> Path:
@@ -36,7 +38,7 @@ def ensure(folder: Path | None = None) -> Path:
     folder = (folder or default_folder()).absolute()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_name(folder.name + ".lock").open("w") as lock:
+        with folder.with_name(folder.name + ".lock").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_ready(folder):
                 _make(folder)
@@ -46,7 +48,7 @@ def ensure(folder: Path | None = None) -> Path:
 
 
 def _make(folder: Path) -> None:
-    print(f"making the simulator's environment in {folder} (once)", file=sys.stderr)
+    tell(f"making the simulator's environment in {folder} (once)")
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
         raise UserError(f"{folder} is there and is no virtual environment; name another folder")
     shutil.rmtree(folder, ignore_errors=True)
@@ -54,11 +56,11 @@ def _make(folder: Path) -> None:
     python = str(folder / "bin" / "python")
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     _run(folder, [*install, "-r", str(REQUIREMENTS)])
-    (folder / _DONE).write_text(REQUIREMENTS.read_text())
+    (folder / _DONE).write_text(REQUIREMENTS.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def _run(folder: Path, command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
         raise UserError(

@@ -183,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--clip-len", type=int, default=32, help="frames, to count clips (%(default)s)")
     add("--stride", type=int, default=8, help="frames between clips (%(default)s)")
     add("--jobs", type=int, default=os.cpu_count(), help="shards at a time (one for each core)")
-    args = parser.parse_args(argv)
     with shown_to_user():
+        args = parser.parse_args(argv)
         for flag in ("clip_len", "stride", "jobs"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")

@@ -111,7 +111,7 @@ class Ledger:
         self._lock = threading.Lock()
         self.shards: dict[str, dict[str, Any]] = {}
         if self._path.is_file():
-            self.shards = self._known(json.loads(self._path.read_text()))
+            self.shards = self._known(json.loads(self._path.read_text(encoding="utf-8")))
         elif folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} holds something that was not recorded; name a new folder")
 
@@ -155,7 +155,7 @@ class Ledger:
             "shards": dict(sorted(self.shards.items())),
         }
         with files.written_whole(self._path) as temporary:
-            temporary.write_text(json.dumps(said, indent=1) + "\n")
+            temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
     def _totals(self, split: str) -> dict[str, Any]:
         held = [v for k, v in self.shards.items() if k.startswith(f"{split}/")]
@@ -180,7 +180,7 @@ def _grows(then: dict[str, int] | None, now: dict[str, int]) -> bool:
 
 
 def _simulator_versions() -> list[str]:
-    pins = venv.REQUIREMENTS.read_text().splitlines()
+    pins = venv.REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     return [pin for pin in pins if pin.startswith(("procgen", "gym3", "numpy"))]
 
 
@@ -265,8 +265,8 @@ def _record(chunk: game.Chunk) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _flags().parse_args(argv)
     with shown_to_user():
+        args = _flags().parse_args(argv)
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs}: must be 1 or more")
         recipe = Recipe(

@@ -196,8 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("target", type=Path, help="workdir to make, which must not hold a run yet, or a .pt file")
     add("--max-frames", type=int, default=32, help="window; a .pt does not tell (%(default)s)")
     add("--ema", action="store_true", help="way back: the moving average as the parameters")
-    args = parser.parse_args(argv)
     with shown_to_user():
+        args = parser.parse_args(argv)
         if args.target.suffix == ".pt":
             convert_back(args.source, args.target, ema=args.ema)
         else:

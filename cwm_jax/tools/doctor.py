@@ -24,7 +24,7 @@ import jax
 from packaging.requirements import Requirement
 
 from cwm_jax.data import shards
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.experiment import wandb_run
 from cwm_jax.simulator import venv
 
@@ -56,7 +56,9 @@ def requirements() -> list[str]:
         asked = importlib.metadata.requires("cwm_jax") or []
         return [line for line in asked if "extra ==" not in line]
     except importlib.metadata.PackageNotFoundError:
-        return tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        return tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "dependencies"
+        ]
 
 
 def packages(asked: Sequence[str]) -> Finding:
@@ -99,7 +101,7 @@ def nvidia_driver() -> str:
     if not shutil.which("nvidia-smi"):
         return ""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    done = subprocess.run(query, capture_output=True, text=True, errors="replace", check=False)
     return done.stdout.split("\n")[0].strip() if done.returncode == 0 else ""
 
 
@@ -232,4 +234,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

@@ -172,7 +172,9 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
             "config": trained.config,
             "files": {p.name: bundle.digest(p) for p in sorted(folder.iterdir())},
         }
-        (folder / bundle.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        (folder / bundle.MANIFEST).write_text(
+            json.dumps(manifest, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def _example(network: DiTConfig, params: Params, config: SamplerConfig, dir: str) -> dict:
@@ -208,8 +210,8 @@ def _folder_written_whole(out: Path) -> Iterator[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _flags().parse_args(argv)
     with shown_to_user():
+        args = _flags().parse_args(argv)
         trained = _with_card(formats.load(args.checkpoint, step=args.step), args.playable_steps)
         if args.format == "bundle":
             steps = formats.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps

@@ -192,7 +192,7 @@ def _all_files(folder: Path, prefix: str) -> dict[str, Path]:
 def _last_metrics(path: Path) -> dict[str, float]:
     """The last value of each number that a run reported."""
     last: dict[str, float] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
             last |= {k: v for k, v in record.items() if isinstance(v, float)}
@@ -287,8 +287,8 @@ _OFFLINE = "cannot reach {}: is this machine online? What is there already is ke
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _flags().parse_args(argv)
     with shown_to_user():
+        args = _flags().parse_args(argv)
         if getattr(args, "jobs", 1) < 1 or (getattr(args, "shards", None) or 1) < 1:
             raise UserError("--jobs and --shards must be 1 or more")
         api = HfApi()

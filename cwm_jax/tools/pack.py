@@ -130,7 +130,7 @@ def _claim(out: Path, folder: Path, known: Controls) -> None:
     """Makes sure that a folder was packed from the same source, or is empty: then it marks it."""
     path = out / controls.METADATA
     if path.is_file():
-        if json.loads(path.read_text()).get("source") != folder.name:
+        if json.loads(path.read_text(encoding="utf-8")).get("source") != folder.name:
             raise UserError(f"{out} holds other data; name a new folder")
     elif out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} holds something that was not packed; name a new folder")
@@ -141,7 +141,7 @@ def _claim(out: Path, folder: Path, known: Controls) -> None:
 def _write_metadata(out: Path, folder: Path, known: Controls) -> None:
     said = known.to_json() | {"source": folder.name, "frame_shape": [64, 64, 3]}
     with files.written_whole(out / controls.METADATA) as temporary:
-        temporary.write_text(json.dumps(said, indent=1) + "\n")
+        temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
 def _replace_shards(out: Path) -> None:
@@ -211,8 +211,8 @@ def config_lines(known: Controls, out: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _flags().parse_args(argv)
     with shown_to_user():
+        args = _flags().parse_args(argv)
         for flag in ("chunk", "min_chunk", "every", "jobs"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")

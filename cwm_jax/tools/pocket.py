@@ -72,7 +72,11 @@ def find_device() -> Device:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return Device("cpu", "cpu", 0, "")
     found = subprocess.run(
-        [sys.executable, "-c", _PROBE], env=_environment(), capture_output=True, text=True
+        [sys.executable, "-c", _PROBE],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
     if found.returncode:
         reason = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -112,7 +116,7 @@ def look_at(data: Path) -> Recorded:
     path = data / controls.METADATA
     if path.is_file():
         try:
-            said = json.loads(path.read_text())
+            said = json.loads(path.read_text(encoding="utf-8"))
             if "recipe" in said:
                 of = said["splits"]
                 records = {split: of[split]["records"] for split in shards.SPLITS}
@@ -243,8 +247,8 @@ def make(args: argparse.Namespace, more: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = _flags()
-    args, more = parser.parse_known_args(argv)
     with shown_to_user():
+        args, more = parser.parse_known_args(argv)
         if other := [word for word in more if not word.startswith("--config.")]:
             parser.error(f"unrecognized arguments: {' '.join(other)}")
         args.output = args.output or args.workdir / "model.safetensors"

@@ -184,7 +184,7 @@ def write(args: argparse.Namespace) -> None:
     source = str(args.shard or args.data / args.split)
     text = page(facts(found, counted.tolist(), known), known, source=source, of=len(found))
     with files.written_whole(facts_page) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     print(f"{args.output}, {stills}, {facts_page}")
 
 
