@@ -128,26 +128,28 @@ class _Run:
     def _script(self) -> rollouts.Script:
         """The same clips each time, so that rollouts show the progress."""
         settings = self.settings
-        return rollouts.write_script(
-            settings.data,
-            "val",
-            count=settings.n_rollout_samples,
-            frames=settings.rollout_frames,
-            n_prompt=settings.n_prompt,
-            num_actions=settings.model.action_values,
-            seed=settings.seed,
-        )
+        with _setting_named("rollout_frames", settings.rollout_frames):
+            return rollouts.write_script(
+                settings.data,
+                "val",
+                count=settings.n_rollout_samples,
+                frames=settings.rollout_frames,
+                n_prompt=settings.n_prompt,
+                num_actions=settings.model.action_values,
+                seed=settings.seed,
+            )
 
     def _quick(self) -> quick.Quick:
         settings = self.settings
-        return quick.prepare(
-            settings.data,
-            "val",
-            clips=settings.eval_clips,
-            frames=settings.eval_frames,
-            num_actions=settings.model.action_values,
-            seed=settings.seed,
-        )
+        with _setting_named("eval_frames", settings.eval_frames):
+            return quick.prepare(
+                settings.data,
+                "val",
+                clips=settings.eval_clips,
+                frames=settings.eval_frames,
+                num_actions=settings.model.action_values,
+                seed=settings.seed,
+            )
 
     def train(self) -> TrainState:
         settings = self.settings
@@ -449,6 +451,15 @@ class _Run:
 def _is_due(step: int, every: int) -> bool:
     """Whether it is the turn of what is done every so many steps; 0: never."""
     return bool(every) and step % every == 0
+
+
+@contextlib.contextmanager
+def _setting_named(name: str, value: int) -> Iterator[None]:
+    """Adds the setting to an error about validation clips."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} (config.{name}={value})") from None
 
 
 @contextlib.contextmanager

@@ -51,13 +51,14 @@ def write_script(
 ) -> Script:
     """Picks `count` different episodes of a split, and the actions to take after their prompt.
 
-    Where bad records are skipped, there may be fewer that are good.
+    There are fewer where the split has no more that long, which is told, or where bad records are
+    skipped.
 
     Args:
         source: "gt", those really taken; "random", uniform; "pattern", `pattern` over and over.
 
     Raises:
-        UserError: where there are too few episodes that long, or an action does not exist.
+        UserError: where there is no episode that long, or an action does not exist.
     """
     if not 1 <= n_prompt < frames:
         raise UserError(
@@ -70,6 +71,7 @@ def write_script(
             f"{frames} frames with the real actions: the longest episode of {config.dir}/{split} "
             f"has {episodes.lengths.max()}; ask for fewer, or for another source of actions"
         )
+    count = _at_most(count, episodes, config, split, frames if source == "gt" else n_prompt)
     length = frames if whole.sum() >= count or source == "gt" else n_prompt
     numbers = loader.pick_episodes(episodes, count=count, length=length, seed=seed)
     numbers = loader.good_episodes(config, episodes, numbers, length=length)
@@ -81,6 +83,20 @@ def write_script(
         actions = np.concatenate([led_in, chosen], axis=1)
     real = clips["frames"] if length == frames else None
     return Script(real, clips["frames"][:, :n_prompt], actions, controls.read(config.dir))
+
+
+def _at_most(
+    count: int, episodes: loader.Episodes, config: DataConfig, split: str, length: int
+) -> int:
+    """`count`, or as many episodes of `length` frames as there are."""
+    there = int((episodes.lengths >= length).sum())
+    if count <= there:
+        return count
+    tell(
+        f"{config.dir}/{split} has {there} records of {length} frames: so many rollouts are drawn "
+        f"instead of {count}"
+    )
+    return there
 
 
 def _chosen(source: str, shape, pattern, num_actions: int, seed: int) -> np.ndarray:

@@ -28,6 +28,8 @@ from cwm_jax.data.clips import clip_counts
 from cwm_jax.data.records import BadRecord
 from cwm_jax.errors import UserError, shown_to_user
 
+_MARK = ".repaired_from"  # in a repaired folder: the place of the one that it was made from
+
 
 @dataclasses.dataclass
 class Shard:
@@ -148,11 +150,9 @@ def repair(
     """Writes all records but the faulty to `out`, shard by shard; returns how many.
 
     Raises:
-        UserError: `out` is the folder that is read, or cannot be written.
+        UserError: `out` is the folder that is read, holds something else, or cannot be written.
     """
-    taken = {folder.resolve(), *((folder / split).resolve() for split in shards.SPLITS)}
-    if out.resolve() in taken:
-        raise UserError(f"--repair {out}: name a folder of its own, not one of {folder}")
+    _claim(folder, out)
     dropped = {(fault.shard, fault.index) for fault in wrong}
 
     def write(shard: Shard) -> int:
@@ -171,6 +171,24 @@ def repair(
     if (folder / controls.METADATA).is_file():
         shutil.copyfile(folder / controls.METADATA, out / controls.METADATA)
     return written
+
+
+def _claim(folder: Path, out: Path) -> None:
+    """Makes sure that `out` is empty, and marks it; or that it was repaired from the same folder.
+
+    Raises:
+        UserError: it is neither, or a folder that is read.
+    """
+    taken = {folder.resolve(), *((folder / split).resolve() for split in shards.SPLITS)}
+    if out.resolve() in taken:
+        raise UserError(f"--repair {out}: name a folder of its own, not one of {folder}")
+    mark, source = out / _MARK, files.place_digest(folder)
+    if mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == source:
+        return
+    if mark.is_file() or (out.is_dir() and files.visible(out)):
+        raise UserError(f"--repair {out}: it holds something else; name a new folder")
+    with files.written_whole(mark) as temporary:
+        temporary.write_text(source, encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -111,8 +111,13 @@ class Ledger:
         self._lock = threading.Lock()
         self.shards: dict[str, dict[str, Any]] = {}
         if self._path.is_file():
-            self.shards = self._known(json.loads(self._path.read_text(encoding="utf-8")))
-        elif folder.is_dir() and any(folder.iterdir()):
+            try:
+                self.shards = self._known(files.read_json_object(self._path))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{self._path} is not as this program writes it ({error!r}); name a new folder"
+                ) from None
+        elif folder.is_dir() and files.visible(folder):
             raise UserError(f"{folder} holds something that was not recorded; name a new folder")
 
     def _known(self, said: dict[str, Any]) -> dict[str, dict[str, Any]]:

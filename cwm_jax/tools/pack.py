@@ -70,18 +70,34 @@ def plan(lengths: Sequence[int], cut: Cut) -> list[list[Piece]]:
         UserError: there is too little for three splits.
     """
     chunks = [list(_chunks(length, cut)) for length in lengths]
-    if len(lengths) >= 3:
-        splits = user_recordings.split_of(len(lengths), val=cut.val, test=cut.test, seed=cut.seed)
-        return [
-            [Piece(split, *chunk) for chunk in mine]
-            for split, mine in zip(splits, chunks, strict=True)
-        ]
-    pieces = []
-    for mine in chunks:
-        splits = user_recordings.split_of(len(mine), val=cut.val, test=cut.test, seed=0)
-        ordered = sorted(splits, key=("train", "val", "test").index)
-        pieces.append([Piece(s, *chunk) for s, chunk in zip(ordered, mine, strict=True)])
-    return pieces
+    usable = [number for number, mine in enumerate(chunks) if mine]
+    if len(usable) < 3:
+        return [_split_in_time(mine, cut) for mine in _enough(chunks, lengths, cut)]
+    splits = user_recordings.split_of(len(usable), val=cut.val, test=cut.test, seed=cut.seed)
+    split_of = dict(zip(usable, splits, strict=True))
+    return [[Piece(split_of[n], *chunk) for chunk in mine] for n, mine in enumerate(chunks)]
+
+
+def _enough(chunks: list, lengths: Sequence[int], cut: Cut) -> list:
+    """The chunks; raises `UserError` where no recording has the three that splits need."""
+    if max(map(len, chunks)) >= 3:
+        return chunks
+    longest = max(lengths)
+    raise UserError(
+        f"{len(lengths)} recordings, the longest of {longest} frames, are too few to share out: "
+        f"each gives records of --chunk {cut.chunk} frames, at least --min-chunk {cut.min_chunk}, "
+        f"and train, val and test need one each. Add recordings, up to three or more, or set "
+        f"--chunk and --min-chunk to {max(1, longest // 3)} or less"
+    )
+
+
+def _split_in_time(chunks: list, cut: Cut) -> list[Piece]:
+    """The end of a recording to val and test; one of too few chunks is all for training."""
+    if len(chunks) < 3:
+        return [Piece("train", *chunk) for chunk in chunks]
+    splits = user_recordings.split_of(len(chunks), val=cut.val, test=cut.test, seed=0)
+    ordered = sorted(splits, key=shards.SPLITS.index)
+    return [Piece(split, *chunk) for split, chunk in zip(ordered, chunks, strict=True)]
 
 
 def _chunks(length: int, cut: Cut) -> Iterator[tuple[int, int]]:
@@ -130,16 +146,27 @@ def _claim(out: Path, folder: Path, known: Controls) -> None:
     """Makes sure that a folder was packed from the same source, or is empty: then it marks it."""
     path = out / controls.METADATA
     if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")).get("source") != folder.name:
-            raise UserError(f"{out} holds other data; name a new folder")
-    elif out.is_dir() and any(out.iterdir()):
+        said, source = files.read_json_object(path), _source(folder)
+        if any(said.get(field, value) != value for field, value in source.items()):
+            raise UserError(
+                f"{out} holds other data, packed from another folder {said.get('source')!r}; name "
+                "a new folder, or remove this one"
+            )
+        if "source" not in said:
+            raise UserError(f"{out} holds data that was not packed; name a new folder")
+    elif out.is_dir() and files.visible(out):
         raise UserError(f"{out} holds something that was not packed; name a new folder")
     else:
         _write_metadata(out, folder, known)
 
 
+def _source(folder: Path) -> dict[str, str]:
+    """What tells one source from another, also of the same name."""
+    return {"source": folder.resolve().name, "source_path_sha256": files.place_digest(folder)}
+
+
 def _write_metadata(out: Path, folder: Path, known: Controls) -> None:
-    said = known.to_json() | {"source": folder.name, "frame_shape": [64, 64, 3]}
+    said = known.to_json() | _source(folder) | {"frame_shape": [64, 64, 3]}
     with files.written_whole(out / controls.METADATA) as temporary:
         temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cwm_jax import controls
+from cwm_jax import controls, files
 from cwm_jax.checkpoints.run_checkpoint import FOLDER
 from cwm_jax.data import shards
 from cwm_jax.data.records import FRAME_BYTES
@@ -116,7 +116,7 @@ def look_at(data: Path) -> Recorded:
     path = data / controls.METADATA
     if path.is_file():
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
+            said = files.read_json_object(path)
             if "recipe" in said:
                 of = said["splits"]
                 records = {split: of[split]["records"] for split in shards.SPLITS}
