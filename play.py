@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cwm_jax.checkpoints import pretrained
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
 
@@ -44,10 +45,10 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="a run, or an export (checkpoints/pocket)")
+    add("--checkpoint", type=path_flag, help="a run, or an export (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--demo", action="store_true", help="no model: replay real clips, to see the page")
-    add("--data", type=Path, help="folder with val/, where sessions start (the embedded one)")
+    add("--data", type=path_flag, help="folder with val/, where sessions start (the embedded one)")
     add(
         "--host",
         default="127.0.0.1",

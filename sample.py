@@ -9,6 +9,7 @@ that comes with the repository draws, `checkpoints/pocket`.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.rendering import contact_sheet, video
 from cwm_jax.sampling import rollouts, sampler
 
@@ -67,9 +69,13 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="a run, or an export (checkpoints/pocket)")
+    add("--checkpoint", type=path_flag, help="a run, or an export (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
-    add("--data", help="folder with train/, val/, test/ (that of the run, else the embedded one)")
+    add(
+        "--data",
+        type=path_flag,
+        help="folder with train/, val/, test/ (that of the run, else the embedded one)",
+    )
     add("--split", default="val", choices=shards.SPLITS, help="where clips come from (%(default)s)")
     add("--frames", type=int, default=32, help="length with the prompt; may pass the window (32)")
     add("--n-samples", type=int, default=4, help="clips, each of another episode (%(default)s)")
@@ -83,17 +89,18 @@ def _flags() -> argparse.ArgumentParser:
     add("--pattern", default="", help="actions to repeat, such as 7,7,7,8,8")
     add("--seed", type=int, default=0, help="of clips, random actions and noise (%(default)s)")
     add("--fps", type=int, default=FPS, help="frames a second of the film (%(default)s)")
-    add("--output", type=Path, default=Path("generated.mp4"), help="or a .gif (%(default)s)")
-    add("--grid", type=Path, help="also write stills to this PNG")
-    add("--save-npz", type=Path, help="also write raw frames, actions and seed to this file")
+    add("--output", type=path_flag, default=Path("generated.mp4"), help="or a .gif (%(default)s)")
+    add("--grid", type=path_flag, help="also write stills to this PNG")
+    add("--save-npz", type=path_flag, help="also write raw frames, actions and seed to this file")
     return parser
 
 
-def _data_config(folder: str | None, opened: formats.Opened) -> loader.DataConfig:
+def _data_config(folder: Path | None, opened: formats.Opened) -> loader.DataConfig:
     used = opened.config.get("data", {}).get("dir", "")
-    if not folder:
-        folder = used if used and Path(used).is_dir() else str(_EMBEDDED)
-    return loader.DataConfig(dir=folder)
+    if folder is None:
+        folder = Path(os.path.expanduser(used)) if used else _EMBEDDED
+        folder = folder if folder.is_dir() else _EMBEDDED
+    return loader.DataConfig(dir=str(folder))
 
 
 def _check(args: argparse.Namespace) -> None:

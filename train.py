@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.experiment import dry_run, loop
 from cwm_jax.experiment.settings import Settings
+from cwm_jax.files import local_path
 from cwm_jax.models import attention
 from cwm_jax.runtime import compile_cache, hosts, preemption, process_memory
 
@@ -44,22 +45,33 @@ def main(_) -> None:
     with shown_to_user():
         config = _CONFIG.value.to_dict()
         settings = Settings.from_config(config)
+        workdir = local_path(_WORKDIR.value or "", "--workdir")
         process_memory.claim_gpu()
         process_memory.schedule_for_memory()
         process_memory.keep_freed()
-        compile_cache.enable(_CACHE.value)
+        compile_cache.enable(_compile_cache())
         _join_others()
         hosts.check_same({"config": config})
         attention.check_device(settings.model.attention)
         if _DRY_RUN.value:
             dry_run.tell(settings)
         else:
-            _train(settings, config)
+            _train(settings, config, workdir)
 
 
-def _train(settings: Settings, config: dict) -> None:
+def _compile_cache() -> str:
+    """The flag with its home folder; JAX itself keeps compiled programs at addresses too."""
+    given = _CACHE.value
+    return (
+        given
+        if given in ("auto", "") or "://" in given
+        else str(local_path(given, "--compile_cache"))
+    )
+
+
+def _train(settings: Settings, config: dict, workdir: Path) -> None:
     try:
-        loop.train(settings, Path(_WORKDIR.value), config=config)
+        loop.train(settings, workdir, config=config)
         gc.collect()  # the last batches, lest the exit complain of their shared memory, …
         time.sleep(_LAST_BATCHES_SECONDS)  # … which Grain frees in a thread that the exit would end
     except preemption.Preempted as stopped:
@@ -81,12 +93,20 @@ def _join_others() -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; ml_collections' own errors become ones that a person can read."""
     with shown_to_user():
+        argv = [_with_home(word) for word in argv]
         try:
             rest = app.parse_flags_with_usage(argv)
             _CONFIG.value.to_dict()  # a file that did not load says so only now
         except (AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:
             raise UserError(_told(error, argv)) from None
     return rest
+
+
+def _with_home(word: str) -> str:
+    """`--config=~/mine.py`, where no shell puts in the home folder."""
+    flag, _, path = word.partition("=")
+    is_config = flag.lstrip("-") == "config" and path.startswith("~")
+    return f"{flag}={local_path(path, '--config')}" if is_config else word
 
 
 def _told(error: Exception, argv: list[str]) -> str:

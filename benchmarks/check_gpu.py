@@ -34,6 +34,7 @@ from benchmarks import machine, sizes, train
 from benchmarks import network as golden
 from cwm_jax.diffusion import denoiser
 from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import attention, dit, kernel_choice, kernel_measure, kernel_trials
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import process_memory
@@ -270,7 +271,7 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=1, help="of an update")
     parser.add_argument("--frames", type=int, default=0, help="of a clip; 0: the whole window")
     parser.add_argument("--seconds", type=float, help=f"for all; on a GPU {_SECONDS} by default")
-    parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--reference", type=path_flag, help=argparse.SUPPRESS)
     args = parser.parse_args()
     networks = args.networks.split(",")
     if unknown := [name for name in networks if name not in sizes.SIZES]:

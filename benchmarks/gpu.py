@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from benchmarks import machine, sizes
 from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,8 +135,8 @@ def main() -> None:
     parser.add_argument("--size", choices=sizes.SIZES, default="small")
     parser.add_argument("--batch", type=int, default=128, help="clips a step")
     parser.add_argument("--minutes", type=float, default=7.5, help="for everything")
-    parser.add_argument("--original", type=Path, help="a checkout of the PyTorch original")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench-gpu"))
+    parser.add_argument("--original", type=path_flag, help="a checkout of the PyTorch original")
+    parser.add_argument("--output", type=path_flag, default=Path("runs/bench-gpu"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     start, ended = time.monotonic(), {}

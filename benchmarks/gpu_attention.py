@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks import machine
 from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import attention, rope
 from cwm_jax.models.kernels import reference
 from cwm_jax.models.kernels import rotary_attention as kernels
@@ -298,7 +299,7 @@ class Timing:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("attention.json"))
+    parser.add_argument("--output", type=path_flag, default=Path("attention.json"))
     parser.add_argument("--seconds", type=float, default=60, help="nothing is begun after these")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, in the interpreter")
     args = parser.parse_args()

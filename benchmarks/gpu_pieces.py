@@ -30,6 +30,7 @@ import optax
 from benchmarks import hlo, machine, sizes
 from benchmarks.train import OPTIM, random_batch
 from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import attention, dit, layers
 from cwm_jax.models.kernels import norm
 from cwm_jax.runtime import process_memory
@@ -520,7 +521,7 @@ def measure_step(bench: Bench, name: str, network, compiled, batch, repeats: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=path_flag, required=True)
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--clips", type=int, default=128)
     parser.add_argument("--workers", type=int, default=8, help="threads that compile")

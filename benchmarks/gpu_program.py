@@ -22,6 +22,7 @@ from benchmarks import hlo, sizes
 from benchmarks.train import OPTIM
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import flops
 from cwm_jax.models.dit import REMAT
 from cwm_jax.runtime import process_memory, sharding
@@ -102,7 +103,9 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a step")
     parser.add_argument("--devices", type=int, default=1, help="each with so many clips")
     parser.add_argument(
-        "--output", type=Path, help="gets all numbers as JSON; what it holds is not compiled again"
+        "--output",
+        type=path_flag,
+        help="gets all numbers as JSON; what it holds is not compiled again",
     )
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # there is no GPU to start

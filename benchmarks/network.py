@@ -21,6 +21,7 @@ from cwm_jax.checkpoints import torch_format
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, schedule
 from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import attention, dit, rope
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
@@ -176,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=sizes.SIZES, default="small")
     parser.add_argument("--batch", type=int, default=128, help="clips a step")
-    parser.add_argument("--output", type=Path, required=True, help="gets the numbers as JSON")
+    parser.add_argument("--output", type=path_flag, required=True, help="gets the numbers as JSON")
     args = parser.parse_args()
     process_memory.claim_gpu()
     process_memory.schedule_for_memory()

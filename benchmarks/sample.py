@@ -17,7 +17,6 @@ import argparse
 import json
 import tempfile
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from benchmarks import machine, sizes
 from cwm_jax.diffusion import denoiser, schedule
 from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import dit, flops
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
@@ -247,7 +247,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="one player, and a full and a slid window alone")
     add("--rows-only", action="store_true", help="leave out the time to the first frame")
     add("--long", type=int, default=0, help="instead: so many frames in a row with each window")
-    add("--json", type=Path, help="also write everything to this file, row by row")
+    add("--json", type=path_flag, help="also write everything to this file, row by row")
     return parser
 
 

@@ -69,10 +69,12 @@ def local_path(text: str, where: str) -> Path:
             f"{where} {text}: addresses are not supported; name a file or folder of this machine, "
             "on a mounted disk where it is to be elsewhere"
         )
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(f"{where} {text}: there is no such home folder; write the path") from None
+    expanded = os.path.expanduser(text)
+    if text.startswith("~") and expanded == text:
+        raise UserError(
+            f"{where} {text}: there is no such home folder; write the path, or ./{text}"
+        )
+    return Path(expanded)
 
 
 def path_flag(text: str) -> Path:

@@ -27,6 +27,7 @@ from cwm_jax.data import records, shards
 from cwm_jax.data.clips import clip_counts
 from cwm_jax.data.records import BadRecord
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 
 _MARK = ".repaired_from"  # in a repaired folder: the place of the one that it was made from
 
@@ -196,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("folder", type=Path, help="data folder with train/, val/, test/")
-    add("--repair", type=Path, metavar="OUT", help="write the good records to this folder")
+    add("folder", type=path_flag, help="data folder with train/, val/, test/")
+    add("--repair", type=path_flag, metavar="OUT", help="write the good records to this folder")
     add("--clip-len", type=int, default=32, help="frames, to count clips (%(default)s)")
     add("--stride", type=int, default=8, help="frames between clips (%(default)s)")
     add("--jobs", type=int, default=os.cpu_count(), help="shards at a time (one for each core)")

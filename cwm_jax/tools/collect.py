@@ -28,6 +28,7 @@ from cwm_jax import __version__, controls, files
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data import records, shards
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.simulator import game, venv
 
 LEVELS = 500_000_000  # level seeds of each split; three times this stays below 2³¹
@@ -297,7 +298,7 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="data folder to make, or to go on with")
+    add("--output", type=path_flag, required=True, help="data folder to make, or to go on with")
     add("--game", default="coinrun", help="any game of Procgen by name (%(default)s)")
     add("--policy", default="random", help="random, sticky, or a mix: random=1,sticky=3 (random)")
     add("--difficulty", default="hard", choices=game.DIFFICULTIES, help="(%(default)s)")
@@ -308,7 +309,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--min-chunk", type=int, default=32, help="shorter rests of episodes are dropped (32)")
     add("--seed", type=int, default=0, help="of levels and actions (%(default)s)")
     add("--jobs", type=int, default=os.cpu_count(), help="shards at a time (one for each core)")
-    add("--environment", type=Path, help="the simulator's environment (.venv-procgen)")
+    add("--environment", type=path_flag, help="the simulator's environment (.venv-procgen)")
     return parser
 
 

@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 from cwm_jax.data import shards
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.experiment import wandb_run
+from cwm_jax.files import path_flag
 from cwm_jax.simulator import venv
 
 OK, NOTE, BAD = "ok", "note", "BAD"
@@ -220,7 +221,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     embedded = _ROOT / "assets" / "coinrun"
-    parser.add_argument("--data", type=Path, default=embedded, help="data folder (the embedded)")
+    parser.add_argument(
+        "--data", type=path_flag, default=embedded, help="data folder (the embedded)"
+    )
     args = parser.parse_args(argv)
     found = examine(args.data)
     for name, (status, what, mend) in found:

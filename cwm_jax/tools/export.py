@@ -34,6 +34,7 @@ from cwm_jax.data import loader
 from cwm_jax.diffusion import schedule
 from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import FrameKV, Modulations, Params
@@ -217,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             steps = formats.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
             levels = sampler.ddim_levels(steps)
             config = SamplerConfig(levels=levels, window=args.window, unroll=args.unroll)
-            write_bundle(trained, args.output, config, args.dtype, args.data)
+            write_bundle(trained, args.output, config, args.dtype, str(args.data))
         else:
             cast = jax.tree.map(lambda x: x.astype(args.dtype), trained.params)
             write = write_orbax if args.format == "orbax" else write_safetensors
@@ -253,8 +254,8 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a run's workdir, one checkpoint of it, or an export")
-    add("--output", type=Path, required=True, help="folder, or file.safetensors, to make")
+    add("checkpoint", type=path_flag, help="a run's workdir, one checkpoint of it, or an export")
+    add("--output", type=path_flag, required=True, help="folder, or file.safetensors, to make")
     add("--format", default="bundle", choices=FORMATS, help="(%(default)s)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--dtype", default="float32", choices=DTYPES, help="of the parameters (%(default)s)")
@@ -262,7 +263,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--playable-steps", metavar="S,S,…", help="the card: which denoising steps are playable")
     add("--window", default="exact", choices=sampler.WINDOWS, help="bundle: (%(default)s)")
     add("--unroll", action="store_true", help="bundle: quicker on a GPU, larger programs")
-    add("--data", default=str(_EMBEDDED), help="bundle: where its example comes from")
+    add("--data", type=path_flag, default=_EMBEDDED, help="bundle: where its example comes from")
     return parser
 
 

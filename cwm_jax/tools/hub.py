@@ -27,6 +27,7 @@ from tqdm import tqdm
 from cwm_jax.checkpoints import bundle, run_checkpoint, weights
 from cwm_jax.data import shards
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 
 DATASET = "p-doom/coinrun-dataset"
 _SPARE_BYTES = 100 << 20  # left free on the disk
@@ -316,7 +317,7 @@ def _flags() -> argparse.ArgumentParser:
     )
     jobs = parser.add_subparsers(dest="job", required=True)
     add = jobs.add_parser("download", help="a dataset").add_argument
-    add("--to", type=Path, default=Path("data/coinrun"), help="(%(default)s)")
+    add("--to", type=path_flag, default=Path("data/coinrun"), help="(%(default)s)")
     add("--repo", default=DATASET, help="(%(default)s)")
     add("--shards", type=int, help="the first so many of each split (all)")
     add("--splits", nargs="+", default=shards.SPLITS, choices=shards.SPLITS, help="(all three)")
@@ -324,10 +325,10 @@ def _flags() -> argparse.ArgumentParser:
     add = jobs.add_parser("fetch", help="a model to sample from or play").add_argument
     add("repo", help="such as you/coinrun-world-model")
     add("--folder", default="", help="one folder of it (everything)")
-    add("--to", type=Path, default=Path("models"), help="(%(default)s)")
+    add("--to", type=path_flag, default=Path("models"), help="(%(default)s)")
     add("--jobs", type=int, default=8, help="files at a time (%(default)s)")
     add = jobs.add_parser("upload", help="a run's checkpoints, or an export").add_argument
-    add("source", type=Path, help="a run's workdir, an export, or a bundle")
+    add("source", type=path_flag, help="a run's workdir, an export, or a bundle")
     add("--repo", required=True, help="such as you/coinrun-world-model; made if it is not there")
     add("--folder", default="", help="where in the repository (its top)")
     add("--step", type=int, help="one checkpoint of the run (all that it keeps)")

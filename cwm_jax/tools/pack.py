@@ -39,6 +39,7 @@ from cwm_jax.data import shards, user_recordings
 from cwm_jax.data.records import Episode, decode, encode
 from cwm_jax.data.user_recordings import Recording
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 
 _NAME = "data_{}.array_record"  # with a dot before it, which hides it, until all are written
 
@@ -257,9 +258,11 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="RECORDINGS", help="films or folders of PNGs, and actions")
-    add("--keys", type=Path, required=True, help="the key map, a TOML file")
-    add("--output", type=Path, required=True, help="data folder to make")
+    add(
+        "folder", type=path_flag, metavar="RECORDINGS", help="films or folders of PNGs, and actions"
+    )
+    add("--keys", type=path_flag, required=True, help="the key map, a TOML file")
+    add("--output", type=path_flag, required=True, help="data folder to make")
     add("--fit", default="stretch", choices=user_recordings.FITS, help="to 64×64 (%(default)s)")
     add("--every", type=int, default=1, help="keep every so-manieth frame, say 4 of 60 fps (1)")
     add("--chunk", type=int, default=160, help="frames in a record (%(default)s)")

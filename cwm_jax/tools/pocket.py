@@ -25,6 +25,7 @@ from cwm_jax.checkpoints.run_checkpoint import FOLDER
 from cwm_jax.data import shards
 from cwm_jax.data.records import FRAME_BYTES
 from cwm_jax.errors import UserError, shown_to_user, tell
+from cwm_jax.files import path_flag
 from cwm_jax.runtime import process_memory
 from cwm_jax.runtime.preemption import EXIT_CODE
 
@@ -262,9 +263,9 @@ def _flags() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--minutes", type=float, help="of training, compilation included (GPU: 9; CPU: 300)")
     add("--frames", type=int, help="to record and train on (GPU: 4,000,000; CPU: 500,000)")
-    add("--data", type=Path, default=Path("data/pocket"), help="data folder (%(default)s)")
-    add("--workdir", type=Path, default=Path("runs/pocket"), help="of training (%(default)s)")
-    add("--output", type=Path, help="file to export to (model.safetensors in the workdir)")
+    add("--data", type=path_flag, default=Path("data/pocket"), help="data folder (%(default)s)")
+    add("--workdir", type=path_flag, default=Path("runs/pocket"), help="of training (%(default)s)")
+    add("--output", type=path_flag, help="file to export to (model.safetensors in the workdir)")
     return parser
 
 

@@ -27,6 +27,7 @@ from cwm_jax.data import shards
 from cwm_jax.data.clips import Episodes
 from cwm_jax.data.records import Episode
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.rendering import arrow_keys, key_panel, video
 from cwm_jax.rendering.contact_sheet import enlarged
 
@@ -148,15 +149,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", type=Path, default=_EMBEDDED, help="data folder (the embedded one)")
+    add("--data", type=path_flag, default=_EMBEDDED, help="data folder (the embedded one)")
     add("--split", default="train", choices=shards.SPLITS, help="(%(default)s)")
-    add("--shard", type=Path, help="show this one file instead")
+    add("--shard", type=path_flag, help="show this one file instead")
     add("--n-episodes", type=int, default=3, help="episodes to film (%(default)s)")
     add("--first", type=int, default=0, help="number of the first of them (%(default)s)")
     add("--count-episodes", type=int, default=500, help="episodes behind the page's facts (500)")
     add("--fps", type=int, default=FPS, help="frames a second of the film (%(default)s)")
     add("--scale", type=int, default=6, help="enlargement of the film's frames (%(default)s)")
-    add("--output", type=Path, default=Path("preview.mp4"), help="the film (%(default)s)")
+    add("--output", type=path_flag, default=Path("preview.mp4"), help="the film (%(default)s)")
     with shown_to_user():
         write(parser.parse_args(argv))
 

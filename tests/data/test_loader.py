@@ -27,7 +27,6 @@ from cwm_jax.data.loader import (
     load_clips,
     open_clips,
     open_episodes,
-    open_episodes,
     pick_episodes,
     train_batches,
 )
