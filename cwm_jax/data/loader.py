@@ -439,12 +439,13 @@ def _in_background(batches: grain.MapDataset, config: DataConfig) -> grain.IterD
 
 
 def _as_worker(index: int, count: int) -> None:
-    """Makes a reading process leave Ctrl-C to its parent, and end when the parent is killed.
+    """Makes a reading process leave signals of the terminal to its parent, and end with it.
 
     And keep its memory, record after record.
     """
     process_memory.keep_freed()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 

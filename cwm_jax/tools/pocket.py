@@ -197,12 +197,16 @@ def _environment(**changes: str) -> dict[str, str]:
 
 
 def _run(words: Sequence[str], **environment: str) -> int:
-    """Runs Python; hands on SIGTERM, and Ctrl-C, of which a terminal informs both."""
+    """Runs Python; hands on SIGTERM. Of Ctrl-C and its own end a terminal informs both."""
     program = subprocess.Popen([sys.executable, *words], env=_environment(**environment))
     before = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: program.terminate()),
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
     }
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        before[signal.SIGHUP] = signal.signal(
+            signal.SIGHUP, lambda *_: program.send_signal(signal.SIGHUP)
+        )
     try:
         return program.wait()
     finally:

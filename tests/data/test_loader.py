@@ -686,6 +686,19 @@ def test_reading_processes_ask_for_shared_memory(config, monkeypatch):
     assert asked == [(3, 2 * 32 * 64 * 64 * 3)]
 
 
+def test_reading_processes_leave_the_terminal_to_the_run(config):
+    """A terminal that closes, or Ctrl-C, signals every process of the run."""
+    batches = train_batches(dataclasses.replace(config, num_workers=1), batch_size=4, seed=3)
+    first = next(batches)
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGHUP):
+            os.kill(worker.pid, number)
+    for _ in range(8):
+        assert next(batches)["frames"].shape == first["frames"].shape
+    assert all(worker.is_alive() for worker in multiprocessing.active_children())
+    batches.close()
+
+
 def test_rollouts_of_fewer_episodes_where_there_are_no_more(make_data, capsys):
     config = DataConfig(dir=str(make_data(val=[[40, 20]])))
     sizes = dict(frames=30, n_prompt=4, num_actions=NUM_ACTIONS)
