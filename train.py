@@ -2,10 +2,10 @@
 
     python train.py --config configs/small.py --workdir runs/small [--config.lr=3e-4 …]
 
-Started again with the same workdir, it continues from the last checkpoint. SIGTERM, SIGHUP or Ctrl-C
-make it finish its step, save, and exit with code 75; a second one ends it at once. With `--dry-run` it
-trains nothing, and tells how much memory and time the run will take. Over several hosts, see
-docs/scaling.md.
+Started again with the same workdir, it continues from the last checkpoint. SIGTERM, SIGHUP or
+Ctrl-C make it finish its step, save, and exit with code 75; a second one ends it at once. With
+`--dry-run` it trains nothing, and tells how much memory and time the run will take. Over several
+hosts, see docs/scaling.md.
 """
 
 import gc

@@ -66,7 +66,7 @@ def _last_step(workdir: Path) -> int:
 
 
 def asked_to_stop(arena: Arena, rng: random.Random) -> Trial:
-    """SIGTERM, SIGINT or SIGHUP before a random step, again and again: exit 75, and not a step lost."""
+    """SIGTERM, SIGINT or SIGHUP before random steps: exit 75, and not a step lost."""
     trial, workdir = Trial("SIGTERM, SIGINT or SIGHUP", times=0), arena.workdir()
     reference, config = arena.reference(), arena.config()
     steps = sorted(rng.sample(range(1, STEPS + 1), 3))
