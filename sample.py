@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from cwm_jax import files
@@ -23,6 +22,7 @@ from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.files import path_flag
 from cwm_jax.rendering import contact_sheet, video
+from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling import rollouts, sampler
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
@@ -49,7 +49,7 @@ def main() -> None:
         )
         if script.real is None:
             print(f"no {args.n_samples} real clips have {args.frames} frames: drawn frames alone")
-        key = jax.random.key(args.seed)
+        key = random_numbers.key(args.seed)
         frames = rollouts.write(
             opened.sampler, script, args.output, key=key, fps=args.fps, watched=True
         )

@@ -28,7 +28,7 @@ from cwm_jax.experiment import (
 from cwm_jax.experiment.settings import Settings
 from cwm_jax.models import kernel_choice
 from cwm_jax.rendering import contact_sheet, plots, video
-from cwm_jax.runtime import hosts, preemption, process_memory, sharding
+from cwm_jax.runtime import hosts, preemption, process_memory, random_numbers, sharding
 from cwm_jax.sampling import rollouts
 from cwm_jax.sampling.sampler import Sampler
 from cwm_jax.training import train_step
@@ -153,7 +153,7 @@ class _Run:
 
     def train(self) -> TrainState:
         settings = self.settings
-        key = jax.random.key(settings.seed)
+        key = random_numbers.key(settings.seed)
         # With the kernels of this device; what is saved with checkpoints is the config as it is.
         self.network = kernel_choice.measured(
             settings.model,
@@ -438,7 +438,7 @@ class _Run:
         """A rollout from validation clips, as a film and a sheet."""
         settings, name = self.settings, f"rollout_{step:07d}"
         mp4 = self.workdir / "rollouts" / f"{name}.mp4"
-        key = jax.random.key(settings.seed)
+        key = random_numbers.key(settings.seed)
         frames = rollouts.write(sampler, self.script, mp4, key=key)
         png = mp4.with_suffix(".png")
         video.write_png(

@@ -38,6 +38,7 @@ from cwm_jax.files import path_flag
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import FrameKV, Modulations, Params
+from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.kv_cache import World
 from cwm_jax.sampling.sampler import SamplerConfig, Tables
@@ -86,7 +87,7 @@ def programs(network: DiTConfig, config: SamplerConfig) -> dict[str, Callable]:
 
     def draw(params, tables, fields, action_B, key_data):
         bound, state = bind(network, params), _world(fields)
-        key = jax.random.fold_in(jax.random.wrap_key_data(key_data), state.count)
+        key = jax.random.fold_in(random_numbers.wrap_key(key_data), state.count)
         noise, step_key = sampler.frame_noise(key, state.frames_BMHWC[:, 0].shape)
         both = Tables(**{name: Modulations(**table) for name, table in tables.items()})
         return sampler.draw_frame(bound, both, state, action_B, noise, step_key, config)
@@ -134,7 +135,7 @@ def lower(network: DiTConfig, config: SamplerConfig, params: Params) -> dict[str
     state = jax.eval_shape(made["start"], params, tables, *prompt)
     action = ShapeDtypeStruct((batch,), np.int32)
     frame = ShapeDtypeStruct((batch, size, size, 3), np.float32)
-    key_data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    key_data = jax.eval_shape(lambda: jax.random.key_data(random_numbers.key(0)))
     arguments = {
         "tabulate": (params,),
         "start": (params, tables, *prompt),
@@ -187,7 +188,7 @@ def _example(network: DiTConfig, params: Params, config: SamplerConfig, dir: str
     prompt, led_in = clip["frames"][:, :1], clip["actions"][:, :1]
     drawer = sampler.Sampler(network, params, config)
     state = drawer.start(prompt, led_in)
-    _, drawn = drawer.rollout(state, clip["actions"][:, 1:], jax.random.key(0))
+    _, drawn = drawer.rollout(state, clip["actions"][:, 1:], random_numbers.key(0))
     asked = {"prompt": prompt, "led_in": led_in, "actions": clip["actions"][:, 1:], "seed": 0}
     return asked | {"frames": np.asarray(drawn)}
 

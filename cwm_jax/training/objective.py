@@ -20,9 +20,11 @@ from cwm_jax.diffusion.denoiser import Denoiser, alpha_bar, bind
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
+from cwm_jax.runtime import random_numbers
 from cwm_jax.training import distillation
 
 _TOP = schedule.NUM_LEVELS - 1
+_RENOISED_STEPS = np.array([1, 2, 4, 4], np.int32)  # of 4, chosen among
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,16 +80,17 @@ def draw(
     blind_key = jax.random.fold_in(clips_key, 1)
     passes = shape[0], noise.own_passes, shape[1]
     if noise.own_renoised:  # the first pass starts from noise alone, so nothing real leaks
-        numbers = jax.random.choice(label_key, jnp.array([1, 2, 4, 4]), passes[:2])
+        places = random_numbers.integers(label_key, passes[:2], 0, len(_RENOISED_STEPS))
+        numbers = jnp.asarray(_RENOISED_STEPS)[places]
         t_BPT = jnp.broadcast_to(schedule.step_label(numbers, 4)[..., None], passes)
         t_BPT = t_BPT.at[:, 0].set(_TOP)
     else:
-        t_BPT = jax.random.randint(label_key, passes, 0, schedule.NUM_LEVELS)
+        t_BPT = random_numbers.integers(label_key, passes, 0, schedule.NUM_LEVELS)
         t_BPT = _with_top(own_top_key, t_BPT, noise.top_share)
-    blind_B = jax.random.bernoulli(blind_key, noise.own_top_share, shape[:1])
+    blind_B = random_numbers.happens(blind_key, shape[:1], noise.own_top_share)
     t_BPT = jnp.where(blind_B[:, None, None], _TOP, t_BPT)
     clips_B = jnp.asarray(generated_clips(shape[0], noise.own_share))
-    own_noise = jax.random.normal(own_key, shape)
+    own_noise = random_numbers.normal(own_key, shape)
     return t_BT, noise_BTHWC, *Own(clips_B, blind_B, t_BPT, own_noise)
 
 
@@ -98,7 +101,7 @@ def mirrored(key, batch: dict[str, jax.Array], share: float) -> dict[str, jax.Ar
         batch: `{"frames": [B, T, H, W, C], "actions": int32 [B, T]}`.
     """
     frames, actions = batch["frames"], batch["actions"]
-    mirror_B = jax.random.bernoulli(jax.random.fold_in(key, 2), share, frames.shape[:1])
+    mirror_B = random_numbers.happens(jax.random.fold_in(key, 2), frames.shape[:1], share)
     # Last stands what becomes of −1, no action.
     other = jnp.array([coinrun.mirrored(a) for a in (*range(coinrun.NUM_ACTIONS), NO_ACTION)])
     return {
@@ -108,7 +111,7 @@ def mirrored(key, batch: dict[str, jax.Array], share: float) -> dict[str, jax.Ar
 
 
 def _with_top(key, t: jax.Array, share: float) -> jax.Array:
-    top = jax.random.bernoulli(key, share, t.shape)
+    top = random_numbers.happens(key, t.shape, share)
     return jnp.where(top, _TOP, t)
 
 
