@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cwm_jax.evaluation import protocol
 from cwm_jax.models import dit
 from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
@@ -84,3 +85,12 @@ def test_the_same_seed_draws_the_same_frames(tiny, tiny_params, name, value):
     with setting(name, value):
         found = frames()
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_another_generator_is_another_protocol():
+    usual = {"seed": 0, "noise": protocol._noise_digest()}
+    with setting("jax_random_seed_offset", 1):
+        other = {"seed": 0, "noise": protocol._noise_digest()}
+    assert protocol.differences(usual, usual) == []
+    assert len(protocol.differences(usual, other)) == 1
+    assert protocol.differences(usual, {"seed": 0}) == []  # of an earlier version
