@@ -192,8 +192,16 @@ def open_files(limit: int = resource.getrlimit(resource.RLIMIT_NOFILE)[1]) -> Fi
 
 def simulator(folder: Path | None = None) -> Finding:
     folder = folder or venv.default_folder()
-    if venv.is_ready(folder):
+    is_ready = venv.is_ready(folder)
+    if missing := venv.missing_libraries():
+        what = f"the Procgen simulator needs {', '.join(missing)}"
+        return Finding(BAD if is_ready else NOTE, what, venv.install_command(missing))
+    if is_ready:
         return Finding(OK, f"the Procgen simulator is in {folder}")
+    try:
+        venv.find_maker()
+    except UserError as error:
+        return Finding(NOTE, f"no Procgen simulator: {error}")
     return Finding(NOTE, "no Procgen simulator; recording makes it", "make install-procgen")
 
 
