@@ -35,6 +35,7 @@ def main() -> None:
                 fps=args.fps,
                 players=args.players,
                 idle_minutes=args.idle_minutes,
+                address=args.address,
             )
         )
     os._exit(0)  # a thread may be compiling, which nothing can interrupt; all else has ended
@@ -55,6 +56,12 @@ def _flags() -> argparse.ArgumentParser:
         help="0.0.0.0 to be reached from other machines (%(default)s)",
     )
     add("--port", type=int, default=7860, help="0: any that is free (%(default)s)")
+    add(
+        "--address",
+        default="",
+        metavar="URL",
+        help="of the page as visitors see it, behind a proxy that does not tell (its own)",
+    )
     add("--share", action="store_true", help="also make a public link, through Gradio's relay")
     add("--auth", metavar="USER:PASSWORD", help="ask everyone for these first")
     add("--fps", type=int, default=15, help="frames a second to aim at, 1…60 (%(default)s)")

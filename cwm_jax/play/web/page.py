@@ -29,7 +29,7 @@ def look() -> dict:
     version = hashlib.sha1((_STATIC / "play.js").read_bytes()).hexdigest()[:8]  # past old caches
     head = (
         '<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">'
-        f'<script type="module" src="/play/static/play.js?{version}"></script>'
+        f'<script type="module" src="play/static/play.js?{version}"></script>'
     )
     return dict(theme=theme, css=(_STATIC / "play.css").read_text(encoding="utf-8"), head=head)
 
