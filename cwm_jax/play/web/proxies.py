@@ -75,24 +75,30 @@ class RelativePage:
             await self._app(scope, receive, send)
             return
         plain = [(k, v) for k, v in scope["headers"] if k != b"accept-encoding"]
-        held = {"start": None, "body": b""}
+        begin, body = {}, b""
 
-        async def keep(message) -> None:
+        async def rewritten(message) -> None:
+            nonlocal begin, body
             if message["type"] == "http.response.start":
-                held["start"] = message
-                return
-            held["body"] += message.get("body", b"")
-            if message.get("more_body"):
-                return
-            headers = MutableHeaders(raw=list(held["start"]["headers"]))
-            body = held["body"]
-            if headers.get("content-type", "").startswith("text/html") and body:
-                body = _relative(body)
-                headers["content-length"] = str(len(body))
-            await send({**held["start"], "headers": headers.raw})
-            await send({**message, "body": body})
+                begin = message
+            elif message["type"] != "http.response.body":
+                await send(message)
+            else:
+                body += message.get("body", b"")
+                if not message.get("more_body"):
+                    for part in _rewritten(begin, body):
+                        await send(part)
 
-        await self._app({**scope, "headers": plain}, receive, keep)
+        await self._app({**scope, "headers": plain}, receive, rewritten)
+
+
+def _rewritten(begin, body: bytes) -> Iterator[dict]:
+    headers = MutableHeaders(raw=list(begin["headers"]))
+    if headers.get("content-type", "").startswith("text/html") and body:
+        body = _relative(body)
+        headers["content-length"] = str(len(body))
+    yield {**begin, "headers": headers.raw}
+    yield {"type": "http.response.body", "body": body}
 
 
 def _below(scope) -> str:
