@@ -30,6 +30,7 @@ from cwm_jax.evaluation import (
     protocol,
     rollout_quality,
 )
+from cwm_jax.files import path_flag
 from cwm_jax.rendering import video
 from cwm_jax.runtime import devices
 from cwm_jax.sampling import sampler
@@ -61,7 +62,7 @@ def measure(args: argparse.Namespace) -> None:
     )
     opened = _open(args)
     config = loader.DataConfig(
-        dir=args.data,
+        dir=str(args.data),
         clip_len=min(opened.network.max_frames, loader.DataConfig.clip_len),
     )
     measured = full.measure(
@@ -112,7 +113,7 @@ def compare(words: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="evaluate.py compare", description="A table of measurements made under one protocol."
     )
-    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.json files")
+    parser.add_argument("metrics", nargs="+", type=path_flag, help="metrics.json files")
     parser.add_argument(
         "--across",
         default="",
@@ -134,8 +135,12 @@ def close_the_loop(words: list[str]) -> None:
     add("--first-level", type=int, default=2_000_000_000, help="seed of the first (%(default)s)")
     add("--frames", type=int, default=64, help="length with the prompt (%(default)s)")
     add("--n-prompt", type=int, default=1, help="real frames to start from (%(default)s)")
-    add("--output", type=Path, default=Path("closed_loop.mp4"), help="(%(default)s)")
-    add("--simulator", type=Path, help="folder of its environment (.venv-procgen; made if absent)")
+    add("--output", type=path_flag, default=Path("closed_loop.mp4"), help="(%(default)s)")
+    add(
+        "--simulator",
+        type=path_flag,
+        help="folder of its environment (.venv-procgen; made if absent)",
+    )
     _add_drawing_flags(add)
     args = parser.parse_args(words)
     sampler.check_seed(args.seed)
@@ -163,21 +168,26 @@ def _flags() -> argparse.ArgumentParser:
     add = parser.add_argument
     default = full.Plan()
     _add_drawing_flags(add)
-    add("--data", default=str(_EMBEDDED), help="folder with train/, val/, test/ (the embedded one)")
-    add("--output", type=Path, default=Path("metrics.json"), help="(%(default)s)")
-    add("--report", type=Path, help="folder of report.html (beside the output, OUTPUT_report)")
+    add(
+        "--data",
+        type=path_flag,
+        default=_EMBEDDED,
+        help="folder with train/, val/, test/ (the embedded one)",
+    )
+    add("--output", type=path_flag, default=Path("metrics.json"), help="(%(default)s)")
+    add("--report", type=path_flag, help="folder of report.html (beside the output, OUTPUT_report)")
     add("--split", default=default.split, choices=shards.SPLITS, help="(%(default)s)")
     add("--clips", type=int, default=default.clips, help="0: all that are long enough (0)")
     add("--horizon", type=int, default=default.horizon, help="frames to draw (%(default)s)")
     add("--n-prompt", default="1,4", help="real frames to start from (%(default)s)")
     add("--drift-frames", type=int, default=default.drift_frames, help="(%(default)s)")
     add("--batch-size", type=int, default=default.batch_size, help="clips at once (%(default)s)")
-    add("--probes", type=Path, help="folder where trained probes are kept (~/.cache/cwm_jax)")
+    add("--probes", type=path_flag, help="folder where trained probes are kept (~/.cache/cwm_jax)")
     return parser
 
 
 def _add_drawing_flags(add) -> None:
-    add("--checkpoint", type=Path, help="a run, or an export (checkpoints/pocket)")
+    add("--checkpoint", type=path_flag, help="a run, or an export (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--ddim-steps", type=int, default=10, help="denoising steps a frame, 1…1000 (%(default)s)")
     add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")

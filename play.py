@@ -9,18 +9,18 @@ page replays real clips, so that it can be seen without any model.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from cwm_jax.checkpoints import pretrained
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
 
 
 def main() -> None:
-    args = _flags().parse_args()
     with shown_to_user():
+        args = _flags().parse_args()
         from cwm_jax.play.web import launch  # light: the heavy libraries load behind the first page
 
         launch.serve(
@@ -35,9 +35,9 @@ def main() -> None:
                 fps=args.fps,
                 players=args.players,
                 idle_minutes=args.idle_minutes,
+                address=args.address,
             )
         )
-    sys.stdout.flush()
     os._exit(0)  # a thread may be compiling, which nothing can interrupt; all else has ended
 
 
@@ -46,16 +46,22 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="a run, or an export (checkpoints/pocket)")
+    add("--checkpoint", type=path_flag, help="a run, or an export (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--demo", action="store_true", help="no model: replay real clips, to see the page")
-    add("--data", type=Path, help="folder with val/, where sessions start (the embedded one)")
+    add("--data", type=path_flag, help="folder with val/, where sessions start (the embedded one)")
     add(
         "--host",
         default="127.0.0.1",
         help="0.0.0.0 to be reached from other machines (%(default)s)",
     )
     add("--port", type=int, default=7860, help="0: any that is free (%(default)s)")
+    add(
+        "--address",
+        default="",
+        metavar="URL",
+        help="of the page as visitors see it, behind a proxy that does not tell (its own)",
+    )
     add("--share", action="store_true", help="also make a public link, through Gradio's relay")
     add("--auth", metavar="USER:PASSWORD", help="ask everyone for these first")
     add("--fps", type=int, default=15, help="frames a second to aim at, 1…60 (%(default)s)")

@@ -9,10 +9,10 @@ that comes with the repository draws, `checkpoints/pocket`.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from cwm_jax import files
@@ -20,8 +20,9 @@ from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.rendering import contact_sheet, video
-from cwm_jax.runtime import devices
+from cwm_jax.runtime import devices, random_numbers
 from cwm_jax.sampling import rollouts, sampler
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
@@ -29,8 +30,8 @@ _MAX_FPS = 1000
 
 
 def main() -> None:
-    args = _flags().parse_args()
     with shown_to_user():
+        args = _flags().parse_args()
         _check(args)
         drawing = _drawing(args)
         devices.check()
@@ -49,7 +50,7 @@ def main() -> None:
         )
         if script.real is None:
             print(f"no {args.n_samples} real clips have {args.frames} frames: drawn frames alone")
-        key = jax.random.key(args.seed)
+        key = random_numbers.key(args.seed)
         frames = rollouts.write(
             opened.sampler, script, args.output, key=key, fps=args.fps, watched=True
         )
@@ -69,9 +70,13 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="a run, or an export (checkpoints/pocket)")
+    add("--checkpoint", type=path_flag, help="a run, or an export (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
-    add("--data", help="folder with train/, val/, test/ (that of the run, else the embedded one)")
+    add(
+        "--data",
+        type=path_flag,
+        help="folder with train/, val/, test/ (that of the run, else the embedded one)",
+    )
     add("--split", default="val", choices=shards.SPLITS, help="where clips come from (%(default)s)")
     add("--frames", type=int, default=32, help="length with the prompt; may pass the window (32)")
     add("--n-samples", type=int, default=4, help="clips, each of another episode (%(default)s)")
@@ -85,17 +90,18 @@ def _flags() -> argparse.ArgumentParser:
     add("--pattern", default="", help="actions to repeat, such as 7,7,7,8,8")
     add("--seed", type=int, default=0, help="of clips, random actions and noise (%(default)s)")
     add("--fps", type=int, default=FPS, help="frames a second of the film (%(default)s)")
-    add("--output", type=Path, default=Path("generated.mp4"), help="or a .gif (%(default)s)")
-    add("--grid", type=Path, help="also write stills to this PNG")
-    add("--save-npz", type=Path, help="also write raw frames, actions and seed to this file")
+    add("--output", type=path_flag, default=Path("generated.mp4"), help="or a .gif (%(default)s)")
+    add("--grid", type=path_flag, help="also write stills to this PNG")
+    add("--save-npz", type=path_flag, help="also write raw frames, actions and seed to this file")
     return parser
 
 
-def _data_config(folder: str | None, opened: formats.Opened) -> loader.DataConfig:
+def _data_config(folder: Path | None, opened: formats.Opened) -> loader.DataConfig:
     used = opened.config.get("data", {}).get("dir", "")
-    if not folder:
-        folder = used if used and Path(used).is_dir() else str(_EMBEDDED)
-    return loader.DataConfig(dir=folder)
+    if folder is None:
+        folder = Path(os.path.expanduser(used)) if used else _EMBEDDED
+        folder = folder if folder.is_dir() else _EMBEDDED
+    return loader.DataConfig(dir=str(folder))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -2,10 +2,10 @@
 
     python train.py --config configs/small.py --workdir runs/small [--config.lr=3e-4 …]
 
-Started again with the same workdir, it continues from the last checkpoint. SIGTERM or Ctrl-C make
-it finish its step, save, and exit with code 75; a second one ends it at once. With `--dry-run` it
-trains nothing, and tells how much memory and time the run will take. Over several hosts, see
-docs/scaling.md.
+Started again with the same workdir, it continues from the last checkpoint. SIGTERM, SIGHUP or
+Ctrl-C make it finish its step, save, and exit with code 75; a second one ends it at once. With
+`--dry-run` it trains nothing, and tells how much memory and time the run will take. Over several
+hosts, see docs/scaling.md.
 """
 
 import gc
@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.experiment import dry_run, loop
 from cwm_jax.experiment.settings import Settings
+from cwm_jax.files import local_path
 from cwm_jax.models import attention
 from cwm_jax.runtime import compile_cache, devices, hosts, preemption, process_memory
 
@@ -44,10 +45,11 @@ def main(_) -> None:
     with shown_to_user():
         config = _CONFIG.value.to_dict()
         settings = Settings.from_config(config)
+        workdir = local_path(_WORKDIR.value or "", "--workdir")
         process_memory.claim_gpu()
         process_memory.schedule_for_memory()
         process_memory.keep_freed()
-        compile_cache.enable(_CACHE.value)
+        compile_cache.enable(_compile_cache())
         _join_others()
         devices.check()
         hosts.check_same({"config": config})
@@ -55,12 +57,22 @@ def main(_) -> None:
         if _DRY_RUN.value:
             dry_run.tell(settings)
         else:
-            _train(settings, config)
+            _train(settings, config, workdir)
 
 
-def _train(settings: Settings, config: dict) -> None:
+def _compile_cache() -> str:
+    """The flag with its home folder; JAX itself keeps compiled programs at addresses too."""
+    given = _CACHE.value
+    return (
+        given
+        if given in ("auto", "") or "://" in given
+        else str(local_path(given, "--compile_cache"))
+    )
+
+
+def _train(settings: Settings, config: dict, workdir: Path) -> None:
     try:
-        loop.train(settings, Path(_WORKDIR.value), config=config)
+        loop.train(settings, workdir, config=config)
         gc.collect()  # the last batches, lest the exit complain of their shared memory, …
         time.sleep(_LAST_BATCHES_SECONDS)  # … which Grain frees in a thread that the exit would end
     except preemption.Preempted as stopped:
@@ -82,12 +94,20 @@ def _join_others() -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; ml_collections' own errors become ones that a person can read."""
     with shown_to_user():
+        argv = [_with_home(word) for word in argv]
         try:
             rest = app.parse_flags_with_usage(argv)
             _CONFIG.value.to_dict()  # a file that did not load says so only now
         except (AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:
             raise UserError(_told(error, argv)) from None
     return rest
+
+
+def _with_home(word: str) -> str:
+    """`--config=~/mine.py`, where no shell puts in the home folder."""
+    flag, _, path = word.partition("=")
+    is_config = flag.lstrip("-") == "config" and path.startswith("~")
+    return f"{flag}={local_path(path, '--config')}" if is_config else word
 
 
 def _told(error: Exception, argv: list[str]) -> str:

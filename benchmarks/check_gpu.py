@@ -35,6 +35,8 @@ import optax
 from benchmarks import machine, sizes, train
 from benchmarks import network as golden
 from cwm_jax.diffusion import denoiser
+from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import attention, dit, kernel_choice, kernel_measure, kernel_trials
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import process_memory
@@ -189,7 +191,7 @@ class References:
     def __init__(self, folder: Path, network: str, clips: int, frames: int):
         self._folder = folder
         words = f"--parts {network} --clips {clips} --frames {frames} --reference"
-        self._log = (folder / "log").open("w+")
+        self._log = (folder / "log").open("w+", encoding="utf-8")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.check_gpu", *words.split(), str(folder)],
             cwd=ROOT,
@@ -204,7 +206,7 @@ class References:
         while not path.exists():
             ended = self.process.poll() is not None
             if ended and not path.exists():
-                said = (self._folder / "log").read_text(errors="replace").strip()
+                said = (self._folder / "log").read_text(encoding="utf-8", errors="replace").strip()
                 raise RuntimeError(f"no numbers of the CPU: {said.splitlines()[-1:]}")
             time.sleep(0.1)
         with np.load(path) as file:
@@ -311,7 +313,7 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=1, help="of an update")
     parser.add_argument("--frames", type=int, default=0, help="of a clip; 0: the whole window")
     parser.add_argument("--seconds", type=float, help=f"for all; on a GPU {_SECONDS} by default")
-    parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--reference", type=path_flag, help=argparse.SUPPRESS)
     args = parser.parse_args()
     parts = args.parts.split(",")
     if unknown := [name for name in parts if name not in (ORIGINAL, *sizes.SIZES)]:
@@ -335,6 +337,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
+    with shown_to_user():
+        code = main()
     os._exit(code)  # what did not end in time is not waited for

@@ -14,13 +14,14 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from cwm_jax.data import loader
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.data.shards import find_shards, open_shard, read_record
+from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.runtime import process_memory
 
 _BATCHES = "training batches, global shuffle"
@@ -81,15 +82,15 @@ def one_clip_of_each_record(config: DataConfig) -> Iterator[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dir", default="assets/coinrun")
+    parser.add_argument("--dir", type=path_flag, default="assets/coinrun")
     parser.add_argument("--batch", type=int, default=128, help="clips")
     parser.add_argument("--seconds", type=float, default=8.0, help="for each of the rates")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="reading processes; 0: threads")
-    parser.add_argument("--output", type=Path, help="gets the numbers as JSON")
+    parser.add_argument("--output", type=path_flag, help="gets the numbers as JSON")
     args = parser.parse_args()
     process_memory.keep_freed()  # as train.py does
-    config = DataConfig(dir=args.dir, num_threads=args.threads, num_workers=args.workers)
+    config = DataConfig(dir=str(args.dir), num_threads=args.threads, num_workers=args.workers)
     counts = {
         _BATCHES: batches(config, args.batch),
         "records read, not decoded": records_alone(config),
@@ -105,8 +106,9 @@ def main() -> None:
     found["episodes_per_batch"] = episodes_per_batch(config, args.batch)
     print(f"{found['episodes_per_batch']:.1f} episodes in a batch of {args.batch} clips")
     if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks import machine, sizes, train
 from cwm_jax.data.loader import DataConfig
+from cwm_jax.errors import shown_to_user
 from cwm_jax.evaluation import (
     drift,
     generation,
@@ -109,4 +110,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

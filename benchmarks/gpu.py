@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import machine, sizes
+from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,7 +76,7 @@ def run(part: Part, seconds: float, output: Path) -> str:
     """Runs a part for so many seconds at the most, and says how it ended."""
     command = [sys.executable, "-m", part.module, *part.words.split()]
     begun = time.monotonic()
-    with (output / f"{part.name}.log").open("w") as log:
+    with (output / f"{part.name}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [*command, str(output.resolve() / f"{part.name}.json")],
             cwd=ROOT,
@@ -92,7 +94,7 @@ def run(part: Part, seconds: float, output: Path) -> str:
 
 
 def _last_line(log: str) -> str:
-    lines = Path(log).read_text(errors="replace").split("\n")
+    lines = Path(log).read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line for line in reversed(lines) if line.strip()), "it said nothing")[:300]
 
 
@@ -101,7 +103,7 @@ def gather(output: Path, ended: dict[str, str]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for name, how in ended.items():
         file = output / f"{name}.json"
-        told = json.loads(file.read_text()) if file.exists() else {}
+        told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if name.startswith("sampler"):
             told = {"sampler": told.get("rows", [])}
         elif name == "original":
@@ -124,8 +126,8 @@ def report(found: dict[str, list[Row]]) -> str:
 
 def keep(output: Path, ended: dict[str, str]) -> None:
     found = gather(output, ended)
-    (output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-    (output / "results.md").write_text(report(found))
+    (output / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (output / "results.md").write_text(report(found), encoding="utf-8")
 
 
 def main() -> None:
@@ -133,8 +135,8 @@ def main() -> None:
     parser.add_argument("--size", choices=sizes.SIZES, default="small")
     parser.add_argument("--batch", type=int, default=128, help="clips a step")
     parser.add_argument("--minutes", type=float, default=7.5, help="for everything")
-    parser.add_argument("--original", type=Path, help="a checkout of the PyTorch original")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench-gpu"))
+    parser.add_argument("--original", type=path_flag, help="a checkout of the PyTorch original")
+    parser.add_argument("--output", type=path_flag, default=Path("runs/bench-gpu"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     start, ended = time.monotonic(), {}
@@ -146,9 +148,10 @@ def main() -> None:
         ended[part.name] = run(part, share * left, args.output)
         keep(args.output, ended)
         print(f"{part.name}: {ended[part.name]}", flush=True)
-    print((args.output / "results.md").read_text())
+    print((args.output / "results.md").read_text(encoding="utf-8"))
     print(f"all numbers are in {args.output / 'results.json'}")
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
+from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import attention, rope
 from cwm_jax.models.kernels import reference
 from cwm_jax.models.kernels import rotary_attention as kernels
@@ -109,7 +111,7 @@ class Report:
             except Exception as error:  # one way that fails must not cost the others
                 row = asked | {"failed": f"{type(error).__name__}: {error}"[:600]}
         self.rows.setdefault(section, []).append(row)
-        self._path.write_text(json.dumps(self.rows, indent=1) + "\n")
+        self._path.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
         print(f"{section}: {machine.told(row)}", flush=True)
         return row
 
@@ -297,7 +299,7 @@ class Timing:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("attention.json"))
+    parser.add_argument("--output", type=path_flag, default=Path("attention.json"))
     parser.add_argument("--seconds", type=float, default=60, help="nothing is begun after these")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, in the interpreter")
     args = parser.parse_args()
@@ -347,4 +349,5 @@ def measure_all(report: Report, pool: ThreadPoolExecutor, cases: list[Case], *, 
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

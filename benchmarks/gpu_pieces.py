@@ -29,6 +29,8 @@ import optax
 
 from benchmarks import hlo, machine, sizes
 from benchmarks.train import OPTIM, random_batch
+from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import attention, dit, layers
 from cwm_jax.models.kernels import norm
 from cwm_jax.runtime import process_memory
@@ -310,7 +312,7 @@ class Bench:
         self.rows.append({**row, "at_s": time.monotonic() - self.start})
         print(machine.told(self.rows[-1]), flush=True)
         found = {"about": machine.description(), "rows": self.rows}
-        self.output.write_text(json.dumps(found, indent=1) + "\n")
+        self.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     def compile(self, lowered, options: dict | None) -> concurrent.futures.Future:
         """(program, seconds), in a thread."""
@@ -520,7 +522,7 @@ def measure_step(bench: Bench, name: str, network, compiled, batch, repeats: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=path_flag, required=True)
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--clips", type=int, default=128)
     parser.add_argument("--workers", type=int, default=8, help="threads that compile")
@@ -605,4 +607,5 @@ def time_step(bench: Bench, name, network, programs, batch, repeats: int) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

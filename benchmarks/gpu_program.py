@@ -21,6 +21,8 @@ from jax.sharding import Mesh
 from benchmarks import hlo, sizes
 from benchmarks.train import OPTIM
 from cwm_jax.coinrun import FRAME_SHAPE
+from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import flops
 from cwm_jax.models.dit import REMAT
 from cwm_jax.runtime import process_memory, sharding
@@ -32,7 +34,7 @@ TARGET = Path(__file__).parent / "targets" / "h200.txtpb"
 def compile_for_target(network, step: train_step.StepConfig, *, clips: int, frames: int, devices=1):
     """The compiled program of a step over `devices` GPUs, which cannot be run here."""
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=TARGET.read_text(), topology=f"1x1x{devices}"
+        platform="cuda", target_config=TARGET.read_text(encoding="utf-8"), topology=f"1x1x{devices}"
     )
     mesh = Mesh([[device] for device in topology.devices], sharding.AXES)
     fresh = lambda: train_step.init_state(network, OPTIM, 0)
@@ -100,7 +102,9 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a step")
     parser.add_argument("--devices", type=int, default=1, help="each with so many clips")
     parser.add_argument(
-        "--output", type=Path, help="gets all numbers as JSON; what it holds is not compiled again"
+        "--output",
+        type=path_flag,
+        help="gets all numbers as JSON; what it holds is not compiled again",
     )
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # there is no GPU to start
@@ -109,7 +113,7 @@ def main() -> None:
         process_memory.multiply_by_library()
     results = {}
     if args.output and args.output.exists():
-        results = json.loads(args.output.read_text())
+        results = json.loads(args.output.read_text(encoding="utf-8"))
     for attention, remat in itertools.product(args.attention, args.remat):
         name = f"{args.size} × {args.batch}, {attention}, {remat}, parts {args.accumulate}"
         name += f", devices {args.devices}" if args.devices > 1 else ""
@@ -125,10 +129,11 @@ def main() -> None:
         results[name]["jax"] = jax.__version__
         print(f"{name}: compiled in {results[name]['compile_s']:.0f} s", flush=True)
         if args.output:
-            args.output.write_text(json.dumps(results, indent=2) + "\n")
+            args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print("Compiled for one H200 on a machine without one. No time was measured.\n")
     print(table(results))
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

@@ -8,7 +8,6 @@ held: RIGHT in three, LEFT in two, a jump to the right in two, and jumps on the 
 """
 
 import argparse
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ from cwm_jax import coinrun
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.data import loader
 from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.rendering import video
 from cwm_jax.rendering.contact_sheet import enlarged
 
@@ -38,19 +38,21 @@ def contact_sheet(prompt_BPHWC: np.ndarray, frames_BFHWC: np.ndarray) -> np.ndar
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, help="a run, or an export (checkpoints/pocket)")
-    parser.add_argument("--data", default="assets/coinrun", help="(%(default)s)")
+    parser.add_argument(
+        "--checkpoint", type=path_flag, help="a run, or an export (checkpoints/pocket)"
+    )
+    parser.add_argument("--data", type=path_flag, default="assets/coinrun", help="(%(default)s)")
     parser.add_argument("--ddim-steps", type=int, help="denoising steps (the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="of levels and noise (%(default)s)")
     parser.add_argument("--scale", type=int, default=2, help="pixels for each pixel (%(default)s)")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    parser.add_argument("--output", type=path_flag, required=True)
     with shown_to_user():
+        args = parser.parse_args()
         steps = {}
         if args.ddim_steps is not None:
             steps["levels"] = formats.ddim_levels(args.ddim_steps)
         opened = formats.open_sampler(pretrained.unless(args.checkpoint), window="hop", **steps)
-        episodes = loader.open_episodes(loader.DataConfig(dir=args.data), "test")
+        episodes = loader.open_episodes(loader.DataConfig(dir=str(args.data)), "test")
         numbers = loader.pick_episodes(episodes, count=len(HELD), length=PROMPT, seed=args.seed)
         given = loader.load_clips(episodes, numbers, length=PROMPT)
         actions = np.array([(keys * FRAMES)[:FRAMES] for keys in HELD], np.int32)

@@ -12,7 +12,11 @@ def description() -> dict[str, str]:
     """Processor or card, and the versions that matter."""
     device = jax.devices()[0]
     info = Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    names = (
+        [x for x in info.read_text(encoding="utf-8").splitlines() if "model name" in x]
+        if info.exists()
+        else []
+    )
     cpu = f"{names[0].split(':')[1].strip()}, {len(names)} cores" if names else platform.processor()
     return {
         "device": f"{jax.device_count()} × {device.device_kind}"
@@ -34,7 +38,7 @@ def peak_bytes() -> int:
 
 def resident_bytes() -> int:
     """Memory that this process holds now (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize()
 
 

@@ -20,6 +20,8 @@ from benchmarks import machine, sizes, train
 from cwm_jax.checkpoints import torch_format
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, schedule
+from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import attention, dit, rope
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
@@ -32,7 +34,7 @@ Result = dict[str, object]
 
 def config(dtype: str, kernel: str) -> DiTConfig:
     """The network of the golden numbers."""
-    told = json.loads((GOLDEN / "model.json").read_text())
+    told = json.loads((GOLDEN / "model.json").read_text(encoding="utf-8"))
     names = "patch_size", "hidden_size", "depth", "num_heads", "num_actions", "max_frames"
     return DiTConfig(
         **{name: told[name] for name in names},
@@ -175,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=sizes.SIZES, default="small")
     parser.add_argument("--batch", type=int, default=128, help="clips a step")
-    parser.add_argument("--output", type=Path, required=True, help="gets the numbers as JSON")
+    parser.add_argument("--output", type=path_flag, required=True, help="gets the numbers as JSON")
     args = parser.parse_args()
     process_memory.claim_gpu()
     process_memory.schedule_for_memory()
@@ -183,9 +185,10 @@ def main() -> None:
     for section, asked, measure in measurements(args.size, args.batch):
         row = asked | tried(measure)
         found.setdefault(section, []).append(row)
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
+        args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(f"{section}: {machine.told(row)}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

@@ -30,6 +30,7 @@ import numpy as np
 
 from benchmarks import sizes
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.runtime import process_memory
 
 ON_DEVICE, COPIED = "on the device", "pinned, copied in the step"
@@ -276,14 +277,16 @@ def timed(turns: dict[str, Callable[[], Taken]], count: int) -> dict[str, dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="a checkout of the original")
+    parser.add_argument(
+        "--folder", type=path_flag, required=True, help="a checkout of the original"
+    )
     parser.add_argument("--size", choices=sizes.ORIGINALS, default="small")
     parser.add_argument("--batch", type=int, default=2, help="clips a step")
     parser.add_argument("--frames", type=int, default=32, help="of a clip")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="torch.compile, as on its GPUs")
     parser.add_argument("--beside", action="store_true", help="our step in turn with it, on a CPU")
-    parser.add_argument("--output", type=Path, help="gets the numbers as JSON")
+    parser.add_argument("--output", type=path_flag, help="gets the numbers as JSON")
     parser.add_argument("--draw", type=int, default=0, help="draw a frame after so many first")
     args = parser.parse_args()
     found: dict[str, dict[str, float | str]] = {}
@@ -294,7 +297,7 @@ def main() -> None:
             found[name] |= {"frames": _FRAMES[name]} if name in _FRAMES else {}
             print(_told(name, numbers), flush=True)
         if args.output:
-            args.output.write_text(json.dumps(found, indent=2) + "\n")
+            args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
     shape = dict(clips=args.batch, frames=args.frames)
     asked = dict(size=args.size, compiled=args.compile, **shape)
@@ -323,4 +326,5 @@ def _told(name: str, numbers: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

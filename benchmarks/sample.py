@@ -17,7 +17,6 @@ import argparse
 import json
 import tempfile
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import machine, sizes
 from cwm_jax.diffusion import denoiser, schedule
+from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import dit, flops
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
@@ -200,7 +201,7 @@ def main() -> None:
         if rows:
             print(machine.table(rows).split("\n", 2)[2], flush=True)
         if args.json:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     if args.long:
         for window in (w for w in args.window.split(",") if w in sampler.WINDOWS):
@@ -242,9 +243,10 @@ def _flags() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="one player, and a full and a slid window alone")
     add("--rows-only", action="store_true", help="leave out the time to the first frame")
     add("--long", type=int, default=0, help="instead: so many frames in a row with each window")
-    add("--json", type=Path, help="also write everything to this file, row by row")
+    add("--json", type=path_flag, help="also write everything to this file, row by row")
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

@@ -13,7 +13,6 @@ speed. Needs jax, flax, optax and numpy; no data.
 import argparse
 import json
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,8 @@ import numpy as np
 
 from benchmarks import sizes, trace
 from cwm_jax.coinrun import FRAME_SHAPE
+from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import dit, flops, kernel_choice
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--remat", choices=dit.REMAT, default="none")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="gets the numbers as JSON")
+    parser.add_argument("--output", type=path_flag, help="gets the numbers as JSON")
     args = parser.parse_args()
     process_memory.claim_gpu()
     process_memory.schedule_for_memory()
@@ -177,8 +178,9 @@ def main() -> None:
     )
     print(show(found))
     if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

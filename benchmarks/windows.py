@@ -10,7 +10,6 @@ windows are equal until they slide), and how far is each from the real frame, wh
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +17,8 @@ import numpy as np
 from benchmarks import machine
 from cwm_jax.checkpoints import formats, run_checkpoint
 from cwm_jax.data import loader
+from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.sampling import sampler
 
 WAYS = {  # window, dtype of the matmuls
@@ -51,17 +52,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True)
-    add("--data", default="assets/coinrun", help="(%(default)s)")
+    add("--checkpoint", type=path_flag, required=True)
+    add("--data", type=path_flag, default="assets/coinrun", help="(%(default)s)")
     add("--clips", type=int, default=8, help="records of 160 frames (%(default)s)")
     add("--frames", type=int, default=256, help="drawn after the first (%(default)s)")
     add("--ddim-steps", type=int, default=10, help="(%(default)s)")
     add("--seed", type=int, default=0)
-    add("--json", type=Path)
+    add("--json", type=path_flag)
     args = parser.parse_args()
 
     trained = formats.load(args.checkpoint)
-    episodes = loader.open_episodes(loader.DataConfig(dir=args.data), "test")
+    episodes = loader.open_episodes(loader.DataConfig(dir=str(args.data)), "test")
     numbers = loader.pick_episodes(episodes, count=args.clips, length=160, seed=args.seed)
     clips = loader.load_clips(episodes, numbers, length=160)
     real, taken = clips["frames"], clips["actions"]
@@ -89,8 +90,9 @@ def main() -> None:
     print(machine.description() | {"checkpoint step": trained.step, "window": window})
     print(machine.table(rows))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

@@ -12,6 +12,10 @@ import numpy as np
 IMAGE_SIZE = 64
 CHANNELS = 3
 FRAME_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, CHANNELS)
+GAMES = (  # of Procgen: all have these actions
+    *("bigfish", "bossfight", "caveflyer", "chaser", "climber", "coinrun", "dodgeball"),
+    *("fruitbot", "heist", "jumper", "leaper", "maze", "miner", "ninja", "plunder", "starpilot"),
+)
 FPS = 15  # a comfortable playback rate for people; the simulator itself has no clock
 
 NO_ACTION = -1  # "nothing led here": slot 0 of a clip, a zero one-hot vector for the model

@@ -1,16 +1,17 @@
 """What a game is played with: the names and keys of its actions, or of its buttons.
 
-A data folder tells in its `metadata.json`; one that names nothing holds CoinRun.
+A data folder tells in its `metadata.json`; one that tells nothing holds CoinRun, and actions that
+are only counted there are named by their numbers.
 """
 
 import dataclasses
-import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cwm_jax import coinrun
+from cwm_jax import coinrun, files
 from cwm_jax.errors import UserError
 
 METADATA = "metadata.json"
@@ -128,9 +129,12 @@ def from_json(said: Mapping[str, Any], source: str | os.PathLike) -> Controls:
     """
     actions = said.get("actions")
     if not isinstance(actions, list):
-        raise UserError(f"{source}: `actions` must be a list of {{name, keys}}, not {actions!r}")
+        raise UserError(
+            f"{source}: `actions` must be a list of {{name, keys}}, or of names, not {actions!r}"
+        )
     controls = []
     for number, action in enumerate(actions):
+        action = {"name": action} if isinstance(action, str) else action
         name = action.get("name") if isinstance(action, dict) else None
         keys = action.get("keys", []) if isinstance(action, dict) else None
         if not isinstance(name, str) or not name or not isinstance(keys, list):
@@ -146,18 +150,27 @@ def from_json(said: Mapping[str, Any], source: str | os.PathLike) -> Controls:
 
 
 def read(folder: str | os.PathLike) -> Controls:
-    """The controls of a data folder; CoinRun's where it has no metadata, or that names none.
+    """The controls of a data folder; CoinRun's where it has no metadata, or that tells nothing.
 
     Raises:
         UserError: its `metadata.json` is no JSON, or describes no controls.
     """
     path = Path(folder) / METADATA
     try:
-        said = json.loads(path.read_text())
+        said = files.read_json_object(path)
     except FileNotFoundError:
         said = {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(said, dict):
-        raise UserError(f"{path} holds a {type(said).__name__}; it must be a JSON object")
-    return from_json(said, path) if "actions" in said else procgen("coinrun")
+    return from_json(said, path) if "actions" in said else _counted(said, path)
+
+
+def _counted(said: Mapping[str, Any], source: Path) -> Controls:
+    """The controls where only their number is told, as by other recorders of this format."""
+    count = said.get("num_actions", coinrun.NUM_ACTIONS)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UserError(f"{source}: num_actions is {count!r}; it must be a whole number, 1 or more")
+    game = str(said.get("game") or said.get("env") or "coinrun")
+    words = set(re.split("[^a-z]+", game.lower()))
+    if count == coinrun.NUM_ACTIONS and (words & set(coinrun.GAMES) or "num_actions" not in said):
+        return procgen(game)
+    encoding = said.get("action_encoding", "one_hot")
+    return Controls(game, encoding, tuple(Control(str(number)) for number in range(count)))

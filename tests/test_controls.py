@@ -65,3 +65,31 @@ def test_the_futures_that_are_compared():
     assert dice.futures == (1, 0)
     ways = Controls("ways", "one_hot", (Control("L", ("KeyA",)), Control("R", ("KeyD",))))
     assert ways.futures == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "count", "first"),
+    [
+        ({"env": "ALE/Pong-v5", "num_actions": 18, "num_episodes_train": 6}, 18, "0"),
+        ({"env": "coinrun", "num_actions": 15}, 15, "LEFT+DOWN"),
+        ({"env": "procgen:procgen-maze-v0", "num_actions": 15}, 15, "LEFT+DOWN"),
+        ({"num_episodes_train": 6}, 15, "LEFT+DOWN"),
+        ({"env": "MineRL", "num_actions": 15}, 15, "0"),
+        ({"env": "x", "num_actions": 3, "action_encoding": "buttons"}, 3, "0"),
+        ({"game": "g", "actions": ["STAY", "GO"], "num_actions": 2}, 2, "STAY"),
+    ],
+)
+def test_actions_that_are_only_counted_or_named_are_known(tmp_path, said, count, first):
+    (tmp_path / "metadata.json").write_text(json.dumps(said))
+    known = controls.read(tmp_path)
+    assert (len(known.controls), known.controls[0].name) == (count, first)
+    assert controls.from_json(known.to_json(), "copy") == known
+    if first == "0":
+        assert (known.idle, known.is_procgen) == (0, False)
+
+
+@pytest.mark.parametrize("count", ["many", 0, -1, 2.5, None, True, [18]])
+def test_a_wrong_number_of_actions_is_named(tmp_path, count):
+    (tmp_path / "metadata.json").write_text(json.dumps({"env": "x", "num_actions": count}))
+    with pytest.raises(UserError, match=r"metadata\.json: num_actions is .* 1 or more"):
+        controls.read(tmp_path)

@@ -1,8 +1,14 @@
 """What a person sees when something is wrong: words, never a traceback."""
 
+import io
+import os
+import shlex
+import subprocess
+import sys
+
 import pytest
 
-from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.errors import UserError, shown_to_user, tell
 
 
 @pytest.mark.parametrize(
@@ -22,3 +28,59 @@ def test_a_mistake_and_ctrl_c_end_a_program_in_words(raised, told, code, capsys)
 def test_our_own_faults_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), shown_to_user():
         raise ZeroDivisionError
+
+
+_PROGRAM = """
+import sys, warnings
+from tqdm import tqdm
+from cwm_jax.errors import shown_to_user, tell
+with shown_to_user():
+    for _ in tqdm(range(3), desc="drawing"):
+        print("3 frames → a.mp4", flush=True)
+    tell("„done“")
+    warnings.warn("sehr schön")
+    with open(sys.argv[1], "w", encoding="utf-8") as file:
+        assert file.fileno() > 2, "a library that prints would write into this file"
+        print("words", file=sys.stderr, flush=True)
+        file.write("work")
+"""
+
+
+def _run(tmp_path, shell: str, **environment: str) -> str:
+    """Runs `_PROGRAM` as `shell` has it; returns what it printed, after checking its work."""
+    words = [sys.executable, "-c", _PROGRAM, str(tmp_path / "work")]
+    command = shell.format(" ".join(map(shlex.quote, words)))
+    run = ["bash", "-c", f"set -o pipefail; {command}"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()} | environment
+    done = subprocess.run(run, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "work").read_text() == "work"
+    return done.stdout.decode()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_letters_that_a_terminal_lacks_are_escaped(encoding, tmp_path):
+    assert r"3 frames \u2192 a.mp4" in _run(tmp_path, "{}", PYTHONIOENCODING=encoding)
+
+
+@pytest.mark.parametrize(
+    "shell",
+    ["{} | true", "{} 2>&1 | true", "{} >&-", "{} 2>&-", "{} <&- >&- 2>&-", "{} > /dev/full 2>&1"],
+)
+def test_a_stream_that_cannot_be_written_ends_no_work(shell, tmp_path):
+    _run(tmp_path, shell)
+
+
+def test_the_programs_help_is_printed_in_ascii():
+    for words in (["train.py"], ["sample.py"], ["-m", "cwm_jax.tools.pack"]):
+        command = [sys.executable, *words, "--help"]
+        environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert "UnicodeEncodeError" not in done.stderr
+        assert "--" in done.stdout
+
+
+def test_words_are_told_also_outside_of_a_program(capsys):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    tell("a → b", file=narrow)
+    assert narrow.buffer.getvalue() == b"a \\u2192 b\n"

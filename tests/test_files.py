@@ -1,7 +1,10 @@
 """A file is written whole or not at all."""
 
+from pathlib import Path
+
 import pytest
 
+from cwm_jax import files
 from cwm_jax.errors import UserError
 from cwm_jax.files import written_whole
 
@@ -38,3 +41,27 @@ def test_a_folder_or_a_path_below_a_file_is_the_users_mistake(tmp_path):
     for path in (tmp_path, tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"cannot write {path}"), written_whole(path):
             pass
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://b/x", "hf://a/b", "file:///tmp/x"])
+def test_an_address_is_no_path(address):
+    with pytest.raises(UserError, match=rf"--output {address}: addresses are not supported"):
+        files.local_path(address, "--output")
+
+
+def test_a_tilde_is_the_home_folder_and_other_names_stay(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.local_path("~/runs/x", "--workdir") == tmp_path / "runs" / "x"
+    for name in ("a~b/~", "a:b/c", "gs:/x", "./~"):
+        assert files.local_path(name, "--workdir") == Path(name)
+    with pytest.raises(UserError, match="--workdir ~nobody-here/x: there is no such home"):
+        files.local_path("~nobody-here/x", "--workdir")
+
+
+def test_texts_from_outside_are_read_with_and_without_a_mark(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "a").write_bytes("größe\r\n跳".encode(encoding))
+        assert files.read_text(tmp_path / "a") == "größe\r\n跳"
+    (tmp_path / "a").write_bytes("größe".encode("latin-1"))
+    with pytest.raises(ValueError, match="save it as UTF-8"):
+        files.read_text(tmp_path / "a")

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "cwm_jax"
 # From the lowest up. A package (or a module beside them) imports only from lines above its own.
 PACKAGES = (
     ("errors", "coinrun"),
-    ("controls", "files", "runtime"),
+    ("files",),
+    ("controls", "runtime"),
     ("data", "models", "rendering"),
     ("diffusion", "simulator"),
     ("sampling",),

@@ -1,12 +1,30 @@
 """Programs tell a wrong flag at once, before they open a model."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import evaluate
+import play
 import sample
+from configs import debug
 from cwm_jax.checkpoints import formats, pretrained
+from cwm_jax.errors import UserError
+from cwm_jax.experiment.settings import Settings
+from cwm_jax.tools import (
+    check,
+    collect,
+    convert_torch,
+    doctor,
+    export,
+    hub,
+    pack,
+    pocket,
+    preview,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,3 +57,57 @@ def test_numbers_stand_though_no_report_can_be_made(tmp_path, monkeypatch, capsy
     monkeypatch.delattr("cwm_jax.evaluation.html_report", raising=False)
     assert evaluate._write_report(tmp_path, None, None) == ""
     assert "there is no report: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (sample, "--output gs://b/x.mp4"),
+        (sample, "--data gs://b/x"),
+        (play, "--checkpoint hf://b/x"),
+        (evaluate, "--report s3://b/x"),
+        (evaluate, "--data s3://b/x"),
+        (evaluate, "compare gs://b/a.json"),
+        (evaluate, "closed-loop --output gs://b/x.mp4"),
+        (check, "gs://b/x"),
+        (check, "data --repair gs://b/x"),
+        (collect, "--output gs://b/x"),
+        (convert_torch, "gs://b/a.pt runs/x"),
+        (doctor, "--data gs://b/x"),
+        (export, "runs/x --output gs://b/x"),
+        (hub, "download --to gs://b/x"),
+        (pack, "films --keys keys.toml --output gs://b/x"),
+        (pocket, "--workdir gs://b/x"),
+        (preview, "--output gs://b/x.mp4"),
+    ],
+)
+def test_an_address_is_refused_for_every_file_and_folder(program, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program.__name__, *words.split()])
+    with pytest.raises(SystemExit) as stopped:
+        program.main()
+    assert stopped.value.code == 2
+    assert "addresses are not supported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["data.dir", "init_from", "distil_from"])
+def test_settings_that_name_a_folder_take_a_tilde_and_no_address(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = debug.get_config()
+    config.update_from_flattened_dict({name: "~/x", "ddim_steps": 1})
+    settings = Settings.from_config(config.to_dict())
+    held = settings.data.dir if name == "data.dir" else getattr(settings, name)
+    assert held == str(tmp_path / "x")
+    config.update_from_flattened_dict({name: "gs://b/x"})
+    with pytest.raises(UserError, match=rf"config\.{name} gs://b/x: addresses"):
+        Settings.from_config(config.to_dict())
+
+
+def test_training_makes_no_folder_named_as_an_address(tmp_path):
+    root = Path(__file__).parents[1]
+    words = [str(root / "train.py"), f"--config={root}/configs/debug.py", "--workdir=s3://b/run"]
+    environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert "--workdir s3://b/run: addresses are not supported" in done.stderr

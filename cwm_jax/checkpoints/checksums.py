@@ -23,7 +23,7 @@ def write(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> No
     names = [name for name in _files(folder) if wanted(name)]
     lines = [f"{digest}  {name}\n" for name, digest in _digests(folder, names)]
     with written_whole(folder / NAME) as temporary:
-        temporary.write_text("".join(lines))
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def fault(folder: Path, *, within: tuple[str, ...] = ()) -> str | None:
@@ -52,7 +52,7 @@ def fault(folder: Path, *, within: tuple[str, ...] = ()) -> str | None:
 
 def _read(path: Path) -> dict[str, str]:
     expected = {}
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         digest, separator, name = line.partition("  ")
         if len(digest) != 64 or not separator or ".." in PurePosixPath(name).parts:
             raise ValueError(line)

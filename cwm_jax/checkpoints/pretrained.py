@@ -1,8 +1,9 @@
 """The model that comes with the repository, used where no other is named."""
 
+import sys
 from pathlib import Path
 
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, tell
 
 FOLDER = Path(__file__).parents[2] / "checkpoints" / "pocket"
 NAME = "checkpoints/pocket"
@@ -26,5 +27,6 @@ def unless(named: Path | None) -> Path:
             f"    python train.py --config configs/debug.py --workdir runs/debug\n"
             f"and name it with --checkpoint runs/debug; play.py --demo shows the page without any"
         )
-    print(f"Using {NAME}, this repository's own model; --checkpoint names another", flush=True)
+    told = f"Using {NAME}, this repository's own model; --checkpoint names another"
+    tell(told, file=sys.stdout)
     return FOLDER

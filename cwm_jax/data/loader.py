@@ -20,6 +20,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from cwm_jax import controls
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data import shared_memory
 from cwm_jax.data.clips import Batch, Clips, Episodes, cut
@@ -351,9 +352,20 @@ def eval_batches(
 def open_episodes(config: DataConfig, split: str, *, num_actions: int = NUM_ACTIONS) -> Episodes:
     """The episodes of `split`, by number.
 
-    Raises `UserError` if there are none to be found, and `BadRecord` if more of those that tell
-    the lengths are bad than `config` allows.
+    Raises `UserError` if there are none to be found, or their game has more actions than
+    `num_actions`, and `BadRecord` if more of those that tell the lengths are bad than `config`
+    allows.
     """
+    known = controls.read(config.dir)
+    if known.num_values > num_actions:
+        what = f"{len(known.controls)} {'buttons' if known.encoding == 'buttons' else 'actions'}"
+        raise UserError(
+            f"{config.dir} is of {known.game}, which has {what}, and the model knows "
+            f"{num_actions} actions. To train on it, set "
+            f"--config.model.num_actions={len(known.controls)} "
+            f"--config.model.action_encoding={known.encoding}; to use a model, name the data of "
+            "its game"
+        )
     allowed = config.max_bad_records if skips(config) else 0
     return Episodes(find_shards(config.dir, split), num_actions=num_actions, max_bad=allowed)
 
@@ -427,12 +439,13 @@ def _in_background(batches: grain.MapDataset, config: DataConfig) -> grain.IterD
 
 
 def _as_worker(index: int, count: int) -> None:
-    """Makes a reading process leave Ctrl-C to its parent, and end when the parent is killed.
+    """Makes a reading process leave signals of the terminal to its parent, and end with it.
 
     And keep its memory, record after record.
     """
     process_memory.keep_freed()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 

@@ -1,33 +1,27 @@
 """Recordings of any game, as people keep them: films or folders of pictures, and action lists.
 
 A recording is `NAME.mp4` (or another film) or a folder `NAME/` of PNGs, with its actions beside
-it, one for each frame: what was pressed while that frame was shown.
-
-    NAME.csv    a column `action` (number or name), or a column of 0 and 1 for each button
-    NAME.jsonl  {"action": 3}, {"action": "LEFT"} or {"buttons": ["A", "LEFT"]} a line
-    NAME.npz    `actions`: whole numbers [T], or 0 and 1 [T, buttons]
+it in a list (`action_lists`), one for each frame: what was pressed while that frame was shown.
+Hidden files, and those that desktops and network drives make, are passed over.
 """
 
-import csv
 import dataclasses
 import functools
-import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from cwm_jax import controls
+from cwm_jax import controls, files
 from cwm_jax.coinrun import IMAGE_SIZE
 from cwm_jax.controls import Controls
-from cwm_jax.data import npz, pictures
+from cwm_jax.data import action_lists, pictures
 from cwm_jax.errors import UserError
 
 FILMS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
-_ACTIONS = (".csv", ".jsonl", ".npz")
 FITS = ("stretch", "crop", "pad")
 
 
@@ -47,8 +41,8 @@ def read_key_map(path: Path) -> Controls:
         UserError: there is no such file, or it is wrong, with the field at fault.
     """
     try:
-        said = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        said = tomllib.loads(files.read_text(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the key map {path}: {error}") from None
     return controls.from_json(said, path)
 
@@ -62,110 +56,46 @@ def find(folder: Path) -> list[Recording]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     seen: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in FILMS or (path.is_dir() and any(path.glob("*.png"))):
+    present = files.visible(folder)
+    for path in present:
+        is_film = path.suffix.lower() in FILMS and path.is_file()
+        if is_film or (path.is_dir() and _pictures_in(path)):
             name = path.name if path.is_dir() else path.stem
             if name in seen:
                 raise UserError(f"{seen[name]} and {path} are both the frames of {name!r}")
             seen[name] = path
     if not seen:
         raise UserError(f"{folder} holds no films ({', '.join(FILMS)}) and no folders of PNGs")
-    return [Recording(name, path, _actions_of(folder, name)) for name, path in seen.items()]
+    return [Recording(name, path, _actions_of(name, present)) for name, path in seen.items()]
 
 
-def _actions_of(folder: Path, name: str) -> Path:
-    found = [folder / (name + suffix) for suffix in _ACTIONS]
-    found = [path for path in found if path.is_file()]
+def _actions_of(name: str, present: Sequence[Path]) -> Path:
+    lists = (path for path in present if path.suffix.lower() in action_lists.SUFFIXES)
+    found = [path for path in lists if _same_name(path.stem, name) and path.is_file()]
     if len(found) != 1:
-        wanted = " or ".join(name + suffix for suffix in _ACTIONS)
-        raise UserError(f"{folder}: {name!r} needs its actions in {wanted}, and in one of them")
+        wanted = " or ".join(name + suffix for suffix in action_lists.SUFFIXES)
+        raise UserError(
+            f"{present[0].parent}: {name!r} needs its actions in {wanted}, and in one of them"
+        )
     return found[0]
 
 
+def _same_name(a: str, b: str) -> bool:
+    """Whether two names are written alike: a Mac takes an accented letter apart."""
+    return unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return [path for path in files.visible(folder) if _is_png(path)]
+
+
+def _is_png(path: Path) -> bool:
+    return path.suffix.lower() == ".png" and path.is_file()
+
+
 def read_actions(path: Path, known: Controls) -> np.ndarray:
-    """The actions of a recording, int32 [T]; buttons as bits.
-
-    Raises:
-        UserError: naming the file, the line and the value that is wrong.
-    """
-    if path.suffix == ".npz":
-        return _from_array(path, known)
-    try:
-        rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise UserError(f"cannot read actions from {path}: {error}") from None
-    if not rows:
-        raise UserError(f"{path} holds no actions")
-    numbers = {control.name: i for i, control in enumerate(known.controls)}
-    return np.array(
-        [_action(row, numbers, known, f"{path}, line {line}") for line, row in rows], np.int32
-    )
-
-
-def _csv_rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
-    with path.open(newline="") as file:
-        return list(enumerate(csv.DictReader(file), start=2))
-
-
-def _json_rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    lines = enumerate(path.read_text().splitlines(), start=1)
-    rows = [(line, json.loads(text)) for line, text in lines if text.strip()]
-    if wrong := [line for line, row in rows if not isinstance(row, dict)]:
-        raise ValueError(f"line {wrong[0]} is no JSON object")
-    return rows
-
-
-def _action(row: Mapping, numbers: dict[str, int], known: Controls, place: str) -> int:
-    if known.encoding == "one_hot":
-        return _single(row.get("action"), numbers, known, place)
-    if "action" in row:
-        return _number(row["action"], known, place)
-    if "buttons" in row:
-        held = row["buttons"]
-        if not isinstance(held, list) or not set(map(str, held)) <= set(numbers):
-            raise UserError(f"{place}: buttons are {held!r}; there are {', '.join(numbers)}")
-        return sum(1 << numbers[button] for button in set(held))
-    bits = 0
-    for name, number in numbers.items():
-        if row.get(name) not in ("0", "1", 0, 1, True, False):
-            raise UserError(f"{place}: button {name!r} is {row.get(name)!r}; it must be 0 or 1")
-        bits |= int(row[name]) << number
-    return bits
-
-
-def _single(value, numbers: dict[str, int], known: Controls, place: str) -> int:
-    if isinstance(value, str) and value.strip() in numbers:
-        return numbers[value.strip()]
-    return _number(value, known, place)
-
-
-def _number(value, known: Controls, place: str) -> int:
-    try:
-        number = -1 if isinstance(value, float) else int(value)
-    except (TypeError, ValueError):
-        number = -1
-    if not 0 <= number < known.num_values:
-        raise UserError(
-            f"{place}: the action is {value!r}; it must be 0…{known.num_values - 1}, or one of "
-            f"{', '.join(control.name for control in known.controls)}"
-        )
-    return number
-
-
-def _from_array(path: Path, known: Controls) -> np.ndarray:
-    actions = npz.read(path, ["actions"])["actions"]
-    if actions.ndim == 2 and known.encoding == "buttons":
-        if actions.shape[1] != len(known.controls) or not np.isin(actions, (0, 1)).all():
-            raise UserError(
-                f"{path}: actions are {actions.shape}; {len(known.controls)} buttons need 0 and 1 "
-                f"in [T, {len(known.controls)}]"
-            )
-        actions = (actions.astype(np.int32) << np.arange(actions.shape[1])).sum(axis=1)
-    if actions.ndim != 1 or actions.dtype.kind not in "iu" or not len(actions):
-        raise UserError(f"{path}: actions are {actions.dtype} {actions.shape}, not whole [T]")
-    if wrong := actions[(actions < 0) | (actions >= known.num_values)].tolist():
-        raise UserError(f"{path}: action {wrong[0]}; they must be 0…{known.num_values - 1}")
-    return actions.astype(np.int32)
+    """The actions of a recording, int32 [T]; buttons as bits. Errors as in `action_lists.read`."""
+    return action_lists.read(path, known)
 
 
 def read_frames(path: Path, *, fit: str, every: int) -> Iterator[np.ndarray]:
@@ -189,7 +119,7 @@ def _pictures(path: Path) -> Iterator[Callable[[], Image.Image]]:
     """What makes each picture: those that are passed over cost no conversion."""
     if not path.is_dir():
         return pictures.video_frames(path)
-    found = pictures.in_order(list(path.glob("*.png")))
+    found = pictures.in_order(_pictures_in(path))
     return (functools.partial(_read_png, png) for png in found)
 
 
@@ -221,7 +151,8 @@ def split_of(count: int, *, val: float, test: float, seed: int) -> Sequence[str]
     held = [max(1, round(count * share)) for share in (val, test)]
     if sum(held) >= count:
         raise UserError(
-            f"{count} pieces are too few to share out {val:.0%} to val and {test:.0%} to test"
+            f"{count} pieces are too few to share out {val:.0%} to val and {test:.0%} to test: "
+            "lower --val and --test, or record more"
         )
     names = ["val"] * held[0] + ["test"] * held[1] + ["train"] * (count - sum(held))
     order = np.random.default_rng(seed).permutation(count)

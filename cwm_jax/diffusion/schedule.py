@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cwm_jax.runtime import random_numbers
+
 NUM_LEVELS = 1000  # noise labels are 0 (almost clean) … 999 (almost noise)
 _START, _END, _TAU = -3.0, 3.0, 1.0
 
@@ -85,8 +87,8 @@ def predict_clean(x_BTHWC, velocity_BTHWC, t_BT) -> jax.Array:
 def draw(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Noise labels int32 [B, T] ~ U{0…999} and noise float32 [B, T, H, W, C] ~ N(0, 1)."""
     label_key, noise_key = jax.random.split(key)
-    t_BT = jax.random.randint(label_key, shape[:2], 0, NUM_LEVELS)
-    return t_BT, jax.random.normal(noise_key, shape)
+    t_BT = random_numbers.integers(label_key, shape[:2], 0, NUM_LEVELS)
+    return t_BT, random_numbers.normal(noise_key, shape)
 
 
 def loss(predicted: jax.Array, velocity: jax.Array, weights: jax.Array | float = 1.0) -> jax.Array:

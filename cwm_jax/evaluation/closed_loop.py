@@ -14,6 +14,7 @@ from cwm_jax.evaluation.frame_scores import Scores, score
 from cwm_jax.evaluation.generation import Draw
 from cwm_jax.rendering import contact_sheet
 from cwm_jax.rendering.arrow_keys import ACCENT, BACKDROP, BRIGHT, DIM, LINE, font
+from cwm_jax.runtime import random_numbers
 
 # (level seed, actions) of each run → uint8 frames [n + 1, H, W, C] of each: the level's first
 # frame, then one an action; fewer where the level ended.
@@ -70,7 +71,7 @@ def play(
     real = np.stack([played[i] for i in lasting])
     actions = np.pad(keys[lasting], ((0, 0), (1, 0)), constant_values=NO_ACTION)
     prompt = real[:, :n_prompt]
-    drawn = np.asarray(jax.device_get(draw(prompt, actions, jax.random.key(seed))))
+    drawn = np.asarray(jax.device_get(draw(prompt, actions, random_numbers.key(seed))))
     return Loop(
         [int(levels[i]) for i in lasting],
         real,

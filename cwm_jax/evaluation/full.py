@@ -251,7 +251,9 @@ def _quality(scored: Mapping[str, Scores], horizons: Sequence[int]) -> dict:
 def write_json(path: Path, results: Mapping) -> None:
     """Writes results; JSON has neither NaN nor infinity, which become null."""
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")
+        temporary.write_text(
+            json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
 
 def _plain(value):

@@ -10,6 +10,7 @@ from cwm_jax.checkpoints.bundle import Bundle
 from cwm_jax.coinrun import IMAGE_SIZE, NUM_ACTIONS
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
+from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling.sampler import Sampler
 
 
@@ -79,7 +80,7 @@ def in_batches(
     drawn = []
     for index in tqdm(range(0, total, batch_size), desc=label, unit="batch", disable=not label):
         rows = np.minimum(np.arange(index, index + min(batch_size, total)), total - 1)
-        key = jax.random.fold_in(jax.random.key(seed), index // batch_size)
+        key = jax.random.fold_in(random_numbers.key(seed), index // batch_size)
         frames = draw(prompt_BPHWC[rows], actions_BT[rows], key)
         drawn.append(np.asarray(jax.device_get(frames)))
     return np.concatenate(drawn)[:total]

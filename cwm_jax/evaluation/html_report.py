@@ -61,7 +61,11 @@ def write(folder: Path, measured: Measured, plan: Plan) -> None:
         film = contact_sheet.side_by_side(real, drawn, actions, n_prompt=plan.n_prompt[0])
         video.write_mp4(folder / f"{strip.name}.mp4", film, fps=FPS)
     with written_whole(folder / FILE) as temporary:
-        temporary.write_text(_page(folder, measured, plan, pictures, strips), encoding="utf-8")
+        temporary.write_text(
+            _page(folder, measured, plan, pictures, strips),
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
 
 
 def chosen_strips(measured: Measured) -> list[Strip]:

@@ -28,7 +28,7 @@ from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import held_out, probe_features
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.probe_features import Sight
-from cwm_jax.runtime import user_cache
+from cwm_jax.runtime import random_numbers, user_cache
 
 _VERSION = 2  # of all that follows: a cached probe of another version is not used
 _EPOCHS, _BATCH, _RATE, _DECAY = 8, 128, 1e-3, 1e-3
@@ -72,7 +72,7 @@ class Reader(nnx.Module):
 
 @functools.lru_cache
 def _skeleton() -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Reader(rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Reader(rngs=nnx.Rngs(random_numbers.key(0)))))
 
 
 class Probe(NamedTuple):
@@ -117,7 +117,7 @@ def train(frames_BTHWC: np.ndarray, actions_BT: np.ndarray, *, name: str = "", s
     batch = min(_BATCH, len(groups))
     per_epoch = len(groups) // batch
     steps = _EPOCHS * per_epoch
-    params = nnx.state(Reader(rngs=nnx.Rngs(seed)))
+    params = nnx.state(Reader(rngs=nnx.Rngs(random_numbers.key(seed))))
     state = _optimizer(steps).init(params)
     rng = np.random.default_rng(seed)
     for step in tqdm(range(steps), desc="training the probe", unit="step", disable=None):

@@ -14,6 +14,7 @@ from cwm_jax.checkpoints.bundle import Drawing
 from cwm_jax.evaluation import rollout_quality
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.models.dit import Params
+from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling.sampler import SamplerConfig
 
 VERSION = 2  # of the definitions: raised whenever a number of the same name would mean another
@@ -38,6 +39,7 @@ class Protocol:
     batch_size: int  # noise is drawn for a batch at a time
     psnr_cap: float
     probe: str  # digest of what the probe has learnt from
+    noise: str = ""  # digest of what the generator gives for a seed; empty: not recorded
 
     def as_dict(self) -> dict:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
@@ -54,8 +56,15 @@ def of(clips: HeldOut, sampler: SamplerConfig | Drawing, **others) -> Protocol:
         eta=sampler.eta,
         context_level=sampler.context_level,
         psnr_cap=rollout_quality.PSNR_CAP,
+        noise=_noise_digest(),
         **others,
     )
+
+
+def _noise_digest() -> str:
+    """Tells generators apart that give other noise for the same seed, as settings of JAX choose."""
+    noise = random_numbers.normal(random_numbers.key(0), (64,))
+    return hashlib.sha256(np.asarray(noise).tobytes()).hexdigest()[:16]
 
 
 # What may be compared when asked: how the same clips were drawn.
@@ -71,8 +80,13 @@ def differences(a: Mapping, b: Mapping, *, across: Collection[str] = ()) -> list
     return [
         f"{name}: {a.get(name)} and {b.get(name)}"
         for name in sorted(set(a) | set(b))
-        if a.get(name) != b.get(name) and name not in across
+        if a.get(name) != b.get(name) and name not in across and not _unknown(name, a, b)
     ]
+
+
+def _unknown(name: str, a: Mapping, b: Mapping) -> bool:
+    """Whether it is a condition that an older measurement does not record."""
+    return name == "noise" and not (a.get(name) and b.get(name))
 
 
 def fingerprint(params: Params) -> str:
@@ -90,7 +104,12 @@ def code_version() -> str:
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return cwm_jax.__version__

@@ -14,6 +14,7 @@ from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.evaluation import image_metrics
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
+from cwm_jax.runtime import random_numbers
 from cwm_jax.runtime.sharding import to_devices
 
 Batches = Iterable[dict[str, np.ndarray]]
@@ -44,7 +45,7 @@ def _means(network: DiTConfig, params: Params, batches: Batches, mesh: Mesh) -> 
     """Means over all clips. Each batch's noise is the same at every call, so runs compare."""
     totals: dict[str, float] = {}
     for index, batch in enumerate(batches):
-        key = jax.random.fold_in(jax.random.key(0), index)
+        key = jax.random.fold_in(random_numbers.key(0), index)
         for name, value in _sums(params, to_devices(batch, mesh), key, network=network).items():
             totals[name] = totals.get(name, 0.0) + float(value)
     return {name: value / totals["clips"] for name, value in totals.items()}

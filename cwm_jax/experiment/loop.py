@@ -29,7 +29,7 @@ from cwm_jax.experiment import (
 from cwm_jax.experiment.settings import Settings
 from cwm_jax.models import kernel_choice
 from cwm_jax.rendering import contact_sheet, video
-from cwm_jax.runtime import hosts, preemption, process_memory, sharding
+from cwm_jax.runtime import hosts, preemption, process_memory, random_numbers, sharding
 from cwm_jax.sampling import rollouts
 from cwm_jax.sampling.sampler import Sampler
 from cwm_jax.training import train_step
@@ -124,31 +124,33 @@ class _Run:
     def _script(self) -> rollouts.Script:
         """The same clips each time, so that rollouts show the progress."""
         settings = self.settings
-        return rollouts.write_script(
-            settings.data,
-            "val",
-            count=settings.n_rollout_samples,
-            frames=settings.rollout_frames,
-            n_prompt=settings.n_prompt,
-            num_actions=settings.model.action_values,
-            seed=settings.seed,
-        )
+        with _setting_named("rollout_frames", settings.rollout_frames):
+            return rollouts.write_script(
+                settings.data,
+                "val",
+                count=settings.n_rollout_samples,
+                frames=settings.rollout_frames,
+                n_prompt=settings.n_prompt,
+                num_actions=settings.model.action_values,
+                seed=settings.seed,
+            )
 
     def _quick(self) -> quick.Quick:
         settings = self.settings
-        return quick.prepare(
-            settings.data,
-            "val",
-            clips=settings.eval_clips,
-            frames=settings.eval_frames,
-            num_actions=settings.model.action_values,
-            seed=settings.seed,
-            lpips=None if jax.process_index() else lpips_weights.available(),
-        )
+        with _setting_named("eval_frames", settings.eval_frames):
+            return quick.prepare(
+                settings.data,
+                "val",
+                clips=settings.eval_clips,
+                frames=settings.eval_frames,
+                num_actions=settings.model.action_values,
+                seed=settings.seed,
+                lpips=None if jax.process_index() else lpips_weights.available(),
+            )
 
     def train(self) -> TrainState:
         settings = self.settings
-        key = jax.random.key(settings.seed)
+        key = random_numbers.key(settings.seed)
         # With the kernels of this device; what is saved with checkpoints is the config as it is.
         self.network = kernel_choice.measured(
             settings.model,
@@ -241,7 +243,7 @@ class _Run:
                 self.total_steps = saved.step
         if jax.process_index() == 0:
             with files.written_whole(self.workdir / "config.json") as temporary:
-                temporary.write_text(json.dumps(self.config, indent=2) + "\n")
+                temporary.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         if saved is None:
             make = jax.jit(begin, out_shardings=sharding.placement(shapes, self.mesh))
             return 0, make(given), False
@@ -436,7 +438,7 @@ class _Run:
         """A rollout from validation clips, as a film and a sheet."""
         settings, name = self.settings, f"rollout_{step:07d}"
         mp4 = self.workdir / "rollouts" / f"{name}.mp4"
-        key = jax.random.key(settings.seed)
+        key = random_numbers.key(settings.seed)
         frames = rollouts.write(sampler, self.script, mp4, key=key)
         png = mp4.with_suffix(".png")
         video.write_png(
@@ -449,6 +451,15 @@ class _Run:
 def _is_due(step: int, every: int) -> bool:
     """Whether it is the turn of what is done every so many steps; 0: never."""
     return bool(every) and step % every == 0
+
+
+@contextlib.contextmanager
+def _setting_named(name: str, value: int) -> Iterator[None]:
+    """Adds the setting to an error about validation clips."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} (config.{name}={value})") from None
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def held(workdir: Path) -> Iterator[None]:
         UserError: another run is there, after `LEAVING_SECONDS` still, or nothing can be written.
     """
     try:
-        lock = (workdir / ".lock").open("w")
+        lock = (workdir / ".lock").open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write in {workdir}: {error.strerror}") from None
     with lock:

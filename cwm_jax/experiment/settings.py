@@ -11,6 +11,7 @@ from cwm_jax.data.loader import DataConfig
 from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
 from cwm_jax.experiment.wandb_run import WandbConfig
+from cwm_jax.files import local_path
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
 from cwm_jax.training.examples import NoiseConfig
@@ -133,7 +134,12 @@ class Settings:
         values = dict(config)
         for name, section in sections.items():
             values[name] = _build(section, values.get(name, {}), f"config.{name}.")
-        return _build(cls, values, "config.")
+        settings = _build(cls, values, "config.")
+        models = {
+            name: _local(getattr(settings, name), name) for name in ("init_from", "distil_from")
+        }
+        data = dataclasses.replace(settings.data, dir=_local(settings.data.dir, "data.dir"))
+        return dataclasses.replace(settings, data=data, **models)
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -193,6 +199,10 @@ class Settings:
     def sampler(self) -> SamplerConfig:
         """How rollouts during training are drawn: exactly as the reference does."""
         return SamplerConfig(levels=ddim_levels(self.ddim_steps), window="exact")
+
+
+def _local(path: str, name: str) -> str:
+    return str(local_path(path, f"config.{name}")) if path else path
 
 
 def _build(cls, values: Mapping[str, Any], prefix: str):

@@ -165,11 +165,11 @@ def has_api_key() -> bool:
 
 def _run_id(file: Path, resuming: bool) -> str:
     """The id kept in the workdir where there is one to continue, else a new one, then kept."""
-    if resuming and file.exists() and (kept := file.read_text().strip()):
+    if resuming and file.exists() and (kept := file.read_text(encoding="utf-8").strip()):
         return kept
     run_id = secrets.token_hex(4)
     with written_whole(file) as temporary:
-        temporary.write_text(run_id + "\n")
+        temporary.write_text(run_id + "\n", encoding="utf-8")
     return run_id
 
 

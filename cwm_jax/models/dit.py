@@ -31,6 +31,7 @@ from cwm_jax.models.layers import (
     unit_rms,
     zeros_linear,
 )
+from cwm_jax.runtime import random_numbers
 
 Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spatial.qkv.kernel"
 
@@ -307,7 +308,7 @@ class DiT(nnx.Module):
 @functools.lru_cache
 def _skeleton(config: DiTConfig) -> tuple[nnx.GraphDef, dict[str, tuple], dict[str, nnx.Param]]:
     """The network without its numbers: its graph, and each parameter's path and shape by name."""
-    abstract = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(random_numbers.key(0))))
     graph, state = nnx.split(abstract, nnx.Param)
     flat = nnx.to_flat_state(state)
     paths = {_name(path): path for path, _ in flat}
@@ -320,7 +321,7 @@ def _name(path: tuple) -> str:
 
 def init(config: DiTConfig, seed: int) -> Params:
     """Fresh float32 parameters: Xavier uniform, zero biases, adaLN and last linear all zero."""
-    state = nnx.state(DiT(config, rngs=nnx.Rngs(seed)), nnx.Param)
+    state = nnx.state(DiT(config, rngs=nnx.Rngs(random_numbers.key(seed))), nnx.Param)
     return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 

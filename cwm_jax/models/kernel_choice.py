@@ -128,7 +128,7 @@ def _read() -> dict[str, dict[str, Found]]:
     """All outcomes that are kept, by key and setting; none where the file is damaged."""
     path = _path()
     try:
-        kept = json.loads(path.read_text()) if path and path.exists() else {}
+        kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
         if not all(isinstance(value, dict) for value in (kept, *kept.values())):
             raise ValueError("it does not hold what was measured")
     except (OSError, ValueError, AttributeError) as error:
@@ -145,7 +145,7 @@ def _keep(key: str, setting: str, found: Found) -> None:
     kept[key] = kept.get(key, {}) | {setting: found}
     try:
         with files.written_whole(path) as temporary:
-            temporary.write_text(json.dumps(kept, indent=1) + "\n")
+            temporary.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     except (OSError, UserError) as error:
         tell(f"warning: what was measured of kernels is not kept: {one_line(error)}")
 

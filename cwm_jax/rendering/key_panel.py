@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cwm_jax.controls import Control, Controls
-from cwm_jax.rendering import arrow_keys
+from cwm_jax.rendering import arrow_keys, text
 
 _CAP = 22  # height of a key in pixels
 _PITCH = _CAP + 4
@@ -36,9 +36,9 @@ def draw(known: Controls, action: int, *, width: int) -> np.ndarray:
             ink = arrow_keys.BACKDROP if lit else arrow_keys.DIM
             picture.rounded_rectangle((left, top, right, top + _CAP), 4, face, arrow_keys.KEY_EDGE)
             spot = ((left + right) / 2, top + _CAP / 2)
-            picture.text(spot, control.name, ink, arrow_keys.font(11), anchor="mm")
+            text.draw(picture, spot, control.name, ink, 11, most=right - left - 4)
     spot = (width / 2, panel.height - 12)
-    picture.text(spot, known.name(action), arrow_keys.BRIGHT, arrow_keys.font(13), anchor="mm")
+    text.draw(picture, spot, known.name(action), arrow_keys.BRIGHT, 13, most=width - 8)
     pixels = np.array(panel)
     pixels.setflags(write=False)  # the cache hands the same array to every caller
     return pixels
@@ -55,10 +55,11 @@ def _lines(known: Controls, width: int) -> list[list[tuple[float, float, Control
     """Where each key stands, left and right, in lines as wide as the panel."""
     lines, left = [[]], 4.0
     for control in known.controls:
-        right = left + arrow_keys.font(11).getlength(control.name) + 12
+        right = left + text.width(control.name, 11) + 12
         if right > width - 4 and lines[-1]:
             lines.append([])
             left, right = 4.0, right - left + 4
+        right = min(right, width - 4)
         lines[-1].append((left, right, control))
         left = right + 4
     return lines

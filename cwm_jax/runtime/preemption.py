@@ -1,4 +1,4 @@
-"""Being asked to stop: by a scheduler's SIGTERM, or by Ctrl-C."""
+"""Being asked to stop: by a scheduler's SIGTERM, by Ctrl-C, or by a terminal that closes."""
 
 import signal
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from cwm_jax.errors import tell
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: no failure, start it again
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 Item = TypeVar("Item")
 
 
@@ -23,12 +23,14 @@ class StopAsked(Exception):  # noqa: N818 (nothing went wrong)
 
 
 class Stop:
-    """Notes the first SIGTERM or SIGINT; a second one ends the process at once.
+    """Notes the first SIGTERM, SIGINT or SIGHUP; a second SIGTERM or SIGINT ends it at once.
 
-    A context manager, for the main thread; on leaving, signals mean what they meant before.
+    A context manager, for the main thread; on leaving, signals mean what they meant before. A
+    SIGHUP that the process was started to ignore, by `nohup`, stays ignored.
 
     Several processes of one run must stop after the same step. There the runtime of
-    `jax.distributed` notes SIGTERM and chooses that step; Ctrl-C is left as it is.
+    `jax.distributed` notes SIGTERM and chooses that step. A SIGHUP is handed on to it as SIGTERM;
+    Ctrl-C is left as it is.
     """
 
     def __init__(self):
@@ -37,8 +39,12 @@ class Stop:
         self._before = {}
 
     def __enter__(self) -> "Stop":
-        for number in () if self._together else _SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+        handlers = dict.fromkeys(_SIGNALS, self._note)
+        if self._together:
+            handlers = {signal.SIGHUP: lambda *_: signal.raise_signal(signal.SIGTERM)}
+        for number, handler in handlers.items():
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *_) -> None:
@@ -60,8 +66,10 @@ class Stop:
 
     def _note(self, number: int, _) -> None:
         self.signal = signal.Signals(number).name
-        for each in _SIGNALS:  # the system itself ends the process, even amid a long compilation
+        for each in self._before:  # the system itself ends the process, even amid a compilation
             signal.signal(each, signal.SIG_DFL)
+        if signal.SIGHUP in self._before:  # a terminal that closes, and its shell, send one each
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         tell(
             f"\n{self.signal}: finishing this step, then saving. Once more stops at once.",
         )

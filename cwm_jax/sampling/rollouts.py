@@ -1,6 +1,7 @@
 """Rollouts on paper: which clips they start from, which keys are pressed, and films of them."""
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
 from cwm_jax.data import loader
 from cwm_jax.data.loader import DataConfig
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, tell
 from cwm_jax.rendering import contact_sheet, video
 from cwm_jax.sampling.sampler import Sampler
 
@@ -50,13 +51,14 @@ def write_script(
 ) -> Script:
     """Picks `count` different episodes of a split, and the actions to take after their prompt.
 
-    Where bad records are skipped, there may be fewer that are good.
+    There are fewer where the split has no more that long, which is told, or where bad records are
+    skipped.
 
     Args:
         source: "gt", those really taken; "random", uniform; "pattern", `pattern` over and over.
 
     Raises:
-        UserError: where there are too few episodes that long, or an action does not exist.
+        UserError: where there is no episode that long, or an action does not exist.
     """
     if not 1 <= n_prompt < frames:
         raise UserError(
@@ -69,6 +71,7 @@ def write_script(
             f"{frames} frames with the real actions: the longest episode of {config.dir}/{split} "
             f"has {episodes.lengths.max()}; ask for fewer, or for another source of actions"
         )
+    count = _at_most(count, episodes, config, split, frames if source == "gt" else n_prompt)
     length = frames if whole.sum() >= count or source == "gt" else n_prompt
     numbers = loader.pick_episodes(episodes, count=count, length=length, seed=seed)
     numbers = loader.good_episodes(config, episodes, numbers, length=length)
@@ -80,6 +83,20 @@ def write_script(
         actions = np.concatenate([led_in, chosen], axis=1)
     real = clips["frames"] if length == frames else None
     return Script(real, clips["frames"][:, :n_prompt], actions, controls.read(config.dir))
+
+
+def _at_most(
+    count: int, episodes: loader.Episodes, config: DataConfig, split: str, length: int
+) -> int:
+    """`count`, or as many episodes of `length` frames as there are."""
+    there = int((episodes.lengths >= length).sum())
+    if count <= there:
+        return count
+    tell(
+        f"{config.dir}/{split} has {there} records of {length} frames: so many rollouts are drawn "
+        f"instead of {count}"
+    )
+    return there
 
 
 def _chosen(source: str, shape, pattern, num_actions: int, seed: int) -> np.ndarray:
@@ -179,7 +196,10 @@ def _watched(frames: Iterator[np.ndarray], script: Script) -> Iterator[np.ndarra
             compiled = time.perf_counter()
         yield frame
     seconds = time.perf_counter() - began
-    print(f"{samples} × {wanted} frames in {seconds:.1f} s, compiling included", end="")
     later = samples * (wanted - _call_size(wanted))
     rate = later / (time.perf_counter() - compiled)
-    print(f"; {rate:.1f} frames/s once compiled" if later else "")
+    tell(
+        f"{samples} × {wanted} frames in {seconds:.1f} s, compiling included"
+        + (f"; {rate:.1f} frames/s once compiled" if later else ""),
+        file=sys.stdout,
+    )

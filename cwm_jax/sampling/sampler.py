@@ -22,6 +22,7 @@ from cwm_jax.diffusion.denoiser import Denoiser, bind
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Modulations, Params
+from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling import kv_cache, prompt
 from cwm_jax.sampling.kv_cache import Window, World
 
@@ -128,7 +129,7 @@ def draw_frame(denoiser: Denoiser, tables: Tables, state: World, action_B, noise
         spread = jnp.sqrt(1 - step.alpha_bar_next - jnp.square(step.sigma))
         x = jnp.sqrt(step.alpha_bar_next) * x0 + spread * noise
         if config.eta:
-            x += step.sigma * jax.random.normal(jax.random.fold_in(key, index), x.shape)
+            x += step.sigma * random_numbers.normal(jax.random.fold_in(key, index), x.shape)
         return x, None
 
     x_BHWC = noise_BHWC.clip(-_NOISE_CLIP, _NOISE_CLIP)
@@ -147,7 +148,7 @@ def step(denoiser: Denoiser, tables: Tables, state: World, action_B, noise_BHWC,
 def frame_noise(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """What a frame starts from, and a key for its stochastic steps."""
     start_key, step_key = jax.random.split(key)
-    return jax.random.normal(start_key, shape), step_key
+    return random_numbers.normal(start_key, shape), step_key
 
 
 def rollout(

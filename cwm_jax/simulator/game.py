@@ -12,15 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
+from cwm_jax.coinrun import FRAME_SHAPE, GAMES, NUM_ACTIONS
 from cwm_jax.data.records import FRAME_BYTES, Episode
 from cwm_jax.errors import UserError
 
 _WORKER = Path(__file__).with_name("worker.py")
-GAMES = (
-    *("bigfish", "bossfight", "caveflyer", "chaser", "climber", "coinrun", "dodgeball"),
-    *("fruitbot", "heist", "jumper", "leaper", "maze", "miner", "ninja", "plunder", "starpilot"),
-)
 POLICIES = ("random", "sticky")
 DIFFICULTIES = ("easy", "hard")
 

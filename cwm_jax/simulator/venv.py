@@ -1,15 +1,27 @@
 """Makes the simulator's own Python environment, `.venv-procgen` beside the project's `.venv`."""
 
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, tell
 from cwm_jax.runtime import network
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+PYTHONS = ((3, 12), (3, 11))  # that Procgen has wheels for, the first that is found
+LIBRARIES = {  # that Procgen loads and pip does not bring, and the Debian package of each
+    "libGL.so.1": "libgl1",
+    "libglib-2.0.so.0": "libglib2.0-0",
+    "libgthread-2.0.so.0": "libglib2.0-0",
+    "libX11.so.6": "libx11-6",
+}
+_COMPILED = (
+    "cffi,glcontext,moderngl,numpy,pillow,procgen-mirror"  # takes minutes to build, or fails
+)
 _DONE = ".installed"  # holds the requirements that were installed; absent if that broke off
 
 
@@ -22,7 +34,9 @@ def default_folder() -> Path:
 def is_ready(folder: Path) -> bool:
     """Whether `folder` holds an environment with the present requirements."""
     done = folder / _DONE
-    return done.is_file() and done.read_text() == REQUIREMENTS.read_text()
+    return done.is_file() and done.read_text(encoding="utf-8") == REQUIREMENTS.read_text(
+        encoding="utf-8"
+    )
 
 
 def ensure(folder: Path | None = None) -> Path:
@@ -32,38 +46,105 @@ def ensure(folder: Path | None = None) -> Path:
     once make one environment.
 
     Raises:
-        UserError: the packages cannot be had, with pip's last word.
+        UserError: no Python here can run Procgen, the packages cannot be had, with pip's last
+            word, or libraries of the system are missing.
     """
     folder = (folder or default_folder()).absolute()
     if is_ready(folder):  # it may be another user's, where nothing can be written
         return folder / "bin" / "python"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_name(folder.name + ".lock").open("w") as lock:
+        with folder.with_name(folder.name + ".lock").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_ready(folder):
                 _make(folder)
     except OSError as error:
         raise UserError(f"cannot make an environment in {folder}: {error.strerror}") from None
+    if missing := missing_libraries():
+        raise UserError(
+            f"Procgen needs {', '.join(missing)}, which this system lacks: "
+            f"{install_command(missing)}"
+        )
     return folder / "bin" / "python"
+
+
+def missing_libraries() -> list[str]:
+    """Those of `LIBRARIES` that cannot be loaded here. Another process tries, which then ends."""
+    load = "import ctypes, sys\nctypes.CDLL(sys.argv[1])"
+    tries = {name: [sys.executable, "-c", load, name] for name in LIBRARIES}
+    return [name for name, words in tries.items() if not _answers(words)]
+
+
+def install_command(missing: Sequence[str]) -> str:
+    """What installs libraries on Debian and Ubuntu."""
+    packages = sorted({LIBRARIES[name] for name in missing})
+    return f"apt-get install -y {' '.join(packages)}  (as root)"
+
+
+def find_maker() -> list[str]:
+    """The command that makes an environment of a Python that Procgen has wheels for.
+
+    The running Python where it will do, else one from PATH, from pyenv, or from uv, which downloads
+    one where it has none.
+
+    Raises:
+        UserError: there is none.
+    """
+    for python in _candidates():
+        if _answers([python, "-c", _IS_ONE]):
+            return [python, "-m", "venv"]
+    if uv := shutil.which("uv"):
+        return [uv, "venv", "--quiet", "--seed", "--python", _dotted(PYTHONS[0])]
+    wanted = " or ".join(map(_dotted, PYTHONS))
+    raise UserError(
+        f"Procgen has wheels for Python {wanted} alone, and this is Python "
+        f"{_dotted(sys.version_info[:2])}. None of those, with its venv, is on PATH or in pyenv: "
+        "install one (pyenv install 3.12, or apt-get install python3.12-venv), or install uv, "
+        "which brings one"
+    )
+
+
+_IS_ONE = f"import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in {PYTHONS})"
+
+
+def _candidates() -> Iterator[str]:
+    yield sys.executable
+    names = [f"python{_dotted(version)}" for version in PYTHONS]
+    yield from filter(None, map(shutil.which, [*names, "python3"]))
+    pyenv = Path(os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv")) / "versions"
+    for version in PYTHONS:
+        yield from map(str, sorted(pyenv.glob(f"{_dotted(version)}*/bin/python")))
+
+
+def _dotted(version: Sequence[int]) -> str:
+    return ".".join(map(str, version))
+
+
+def _answers(words: Sequence[str]) -> bool:
+    """Whether a program runs and ends well."""
+    try:
+        return not subprocess.run(words, capture_output=True, check=False, timeout=60).returncode
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 def _make(folder: Path) -> None:
     if wrong := network.faults():
         raise UserError("pip cannot reach its index: " + "; ".join(wrong))
-    print(f"making the simulator's environment in {folder} (once)", file=sys.stderr)
+    maker = find_maker()
+    tell(f"making the simulator's environment in {folder} (once)")
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
         raise UserError(f"{folder} is there and is no virtual environment; name another folder")
     shutil.rmtree(folder, ignore_errors=True)
-    _run(folder, [sys.executable, "-m", "venv", str(folder)])
+    _run(folder, [*maker, str(folder)])
     python = str(folder / "bin" / "python")
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _run(folder, [*install, "-r", str(REQUIREMENTS)])
-    (folder / _DONE).write_text(REQUIREMENTS.read_text())
+    _run(folder, [*install, "--only-binary", _COMPILED, "-r", str(REQUIREMENTS)])
+    (folder / _DONE).write_text(REQUIREMENTS.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def _run(folder: Path, command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
         raise UserError(

@@ -27,6 +27,9 @@ from cwm_jax.data import records, shards
 from cwm_jax.data.clips import clip_counts
 from cwm_jax.data.records import BadRecord
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
+
+_MARK = ".repaired_from"  # in a repaired folder: the place of the one that it was made from
 
 
 @dataclasses.dataclass
@@ -148,11 +151,9 @@ def repair(
     """Writes all records but the faulty to `out`, shard by shard; returns how many.
 
     Raises:
-        UserError: `out` is the folder that is read, or cannot be written.
+        UserError: `out` is the folder that is read, holds something else, or cannot be written.
     """
-    taken = {folder.resolve(), *((folder / split).resolve() for split in shards.SPLITS)}
-    if out.resolve() in taken:
-        raise UserError(f"--repair {out}: name a folder of its own, not one of {folder}")
+    _claim(folder, out)
     dropped = {(fault.shard, fault.index) for fault in wrong}
 
     def write(shard: Shard) -> int:
@@ -173,18 +174,36 @@ def repair(
     return written
 
 
+def _claim(folder: Path, out: Path) -> None:
+    """Makes sure that `out` is empty, and marks it; or that it was repaired from the same folder.
+
+    Raises:
+        UserError: it is neither, or a folder that is read.
+    """
+    taken = {folder.resolve(), *((folder / split).resolve() for split in shards.SPLITS)}
+    if out.resolve() in taken:
+        raise UserError(f"--repair {out}: name a folder of its own, not one of {folder}")
+    mark, source = out / _MARK, files.place_digest(folder)
+    if mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == source:
+        return
+    if mark.is_file() or (out.is_dir() and files.visible(out)):
+        raise UserError(f"--repair {out}: it holds something else; name a new folder")
+    with files.written_whole(mark) as temporary:
+        temporary.write_text(source, encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("folder", type=Path, help="data folder with train/, val/, test/")
-    add("--repair", type=Path, metavar="OUT", help="write the good records to this folder")
+    add("folder", type=path_flag, help="data folder with train/, val/, test/")
+    add("--repair", type=path_flag, metavar="OUT", help="write the good records to this folder")
     add("--clip-len", type=int, default=32, help="frames, to count clips (%(default)s)")
     add("--stride", type=int, default=8, help="frames between clips (%(default)s)")
     add("--jobs", type=int, default=os.cpu_count(), help="shards at a time (one for each core)")
-    args = parser.parse_args(argv)
     with shown_to_user():
+        args = parser.parse_args(argv)
         for flag in ("clip_len", "stride", "jobs"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")

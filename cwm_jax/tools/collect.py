@@ -28,6 +28,7 @@ from cwm_jax import __version__, controls, files
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data import records, shards
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.simulator import game, venv
 
 LEVELS = 500_000_000  # level seeds of each split; three times this stays below 2³¹
@@ -111,8 +112,13 @@ class Ledger:
         self._lock = threading.Lock()
         self.shards: dict[str, dict[str, Any]] = {}
         if self._path.is_file():
-            self.shards = self._known(json.loads(self._path.read_text()))
-        elif folder.is_dir() and any(folder.iterdir()):
+            try:
+                self.shards = self._known(files.read_json_object(self._path))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{self._path} is not as this program writes it ({error!r}); name a new folder"
+                ) from None
+        elif folder.is_dir() and files.visible(folder):
             raise UserError(f"{folder} holds something that was not recorded; name a new folder")
 
     def _known(self, said: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -155,7 +161,7 @@ class Ledger:
             "shards": dict(sorted(self.shards.items())),
         }
         with files.written_whole(self._path) as temporary:
-            temporary.write_text(json.dumps(said, indent=1) + "\n")
+            temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
     def _totals(self, split: str) -> dict[str, Any]:
         held = [v for k, v in self.shards.items() if k.startswith(f"{split}/")]
@@ -180,7 +186,7 @@ def _grows(then: dict[str, int] | None, now: dict[str, int]) -> bool:
 
 
 def _simulator_versions() -> list[str]:
-    pins = venv.REQUIREMENTS.read_text().splitlines()
+    pins = venv.REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     return [pin for pin in pins if pin.startswith(("procgen", "gym3", "numpy"))]
 
 
@@ -265,8 +271,8 @@ def _record(chunk: game.Chunk) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _flags().parse_args(argv)
     with shown_to_user():
+        args = _flags().parse_args(argv)
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs}: must be 1 or more")
         recipe = Recipe(
@@ -292,7 +298,7 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="data folder to make, or to go on with")
+    add("--output", type=path_flag, required=True, help="data folder to make, or to go on with")
     add("--game", default="coinrun", help="any game of Procgen by name (%(default)s)")
     add("--policy", default="random", help="random, sticky, or a mix: random=1,sticky=3 (random)")
     add("--difficulty", default="hard", choices=game.DIFFICULTIES, help="(%(default)s)")
@@ -303,7 +309,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--min-chunk", type=int, default=32, help="shorter rests of episodes are dropped (32)")
     add("--seed", type=int, default=0, help="of levels and actions (%(default)s)")
     add("--jobs", type=int, default=os.cpu_count(), help="shards at a time (one for each core)")
-    add("--environment", type=Path, help="the simulator's environment (.venv-procgen)")
+    add("--environment", type=path_flag, help="the simulator's environment (.venv-procgen)")
     return parser
 
 

@@ -27,6 +27,7 @@ import optax
 from cwm_jax import files
 from cwm_jax.checkpoints import run_checkpoint, torch_format
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import devices
@@ -193,12 +194,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", type=Path, help="the original's .pt file, or a run or one checkpoint of it")
-    add("target", type=Path, help="workdir to make, which must not hold a run yet, or a .pt file")
+    add("source", type=path_flag, help="the original's .pt file, or a run or one checkpoint of it")
+    add(
+        "target",
+        type=path_flag,
+        help="workdir to make, which must not hold a run yet, or a .pt file",
+    )
     add("--max-frames", type=int, default=32, help="window; a .pt does not tell (%(default)s)")
     add("--ema", action="store_true", help="way back: the moving average as the parameters")
-    args = parser.parse_args(argv)
     with shown_to_user():
+        args = parser.parse_args(argv)
         devices.check()
         if args.target.suffix == ".pt":
             convert_back(args.source, args.target, ema=args.ema)

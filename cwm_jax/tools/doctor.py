@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.runtime import network, user_cache
 
 OK, NOTE, BAD = "ok", "note", "BAD"
@@ -50,7 +51,9 @@ def requirements() -> list[str]:
         asked = importlib.metadata.requires("cwm_jax") or []
         return [line for line in asked if "extra ==" not in line]
     except importlib.metadata.PackageNotFoundError:
-        return tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        return tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "dependencies"
+        ]
 
 
 def packages(asked: Sequence[str]) -> Finding:
@@ -99,7 +102,9 @@ def nvidia_driver() -> str:
         return ""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+        done = subprocess.run(
+            query, capture_output=True, text=True, errors="replace", check=False, timeout=30
+        )
     except (OSError, subprocess.TimeoutExpired):  # a driver that hangs has no version to name
         return ""
     return done.stdout.split("\n")[0].strip() if done.returncode == 0 else ""
@@ -238,8 +243,16 @@ def simulator(folder: Path | None = None) -> Finding:
     from cwm_jax.simulator import venv
 
     folder = folder or venv.default_folder()
-    if venv.is_ready(folder):
+    is_ready = venv.is_ready(folder)
+    if missing := venv.missing_libraries():
+        what = f"the Procgen simulator needs {', '.join(missing)}"
+        return Finding(BAD if is_ready else NOTE, what, venv.install_command(missing))
+    if is_ready:
         return Finding(OK, f"the Procgen simulator is in {folder}")
+    try:
+        venv.find_maker()
+    except UserError as error:
+        return Finding(NOTE, f"no Procgen simulator: {error}")
     return Finding(NOTE, "no Procgen simulator; recording makes it", "make install-procgen")
 
 
@@ -286,7 +299,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     embedded = _ROOT / "assets" / "coinrun"
-    parser.add_argument("--data", type=Path, default=embedded, help="data folder (the embedded)")
+    parser.add_argument(
+        "--data", type=path_flag, default=embedded, help="data folder (the embedded)"
+    )
     args = parser.parse_args(argv)
     found = examine(args.data)
     for name, (status, what, mend) in found:
@@ -300,4 +315,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with shown_to_user():
+        main()

@@ -34,10 +34,11 @@ from cwm_jax.data import loader
 from cwm_jax.diffusion import schedule
 from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import FrameKV, Modulations, Params
-from cwm_jax.runtime import devices
+from cwm_jax.runtime import devices, random_numbers
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.kv_cache import World
 from cwm_jax.sampling.sampler import SamplerConfig, Tables
@@ -107,7 +108,7 @@ def programs(network: DiTConfig, config: SamplerConfig) -> dict[str, Callable]:
 
     def draw(params, tables, fields, action_B, key_data):
         bound, state = bind(network, params), _world(fields)
-        key = jax.random.fold_in(jax.random.wrap_key_data(key_data), state.count)
+        key = jax.random.fold_in(random_numbers.wrap_key(key_data), state.count)
         noise, step_key = sampler.frame_noise(key, state.frames_BMHWC[:, 0].shape)
         both = Tables(**{name: Modulations(**table) for name, table in tables.items()})
         return sampler.draw_frame(bound, both, state, action_B, noise, step_key, config)
@@ -155,7 +156,7 @@ def lower(network: DiTConfig, config: SamplerConfig, params: Params) -> dict[str
     state = jax.eval_shape(made["start"], params, tables, *prompt)
     action = ShapeDtypeStruct((batch,), np.int32)
     frame = ShapeDtypeStruct((batch, size, size, 3), np.float32)
-    key_data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    key_data = jax.eval_shape(lambda: jax.random.key_data(random_numbers.key(0)))
     arguments = {
         "tabulate": (params,),
         "start": (params, tables, *prompt),
@@ -194,7 +195,9 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
             "config": trained.config,
             "files": {p.name: bundle.digest(p) for p in sorted(folder.iterdir())},
         }
-        (folder / bundle.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        (folder / bundle.MANIFEST).write_text(
+            json.dumps(manifest, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def _example(network: DiTConfig, params: Params, config: SamplerConfig, dir: str) -> dict:
@@ -206,7 +209,7 @@ def _example(network: DiTConfig, params: Params, config: SamplerConfig, dir: str
     prompt, led_in = clip["frames"][:, :1], clip["actions"][:, :1]
     drawer = sampler.Sampler(network, params, config)
     state = drawer.start(prompt, led_in)
-    _, drawn = drawer.rollout(state, clip["actions"][:, 1:], jax.random.key(0))
+    _, drawn = drawer.rollout(state, clip["actions"][:, 1:], random_numbers.key(0))
     asked = {"prompt": prompt, "led_in": led_in, "actions": clip["actions"][:, 1:], "seed": 0}
     return asked | {"frames": np.asarray(drawn)}
 
@@ -230,8 +233,8 @@ def _folder_written_whole(out: Path) -> Iterator[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _flags().parse_args(argv)
     with shown_to_user():
+        args = _flags().parse_args(argv)
         devices.check()
         trained = _with_card(formats.load(args.checkpoint, step=args.step), args.playable_steps)
         trained = averaged(trained, args.average)
@@ -239,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             steps = formats.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
             levels = sampler.ddim_levels(steps)
             config = SamplerConfig(levels=levels, window=args.window)
-            write_bundle(trained, args.output, config, args.dtype, args.data)
+            write_bundle(trained, args.output, config, args.dtype, str(args.data))
         else:
             cast = jax.tree.map(lambda x: x.astype(args.dtype), trained.params)
             write = write_orbax if args.format == "orbax" else write_safetensors
@@ -275,16 +278,16 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a run's workdir, one checkpoint of it, or an export")
-    add("--output", type=Path, required=True, help="folder, or file.safetensors, to make")
+    add("checkpoint", type=path_flag, help="a run's workdir, one checkpoint of it, or an export")
+    add("--output", type=path_flag, required=True, help="folder, or file.safetensors, to make")
     add("--format", default="bundle", choices=FORMATS, help="(%(default)s)")
-    add("--average", nargs="+", type=Path, default=[], metavar="OTHER", help=_AVERAGE)
+    add("--average", nargs="+", type=path_flag, default=[], metavar="OTHER", help=_AVERAGE)
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--dtype", default="float32", choices=DTYPES, help="of the parameters (%(default)s)")
     add("--ddim-steps", type=int, help="bundle: denoising steps a frame (the model's own)")
     add("--playable-steps", metavar="S,S,…", help="the card: which denoising steps are playable")
     add("--window", default="exact", choices=sampler.WINDOWS, help="bundle: (%(default)s)")
-    add("--data", default=str(_EMBEDDED), help="bundle: where its example comes from")
+    add("--data", type=path_flag, default=_EMBEDDED, help="bundle: where its example comes from")
     return parser
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from cwm_jax.checkpoints import bundle, run_checkpoint, weights
 from cwm_jax.data import shards
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 from cwm_jax.runtime import network
 
 with shown_to_user(), network.hub_settings_read():  # its variables are read when it is imported
@@ -201,7 +202,7 @@ def _all_files(folder: Path, prefix: str) -> dict[str, Path]:
 def _last_metrics(path: Path) -> dict[str, float]:
     """The last value of each number that a run reported."""
     last: dict[str, float] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
             last |= {k: v for k, v in record.items() if isinstance(v, float)}
@@ -345,8 +346,8 @@ def _port(address: SplitResult) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _flags().parse_args(argv)
     with shown_to_user():
+        args = _flags().parse_args(argv)
         if getattr(args, "jobs", 1) < 1 or (getattr(args, "shards", None) or 1) < 1:
             raise UserError("--jobs and --shards must be 1 or more")
         api = HfApi()
@@ -375,7 +376,7 @@ def _flags() -> argparse.ArgumentParser:
     )
     jobs = parser.add_subparsers(dest="job", required=True)
     add = jobs.add_parser("download", help="a dataset").add_argument
-    add("--to", type=Path, default=Path("data/coinrun"), help="(%(default)s)")
+    add("--to", type=path_flag, default=Path("data/coinrun"), help="(%(default)s)")
     add("--repo", default=DATASET, help="(%(default)s)")
     add("--shards", type=int, help="the first so many of each split (all)")
     add("--splits", nargs="+", default=shards.SPLITS, choices=shards.SPLITS, help="(all three)")
@@ -383,10 +384,10 @@ def _flags() -> argparse.ArgumentParser:
     add = jobs.add_parser("fetch", help="a model to sample from or play").add_argument
     add("repo", help="such as you/coinrun-world-model")
     add("--folder", default="", help="one folder of it (everything)")
-    add("--to", type=Path, default=Path("models"), help="(%(default)s)")
+    add("--to", type=path_flag, default=Path("models"), help="(%(default)s)")
     add("--jobs", type=int, default=8, help="files at a time (%(default)s)")
     add = jobs.add_parser("upload", help="a run's checkpoints, or an export").add_argument
-    add("source", type=Path, help="a run's workdir, an export, or a bundle")
+    add("source", type=path_flag, help="a run's workdir, an export, or a bundle")
     add("--repo", required=True, help="such as you/coinrun-world-model; made if it is not there")
     add("--folder", default="", help="where in the repository (its top)")
     add("--step", type=int, help="one checkpoint of the run (all that it keeps)")

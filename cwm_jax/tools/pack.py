@@ -39,6 +39,7 @@ from cwm_jax.data import shards, user_recordings
 from cwm_jax.data.records import Episode, decode, encode
 from cwm_jax.data.user_recordings import Recording
 from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import path_flag
 
 _NAME = "data_{}.array_record"  # with a dot before it, which hides it, until all are written
 
@@ -70,18 +71,34 @@ def plan(lengths: Sequence[int], cut: Cut) -> list[list[Piece]]:
         UserError: there is too little for three splits.
     """
     chunks = [list(_chunks(length, cut)) for length in lengths]
-    if len(lengths) >= 3:
-        splits = user_recordings.split_of(len(lengths), val=cut.val, test=cut.test, seed=cut.seed)
-        return [
-            [Piece(split, *chunk) for chunk in mine]
-            for split, mine in zip(splits, chunks, strict=True)
-        ]
-    pieces = []
-    for mine in chunks:
-        splits = user_recordings.split_of(len(mine), val=cut.val, test=cut.test, seed=0)
-        ordered = sorted(splits, key=("train", "val", "test").index)
-        pieces.append([Piece(s, *chunk) for s, chunk in zip(ordered, mine, strict=True)])
-    return pieces
+    usable = [number for number, mine in enumerate(chunks) if mine]
+    if len(usable) < 3:
+        return [_split_in_time(mine, cut) for mine in _enough(chunks, lengths, cut)]
+    splits = user_recordings.split_of(len(usable), val=cut.val, test=cut.test, seed=cut.seed)
+    split_of = dict(zip(usable, splits, strict=True))
+    return [[Piece(split_of[n], *chunk) for chunk in mine] for n, mine in enumerate(chunks)]
+
+
+def _enough(chunks: list, lengths: Sequence[int], cut: Cut) -> list:
+    """The chunks; raises `UserError` where no recording has the three that splits need."""
+    if max(map(len, chunks)) >= 3:
+        return chunks
+    longest = max(lengths)
+    raise UserError(
+        f"{len(lengths)} recordings, the longest of {longest} frames, are too few to share out: "
+        f"each gives records of --chunk {cut.chunk} frames, at least --min-chunk {cut.min_chunk}, "
+        f"and train, val and test need one each. Add recordings, up to three or more, or set "
+        f"--chunk and --min-chunk to {max(1, longest // 3)} or less"
+    )
+
+
+def _split_in_time(chunks: list, cut: Cut) -> list[Piece]:
+    """The end of a recording to val and test; one of too few chunks is all for training."""
+    if len(chunks) < 3:
+        return [Piece("train", *chunk) for chunk in chunks]
+    splits = user_recordings.split_of(len(chunks), val=cut.val, test=cut.test, seed=0)
+    ordered = sorted(splits, key=shards.SPLITS.index)
+    return [Piece(split, *chunk) for split, chunk in zip(ordered, chunks, strict=True)]
 
 
 def _chunks(length: int, cut: Cut) -> Iterator[tuple[int, int]]:
@@ -130,18 +147,29 @@ def _claim(out: Path, folder: Path, known: Controls) -> None:
     """Makes sure that a folder was packed from the same source, or is empty: then it marks it."""
     path = out / controls.METADATA
     if path.is_file():
-        if json.loads(path.read_text()).get("source") != folder.name:
-            raise UserError(f"{out} holds other data; name a new folder")
-    elif out.is_dir() and any(out.iterdir()):
+        said, source = files.read_json_object(path), _source(folder)
+        if any(said.get(field, value) != value for field, value in source.items()):
+            raise UserError(
+                f"{out} holds other data, packed from another folder {said.get('source')!r}; name "
+                "a new folder, or remove this one"
+            )
+        if "source" not in said:
+            raise UserError(f"{out} holds data that was not packed; name a new folder")
+    elif out.is_dir() and files.visible(out):
         raise UserError(f"{out} holds something that was not packed; name a new folder")
     else:
         _write_metadata(out, folder, known)
 
 
+def _source(folder: Path) -> dict[str, str]:
+    """What tells one source from another, also of the same name."""
+    return {"source": folder.resolve().name, "source_path_sha256": files.place_digest(folder)}
+
+
 def _write_metadata(out: Path, folder: Path, known: Controls) -> None:
-    said = known.to_json() | {"source": folder.name, "frame_shape": [64, 64, 3]}
+    said = known.to_json() | _source(folder) | {"frame_shape": [64, 64, 3]}
     with files.written_whole(out / controls.METADATA) as temporary:
-        temporary.write_text(json.dumps(said, indent=1) + "\n")
+        temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
 def _replace_shards(out: Path) -> None:
@@ -211,8 +239,8 @@ def config_lines(known: Controls, out: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _flags().parse_args(argv)
     with shown_to_user():
+        args = _flags().parse_args(argv)
         for flag in ("chunk", "min_chunk", "every", "jobs"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
@@ -230,9 +258,11 @@ def _flags() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="RECORDINGS", help="films or folders of PNGs, and actions")
-    add("--keys", type=Path, required=True, help="the key map, a TOML file")
-    add("--output", type=Path, required=True, help="data folder to make")
+    add(
+        "folder", type=path_flag, metavar="RECORDINGS", help="films or folders of PNGs, and actions"
+    )
+    add("--keys", type=path_flag, required=True, help="the key map, a TOML file")
+    add("--output", type=path_flag, required=True, help="data folder to make")
     add("--fit", default="stretch", choices=user_recordings.FITS, help="to 64×64 (%(default)s)")
     add("--every", type=int, default=1, help="keep every so-manieth frame, say 4 of 60 fps (1)")
     add("--chunk", type=int, default=160, help="frames in a record (%(default)s)")

@@ -20,11 +20,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cwm_jax import controls
+from cwm_jax import controls, files
 from cwm_jax.checkpoints.run_checkpoint import FOLDER
 from cwm_jax.data import shards
 from cwm_jax.data.records import FRAME_BYTES
 from cwm_jax.errors import UserError, shown_to_user, tell
+from cwm_jax.files import path_flag
 from cwm_jax.runtime import process_memory
 from cwm_jax.runtime.preemption import EXIT_CODE
 
@@ -75,7 +76,11 @@ def find_device() -> Device:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return Device("cpu", "cpu", 0, "")
     found = subprocess.run(
-        [sys.executable, "-c", _PROBE], env=_environment(), capture_output=True, text=True
+        [sys.executable, "-c", _PROBE],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
     if found.returncode:
         reason = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -115,7 +120,7 @@ def look_at(data: Path) -> Recorded:
     path = data / controls.METADATA
     if path.is_file():
         try:
-            said = json.loads(path.read_text())
+            said = files.read_json_object(path)
             if "recipe" in said:
                 of = said["splits"]
                 records = {split: of[split]["records"] for split in shards.SPLITS}
@@ -195,12 +200,16 @@ def _environment(**changes: str) -> dict[str, str]:
 
 
 def _run(words: Sequence[str], **environment: str) -> int:
-    """Runs Python; hands on SIGTERM, and Ctrl-C, of which a terminal informs both."""
+    """Runs Python; hands on SIGTERM. Of Ctrl-C and its own end a terminal informs both."""
     program = subprocess.Popen([sys.executable, *words], env=_environment(**environment))
     before = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: program.terminate()),
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
     }
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        before[signal.SIGHUP] = signal.signal(
+            signal.SIGHUP, lambda *_: program.send_signal(signal.SIGHUP)
+        )
     try:
         return program.wait()
     finally:
@@ -246,8 +255,8 @@ def make(args: argparse.Namespace, more: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = _flags()
-    args, more = parser.parse_known_args(argv)
     with shown_to_user():
+        args, more = parser.parse_known_args(argv)
         if other := [word for word in more if not word.startswith("--config.")]:
             parser.error(f"unrecognized arguments: {' '.join(other)}")
         args.output = args.output or args.workdir / "model.safetensors"
@@ -261,9 +270,9 @@ def _flags() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--minutes", type=float, help="of training, compilation included (GPU: 9; CPU: 300)")
     add("--frames", type=int, help="to record and train on (GPU: 4,000,000; CPU: 500,000)")
-    add("--data", type=Path, default=Path("data/pocket"), help="data folder (%(default)s)")
-    add("--workdir", type=Path, default=Path("runs/pocket"), help="of training (%(default)s)")
-    add("--output", type=Path, help="file to export to (model.safetensors in the workdir)")
+    add("--data", type=path_flag, default=Path("data/pocket"), help="data folder (%(default)s)")
+    add("--workdir", type=path_flag, default=Path("runs/pocket"), help="of training (%(default)s)")
+    add("--output", type=path_flag, help="file to export to (model.safetensors in the workdir)")
     return parser
 
 

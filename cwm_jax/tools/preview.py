@@ -27,7 +27,8 @@ from cwm_jax.data import shards
 from cwm_jax.data.clips import Episodes
 from cwm_jax.data.records import Episode
 from cwm_jax.errors import UserError, shown_to_user
-from cwm_jax.rendering import arrow_keys, key_panel, video
+from cwm_jax.files import path_flag
+from cwm_jax.rendering import arrow_keys, key_panel, text, video
 from cwm_jax.rendering.contact_sheet import enlarged
 
 _EMBEDDED = Path(__file__).parents[2] / "assets" / "coinrun"
@@ -89,9 +90,9 @@ def contact_sheet(
         blank = np.full_like(tiles[0], arrow_keys.BACKDROP)
         rows.append(np.concatenate(tiles + [blank] * (_STILLS - len(tiles)), axis=1))
         title = Image.new("RGB", (rows[0].shape[1], 22), arrow_keys.BACKDROP)
-        text = f"episode {number}, {len(episode)} frames"
+        words = f"episode {number}, {len(episode)} frames"
         ImageDraw.Draw(title).text(
-            (6, 11), text, arrow_keys.BRIGHT, arrow_keys.font(12), anchor="lm"
+            (6, 11), words, arrow_keys.BRIGHT, arrow_keys.font(12), anchor="lm"
         )
         rows.insert(-1, np.array(title))
     return np.concatenate(rows)
@@ -101,9 +102,9 @@ def _still(episode: Episode, t: int, known: Controls, scale: int) -> np.ndarray:
     picture = enlarged(episode.frames[t], scale)
     tile = Image.new("RGB", (picture.shape[1] + 6, picture.shape[0] + 20), arrow_keys.BACKDROP)
     tile.paste(Image.fromarray(picture), (3, 0))
-    text = f"{t + 1} {known.name(int(episode.actions[t]))}"
+    words = f"{t + 1} {known.name(int(episode.actions[t]))}"
     spot = (tile.width / 2, tile.height - 10)
-    ImageDraw.Draw(tile).text(spot, text, arrow_keys.DIM, arrow_keys.font(10), anchor="mm")
+    text.draw(ImageDraw.Draw(tile), spot, words, arrow_keys.DIM, 10, most=tile.width)
     return np.array(tile)
 
 
@@ -148,15 +149,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", type=Path, default=_EMBEDDED, help="data folder (the embedded one)")
+    add("--data", type=path_flag, default=_EMBEDDED, help="data folder (the embedded one)")
     add("--split", default="train", choices=shards.SPLITS, help="(%(default)s)")
-    add("--shard", type=Path, help="show this one file instead")
+    add("--shard", type=path_flag, help="show this one file instead")
     add("--n-episodes", type=int, default=3, help="episodes to film (%(default)s)")
     add("--first", type=int, default=0, help="number of the first of them (%(default)s)")
     add("--count-episodes", type=int, default=500, help="episodes behind the page's facts (500)")
     add("--fps", type=int, default=FPS, help="frames a second of the film (%(default)s)")
     add("--scale", type=int, default=6, help="enlargement of the film's frames (%(default)s)")
-    add("--output", type=Path, default=Path("preview.mp4"), help="the film (%(default)s)")
+    add("--output", type=path_flag, default=Path("preview.mp4"), help="the film (%(default)s)")
     with shown_to_user():
         write(parser.parse_args(argv))
 
@@ -182,9 +183,9 @@ def write(args: argparse.Namespace) -> None:
     video.write_png(stills, contact_sheet(found, numbers, known))
     counted = np.linspace(0, len(found) - 1, min(len(found), args.count_episodes)).astype(int)
     source = str(args.shard or args.data / args.split)
-    text = page(facts(found, counted.tolist(), known), known, source=source, of=len(found))
+    told = page(facts(found, counted.tolist(), known), known, source=source, of=len(found))
     with files.written_whole(facts_page) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(told, encoding="utf-8", errors="backslashreplace")
     print(f"{args.output}, {stills}, {facts_page}")
 
 

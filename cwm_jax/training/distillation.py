@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from cwm_jax.diffusion import schedule
 from cwm_jax.diffusion.schedule import NUM_LEVELS, step_label
+from cwm_jax.runtime import random_numbers
 
 _SHARE = 0.5  # of frames, at which the student's steps begin
 
@@ -21,8 +22,9 @@ _SHARE = 0.5  # of frames, at which the student's steps begin
 def draw(key: jax.Array, t: jax.Array, steps: int) -> jax.Array:
     """Labels of the same shape, half of them those where a sampler of so many steps begins one."""
     share_key, step_key = jax.random.split(key)
-    number = jax.random.randint(step_key, t.shape, 1, steps + 1)
-    return jnp.where(jax.random.bernoulli(share_key, _SHARE, t.shape), step_label(number, steps), t)
+    number = random_numbers.integers(step_key, t.shape, 1, steps + 1)
+    on_step = random_numbers.happens(share_key, t.shape, _SHARE)
+    return jnp.where(on_step, step_label(number, steps), t)
 
 
 def velocity(predict: Callable, x_BTHWC: jax.Array, t_BT: jax.Array, steps: int) -> jax.Array:

@@ -10,16 +10,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cwm_jax import coinrun
 from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
 from cwm_jax.models.dit import Params
+from cwm_jax.runtime import random_numbers
 from cwm_jax.training import distillation, self_generated
 from cwm_jax.training.self_generated import Context
 
 _TOP = schedule.NUM_LEVELS - 1
+_RENOISED_STEPS = np.array([1, 2, 4, 4], np.int32)  # of 4, chosen among
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,19 +93,21 @@ def _context(keys, shape: tuple[int, ...], noise: NoiseConfig) -> Context:
     own_key, own_top_key = jax.random.split(own_key)
     passes = shape[0], noise.own_passes, shape[1]
     if noise.own_renoised:  # the first pass starts from noise alone, so nothing real leaks
-        numbers = jax.random.choice(level_key, jnp.array([1, 2, 4, 4]), passes[:2])
+        places = random_numbers.integers(level_key, passes[:2], 0, len(_RENOISED_STEPS))
+        numbers = jnp.asarray(_RENOISED_STEPS)[places]
         t_BPT = jnp.broadcast_to(schedule.step_label(numbers, 4)[..., None], passes)
         t_BPT = t_BPT.at[:, 0].set(_TOP)
     else:
-        t_BPT = jax.random.randint(level_key, passes, 0, schedule.NUM_LEVELS)
+        t_BPT = random_numbers.integers(level_key, passes, 0, schedule.NUM_LEVELS)
         t_BPT = _with_top(own_top_key, t_BPT, noise.top_share)
-    top_B = jax.random.bernoulli(jax.random.fold_in(clips_key, 1), noise.own_top_share, shape[:1])
-    scale_B = jnp.abs(jax.random.normal(jax.random.fold_in(clips_key, 2), shape[:1]))
+    top_key, scale_key = (jax.random.fold_in(clips_key, number) for number in (1, 2))
+    top_B = random_numbers.happens(top_key, shape[:1], noise.own_top_share)
+    scale_B = jnp.abs(random_numbers.normal(scale_key, shape[:1]))
     return Context(
         clips_B=jnp.asarray(self_generated.clips(shape[0], noise.own_share)),
         top_B=top_B,
         t_BPT=jnp.where(top_B[:, None, None], _TOP, t_BPT),
-        noise_BTHWC=jax.random.normal(own_key, shape),
+        noise_BTHWC=random_numbers.normal(own_key, shape),
         start_noise_B=noise.own_start_noise * scale_B,
     )
 
@@ -114,7 +119,7 @@ def mirrored(key, batch: dict[str, jax.Array], share: float) -> dict[str, jax.Ar
         batch: `{"frames": [B, T, H, W, C], "actions": int32 [B, T]}`.
     """
     frames, actions = batch["frames"], batch["actions"]
-    mirror_B = jax.random.bernoulli(jax.random.fold_in(key, 2), share, frames.shape[:1])
+    mirror_B = random_numbers.happens(jax.random.fold_in(key, 2), frames.shape[:1], share)
     # The last entry is what becomes of −1, no action.
     other = jnp.array([coinrun.mirrored(a) for a in (*range(coinrun.NUM_ACTIONS), NO_ACTION)])
     return {
@@ -124,5 +129,5 @@ def mirrored(key, batch: dict[str, jax.Array], share: float) -> dict[str, jax.Ar
 
 
 def _with_top(key, t: jax.Array, share: float) -> jax.Array:
-    top = jax.random.bernoulli(key, share, t.shape)
+    top = random_numbers.happens(key, t.shape, share)
     return jnp.where(top, _TOP, t)

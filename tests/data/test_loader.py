@@ -684,3 +684,37 @@ def test_reading_processes_ask_for_shared_memory(config, monkeypatch):
     several = dataclasses.replace(config, num_workers=3)
     train_batches(several, batch_size=4, seed=0, process_count=2)
     assert asked == [(3, 2 * 32 * 64 * 64 * 3)]
+
+
+def test_reading_processes_leave_the_terminal_to_the_run(config):
+    """A terminal that closes, or Ctrl-C, signals every process of the run."""
+    batches = train_batches(dataclasses.replace(config, num_workers=1), batch_size=4, seed=3)
+    first = next(batches)
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGHUP):
+            os.kill(worker.pid, number)
+    for _ in range(8):
+        assert next(batches)["frames"].shape == first["frames"].shape
+    assert all(worker.is_alive() for worker in multiprocessing.active_children())
+    batches.close()
+
+
+def test_rollouts_of_fewer_episodes_where_there_are_no_more(make_data, capsys):
+    config = DataConfig(dir=str(make_data(val=[[40, 20]])))
+    sizes = dict(frames=30, n_prompt=4, num_actions=NUM_ACTIONS)
+    script = rollouts.write_script(config, "val", count=4, **sizes)
+    assert script.real.shape[:2] == (1, 30)
+    assert "1 records of 30 frames" in capsys.readouterr().err
+    script = rollouts.write_script(config, "val", count=4, source="random", **sizes)
+    assert (script.real, script.prompt.shape[:2]) == (None, (2, 4))
+    with pytest.raises(UserError, match="0 episodes"):
+        rollouts.write_script(config, "val", count=0, **sizes)
+
+
+def test_data_of_a_game_of_more_actions_names_the_setting(make_data):
+    folder = make_data(train=[[40]])
+    (folder / "metadata.json").write_text('{"env": "ALE/Pong-v5", "num_actions": 18}')
+    config = DataConfig(dir=str(folder))
+    with pytest.raises(UserError, match=r"--config\.model\.num_actions=18 "):
+        open_episodes(config, "train")
+    assert len(open_episodes(config, "train", num_actions=18)) == 1

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cwm_jax.errors import shown_to_user
+from cwm_jax.files import path_flag
 from tests.faults import life
 from tests.faults.arena import Arena, Skipped, Trial
 from tests.faults.campaign import FAULTS
@@ -50,11 +51,11 @@ def _flags() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--minutes", type=float, default=10, help="no new run after this (%(default)s)")
     add("--times", type=int, default=20, help="enough of each fault; kill -9: 5 × (%(default)s)")
-    add("--results", type=Path, help="a file to add every trial to, and to go on from")
+    add("--results", type=path_flag, help="a file to add every trial to, and to go on from")
     add("--only", default="", help="faults to try, by name: " + ", ".join(FAULTS))
     add("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
     add("--seed", type=int, default=0, help="of the random moments (%(default)s)")
-    add("--folder", type=Path, help="where runs are written (the system's temporary folder)")
+    add("--folder", type=path_flag, help="where runs are written (the system's temporary folder)")
     return parser
 
 

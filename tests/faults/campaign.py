@@ -66,12 +66,12 @@ def _last_step(workdir: Path) -> int:
 
 
 def asked_to_stop(arena: Arena, rng: random.Random) -> Trial:
-    """SIGTERM or SIGINT before a random step, again and again: exit 75, and not a step lost."""
-    trial, workdir = Trial("SIGTERM or SIGINT", times=0), arena.workdir()
+    """SIGTERM, SIGINT or SIGHUP before random steps: exit 75, and not a step lost."""
+    trial, workdir = Trial("SIGTERM, SIGINT or SIGHUP", times=0), arena.workdir()
     reference, config = arena.reference(), arena.config()
     steps = sorted(rng.sample(range(1, STEPS + 1), 3))
     for step in steps:
-        number = rng.choice((signal.SIGTERM, signal.SIGINT))
+        number = rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         run = Life(workdir, config, sabotage=("signal", step, int(number)))
         code = run.end()
         trial.times += 1

@@ -22,7 +22,7 @@ with Stop() as stop:
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_is_noted_and_handlers_come_back(name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
@@ -42,6 +42,36 @@ def test_a_second_signal_ends_the_process():
     ended = subprocess.run(words, timeout=100, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGTERM, ended.stderr
     assert "Once more stops at once" in ended.stderr
+
+
+def test_a_closed_terminal_hangs_up_twice_and_the_run_goes_on_to_its_save():
+    story = TWO_SIGNALS.replace("time.sleep(20)", "print('saved')")
+    words = [sys.executable, "-c", story, "SIGHUP", "SIGHUP"]
+    ended = subprocess.run(words, timeout=100, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "saved\n"), ended.stderr
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.asked(1)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_of_several_processes_a_hangup_is_a_sigterm(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        with Stop():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 OLD = {"lr": 1e-3, "seed": 0, "ema_decay": 0.9, "model": {"depth": 2, "dtype": "float32"}}

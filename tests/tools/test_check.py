@@ -96,3 +96,24 @@ def test_faults_of_the_call_are_told(make_data, tmp_path, capsys):
             check.main(argv)
         assert ended.value.code == 2
         assert fault in capsys.readouterr().err
+
+
+def test_a_mended_folder_is_not_replaced_by_that_of_another(spoiled, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(spoiled, other, ignore=shutil.ignore_patterns("mended", "other"))
+    out = tmp_path / "mended"
+    check.main([str(spoiled), "--repair", str(out)])
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit):
+        check.main([str(other), "--repair", str(out)])
+    assert "it holds something else" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_records_of_a_game_whose_actions_are_only_counted_are_good(make_data, marked_episode):
+    folder = make_data(train=[[40]], val=[[41]], test=[[43]])
+    episode = marked_episode(5, 35)
+    episode.actions[:] = 17
+    shards.write_shard(folder / "train" / "data_0001.array_record", [encode(episode)])
+    (folder / "metadata.json").write_text('{"env": "ALE/Pong-v5", "num_actions": 18}')
+    check.main([str(folder)])

@@ -133,13 +133,15 @@ def test_a_gpu_gets_more_clips_and_the_frames_in_its_memory():
         assert "--config.minutes=9.0" in words
 
 
-def test_a_signal_is_handed_on_to_the_program_that_runs(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_is_handed_on_to_the_program_that_runs(name):
+    number = getattr(signal, name)
     waits = "import os, signal, sys, time\n"
-    waits += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-    waits += f"os.kill({os.getpid()}, signal.SIGTERM)\ntime.sleep(60)"
-    before = signal.getsignal(signal.SIGTERM)
+    waits += f"signal.signal(signal.{name}, lambda *_: sys.exit(75))\n"
+    waits += f"os.kill({os.getpid()}, signal.{name})\ntime.sleep(60)"
+    before = signal.getsignal(number)
     assert pocket._run(["-c", waits]) == 75
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
 
 
 def test_a_device_is_found_by_another_process(monkeypatch):

@@ -20,7 +20,7 @@ from cwm_jax.models.config import DiTConfig
 from cwm_jax.rendering import contact_sheet, key_panel, video
 from cwm_jax.sampling import rollouts
 from cwm_jax.simulator import game, venv
-from cwm_jax.tools import check, pack
+from cwm_jax.tools import check, collect, pack
 from cwm_jax.training import objective
 from cwm_jax.training.examples import Example
 
@@ -165,7 +165,7 @@ def test_packing_again_replaces_the_shards_once_all_is_read(films, capsys):
             path.rename(films / path.name)
     csv.write_text(whole.rsplit("\n", 4)[0])
     with pytest.raises(SystemExit):
-        run(films, "--chunk", "13")
+        run(films, "--chunk", "13", "--min-chunk", "7")
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
     csv.write_text(whole)
@@ -205,8 +205,97 @@ def test_few_recordings_are_split_in_time():
     (pieces,) = pack.plan([104], cut)
     assert [p.split for p in pieces] == ["train"] * 7 + ["val"] * 2 + ["test"]
     assert [p.start for p in pieces] == list(range(0, 100, 10))
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match="--chunk and --min-chunk to 6 or less"):
         pack.plan([20], cut)
+
+
+def test_recordings_too_short_for_a_record_take_no_split():
+    cut = pack.Cut(chunk=10, min_chunk=5, every=1, fit="crop", val=0.1, test=0.1, seed=0)
+    for seed in range(4):
+        pieces = pack.plan([4, 20, 20, 3, 20], cut._replace(seed=seed))
+        assert not pieces[0]
+        assert {p.split for mine in pieces for p in mine} == set(shards.SPLITS)
+    short, long = pack.plan([10, 50], cut)
+    assert [p.split for p in short] == ["train"]
+    assert [p.split for p in long] == ["train"] * 3 + ["val", "test"]
+
+
+def pictures(folder, shade):
+    """Three recordings of 40 pictures in `folder`, and a key map beside it."""
+    for name in "abc":
+        (folder / name).mkdir(parents=True)
+        for t in range(40):
+            Image.new("RGB", (64, 64), (shade, t, 0)).save(folder / name / f"{t:03d}.png")
+        (folder / f"{name}.csv").write_text("A,LEFT,RIGHT\n" + "0,0,1\n" * 40)
+    (folder.parent / "keys.toml").write_text(PAD_KEYS)
+
+
+def packed_into(out, folder):
+    keys = str(folder.parent / "keys.toml")
+    pack.main([str(folder), "--keys", keys, "--output", str(out), "--jobs", "1"])
+
+
+def test_another_folder_of_the_same_name_does_not_replace_what_was_packed(tmp_path, capsys):
+    for who, shade_ in (("ann", 40), ("bob", 200)):
+        pictures(tmp_path / who / "recordings", shade_)
+    packed_into(tmp_path / "out", tmp_path / "ann" / "recordings")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.array_record")}
+    with pytest.raises(SystemExit):
+        packed_into(tmp_path / "out", tmp_path / "bob" / "recordings")
+    assert "packed from another folder 'recordings'" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.array_record")} == before
+    assert str(tmp_path) not in (tmp_path / "out" / "metadata.json").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '"x"', "{", "\udcff"])
+def test_damaged_metadata_is_named_where_data_is_added(tmp_path, text, capsys):
+    pictures(tmp_path / "recordings", 40)
+    (tmp_path / "out").mkdir()
+    raw = text.encode(errors="surrogateescape")
+    (tmp_path / "out" / "metadata.json").write_bytes(raw)
+    with pytest.raises(SystemExit):
+        packed_into(tmp_path / "out", tmp_path / "recordings")
+    with pytest.raises(SystemExit):
+        collect.main(["--output", str(tmp_path / "out"), "--environment", str(tmp_path / "none")])
+    assert capsys.readouterr().err.count(f"{tmp_path / 'out' / 'metadata.json'} ") == 2
+    assert (tmp_path / "out" / "metadata.json").read_bytes() == raw
+
+
+def test_metadata_with_a_byte_order_mark_is_read(tmp_path):
+    pictures(tmp_path / "recordings", 40)
+    for _ in range(2):
+        packed_into(tmp_path / "out", tmp_path / "recordings")
+        path = tmp_path / "out" / "metadata.json"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    assert controls.read(tmp_path / "out").game == "pad game"
+
+
+def test_hidden_files_and_those_of_desktops_are_no_recordings(tmp_path):
+    folder, out = tmp_path / "recordings", tmp_path / "out"
+    pictures(folder, 40)
+    twin = b"\x00\x05\x16\x07" + bytes(4092)
+    for name in ("._a.csv", "._a.mp4", ".DS_Store", "a/._000.png", "a/Thumbs.db", "desktop.ini"):
+        (folder / name).write_bytes(twin)
+    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir"):
+        (folder / name).mkdir()
+        (folder / name / "x.png").write_bytes(twin)
+    (folder / "a" / "@eaDir").mkdir()
+    (folder / "sheets").mkdir()
+    (folder / "sheets" / "000.png").mkdir()
+    out.mkdir()
+    (out / ".DS_Store").write_bytes(twin)
+    (out / "lost+found").mkdir()
+    packed_into(out, folder)
+    assert len(list(every_episode(out, PAD))) == 3
+
+
+def test_names_are_matched_as_other_systems_write_them(tmp_path):
+    pictures(tmp_path / "recordings", 40)
+    folder = tmp_path / "recordings"
+    (folder / "a").rename(folder / "caf\u00e9")
+    (folder / "a.csv").rename(folder / "cafe\u0301.CSV")
+    found = {r.name: r.actions.name for r in user_recordings.find(folder)}
+    assert found == {"b": "b.csv", "c": "c.csv", "caf\u00e9": "cafe\u0301.CSV"}
 
 
 @pytest.mark.parametrize("share", [(0.1, 0.1), (0.3, 0.2)])
@@ -225,8 +314,8 @@ def write_npz(path, actions):
     ("name", "content", "known", "fault"),
     [
         ("x.csv", "action\n1\n2\n", DICE, "line 3: the action is '2'; it must be 0…1"),
-        ("x.csv", "actions\n1\n", DICE, "line 2: the action is None"),
-        ("x.csv", "A,LEFT\n1,0\n", PAD, "'RIGHT' is None"),
+        ("x.csv", "actions\n1\n", DICE, "line 2: wanted `action`, and there is 'actions'"),
+        ("x.csv", "A,LEFT\n1,0\n", PAD, "'A', 'LEFT', and 'RIGHT' is missing"),
         ("x.csv", "A,LEFT,RIGHT\n1,0,2\n", PAD, "'RIGHT' is '2'; it must be 0 or 1"),
         ("x.csv", "action\n", DICE, "no actions"),
         ("x.jsonl", '{"action": "HOP"}', DICE, "line 1: the action is 'HOP'"),

@@ -19,6 +19,7 @@ from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.play.inference import staggered_cache
 from cwm_jax.play.inference.staggered_cache import Memory
+from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
 
@@ -52,7 +53,7 @@ def _draw(params, tables, memories_L, actions_L, seeds_L, numbers_L, *, network,
     worlds_L = jax.tree.map(lambda *x: jnp.stack(x), *(m.in_use() for m in memories_L))
 
     def lane(state, action, seed, number):
-        key = jax.random.fold_in(jax.random.key(seed), number)
+        key = jax.random.fold_in(random_numbers.key(seed), number)
         noise, step_key = sampler.frame_noise(key, state.frames_BMHWC[:, 0].shape)
         frame_BHWC = sampler.draw_frame(bound, tables, state, action[None], noise, step_key, config)
         return sampler.to_pixels(frame_BHWC[0])

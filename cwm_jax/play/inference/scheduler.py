@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from cwm_jax.errors import tell
 from cwm_jax.play.inference.engine import LANES, Lane, Program
 from cwm_jax.play.inference.governor import Governor
 
@@ -149,7 +150,7 @@ class Scheduler:
             except Exception as error:  # out of memory, most likely: play goes on with what is
                 if not self.first_program.is_set():
                     self.fault = error
-                print(f"could not compile {wanted[1]} lanes of {wanted[0]} steps: {error}")
+                tell(f"could not compile {wanted[1]} lanes of {wanted[0]} steps: {error}")
             self.first_program.set()
 
     def _work(self) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import secrets
 import tempfile
 import threading
@@ -31,11 +32,17 @@ class Options:
     fps: int
     players: int
     idle_minutes: float
+    address: str = ""  # of the page as visitors see it, behind a proxy that does not tell
 
     def __post_init__(self):
         for name, low, high in (("fps", 1, 60), ("players", 1, 64), ("port", 0, 65535)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be {low}…{high}")
+        if self.address and not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", self.address):
+            raise UserError(
+                f"--address {self.address}: it must be that of the page, such as "
+                "https://lab.example.org/world"
+            )
         if not self.idle_minutes > 0:
             raise UserError(f"--idle-minutes {self.idle_minutes}: it must be more than 0")
 
@@ -102,7 +109,7 @@ def _make_app(options: Options):
 
     rules = Rules(options.fps, options.players, options.idle_minutes * 60)
     studio = Studio(rules)
-    app = server.make_app(studio, auth=options.auth)
+    app = server.make_app(studio, auth=options.auth, address=options.address)
     threading.Thread(target=_open, args=(studio, options), daemon=True, name="play-loading").start()
     return app
 

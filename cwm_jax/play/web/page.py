@@ -29,9 +29,9 @@ def look() -> dict:
     version = hashlib.sha1((_STATIC / "play.js").read_bytes()).hexdigest()[:8]  # past old caches
     head = (
         '<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">'
-        f'<script type="module" src="/play/static/play.js?{version}"></script>'
+        f'<script type="module" src="play/static/play.js?{version}"></script>'
     )
-    return dict(theme=theme, css=(_STATIC / "play.css").read_text(), head=head)
+    return dict(theme=theme, css=(_STATIC / "play.css").read_text(encoding="utf-8"), head=head)
 
 
 def _colours() -> dict[str, str]:
@@ -58,7 +58,7 @@ def build(rules: Rules) -> gr.Blocks:
     page = gr.Blocks(title="Play the world model", analytics_enabled=False, fill_width=True)
     with page, gr.Row(elem_id="play-columns", equal_height=False):
         with gr.Column(scale=3, min_width=320):
-            stage = (_STATIC / "stage.html").read_text()
+            stage = (_STATIC / "stage.html").read_text(encoding="utf-8")
             gr.HTML(stage, elem_id="play-frame", js_on_load=None)
         with gr.Column(scale=2, min_width=300, elem_id="play-side"):
             _start_controls()

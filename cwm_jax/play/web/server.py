@@ -4,27 +4,41 @@ import asyncio
 import contextlib
 import importlib.resources
 from collections.abc import Callable, Mapping
-from urllib.parse import urlsplit
 
 import gradio
 from fastapi import FastAPI, HTTPException, Request, WebSocket
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.routing import Mount
 
-from cwm_jax.play.web import page
+from cwm_jax.play.web import page, proxies
 from cwm_jax.play.web.app_state import Studio
 
 STATIC = importlib.resources.files("cwm_jax.play.web") / "static"
 
 
-def make_app(studio: Studio, *, auth: tuple[str, str] | None = None) -> FastAPI:
+_NO_SOCKET = (
+    "The proxy in front of this page does not pass WebSockets on. In nginx: "
+    "proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; "
+    "proxy_set_header Connection upgrade;"
+)
+_STRANGER = (
+    "This page is not of the address that the server knows, so it may not play. Reload it. If a "
+    "proxy stands in front of the server, name the address of the page: play.py --address URL"
+)
+
+
+def make_app(studio: Studio, *, auth: tuple[str, str] | None = None, address: str = "") -> FastAPI:
     """The application.
 
     Args:
         auth: user and password, which then guard the page, the socket and the downloads alike.
+        address: of the page as visitors see it, where proxies do not tell.
     """
     app = FastAPI(title="cwm_jax play", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(proxies.RelativePage)
+    app.add_middleware(proxies.Prefixed, address=address)  # before the other: the last added
+    key = proxies.Key()
     app.mount("/play/static", StaticFiles(directory=str(STATIC)), name="static")
 
     @app.get("/play/files/{token}/{name}")
@@ -35,12 +49,28 @@ def make_app(studio: Studio, *, auth: tuple[str, str] | None = None) -> FastAPI:
             raise HTTPException(404, "There is no such file, or its session has ended.")
         return FileResponse(path, filename=f"cwm_jax_{name}")
 
+    @app.get("/play/key")
+    def show_key(request: Request) -> JSONResponse:
+        """Only a page of this site can read it: to others, browsers do not show the answer."""
+        if not admitted(request.cookies):
+            raise HTTPException(403, "Log in first.")
+        return JSONResponse({"key": key.text}, headers={"Cache-Control": "no-store"})
+
+    @app.get("/play/socket")
+    def no_socket() -> PlainTextResponse:
+        return PlainTextResponse(_NO_SOCKET, 426, headers={"Upgrade": "websocket"})
+
     @app.websocket("/play/socket")
     async def play(socket: WebSocket) -> None:
-        if not _same_origin(socket) or not admitted(socket.cookies):
+        if not admitted(socket.cookies):
             await socket.close(1008)
             return
         await socket.accept()
+        given = socket.query_params.get("key", "")
+        if not key.fits(given) and not proxies.is_same_site(socket.headers, address):
+            await socket.send_json({"say": "fault", "text": _STRANGER})
+            await socket.close(1008)
+            return
         player_type = await asyncio.to_thread(_player_type)
         with contextlib.suppress(RuntimeError):  # gone before the first word
             await player_type(socket, studio).run()
@@ -77,10 +107,3 @@ def _admission(app: FastAPI, auth) -> Callable[[Mapping[str, str]], bool]:
     inner = next(route.app for route in app.routes if isinstance(route, Mount) and not route.path)
     names = [f"access-token-{inner.cookie_id}", f"access-token-unsecure-{inner.cookie_id}"]
     return lambda cookies: any(cookies.get(name) in inner.tokens for name in names)
-
-
-def _same_origin(socket: WebSocket) -> bool:
-    """Browsers let any site open a socket to any other, and say which; other programs say none."""
-    origin = socket.headers.get("origin")
-    hosts = {socket.headers.get("host"), socket.headers.get("x-forwarded-host")}
-    return origin is None or urlsplit(origin).netloc in hosts

@@ -37,16 +37,16 @@ def address(scheduler, clips):
 
 
 @contextlib.contextmanager
-def served(scheduler, clips):
-    """The address of a server."""
+def served(scheduler, clips, port=0, **options):
+    """The address of a server; `options` are those of its application."""
     studio = Studio(Rules(fps=15, steps=scheduler.drawer.steps))
     studio.open(scheduler, clips, title="tiny", demo=False)
     config = uvicorn.Config(
-        loading_page.Opening(lambda: server.make_app(studio), pytest.fail),
+        loading_page.Opening(lambda: server.make_app(studio, **options), pytest.fail),
         log_level="error",
         timeout_graceful_shutdown=1,
     )
-    with loading_page.bind("127.0.0.1", 0) as listener:
+    with loading_page.bind("127.0.0.1", port) as listener:
         running = uvicorn.Server(config)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -55,10 +55,10 @@ def served(scheduler, clips):
         thread.join(timeout=10)
 
 
-def launched(folder):
+def launched(folder, *more):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in (*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"):
+    for flag in (*FLAGS.split(), *more, f"--user-data-dir={folder / 'profile'}"):
         options.add_argument(flag)
     downloads = {"download.default_directory": str(folder), "download.prompt_for_download": False}
     options.add_experimental_option("prefs", downloads)

@@ -463,14 +463,26 @@ def test_players_who_drop_out_mid_frame_leave_nothing(house):
 
 def test_other_sites_and_strangers_get_no_socket(house):
     client = house()
-    with pytest.raises(WebSocketDisconnect), guest(client, origin="http://evil.example"):
-        pass
+    stranger = dict(headers={"origin": "http://evil.example"})
+    with client.websocket_connect("/play/socket?key=guessed", **stranger) as socket:
+        assert "may not play" in socket.receive_json()["text"]
+        with pytest.raises(WebSocketDisconnect):
+            socket.receive_json()
+    assert not client.studio.players
     with guest(client, origin="http://testserver") as one:
         one.frame()
+
+    answer = client.get("/play/key", **stranger)  # which a browser does not show to that site
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+    assert answer.headers["cache-control"] == "no-store"
+    key = answer.json()["key"]
+    with client.websocket_connect(f"/play/socket?key={key}", **stranger) as socket:
+        assert socket.receive_json()["say"] != "fault"
 
     client = house(auth=("anna", "secret"))
     with pytest.raises(WebSocketDisconnect), guest(client):
         pass
+    assert client.get("/play/key").status_code == 403
     assert client.post("/login", data=dict(username="anna", password="no")).status_code == 400
     assert client.post("/login", data=dict(username="anna", password="secret")).status_code == 200
     with guest(client) as one:

@@ -13,7 +13,7 @@ const $ = (id) => document.getElementById(id);
 
 /* ---- state ---- */
 
-let socket = null, over = false;
+let socket = null, over = false, connecting = false;
 let pending = null;  // what to begin with once there is a connection
 let standing = "";  // the note where there is nothing else to say
 let told = "";  // the game's controls
@@ -52,21 +52,39 @@ function send(message) {
   }
 }
 
-function connect() {
+async function connect() {
+  if (connecting) return;
+  connecting = true;
   over = false;
   cover("Connecting …");
   const url = new URL("play/socket", document.baseURI);
+  url.hash = url.search = "";
+  // Proxies may hide from the server whose page this is: a key that only this page can read tells.
+  const answer = await fetch(new URL("key", url), {cache: "no-store"}).catch(() => null);
+  if (answer?.ok) url.searchParams.set("key", (await answer.json().catch(() => ({}))).key ?? "");
   url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
+  connecting = false;
+  let opened = false;
   socket = new WebSocket(url);
+  socket.onopen = () => { opened = true; };
   socket.binaryType = "arraybuffer";
   socket.onmessage = ({data}) => typeof data === "string" ? hear(JSON.parse(data)) : see(data);
   socket.onclose = ({code}) => {
     waitingForCode?.("");
     if (over) return;
+    if (!opened) return notOpened(url);
     const why = code === 1009 ? "The last message was larger than the server takes."
       : "The connection was lost, and the session with it.";
     cover("Disconnected", why, "Start anew");
   };
+}
+
+/* Why there is no socket: the server answers a plain request with words. */
+async function notOpened(url) {
+  url.protocol = url.protocol === "wss:" ? "https:" : "http:";
+  const answer = await fetch(url, {cache: "no-store"}).catch(() => null);
+  const why = answer?.status === 426 ? await answer.text() : "The server did not answer.";
+  cover("Not connected", why, "Try again");
 }
 
 const heard = {

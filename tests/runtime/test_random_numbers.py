@@ -1,0 +1,96 @@
+"""One seed gives one noise, one network and one video, whatever JAX's settings are."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cwm_jax.evaluation import protocol
+from cwm_jax.models import dit
+from cwm_jax.runtime import random_numbers
+from cwm_jax.sampling.sampler import Sampler, SamplerConfig
+from cwm_jax.training import distillation, objective
+from cwm_jax.training.objective import NoiseConfig
+
+
+@contextlib.contextmanager
+def setting(name, value):
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+        jax.clear_caches()
+
+
+SETTINGS = [("jax_enable_x64", True), ("jax_default_prng_impl", "rbg")]
+
+
+def everything_random(tiny):
+    key = random_numbers.key(3)
+    noise = NoiseConfig(top_share=0.3, own_share=0.5, own_renoised=True, own_top_share=0.5)
+    plain = NoiseConfig(top_share=0.3, own_share=0.5)
+    shape = (4, 5, 8, 8, 3)
+    batch = {"frames": jnp.arange(4 * 12).reshape(4, 2, 2, 3, 1), "actions": jnp.zeros((4, 2), int)}
+    return jax.tree.map(
+        np.asarray,
+        [
+            random_numbers.normal(key, (5,)),
+            objective.draw(key, shape, noise),
+            objective.draw(key, shape, plain),
+            distillation.draw(key, jnp.zeros((4, 5), jnp.int32), 4),
+            objective.mirrored(key, batch, 0.5)["frames"],
+            dit.init(tiny, 3),
+        ],
+    )
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS)
+def test_settings_of_jax_do_not_change_the_numbers(tiny, name, value):
+    wanted = everything_random(tiny)
+    with setting(name, value):
+        found = everything_random(tiny)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_they_are_those_of_jax_as_it_comes():
+    key, shape = jax.random.key(3), (6, 5)
+    mine = random_numbers.key(3)
+    assert jax.random.key_data(mine).tolist() == jax.random.key_data(key).tolist()
+    for found, wanted in (
+        (random_numbers.normal(mine, shape), jax.random.normal(key, shape)),
+        (random_numbers.integers(mine, shape, 0, 9), jax.random.randint(key, shape, 0, 9)),
+        (random_numbers.happens(mine, shape, 0.3), jax.random.bernoulli(key, 0.3, shape)),
+    ):
+        np.testing.assert_array_equal(found, wanted)
+    steps = jnp.array([1, 2, 4, 4])[random_numbers.integers(mine, shape, 0, 4)]
+    np.testing.assert_array_equal(steps, jax.random.choice(key, jnp.array([1, 2, 4, 4]), shape))
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS)
+def test_the_same_seed_draws_the_same_frames(tiny, tiny_params, name, value):
+    prompt = np.zeros((1, 1, 64, 64, 3), np.uint8)
+    actions = np.full((1, 7), 7, np.int32)
+
+    def frames():
+        drawer = Sampler(tiny, tiny_params, SamplerConfig(levels=(999, 500), eta=0.5))
+        state = drawer.start(prompt, np.full((1, 1), -1, np.int32))
+        return np.asarray(drawer.rollout(state, actions, random_numbers.key(0))[1])
+
+    wanted = frames()
+    with setting(name, value):
+        found = frames()
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_another_generator_is_another_protocol():
+    usual = {"seed": 0, "noise": protocol._noise_digest()}
+    with setting("jax_random_seed_offset", 1):
+        other = {"seed": 0, "noise": protocol._noise_digest()}
+    assert protocol.differences(usual, usual) == []
+    assert len(protocol.differences(usual, other)) == 1
+    assert protocol.differences(usual, {"seed": 0}) == []  # of an earlier version
