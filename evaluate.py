@@ -3,6 +3,7 @@
     python evaluate.py --checkpoint runs/small --data data/coinrun --output metrics.json
     python evaluate.py compare small.json large.json
     python evaluate.py compare --across levels 1_step.json 4_steps.json 10_steps.json
+    python evaluate.py settings --checkpoint model.safetensors --steps 1,2,4 --write
     python evaluate.py closed-loop --checkpoint runs/small --output closed_loop.mp4
 
 docs/evaluation.md says what each number means. Without --checkpoint the repository's own model is
@@ -10,6 +11,7 @@ measured, `checkpoints/pocket`.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -25,11 +27,13 @@ from cwm_jax.evaluation import (
     comparison,
     full,
     generation,
+    generation_settings,
     lpips_weights,
     probe,
     protocol,
     rollout_quality,
 )
+from cwm_jax.evaluation.lpips import Lpips
 from cwm_jax.files import path_flag
 from cwm_jax.rendering import video
 from cwm_jax.runtime import devices
@@ -44,6 +48,8 @@ def main() -> None:
         match sys.argv[1:2]:
             case ["compare"]:
                 compare(sys.argv[2:])
+            case ["settings"]:
+                rank_settings(sys.argv[2:])
             case ["closed-loop"]:
                 close_the_loop(sys.argv[2:])
             case _:
@@ -60,6 +66,21 @@ def measure(args: argparse.Namespace) -> None:
         seed=args.seed,
         batch_size=args.batch_size,
     )
+    measured = _measured(args, plan, lpips_weights.available())
+    results = measured.results
+    full.write_json(args.output, results)
+    report = args.report or args.output.parent / f"{args.output.stem}_report"
+    pictures = _write_report(report, measured, plan)
+    used = results["clips"]
+    print(
+        f"{used['used']} of {used['records']} records of {args.data}/{args.split} used "
+        f"({used['too_short']} have fewer than {plan.frames} frames)\n"
+        f"{comparison.table([(args.output.name, results)])}\n"
+        f"numbers → {args.output}{pictures}"
+    )
+
+
+def _measured(args: argparse.Namespace, plan: full.Plan, lpips: Lpips | None) -> full.Measured:
     opened = _open(args)
     config = loader.DataConfig(
         dir=str(args.data),
@@ -72,27 +93,17 @@ def measure(args: argparse.Namespace) -> None:
         config,
         plan,
         probes=args.probes or probe.cache_folder(),
-        lpips=lpips_weights.available(),
+        lpips=lpips,
         watched=True,
     )
-    results = measured.results
-    results["checkpoint"] = dict(
+    measured.results["checkpoint"] = dict(
         path=pretrained.NAME if args.checkpoint == pretrained.FOLDER else str(args.checkpoint),
         step=opened.step,
         fingerprint=protocol.fingerprint(opened.params),
     )
-    results["code"] = protocol.code_version()
-    results["device"] = jax.devices()[0].device_kind
-    full.write_json(args.output, results)
-    report = args.report or args.output.parent / f"{args.output.stem}_report"
-    pictures = _write_report(report, measured, plan)
-    used = results["clips"]
-    print(
-        f"{used['used']} of {used['records']} records of {args.data}/{args.split} used "
-        f"({used['too_short']} have fewer than {plan.frames} frames)\n"
-        f"{comparison.table([(args.output.name, results)])}\n"
-        f"numbers → {args.output}{pictures}"
-    )
+    measured.results["code"] = protocol.code_version()
+    measured.results["device"] = jax.devices()[0].device_kind
+    return measured
 
 
 def _write_report(folder: Path, measured: full.Measured, plan: full.Plan) -> str:
@@ -122,6 +133,63 @@ def compare(words: list[str]) -> None:
     args = parser.parse_args(words)
     measured = [(str(path), comparison.read(path)) for path in args.metrics]
     print(comparison.table(measured, across=[x for x in args.across.split(",") if x]))
+
+
+def rank_settings(words: list[str]) -> None:
+    args = _settings_flags().parse_args(words)
+    plan = full.Plan(
+        clips=args.clips,
+        horizon=args.horizon,
+        n_prompt=(args.n_prompt,),
+        drift_frames=args.drift_frames,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    numbers = _numbers(args.steps, "--steps", "1,2,4")
+    for steps in numbers:
+        sampler.ddim_levels(steps)  # raises where there is no such number
+    args.checkpoint = pretrained.unless(args.checkpoint)
+    file = generation_settings.writable(args.checkpoint) if args.write else None
+    lpips = lpips_weights.available()
+    if lpips is None:
+        raise UserError(f"settings are ranked by LPIPS: `{lpips_weights.FETCH}` gets its weights")
+    found = []
+    for window, steps in itertools.product(args.windows, numbers):
+        how = argparse.Namespace(**vars(args) | {"window": window, "ddim_steps": steps})
+        results = _measured(how, plan, lpips).results
+        full.write_json(args.output / f"{steps}_{window}.json", results)
+        found.append(generation_settings.Setting(steps, window, results))
+    judged = generation_settings.judge(found)
+    print(generation_settings.table(judged))
+    answer = generation_settings.answer(judged)
+    print(answer or "no setting is good enough to play with")
+    if file and answer:
+        generation_settings.write(file, answer)
+        print(f"→ {file}")
+
+
+def _settings_flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py settings",
+        description="Ranks numbers of denoising steps and windows by LPIPS, readable keys and how "
+        "long rollouts last, and says which the model should be used with.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="a run, or an export (checkpoints/pocket)")
+    add("--step", type=int, help="which checkpoint of the run (the newest)")
+    add("--steps", default="1,2,4,10", help="denoising steps a frame (%(default)s)")
+    add("--windows", nargs="+", default=["hop"], choices=sampler.WINDOWS, help="(hop)")
+    add("--data", default=str(_EMBEDDED), help="folder with train/, val/, test/ (the embedded one)")
+    add("--clips", type=int, default=0, help="0: all that are long enough (0)")
+    add("--horizon", type=int, default=20, help="frames that LPIPS is averaged over (%(default)s)")
+    add("--n-prompt", type=int, default=4, help="real frames to start from (%(default)s)")
+    add("--drift-frames", type=int, default=256, help="(%(default)s)")
+    add("--batch-size", type=int, default=32, help="clips at once (%(default)s)")
+    add("--seed", type=int, default=0, help="of noise and random actions (%(default)s)")
+    add("--probes", type=Path, help="folder where trained probes are kept (~/.cache/cwm_jax)")
+    add("--output", type=Path, default=Path("settings"), help="folder of numbers (%(default)s)")
+    add("--write", action="store_true", help="put the answer into the model's safetensors file")
+    return parser
 
 
 def close_the_loop(words: list[str]) -> None:
@@ -202,11 +270,11 @@ def _open(args: argparse.Namespace) -> formats.Opened:
     return formats.open_sampler(args.checkpoint, step=args.step, **how)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str, flag: str = "--n-prompt", such_as: str = "1,4") -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise UserError(f"--n-prompt {text}: wanted numbers of frames, such as 1,4") from None
+        raise UserError(f"{flag} {text}: wanted whole numbers, such as {such_as}") from None
 
 
 if __name__ == "__main__":

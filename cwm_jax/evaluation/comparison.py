@@ -74,11 +74,12 @@ def table(named: Sequence[tuple[str, Mapping]], *, across: Collection[str] = ())
     labels = list(dict.fromkeys(label for column in columns for label in column))
     cells = [["", *(name for name, _ in named)]]
     cells += [[label, *(column.get(label, "–") for column in columns)] for label in labels]
-    ranked = [*_ranked_otherwise(named)] if others else [*ranked_otherwise(first)]
-    return _aligned(cells) + "".join(f"\n{line}" for line in ranked)
+    ranked = [*pairs_ranked_otherwise(named)] if others else [*ranked_otherwise(first)]
+    return aligned(cells) + "".join(f"\n{line}" for line in ranked)
 
 
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines, the first column to the left."""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [
         "  ".join(
@@ -110,7 +111,8 @@ def _differences(one: Mapping, other: Mapping) -> Iterator[tuple[str, paired.Dif
             yield prompt, paired.difference(sides["by_clip"], beside["by_clip"])
 
 
-def _ranked_otherwise(named: Sequence[tuple[str, Mapping]]) -> Iterator[str]:
+def pairs_ranked_otherwise(named: Sequence[tuple[str, Mapping]]) -> Iterator[str]:
+    """Where PSNR or SSIM ranks two measurements of the same clips otherwise than LPIPS."""
     for (one, results), (other, beside) in itertools.combinations(named, 2):
         for prompt, found in _differences(results, beside):
             yield from _contradictions(prompt, found, one=one, other=other)

@@ -11,8 +11,8 @@ from cwm_jax.evaluation import protocol
 from cwm_jax.models import dit
 from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
-from cwm_jax.training import distillation, objective
-from cwm_jax.training.objective import NoiseConfig
+from cwm_jax.training import distillation, examples
+from cwm_jax.training.examples import NoiseConfig
 
 
 @contextlib.contextmanager
@@ -32,18 +32,20 @@ SETTINGS = [("jax_enable_x64", True), ("jax_default_prng_impl", "rbg")]
 
 def everything_random(tiny):
     key = random_numbers.key(3)
-    noise = NoiseConfig(top_share=0.3, own_share=0.5, own_renoised=True, own_top_share=0.5)
+    noise = NoiseConfig(
+        top_share=0.3, own_share=0.5, own_renoised=True, own_top_share=0.5, own_start_noise=0.1
+    )
     plain = NoiseConfig(top_share=0.3, own_share=0.5)
-    shape = (4, 5, 8, 8, 3)
-    batch = {"frames": jnp.arange(4 * 12).reshape(4, 2, 2, 3, 1), "actions": jnp.zeros((4, 2), int)}
+    frames = np.arange(4 * 5 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 5, 8, 8, 3)
+    batch = {"frames": frames, "actions": np.zeros((4, 5), np.int32)}
     return jax.tree.map(
         np.asarray,
         [
             random_numbers.normal(key, (5,)),
-            objective.draw(key, shape, noise),
-            objective.draw(key, shape, plain),
+            examples.make(key, batch, noise),
+            examples.make(key, batch, plain),
             distillation.draw(key, jnp.zeros((4, 5), jnp.int32), 4),
-            objective.mirrored(key, batch, 0.5)["frames"],
+            examples.mirrored(key, batch, 0.5)["frames"],
             dit.init(tiny, 3),
         ],
     )
