@@ -175,19 +175,26 @@ def _settings_flags() -> argparse.ArgumentParser:
         "long rollouts last, and says which the model should be used with.",
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="a run, or an export (checkpoints/pocket)")
+    add("--checkpoint", type=path_flag, help="a run, or an export (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--steps", default="1,2,4,10", help="denoising steps a frame (%(default)s)")
     add("--windows", nargs="+", default=["hop"], choices=sampler.WINDOWS, help="(hop)")
-    add("--data", default=str(_EMBEDDED), help="folder with train/, val/, test/ (the embedded one)")
+    add(
+        "--data",
+        type=path_flag,
+        default=_EMBEDDED,
+        help="folder with train/, val/, test/ (embedded)",
+    )
     add("--clips", type=int, default=0, help="0: all that are long enough (0)")
     add("--horizon", type=int, default=20, help="frames that LPIPS is averaged over (%(default)s)")
     add("--n-prompt", type=int, default=4, help="real frames to start from (%(default)s)")
     add("--drift-frames", type=int, default=256, help="(%(default)s)")
     add("--batch-size", type=int, default=32, help="clips at once (%(default)s)")
     add("--seed", type=int, default=0, help="of noise and random actions (%(default)s)")
-    add("--probes", type=Path, help="folder where trained probes are kept (~/.cache/cwm_jax)")
-    add("--output", type=Path, default=Path("settings"), help="folder of numbers (%(default)s)")
+    add("--probes", type=path_flag, help="folder where trained probes are kept (~/.cache/cwm_jax)")
+    add(
+        "--output", type=path_flag, default=Path("settings"), help="folder of numbers (%(default)s)"
+    )
     add("--write", action="store_true", help="put the answer into the model's safetensors file")
     return parser
 

