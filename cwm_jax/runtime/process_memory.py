@@ -71,9 +71,11 @@ def keep_freed() -> bool:
     Decoding takes 2 MB for each record, and a step on a CPU takes all its activations at once, up
     to some GB; handed back each time, every page of them is asked for and zeroed anew, and threads
     wait for each other at it. False where nothing was changed: the library is not glibc, or the
-    environment says how it is to behave (`MALLOC_TRIM_THRESHOLD_=131072`).
+    environment says how it is to behave (`MALLOC_TRIM_THRESHOLD_=131072`, or `GLIBC_TUNABLES`).
     """
     if any(name in os.environ for name in _MALLOC):
+        return False
+    if "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

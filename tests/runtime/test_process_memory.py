@@ -45,9 +45,13 @@ def test_freed_memory_is_kept_unless_the_environment_speaks(monkeypatch):
     said = {}
     library = SimpleNamespace(mallopt=lambda option, size: said.update({option: size}) or 1)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    monkeypatch.setattr(os, "environ", {"MALLOC_TRIM_THRESHOLD_": "131072"})
-    assert not process_memory.keep_freed()
-    assert not said
+    for name, value in (
+        ("MALLOC_TRIM_THRESHOLD_", "131072"),
+        ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072"),
+    ):
+        monkeypatch.setattr(os, "environ", {name: value})
+        assert not process_memory.keep_freed()
+        assert not said
     monkeypatch.setattr(os, "environ", {})
     assert process_memory.keep_freed()
     # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX

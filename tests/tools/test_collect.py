@@ -289,3 +289,19 @@ def test_the_program_makes_a_folder_that_training_can_read(tmp_path):
     assert not seeds["train"] & seeds["val"]
     assert not seeds["train"] & seeds["test"]
     assert not seeds["val"] & seeds["test"]
+
+
+def test_an_environment_that_is_ready_needs_no_lock(tmp_path):
+    """It may be another user's, beside which nothing can be written."""
+    folder = tmp_path / ".venv-procgen"
+    folder.mkdir()
+    (folder / ".installed").write_text(venv.REQUIREMENTS.read_text())
+    (tmp_path / ".venv-procgen.lock").mkdir()  # cannot be opened
+    assert venv.ensure(folder) == folder / "bin" / "python"
+
+
+def test_a_proxy_that_pip_cannot_use_is_named_before_it_is_called(tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:p#ss@127.0.0.1:9")
+    with pytest.raises(UserError, match="HTTPS_PROXY is no address of a proxy") as error:
+        venv.ensure(tmp_path / ".venv-procgen")
+    assert "p#ss" not in str(error.value)
