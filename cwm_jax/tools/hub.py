@@ -25,7 +25,7 @@ from tqdm import tqdm
 from cwm_jax.checkpoints import bundle, run_checkpoint, weights
 from cwm_jax.data import shards
 from cwm_jax.errors import UserError, shown_to_user
-from cwm_jax.files import path_flag
+from cwm_jax.files import path_flag, written_whole
 from cwm_jax.runtime import network
 
 with shown_to_user(), network.hub_settings_read():  # its variables are read when it is imported
@@ -35,6 +35,9 @@ with shown_to_user(), network.hub_settings_read():  # its variables are read whe
 
 DATASET = "p-doom/coinrun-dataset"
 _SPARE_BYTES = 100 << 20  # left free on the disk
+_SOURCE = Path(
+    ".cache", "cwm_jax", "source.json"
+)  # in a folder that was downloaded to: from which repository
 
 
 def download(
@@ -82,7 +85,10 @@ def listing(api: HfApi, repo: str, kind: str) -> tuple[str, list[RepoFile]]:
 def get(api, repo, kind, revision, wanted: list[RepoFile], folder: Path, *, jobs) -> list[Path]:
     """Downloads files, those that are there and whole aside, and checks each."""
     missing = [file for file in wanted if not _is_whole(folder / file.path, file)]
+    _check_source(folder, repo, missing)
     _check_space(folder, sum(file.size for file in missing))
+    with written_whole(folder / _SOURCE) as temporary:
+        temporary.write_text(json.dumps({"repository": repo}) + "\n", encoding="utf-8")
 
     def one(file: RepoFile) -> None:
         path = folder / file.path
@@ -106,6 +112,22 @@ def get(api, repo, kind, revision, wanted: list[RepoFile], folder: Path, *, jobs
         stack.callback(pool.shutdown, cancel_futures=True)
         collections.deque(pool.map(one, missing), maxlen=0)
     return [folder / file.path for file in wanted]
+
+
+def _check_source(folder: Path, repo: str, missing: list[RepoFile]) -> None:
+    """Raises a UserError where files that another repository gave, or nobody knows, would go."""
+    try:
+        given = json.loads((folder / _SOURCE).read_text(encoding="utf-8"))["repository"]
+    except (OSError, ValueError, KeyError, TypeError):
+        given = None
+    replaced = [folder / file.path for file in missing if (folder / file.path).exists()]
+    if given not in (None, repo):
+        raise UserError(f"{folder} holds files of {given}, and not of {repo}: name another folder")
+    if given is None and replaced:
+        raise UserError(
+            f"{replaced[0]} is there already, and is not that of {repo}: name another folder, or "
+            "move it away"
+        )
 
 
 def _is_whole(path: Path, file: RepoFile) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from cwm_jax.checkpoints import bundle
+from cwm_jax.errors import UserError
 from cwm_jax.tools import hub
 
 SHA = "a" * 40
@@ -168,6 +169,19 @@ def test_the_first_shards_come_and_then_the_rest(dataset, tmp_path, capsys):
     for name, content in dataset.files.items():
         if name != "README.md":
             assert (tmp_path / name).read_bytes() == content
+
+
+def test_what_is_not_of_the_repository_is_not_replaced(dataset, tmp_path, capsys):
+    mine = tmp_path / "metadata.json"
+    mine.write_text("of my own")
+    with pytest.raises(SystemExit):
+        download(tmp_path, "--shards", "1")
+    assert f"{mine} is there already, and is not that of them/things" in capsys.readouterr().err
+    assert mine.read_text() == "of my own"
+    mine.unlink()
+    download(tmp_path, "--shards", "1")
+    with pytest.raises(UserError, match="holds files of them/things, and not of others/things"):
+        hub._check_source(tmp_path, "others/things", [])
 
 
 def test_a_damaged_file_is_asked_for_again_and_then_refused(dataset, tmp_path, capsys):
