@@ -169,8 +169,9 @@ def _counted(said: Mapping[str, Any], source: Path) -> Controls:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise UserError(f"{source}: num_actions is {count!r}; it must be a whole number, 1 or more")
     game = str(said.get("game") or said.get("env") or "coinrun")
-    words = set(re.split("[^a-z]+", game.lower()))
-    if count == coinrun.NUM_ACTIONS and (words & set(coinrun.GAMES) or "num_actions" not in said):
-        return procgen(game)
+    words = re.split("[^a-z]+", game.lower())
+    known = next((name for name in coinrun.GAMES if name in words), None)
+    if count == coinrun.NUM_ACTIONS and (known or "num_actions" not in said):
+        return procgen(known or game)
     encoding = said.get("action_encoding", "one_hot")
     return Controls(game, encoding, tuple(Control(str(number)) for number in range(count)))

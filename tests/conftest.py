@@ -6,13 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import compiled_programs
-
 # Tiny networks take far longer to compile than to run, here and in the programs that tests start;
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_programs.folder()))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import numpy as np

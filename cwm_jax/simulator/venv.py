@@ -50,8 +50,18 @@ def ensure(folder: Path | None = None) -> Path:
             word, or libraries of the system are missing.
     """
     folder = (folder or default_folder()).absolute()
-    if is_ready(folder):  # it may be another user's, where nothing can be written
-        return folder / "bin" / "python"
+    if not is_ready(folder):  # else it may be another user's, where nothing can be written
+        _make_alone(folder)
+    if missing := missing_libraries():
+        raise UserError(
+            f"Procgen needs {', '.join(missing)}, which this system lacks: "
+            f"{install_command(missing)}"
+        )
+    return folder / "bin" / "python"
+
+
+def _make_alone(folder: Path) -> None:
+    """Makes it, unless another process does so meanwhile."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with folder.with_name(folder.name + ".lock").open("w", encoding="utf-8") as lock:
@@ -60,12 +70,6 @@ def ensure(folder: Path | None = None) -> Path:
                 _make(folder)
     except OSError as error:
         raise UserError(f"cannot make an environment in {folder}: {error.strerror}") from None
-    if missing := missing_libraries():
-        raise UserError(
-            f"Procgen needs {', '.join(missing)}, which this system lacks: "
-            f"{install_command(missing)}"
-        )
-    return folder / "bin" / "python"
 
 
 def missing_libraries() -> list[str]:

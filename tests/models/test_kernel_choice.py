@@ -119,7 +119,7 @@ def test_an_outcome_is_kept_for_the_same_shapes(tiny, on_gpu, capsys):
 def test_a_damaged_file_is_ignored_and_replaced(tiny, on_gpu, capsys, text):
     network = dataclasses.replace(tiny, dtype="auto")
     path = compile_cache.folder() / kernel_choice.FILE
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     assert kernel_choice.measured(network, **BATCH).attention == "fused"
     assert f"{path} cannot be used and is ignored" in capsys.readouterr().err

@@ -111,8 +111,8 @@ def test_a_second_procgen_game_goes_through_films_into_training_batches(tmp_path
     rows = [f"{{name = {a['name']!r}, keys = {a['keys']!r}}}" for a in keys["actions"]]
     (tmp_path / "keys.toml").write_text(f'game = "maze"\nactions = [{", ".join(rows)}]')
     with game.Simulator(venv.ensure(SIMULATOR)) as simulator:
-        actions = np.random.default_rng(0).integers(15, size=(3, 41))
-        runs = [(seed, row.tolist()) for seed, row in zip((3, 5, 7), actions, strict=True)]
+        actions = np.random.default_rng(0).integers(15, size=(5, 41))
+        runs = [(seed, row.tolist()) for seed, row in zip((3, 5, 7, 9, 11), actions, strict=True)]
         played = simulator.replay("maze", runs)
     for (seed, pressed), run_ in zip(runs, played, strict=True):
         name = tmp_path / "films" / f"level{seed}"
