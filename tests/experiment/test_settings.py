@@ -95,6 +95,7 @@ def test_minutes_and_steps_do_not_both_bring_the_rate_down():
 
 def test_a_stage_keeps_what_the_ones_before_have_set():
     config = config_of("pocket")
+    config["noise"]["own_passes"] = 2
     config["stages"] = ((0.2, {"noise.own_passes": 3}), (0.6, {"noise.top_share": 0.1}))
     settings = Settings.from_config(config)
     shares, noises = zip(*settings.noises, strict=True)
