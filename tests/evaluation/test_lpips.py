@@ -185,3 +185,15 @@ def test_damaged_weights_in_the_cache_are_said_in_one_line_and_left_out(archive,
         said = capsys.readouterr().err
         assert "damaged" in said
         assert said.count("\n") == 1
+
+
+def test_without_a_home_folder_lpips_is_left_out(monkeypatch, capsys):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", nobody)
+    assert lpips_weights.available() is None
+    assert "LPIPS is left out: there is no home folder" in capsys.readouterr().err
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        lpips_weights.path()
