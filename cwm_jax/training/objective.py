@@ -36,7 +36,7 @@ def clip_loss(
     displacements their cross-entropy is added, and in half of the clips the last frame is warped
     by the best of them instead of the likeliest, so that the residual is learned from both.
     """
-    denoiser, frames = bind(network, params), to_model(example.frames_BTHWC)
+    denoiser, frames = bind(network, params), to_model(jnp.asarray(example.frames_BTHWC))
     seen, t_BT, actions_BT = frames, example.t_BT, example.actions_BT
     if example.context is not None:
         given = frames, actions_BT, t_BT, example.context, noise
@@ -45,9 +45,11 @@ def clip_loss(
     if network.reach:
         errors = displacement.errors(earlier[..., :3], frames, network.reach)
         if example.context is not None and noise.persist_above:
+            which = self_generated.places(len(frames), noise.own_share)
             free = ~_middle(errors.shape[2])
-            arguments = frames, earlier, errors, free, noise.persist_above
-            frames, errors = self_generated.persistent(denoiser, *arguments)
+            part = frames[which], earlier[which], errors[which], free, noise.persist_above
+            targets, found = self_generated.persistent(denoiser, *part)
+            frames, errors = frames.at[which].set(targets), errors.at[which].set(found)
     sample = schedule.noised(denoiser.to_sample(frames, earlier), t_BT, example.noise_BTHWC)
     outputs = denoiser.net(sample.x, t_BT, actions_BT, earlier, remat=remat)
     counted, middle, chosen, added = denoiser.counted, noise.middle_weight, None, 0.0

@@ -45,23 +45,29 @@ def clips(count: int, share: float) -> np.ndarray:
     return np.diff(edges) > 0
 
 
+def places(count: int, share: float) -> np.ndarray:
+    """Where in a batch of so many clips those of `clips` stand, int [n]; all, if it is not known.
+
+    It is known where their share is a whole number: only then is a part of a batch like the whole.
+    """
+    wanted = count * share
+    is_whole = abs(wanted - round(wanted)) < 1e-6
+    return np.flatnonzero(clips(count, share)) if is_whole else np.arange(count)
+
+
 def shown(
     params: Params, network: DiTConfig, frames, actions_BT, t_BT, context: Context, noise
 ) -> tuple[jax.Array, jax.Array]:
     """The frames with self-generated ones in the clips of `context`, and noise levels to learn.
 
-    Where the share of these clips is a whole number their places are known (see `clips`), and no
-    other clip pays for the generation.
+    Where the places of these clips are known, no other clip pays for the generation.
 
     Args:
         frames: float32 [B, T, H, W, 3] in [-1, 1].
         noise: a `NoiseConfig`.
     """
     frames, t_BT = jnp.asarray(frames), jnp.asarray(t_BT)
-    count = len(frames) * noise.own_share
-    which = np.arange(len(frames))
-    if abs(count - round(count)) < 1e-6:
-        which = np.flatnonzero(clips(len(frames), noise.own_share))
+    which = places(len(frames), noise.own_share)
     part = jax.tree.map(lambda x: x[which], context)
     given = frames[which], actions_BT[which]
     fixed = jax.lax.stop_gradient(params)
@@ -112,8 +118,17 @@ def rollout(
     denoiser = bind(network, jax.tree.map(lambda x: x.astype(network.compute_dtype), params))
     sigma = context.start_noise_B[:, None, None, None]
     first = (frames_BTHWC[:, 0] + sigma * context.noise_BTHWC[:, 0]).clip(-1, 1)
-    repeated = lambda x: jnp.repeat(x[:, None], network.max_frames - 1, axis=1)
-    world = kv_cache.start(denoiser, tables.context, repeated(first), repeated(actions_BT[:, 0]), 1)
+    slots = len(first), network.max_frames - 1
+    begin = lambda: kv_cache.start(
+        denoiser,
+        tables.context,
+        jnp.zeros((*slots, *first.shape[1:])),
+        jnp.zeros(slots, jnp.int32),
+        0,
+    )
+    # Of a world without frames no slot is visible, so nothing has to be encoded for it.
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(begin))
+    world = kv_cache.advance(denoiser, tables.context, empty, first, actions_BT[:, 0], "cached")
 
     def next_frame(world, action_and_noise):
         return sampler.step(denoiser, tables, world, *action_and_noise, None, config)
