@@ -284,19 +284,18 @@ def run_part(part: str, clips: int, frames: int, seconds: float | None) -> bool:
         return run(list(network_checks(references, part, clips, frames)), seconds)
 
 
-def run_processes(commands: dict[str, list[str]], seconds: float | None) -> bool:
+def run_processes(commands: dict[str, list[str]], seconds: float) -> bool:
     """Runs the commands of all parts at once and prints what they print, part by part.
 
     A part that is not done within the time is killed. Whether all ended with code 0.
     """
-    end = None if seconds is None else time.monotonic() + seconds
+    end = time.monotonic() + seconds
     whole = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE)
     started = {part: subprocess.Popen(command, **whole) for part, command in commands.items()}
     well = True
     for part, process in started.items():
         try:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            said, _ = process.communicate(timeout=left)
+            said, _ = process.communicate(timeout=max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             said, _ = process.communicate()
