@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     config.model.displacement_across = 0  # … and columns; both 0: none
     config.model.displacement_patch = 4  # pixels on a side that are displaced as one
     config.model.qk_norm = False  # queries and keys scaled to unit RMS
+    config.model.heads = False  # reward and end of the episode are predicted too (docs/outcomes.md)
 
     # Data: `dir` holds train/, val/ and test/ with *.array_record files.
     config.data = ConfigDict()
@@ -83,6 +84,7 @@ def get_config() -> ConfigDict:
     config.noise.mirror_share = 0.0  # of clips, with left and right exchanged (CoinRun's actions)
     config.noise.middle_weight = 1.0  # of the pixels around the player in the loss
     config.noise.displacement_weight = 0.1  # of the cross-entropy of displacements in the loss
+    config.noise.outcome_weight = 0.1  # of the cross-entropies of reward and end in the loss
 
     # What happens every so many steps; 0 for validation, scores and rollouts: never.
     config.log_every_steps = 50

@@ -11,7 +11,7 @@ _FIXED = (
     *("model.image_size", "model.num_actions", "model.max_frames", "model.history"),
     *("model.change_scale", "model.motion", "model.action_encoding"),
     *("model.displacement_down", "model.displacement_across", "model.displacement_patch"),
-    "model.qk_norm",
+    *("model.qk_norm", "model.heads"),
     *("data.clip_len", "data.stride", "init_from"),
 )
 # What settings were that are younger than the checkpoints that may lack them.
@@ -25,7 +25,7 @@ _BEFORE |= {"model.displacement_down": 0, "model.displacement_across": 0}
 _BEFORE |= {"model.displacement_patch": 4, "model.qk_norm": False, "model.norm": "auto"}
 _BEFORE |= {"noise.own_steps": 0, "noise.own_start_noise": 0.0, "noise.persist_above": 0.0}
 _BEFORE |= {"minutes": 0.0, "decay_share": 0.45, "stages": [], "ckpt_every_minutes": 0.0}
-_BEFORE |= {"data.on_device": 0}
+_BEFORE |= {"data.on_device": 0, "model.heads": False, "noise.outcome_weight": 0.1}
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -60,6 +60,8 @@ class DiTConfig:
     displacement_across: int = dataclasses.field(default=0, repr=False)
     displacement_patch: int = dataclasses.field(default=4, repr=False)
     qk_norm: bool = dataclasses.field(default=False, repr=False)  # queries and keys of RMS 1
+    # Reward and end of the episode are predicted too, see `heads`; frames do not depend on it.
+    heads: bool = dataclasses.field(default=False, repr=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -93,6 +95,8 @@ class DiTConfig:
                 f"config.model.num_actions={self.num_actions}: there can be at most "
                 f"{controls.MAX_BUTTONS} buttons"
             )
+        if not isinstance(self.heads, bool):
+            raise UserError(f"config.model.heads must be True or False, not {self.heads!r}")
         attention.check(self.attention, self.dtype)
         if self.norm not in ("auto", "xla", "triton"):
             raise UserError(f"config.model.norm must be auto, xla or triton, not {self.norm!r}")

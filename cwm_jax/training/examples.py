@@ -40,6 +40,7 @@ class NoiseConfig:
     # [-1, 1]) from what they should be are learned to stay as they are; 0: none.
     persist_above: float = 0.0
     displacement_weight: float = 0.1  # of the cross-entropy of discrete displacements in the loss
+    outcome_weight: float = 0.1  # of the cross-entropies of reward and end in the loss
     mirror_share: float = 0.0  # of clips, in which left and right are exchanged
     middle_weight: float = 1.0  # of pixels in the middle, where CoinRun keeps the player
 
@@ -47,9 +48,18 @@ class NoiseConfig:
         shares = "top_share", "own_share", "own_top_share", "mirror_share", "own_start_noise"
         limits = [(name, 0, 1) for name in shares]
         limits += [("own_passes", 1, 16), ("own_steps", 0, 16), ("persist_above", 0, 2)]
+        limits += [("outcome_weight", 0, 1000)]
         for name, low, high in (*limits, ("middle_weight", 0, 1000)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"config.noise.{name}={getattr(self, name)}: must be {low}…{high}")
+
+
+class Targets(NamedTuple):
+    """What the heads learn of each frame."""
+
+    pressed_BT: jax.Array  # int32, the action pressed at the frame
+    rewards_BT: jax.Array  # float32, what it earned; NaN where that is not known
+    ends_BT: jax.Array  # float32, 1 where it ended the episode; NaN where that is not known
 
 
 class Example(NamedTuple):
@@ -60,6 +70,7 @@ class Example(NamedTuple):
     t_BT: jax.Array  # int32, noise levels 0…999
     noise_BTHWC: jax.Array  # float32, N(0, 1)
     context: Context | None = None  # None: all context frames are real
+    targets: Targets | None = None  # of the heads; None: there are none
 
 
 class Teacher(NamedTuple):
@@ -72,7 +83,10 @@ class Teacher(NamedTuple):
 def make(
     key, batch: dict[str, jax.Array], noise: NoiseConfig, teacher: Teacher | None = None
 ) -> Example:
-    """Examples of a batch `{"frames": uint8 [B, T, H, W, 3], "actions": int32 [B, T]}`."""
+    """Examples of a batch `{"frames": uint8 [B, T, H, W, 3], "actions": int32 [B, T]}`.
+
+    With outcomes (`clips.cut`) they have the heads' targets too.
+    """
     if noise.mirror_share:
         batch = mirrored(key, batch, noise.mirror_share)
     frames = batch["frames"]
@@ -85,7 +99,10 @@ def make(
     context = None
     if noise.own_share:
         context = _context((clips_key, own_key, level_key), frames.shape, noise)
-    return Example(frames, batch["actions"], t_BT, noise_BTHWC, context)
+    targets = None
+    if "pressed" in batch:
+        targets = Targets(batch["pressed"], batch["rewards"], batch["ends"])
+    return Example(frames, batch["actions"], t_BT, noise_BTHWC, context, targets)
 
 
 def _context(keys, shape: tuple[int, ...], noise: NoiseConfig) -> Context:
@@ -116,15 +133,16 @@ def mirrored(key, batch: dict[str, jax.Array], share: float) -> dict[str, jax.Ar
     """A batch of CoinRun clips, a share of them mirrored: frames, and what was pressed.
 
     Args:
-        batch: `{"frames": [B, T, H, W, C], "actions": int32 [B, T]}`.
+        batch: `{"frames": [B, T, H, W, C], "actions": int32 [B, T]}`, perhaps with outcomes.
     """
-    frames, actions = batch["frames"], batch["actions"]
+    frames = batch["frames"]
     mirror_B = random_numbers.happens(jax.random.fold_in(key, 2), frames.shape[:1], share)
     # The last entry is what becomes of −1, no action.
     other = jnp.array([coinrun.mirrored(a) for a in (*range(coinrun.NUM_ACTIONS), NO_ACTION)])
-    return {
+    turned = lambda actions: jnp.where(mirror_B[:, None], other[actions], actions)
+    return batch | {
         "frames": jnp.where(mirror_B[:, None, None, None, None], frames[:, :, :, ::-1], frames),
-        "actions": jnp.where(mirror_B[:, None], other[actions], actions),
+        **{key: turned(batch[key]) for key in ("actions", "pressed") if key in batch},
     }
 
 

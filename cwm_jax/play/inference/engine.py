@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cwm_jax.diffusion.denoiser import bind
+from cwm_jax.models import heads
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.play.inference import staggered_cache
@@ -176,9 +177,9 @@ def _automatic(steps: Sequence[int], usual: int, playable: Sequence[int] | None)
 
 
 def fingerprint(network: DiTConfig, params: Params) -> bytes:
-    """8 bytes that tell one trained network from another."""
+    """8 bytes that tell one trained network from another, by what its frames depend on."""
     digest = hashlib.blake2b(repr(network).encode(), digest_size=8)
-    for name in sorted(params):
+    for name in sorted(name for name in params if not name.startswith(heads.PREFIX)):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(params[name]).tobytes())
     return digest.digest()
