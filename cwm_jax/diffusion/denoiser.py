@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from cwm_jax.diffusion import displacement, residual, schedule, warp
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.models.dit import DiT, Outputs, Params
+from cwm_jax.models.dit import DiT, Outputs, Params, Stream
 
 _STAY = 0.1  # what a pixel of displacement costs in logits before anything is learned
 
@@ -61,6 +61,19 @@ class Denoiser:
         velocity = self(sample_BTHWC, t_BT, action_BT, earlier_BTHWC)
         clean = schedule.predict_clean(sample_BTHWC, velocity, t_BT)
         return self.to_frame(clean, earlier_BTHWC)
+
+    def context_stream(self, frames_BTHWC, actions_BT, level: int) -> Stream:
+        """The stream of clean frames of a clip, as the KV cache encodes context frames.
+
+        Args:
+            frames_BTHWC: in [-1, 1]; T ≤ `max_frames`.
+            actions_BT: the action that led into each frame, −1 for none.
+            level: the noise level of context frames, `SamplerConfig.context_level`.
+        """
+        earlier = self.earlier(frames_BTHWC)
+        tokens = self.net.tokens(self.to_sample(frames_BTHWC, earlier), earlier)
+        modulations = self.net.modulations(jnp.full_like(actions_BT, level), actions_BT)
+        return self.net.clip(tokens, modulations)[0]
 
     def velocity(
         self,

@@ -5,6 +5,7 @@ classes, its sign. The heads see a frame and the ones before it, as the blocks l
 action pressed at it: the frame that this action leads to is never recorded where an episode ends.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.layers import gelu, linear, zeros_linear
+from cwm_jax.runtime import random_numbers
 
 PREFIX = "heads."  # of the names of their parameters
 SIGNS = 3  # of a reward: negative, none, positive
@@ -41,10 +43,11 @@ class Heads(nnx.Module):
 
     def scene(self, tokens_BTSD: jax.Array) -> jax.Array:
         """What is kept of frames until an action is known, [B, T, 256]."""
-        exact = tokens_BTSD.astype(jnp.float32)
-        centred = exact - exact.mean(-1, keepdims=True)
-        deviation = jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + _EPSILON)
-        kept = gelu(self.token_in(centred / deviation))
+        return self.scene_of_normed(normed(tokens_BTSD))
+
+    def scene_of_normed(self, tokens_BTSD: jax.Array) -> jax.Array:
+        """As `scene`, of tokens that `normed` has scaled."""
+        kept = gelu(self.token_in(tokens_BTSD))
         return self.scene_in(kept.reshape(*kept.shape[:-2], -1))
 
     def __call__(self, scene_BTH: jax.Array, pressed_BTA: jax.Array) -> Outcomes:
@@ -52,3 +55,26 @@ class Heads(nnx.Module):
         hidden = gelu(self.hidden(gelu(scene_BTH + self.action_in(pressed_BTA))))
         exact = lambda layer: layer(hidden).astype(jnp.float32)
         return Outcomes(exact(self.reward_out), exact(self.end_out)[..., 0])
+
+
+def normed(tokens_BTSD: jax.Array) -> jax.Array:
+    """Tokens less their mean and over their standard deviation, float32."""
+    exact = tokens_BTSD.astype(jnp.float32)
+    centred = exact - exact.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + _EPSILON)
+
+
+def bind(config: DiTConfig, params: dict[str, jax.Array]) -> Heads:
+    """Heads with these parameters, under the names that they have in the network."""
+    graph, state = _skeleton(config)
+    flat = [
+        (path, leaf.replace(params[PREFIX + ".".join(map(str, path))]))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+@functools.lru_cache
+def _skeleton(config: DiTConfig):
+    make = lambda: Heads(config, rngs=nnx.Rngs(random_numbers.key(0)))
+    return nnx.split(nnx.eval_shape(make), nnx.Param)
