@@ -21,6 +21,7 @@ PACKAGES = (
     ("sampling",),
     ("training",),
     ("checkpoints",),
+    ("world_model",),
     ("evaluation", "play"),
     ("experiment",),
     ("tools",),

@@ -1,4 +1,4 @@
-"""What one player's world remembers: a function of its frames and actions, and of nothing else.
+"""What one world remembers: a function of its frames and actions, and of nothing else.
 
 Play wants each frame at the same cost, every window to be one that training has seen, and a way
 back to any earlier frame that costs no memory. So a player has two temporal caches, staggered by
