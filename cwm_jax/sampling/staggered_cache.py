@@ -60,6 +60,19 @@ def remember(
     denoiser: Denoiser, context: Modulations, memory: Memory, frame_u8_HWC, action
 ) -> Memory:
     """The memory after one more frame, uint8 [H, W, C], and the action that led into it."""
+    return _remember(denoiser, context, memory, frame_u8_HWC, action, lambda stream: None)[0]
+
+
+def remember_with_scene(
+    denoiser: Denoiser, context: Modulations, memory: Memory, frame_u8_HWC, action
+) -> tuple[Memory, jax.Array]:
+    """As `remember`; also what the network's heads keep of the frame, [256]."""
+    scene_of = denoiser.net.scene
+    return _remember(denoiser, context, memory, frame_u8_HWC, action, scene_of)
+
+
+def _remember(denoiser, context, memory: Memory, frame_u8_HWC, action, look):
+    """The memory after one more frame, and what `look` finds in its stream."""
     worlds, slots = memory.worlds, memory.slots
     full = worlds.count[memory.old] == slots
     old = jnp.where(full, 1 - memory.old, memory.old)
@@ -67,7 +80,12 @@ def remember(
     count = worlds.count.at[1 - old].multiply(jnp.where(full, 0, 1))
     takes_part = count[old] >= stride(slots)
     frame_BHWC, action_B = to_model(frame_u8_HWC)[None], action[None]
-    take_in = lambda one: kv_cache.advance(denoiser, context, one, frame_BHWC, action_B, "cached")
-    after = jax.vmap(take_in)(dataclasses.replace(worlds, count=count))
+
+    def take_in(one: World):
+        older, stream = kv_cache.append(denoiser, context, one, frame_BHWC, action_B)
+        return older, look(stream)
+
+    after, seen = jax.vmap(take_in)(dataclasses.replace(worlds, count=count))
     count = after.count.at[1 - old].multiply(jnp.where(takes_part, 1, 0))
-    return Memory(dataclasses.replace(after, count=count), old)
+    found = jax.tree.map(lambda x: x[old, 0, 0], seen)
+    return Memory(dataclasses.replace(after, count=count), old), found

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from cwm_jax.coinrun import NO_ACTION, to_model
+from cwm_jax.coinrun import to_model
 from cwm_jax.data.clips import Episodes, cut
 from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.models import dit, heads
@@ -136,9 +136,7 @@ def fit(
 @functools.lru_cache
 def _optimizer(steps: int) -> optax.GradientTransformation:
     schedule = optax.cosine_decay_schedule(_RATE, steps)
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=_DECAY)
-    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=_DECAY))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "steps"), donate_argnums=(0, 1))
