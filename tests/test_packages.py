@@ -22,7 +22,7 @@ PACKAGES = (
     ("training",),
     ("checkpoints",),
     ("world_model",),
-    ("evaluation", "play"),
+    ("evaluation", "play", "environment"),
     ("experiment",),
     ("tools",),
 )

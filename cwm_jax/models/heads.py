@@ -19,7 +19,7 @@ from cwm_jax.runtime import random_numbers
 PREFIX = "heads."  # of the names of their parameters
 SIGNS = 3  # of a reward: negative, none, positive
 _TOKEN = 16  # numbers kept of each token
-_HIDDEN = 256
+WIDTH = 256  # of what is kept of a frame
 _EPSILON = 1e-6
 
 
@@ -35,20 +35,20 @@ class Heads(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.token_in = linear(config, config.hidden_size, _TOKEN, rngs=rngs)
-        self.scene_in = linear(config, config.tokens * _TOKEN, _HIDDEN, rngs=rngs)
-        self.action_in = linear(config, config.num_actions, _HIDDEN, use_bias=False, rngs=rngs)
-        self.hidden = linear(config, _HIDDEN, _HIDDEN, rngs=rngs)
-        self.reward_out = zeros_linear(config, _HIDDEN, SIGNS, rngs=rngs)
-        self.end_out = zeros_linear(config, _HIDDEN, 1, rngs=rngs)
+        self.scene_in = linear(config, config.tokens * _TOKEN, WIDTH, rngs=rngs)
+        self.action_in = linear(config, config.num_actions, WIDTH, use_bias=False, rngs=rngs)
+        self.hidden = linear(config, WIDTH, WIDTH, rngs=rngs)
+        self.reward_out = zeros_linear(config, WIDTH, SIGNS, rngs=rngs)
+        self.end_out = zeros_linear(config, WIDTH, 1, rngs=rngs)
 
     def scene(self, tokens_BTSD: jax.Array) -> jax.Array:
-        """What is kept of frames until an action is known, [B, T, 256]."""
+        """What is kept of frames until an action is known, float32 [B, T, 256]."""
         return self.scene_of_normed(normed(tokens_BTSD))
 
     def scene_of_normed(self, tokens_BTSD: jax.Array) -> jax.Array:
         """As `scene`, of tokens that `normed` has scaled."""
         kept = gelu(self.token_in(tokens_BTSD))
-        return self.scene_in(kept.reshape(*kept.shape[:-2], -1))
+        return self.scene_in(kept.reshape(*kept.shape[:-2], -1)).astype(jnp.float32)
 
     def __call__(self, scene_BTH: jax.Array, pressed_BTA: jax.Array) -> Outcomes:
         """The outcomes of actions, given as `dit.action_vectors`."""

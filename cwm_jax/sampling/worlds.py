@@ -20,6 +20,7 @@ import numpy as np
 from cwm_jax.coinrun import to_pixels
 from cwm_jax.diffusion.denoiser import Denoiser, bind
 from cwm_jax.errors import UserError
+from cwm_jax.models import heads
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.runtime import random_numbers
@@ -55,12 +56,12 @@ def begin(denoiser: Denoiser, tables: Tables, prompt_frames, prompt_actions, cou
     )
 
     remember = _remember(denoiser, tables)
-    fresh = staggered_cache.fresh(like)
+    scene = jnp.zeros(heads.WIDTH) if denoiser.config.heads else None
+    fresh = staggered_cache.fresh(like), scene
 
     def one_world(frames_MHWC, actions_M):
         take_in = lambda i, state: remember(state[0], frames_MHWC[i], actions_M[i])
-        # The first frame, which there always is, gives the loop's state its shape.
-        return jax.lax.fori_loop(1, count, take_in, take_in(0, (fresh, None)))
+        return jax.lax.fori_loop(0, count, take_in, fresh)
 
     memory_B, scene_BH = jax.vmap(one_world)(prompt_frames, prompt_actions)
     count_B = jnp.full_like(seed_B, count, "int32")
