@@ -23,14 +23,16 @@ from cwm_jax.evaluation import bootstrap
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.sampling.sampler import SamplerConfig
+from cwm_jax.sampling.worlds import Generator
 
 HEADS = ("reward", "end")
 THRESHOLD = 0.5
+PROMPT = 4  # real frames that a rollout starts from
 _CLIPS_AT_ONCE = 16
 
 
 class Told(NamedTuple):
-    """What is known of the frames of one record, each [T]."""
+    """What is known of the frames of one record, or of one rollout, each [T]."""
 
     probability: dict[str, np.ndarray]  # by head, float32
     happened: dict[str, np.ndarray]  # by head, bool
@@ -121,6 +123,53 @@ def of_records(
     ]
 
 
+def of_rollouts(
+    generator: Generator, episodes: Episodes, numbers: Sequence[int], *, ahead: int, seed: int
+) -> list[Told]:
+    """What the heads tell of `ahead` generated frames, under the actions that were really pressed.
+
+    Rollouts start from `PROMPT` real frames: of a record whose episode ends, so that its last
+    action ends it; of others anywhere. Records that are too short are left out.
+
+    Raises:
+        UserError: none is long enough.
+    """
+    rng, jobs = np.random.default_rng(seed), []
+    for number in numbers:
+        episode = episodes[number]
+        spare = len(episode) - PROMPT - ahead + 1
+        if episode.outcomes is None or spare < 0:
+            continue
+        ends = bool(episode.outcomes.done[-1])
+        jobs.append((episode, spare if ends else int(rng.integers(spare + 1))))
+    if not jobs:
+        raise UserError(
+            f"no record with outcomes has the {PROMPT + ahead - 1} frames that this needs"
+        )
+    found = []
+    for first in range(0, len(jobs), _CLIPS_AT_ONCE):
+        batch = jobs[first : first + _CLIPS_AT_ONCE]
+        found += _rolled_out(generator, batch, ahead, seed + first)[: len(batch)]
+    return found
+
+
+def _rolled_out(generator: Generator, jobs: Sequence, ahead: int, seed: int) -> list[Told]:
+    filled = [*jobs, *[jobs[-1]] * (_CLIPS_AT_ONCE - len(jobs))]
+    prompts = [_clip(episode, start, PROMPT) for episode, start in filled]
+    frames, led_in, _ = (np.stack(parts) for parts in zip(*prompts, strict=True))
+    steps = [slice(start + PROMPT - 1, start + PROMPT - 1 + ahead) for _, start in filled]
+    actions = np.stack([e.actions[step] for (e, _), step in zip(filled, steps, strict=True)])
+    worlds = generator.begin(frames, led_in, [seed + i for i in range(len(filled))])
+    told = jax.device_get(generator.rollout(worlds, actions)[2])
+    return [
+        Told(
+            {"reward": told.positive[i], "end": told.end[i]},
+            {head: values[step] for head, values in happened(episode).items()},
+        )
+        for i, ((episode, _), step) in enumerate(zip(filled, steps, strict=True))
+    ]
+
+
 def happened(episode: Episode) -> dict[str, np.ndarray]:
     """At which frames an action earned a reward or ended the episode, bool [T] each."""
     return {"reward": episode.outcomes.rewards > 0, "end": episode.outcomes.done}
@@ -187,3 +236,19 @@ def best_threshold(told: Sequence[Told], head: str) -> float:
         return 2 * right / max(1, named + real)
 
     return float(max(tried, key=f1)) if len(tried) else THRESHOLD
+
+
+def table(title: str, results: dict) -> str:
+    """The numbers of `summary`, for the terminal."""
+    lines = [f"{title}: precision, recall, base rate"]
+    for head, kinds in results.items():
+        for kind, found in kinds.items():
+            precision, recall = (
+                "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**found[name])
+                for name in ("precision", "recall")
+            )
+            lines.append(
+                f"  {head} by {kind}: {precision}, {recall}, {found['base_rate']:.4f} "
+                f"({found['named']} named, {found['real']} real, of {found['of']})"
+            )
+    return "\n".join(lines)

@@ -6,6 +6,7 @@ What the blocks make of recorded frames is computed once; the heads learn from i
 import dataclasses
 import functools
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,6 @@ from cwm_jax.training import objective
 from cwm_jax.training.examples import Targets, mirrored
 
 _CLIPS_AT_ONCE = 16
-_KEPT = 4  # frames of a clip that is cut anywhere
 _BATCH, _RATE, _DECAY = 256, 1e-3, 1e-2
 
 
@@ -52,16 +52,21 @@ def look(
 ) -> Seen:
     """Some `frames` frames of recorded episodes, half of them mirrored where the game allows it.
 
-    Of each episode that is chosen there are two clips of the network's window: one that ends with
-    its last frame, after which the episode may have ended, and one cut anywhere.
+    Two clips in three, as long as there are such, end with the last frame of an episode; the others
+    are cut anywhere. Clips have the network's window, and their first third is a past alone.
     """
     rng = np.random.default_rng(seed)
     size = network.max_frames
     (eligible,) = np.nonzero(episodes.lengths >= size)
-    per_pair = size - size // 3 + _KEPT
-    chosen = np.sort(rng.permutation(eligible)[: max(1, frames // per_pair)])
-    pairs = [_pair(rng, int(n), int(episodes.lengths[n]), size) for n in chosen]
-    clips = [clip for pair in pairs for clip in pair]
+    count = max(1, frames // (size - size // 3))
+    order = rng.permutation(eligible)
+    ended = (int(n) for n in order if _ends(episodes, int(n)))
+    at_ends = [_Clip(n, int(episodes.lengths[n]) - size) for n in islice(ended, 2 * count // 3)]
+    cut_anywhere = [
+        _Clip(int(n), int(rng.integers(episodes.lengths[n] - size + 1)))
+        for n in rng.choice(eligible, count - len(at_ends))
+    ]
+    clips = sorted(at_ends + cut_anywhere)
     found = []
     starts = range(0, len(clips), _CLIPS_AT_ONCE)
     for first in tqdm(starts, "looking at frames", unit=" batches", disable=not watched):
@@ -75,17 +80,11 @@ def look(
 class _Clip(NamedTuple):
     number: int
     start: int
-    kept: np.ndarray  # frames of the clip that are learned from
 
 
-def _pair(rng, number: int, length: int, size: int) -> list[_Clip]:
-    past = size // 3
-    anywhere = int(rng.integers(length - size + 1))
-    some = past + rng.permutation(size - past)[:_KEPT]
-    return [
-        _Clip(number, length - size, np.arange(past, size)),
-        _Clip(number, anywhere, np.sort(some)),
-    ]
+def _ends(episodes: Episodes, number: int) -> bool:
+    outcomes = episodes[number].outcomes
+    return outcomes is not None and bool(outcomes.done[-1])
 
 
 def _seen(network, params, episodes: Episodes, clips: Sequence[_Clip], seed: int) -> Seen:
@@ -94,9 +93,8 @@ def _seen(network, params, episodes: Episodes, clips: Sequence[_Clip], seed: int
     if network.has_coinrun_actions:
         batch = jax.tree.map(np.asarray, mirrored(random_numbers.key(seed), batch, 0.5))
     tokens = np.asarray(_tokens(params, batch["frames"], batch["actions"], network=network))
-    rows = np.concatenate([np.full(len(c.kept), i) for i, c in enumerate(clips)])
-    places = np.concatenate([c.kept for c in clips])
-    kept = lambda x: x[rows, places]
+    past = network.max_frames // 3
+    kept = lambda x: x[: len(clips), past:].reshape(-1, *x.shape[2:])
     targets = Targets(*(kept(batch[key]) for key in ("pressed", "rewards", "ends")))
     return Seen(kept(tokens), targets)
 
