@@ -13,7 +13,7 @@ PACKAGE = ROOT / "cwm_jax"
 
 # From the lowest up. A package (or a module beside them) imports only from lines above its own.
 PACKAGES = (
-    ("errors", "coinrun"),
+    ("errors", "coinrun", "shipped"),
     ("files",),
     ("controls", "runtime"),
     ("data", "models", "rendering"),
@@ -24,7 +24,7 @@ PACKAGES = (
     ("world_model",),
     ("evaluation", "play"),
     ("experiment",),
-    ("tools",),
+    ("tools", "programs"),
 )
 PARTS_OF_PLAY = (("inference",), ("session",), ("web",))
 # Modules that import upward still. Nothing may be added, and what is cut must be taken out.

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
-import play
-import sample
 from configs import debug
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.errors import UserError
 from cwm_jax.experiment.settings import Settings
+from cwm_jax.programs import evaluate, play, sample
 from cwm_jax.tools import (
     check,
     collect,

@@ -11,7 +11,7 @@ from cwm_jax.data.loader import DataConfig
 from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
 from cwm_jax.experiment.wandb_run import WandbConfig
-from cwm_jax.files import local_path
+from cwm_jax.files import HUB, local_path
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
 from cwm_jax.training.examples import NoiseConfig
@@ -136,7 +136,7 @@ class Settings:
             values[name] = _build(section, values.get(name, {}), f"config.{name}.")
         settings = _build(cls, values, "config.")
         models = {
-            name: _local(getattr(settings, name), name) for name in ("init_from", "distil_from")
+            name: _model(getattr(settings, name), name) for name in ("init_from", "distil_from")
         }
         data = dataclasses.replace(settings.data, dir=_local(settings.data.dir, "data.dir"))
         return dataclasses.replace(settings, data=data, **models)
@@ -203,6 +203,10 @@ class Settings:
 
 def _local(path: str, name: str) -> str:
     return str(local_path(path, f"config.{name}")) if path else path
+
+
+def _model(named: str, name: str) -> str:
+    return named if named.startswith(HUB) else _local(named, name)
 
 
 def _build(cls, values: Mapping[str, Any], prefix: str):

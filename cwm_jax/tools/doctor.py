@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cwm_jax import shipped
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.files import path_flag
 from cwm_jax.runtime import network, user_cache
 
 OK, NOTE, BAD = "ok", "note", "BAD"
-_ROOT = Path(__file__).resolve().parents[2]
 _GB = 1e9
 _FILES_WANTED = 8192  # a reader holds a file open for each shard; the public dataset has 6,129
 _SHARED_WANTED = 1 * _GB  # batches of reading processes lie there
@@ -51,9 +51,8 @@ def requirements() -> list[str]:
         asked = importlib.metadata.requires("cwm_jax") or []
         return [line for line in asked if "extra ==" not in line]
     except importlib.metadata.PackageNotFoundError:
-        return tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-            "dependencies"
-        ]
+        text = (shipped.root() / "pyproject.toml").read_text(encoding="utf-8")
+        return tomllib.loads(text)["project"]["dependencies"]
 
 
 def packages(asked: Sequence[str]) -> Finding:
@@ -295,25 +294,28 @@ def _line(error: Exception) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    with shown_to_user():
+        args = parser().parse_args(argv)
+        found = examine(args.data)
+        for name, (status, what, mend) in found:
+            print(f"{status:>4}  {name:<13}  {what}")
+            if mend:
+                print(f"{'':21}→ {mend}")
+        bad = [name for name, finding in found if finding.status == BAD]
+        print(f"not well: {', '.join(bad)}" if bad else "all well")
+        if bad:
+            raise SystemExit(1)
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    embedded = _ROOT / "assets" / "coinrun"
     parser.add_argument(
-        "--data", type=path_flag, default=embedded, help="data folder (the embedded)"
+        "--data", type=path_flag, default=shipped.data(), help="data folder (the embedded)"
     )
-    args = parser.parse_args(argv)
-    found = examine(args.data)
-    for name, (status, what, mend) in found:
-        print(f"{status:>4}  {name:<13}  {what}")
-        if mend:
-            print(f"{'':21}→ {mend}")
-    bad = [name for name, finding in found if finding.status == BAD]
-    print(f"not well: {', '.join(bad)}" if bad else "all well")
-    if bad:
-        raise SystemExit(1)
+    return parser
 
 
 if __name__ == "__main__":
-    with shown_to_user():
-        main()
+    main()
