@@ -65,7 +65,7 @@ def test_numbers_stand_though_no_report_can_be_made(tmp_path, monkeypatch, capsy
     [
         (sample, "--output gs://b/x.mp4"),
         (sample, "--data gs://b/x"),
-        (play, "--checkpoint hf://b/x"),
+        (play, "--checkpoint gs://b/x"),
         (evaluate, "--report s3://b/x"),
         (evaluate, "--data s3://b/x"),
         (evaluate, "compare gs://b/a.json"),
