@@ -18,6 +18,13 @@ from cwm_jax.training.examples import NoiseConfig
 from cwm_jax.training.train_step import OptimizerConfig, StepConfig, TrainSetup
 
 
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """Where a run is logged beside `metrics.jsonl` and W&B (`config.logging`)."""
+
+    tensorboard: bool = False  # event files in the workdir
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """All settings of a run; `configs/base.py` says what each means."""
@@ -29,6 +36,7 @@ class Settings:
     data: DataConfig
     noise: NoiseConfig
     wandb: WandbConfig
+    logging: LoggingConfig
 
     batch_size: int
     global_batch_size: int
@@ -130,7 +138,7 @@ class Settings:
             UserError: for a key that is missing or does not exist, or a value out of range.
         """
         sections = {"model": DiTConfig, "data": DataConfig, "noise": NoiseConfig}
-        sections |= {"wandb": WandbConfig}
+        sections |= {"wandb": WandbConfig, "logging": LoggingConfig}
         values = dict(config)
         for name, section in sections.items():
             values[name] = _build(section, values.get(name, {}), f"config.{name}.")
@@ -225,6 +233,8 @@ def _build(cls, values: Mapping[str, Any], prefix: str):
 def _typed(value, wanted, name: str):
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if wanted is bool and not isinstance(value, bool):
+        raise UserError(f"{name} must be True or False, not {value!r}")
     if wanted in (int, float, str) and (not isinstance(value, wanted) or isinstance(value, bool)):
         raise UserError(f"{name} must be {wanted.__name__}, not {value!r}")
     return value
