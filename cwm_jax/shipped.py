@@ -8,7 +8,7 @@ person may give such a name from any folder: what does not exist there is looked
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
-_INSTALLED = _PACKAGE / "_shipped"  # made when a wheel is built, see pyproject.toml
+_INSTALLED = _PACKAGE / "_shipped"  # made when a wheel is built, see hatch_build.py
 
 MODEL = "checkpoints/pocket"
 DATA = "assets/coinrun"
@@ -17,7 +17,7 @@ CONFIGS = "configs"
 
 def is_checkout() -> bool:
     """Whether the package runs from a checkout, with its Makefile, and not as it was installed."""
-    return not _INSTALLED.is_dir()
+    return (_PACKAGE.parent / "pyproject.toml").is_file()
 
 
 def root() -> Path:
@@ -36,6 +36,15 @@ def data() -> Path:
 def config(name: str) -> Path:
     """The config file of a name such as "small"; it need not exist."""
     return root() / CONFIGS / f"{name}.py"
+
+
+def missing(name: str) -> str:
+    """Why a name of this module is not here, and what would be right; empty where it is."""
+    if (root() / name).exists():
+        return ""
+    if is_checkout():
+        return f"{name} is not in this checkout: git checkout -- {name}"
+    return f"this package was built without its {name}: install it from a whole wheel or a checkout"
 
 
 def found(path: Path | str) -> Path:

@@ -48,11 +48,9 @@ def shown(path: Path) -> str:
 
 
 def _missing() -> str:
-    where = f"the project's own is not at {FOLDER / MODEL_FILE}"
-    if not shipped.is_checkout():
-        return f"{where}: this package was built without its model; install it from a whole wheel"
+    why = shipped.missing(f"{NAME}/{MODEL_FILE}") or f"there is none at {FOLDER / MODEL_FILE}"
     return (
-        f"no --checkpoint is named, and {where}. Train one in minutes with\n"
-        f"    python train.py --config configs/debug.py --workdir runs/debug\n"
-        f"and name it with --checkpoint runs/debug; play.py --demo shows the page without any"
+        f"no --checkpoint is named, and {why}. Train one in minutes with\n"
+        f"    cwm train --config debug --workdir runs/debug\n"
+        f"and name it with --checkpoint runs/debug; cwm play --demo shows the page without any"
     )

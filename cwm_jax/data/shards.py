@@ -38,6 +38,8 @@ def find_shards(dir: str | os.PathLike, split: str) -> list[Path]:
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     root = shipped.found(dir)
+    if not root.is_dir() and Path(dir) in (shipped.data(), Path(shipped.DATA)):
+        raise UserError(shipped.missing(shipped.DATA))
     if not root.is_dir():
         raise UserError(f"The data folder {root} does not exist.\n{_HOW_TO_GET_DATA}")
     if shards := sorted(root.joinpath(split).glob(PATTERN)):

@@ -141,9 +141,18 @@ def _config_file(name: str) -> str:
     """
     name, colon, argument = name.partition(":")
     path = shipped.found(local_path(name, "--config"))
-    if not path.exists() and name.isidentifier() and shipped.config(name).is_file():
+    if not path.exists() and shipped.config(name).is_file() and name.isidentifier():
         path = shipped.config(name)
+    if not path.exists():
+        raise UserError(_no_config(name))
     return f"{path}{colon}{argument}"
+
+
+def _no_config(name: str) -> str:
+    if why := shipped.missing(shipped.CONFIGS):
+        return f"--config {name}: {why}"
+    known = sorted(path.stem for path in (shipped.root() / shipped.CONFIGS).glob("[a-z]*.py"))
+    return f"--config {name}: there is no such file; use one, or a name of {', '.join(known)}"
 
 
 def _make_configs_importable() -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax import controls, files
+from cwm_jax import controls, files, shipped
 from cwm_jax.controls import Controls
 from cwm_jax.data import records, shards
 from cwm_jax.data.clips import clip_counts
@@ -195,6 +195,7 @@ def _claim(folder: Path, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     with shown_to_user():
         args = parser().parse_args(argv)
+        args.folder = shipped.found(args.folder)
         for flag in ("clip_len", "stride", "jobs"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")

@@ -26,6 +26,7 @@ from cwm_jax.runtime import network, user_cache
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 _GB = 1e9
+_REINSTALL = "pip install --force-reinstall cwm_jax-….whl"
 _FILES_WANTED = 8192  # a reader holds a file open for each shard; the public dataset has 6,129
 _SHARED_WANTED = 1 * _GB  # batches of reading processes lie there
 
@@ -36,6 +37,18 @@ class Finding(NamedTuple):
     status: str
     what: str
     mend: str = ""
+
+
+def _how(in_checkout: str, installed: str) -> str:
+    return in_checkout if shipped.is_checkout() else installed
+
+
+def files() -> Finding:
+    """Whether the model, the data and the configs that come with the project are here."""
+    names = (shipped.MODEL, shipped.DATA, shipped.CONFIGS)
+    if lost := [why for why in map(shipped.missing, names) if why]:
+        return Finding(BAD, "; ".join(lost), _how("git checkout .", _REINSTALL))
+    return Finding(OK, f"{', '.join(names)} are in {shipped.root()}")
 
 
 def python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
@@ -69,7 +82,9 @@ def packages(asked: Sequence[str]) -> Finding:
             wrong.append(f"{requirement} is {version}")
     if wrong:
         return Finding(
-            BAD, "; ".join(wrong), "make install  (or pip install -e . -c constraints.txt)"
+            BAD,
+            "; ".join(wrong),
+            _how("make install  (or pip install -e . -c constraints.txt)", _REINSTALL),
         )
     shown = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return Finding(OK, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in shown))
@@ -252,7 +267,8 @@ def simulator(folder: Path | None = None) -> Finding:
         venv.find_maker()
     except UserError as error:
         return Finding(NOTE, f"no Procgen simulator: {error}")
-    return Finding(NOTE, "no Procgen simulator; recording makes it", "make install-procgen")
+    mend = _how("make install-procgen", "cwm collect")
+    return Finding(NOTE, "no Procgen simulator; recording makes it", mend)
 
 
 def examine(folder: Path) -> list[tuple[str, Finding]]:
@@ -260,6 +276,7 @@ def examine(folder: Path) -> list[tuple[str, Finding]]:
     checks: dict[str, Callable[[], Finding]] = {
         "python": python,
         "packages": lambda: packages(requirements()),
+        "files": files,
         "devices": devices,
         "cudnn": cudnn,
         "video": codecs,
@@ -284,7 +301,8 @@ def _found(check: Callable[[], Finding]) -> Finding:
     except UserError as error:
         return Finding(BAD, str(error))
     except ImportError as error:
-        return Finding(BAD, f"cannot be looked at: {_line(error)}", "make install")
+        mend = _how("make install", _REINSTALL)
+        return Finding(BAD, f"cannot be looked at: {_line(error)}", mend)
     except Exception as error:
         return Finding(BAD, f"cannot be looked at: {_line(error)}")
 

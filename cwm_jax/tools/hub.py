@@ -220,6 +220,7 @@ def model_card(repo: str, prefix: str, meta: dict[str, Any], numbers: dict[str, 
     table = lambda rows: "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     rounded = {name: f"{value:.5g}" for name, value in numbers.items() if "perf/" not in name}
     where = f" --folder {prefix.rstrip('/')}" if prefix else ""
+    at = f"/{prefix.rstrip('/')}" if prefix else ""
     return f"""---
 library_name: cwm_jax
 tags: [jax, world-model, diffusion, coinrun]
@@ -231,8 +232,9 @@ datasets: [{DATASET}]
 A playable world model: given frames and the buttons pressed, it draws the next frame. Trained
 with `cwm_jax` for {meta["step"]} steps.
 
-    python -m cwm_jax.tools.hub fetch {repo}{where} --to models
-    python sample.py --checkpoint models/{prefix.rstrip("/")}
+    cwm play --checkpoint hf://{repo}{at}
+    cwm hub fetch {repo}{where} --to models
+    cwm sample --checkpoint models/{prefix.rstrip("/")}
 
 ## Network
 
@@ -284,7 +286,7 @@ def _run(api: HfApi, args: argparse.Namespace) -> str:
         return f"{len(got)} files of {args.repo} in {args.to}, all checked"
     if args.job == "fetch":
         path = fetch(api, args.repo, args.to, subfolder=args.folder.strip("/"), jobs=args.jobs)
-        return f"{path}: python sample.py --checkpoint {path}"
+        return f"{path}: cwm sample --checkpoint {path}"
     kind = dict(folder=args.folder, step=args.step, private=args.private)
     return f"{args.source} → {upload(api, args.source, args.repo, **kind)}"
 

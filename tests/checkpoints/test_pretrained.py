@@ -83,7 +83,7 @@ def test_a_named_checkpoint_goes_first(tmp_path, capsys):
 
 def test_where_it_is_missing_the_way_to_another_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "FOLDER", tmp_path)  # there, but empty
-    with pytest.raises(UserError, match=r"(?s)no --checkpoint is named.*configs/debug\.py"):
+    with pytest.raises(UserError, match=r"(?s)no --checkpoint is named.*cwm train --config debug"):
         pretrained.unless(None)
 
 

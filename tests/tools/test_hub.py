@@ -151,7 +151,7 @@ def test_a_model_goes_up_with_a_card_and_comes_back(stand_in, tmp_path, capsys):
     hub.main(["fetch", "them/things", "--folder", "pocket", "--to", str(tmp_path / "got")])
     assert (tmp_path / "got/pocket/draw.stablehlo").read_bytes() == b"program"
     said = capsys.readouterr().out
-    assert f"sample.py --checkpoint {tmp_path / 'got/pocket'}" in said
+    assert f"cwm sample --checkpoint {tmp_path / 'got/pocket'}" in said
     assert TOKEN not in said + card
 
 
