@@ -112,4 +112,7 @@ def get_config() -> ConfigDict:
     config.wandb.project = ""  # W&B's own setting, else coinrun-world-model
     config.wandb.entity = ""
     config.wandb.mode = "auto"
+
+    config.logging = ConfigDict()
+    config.logging.tensorboard = False  # the same in the workdir, for TensorBoard
     return config

@@ -17,11 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from cwm_jax.checkpoints import formats, pretrained
+from cwm_jax import shipped
+from cwm_jax.checkpoints import formats, hub_models, pretrained
 from cwm_jax.checkpoints.run_checkpoint import Trained
 from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.data.starts import Starts
 from cwm_jax.errors import UserError
+from cwm_jax.files import HUB
 from cwm_jax.sampling import sampler
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
 from cwm_jax.sampling.worlds import Generator, Outcomes, Worlds
@@ -64,15 +66,16 @@ class WorldModel:
         """Loads a model.
 
         Args:
-            source: a run's workdir, one of its checkpoints, an export or a bundle; the model that
-                comes with the project by default.
+            source: a run's workdir, one of its checkpoints, an export or a bundle; or a model on
+                the hub, "USER/REPOSITORY[@REVISION]" or hf://USER/REPOSITORY[@REVISION][/FOLDER];
+                the model that comes with the project by default.
             step: which checkpoint of a run; the newest by default.
             options: `denoising_steps` and `starts`, as above.
 
         Raises:
-            UserError: there is no model at `source`, or it is damaged.
+            UserError: there is no such model, here or on the hub, or it is damaged.
         """
-        path = pretrained.FOLDER if source is None else Path(source)
+        path = pretrained.FOLDER if source is None else _located(source)
         return cls(formats.load(path, step=step), **options)
 
     @property
@@ -113,9 +116,8 @@ class WorldModel:
         Args:
             frames: the prompt, uint8: one frame [H, W, C] or P frames [P, H, W, C] that all worlds
                 share, or [B, P, H, W, C]; 1 ≤ P ≤ the network's window.
-            actions: the action that led into each prompt frame, [P] or [B, P], −1 for none (allowed
-                for the first alone); where there are none, the prompt is held to be standing still
-                only if P is 1.
+            actions: the action that led into each prompt frame, [P] or [B, P]; −1 for none, which
+                only the first may have. Needed where P is more than 1.
             batch: B; the present number, or 1, by default.
             seed: of world 0; world i gets seed + i. Or B seeds.
             prompt_frames: P, where no `frames` are given.
@@ -197,10 +199,22 @@ class WorldModel:
 
     def _recorded(self, seeds: list[int], frames: int) -> tuple[np.ndarray, np.ndarray]:
         if self._starts is None:
-            folder = self._starts_folder or "assets/coinrun"
+            folder = self._starts_folder or shipped.DATA
             self._starts = Starts(folder, num_actions=self.num_actions)
         found = [self._starts.at(seed, frames) for seed in seeds]
         return tuple(np.stack(part) for part in zip(*found, strict=True))
+
+
+def _located(source: Path | str) -> Path:
+    """Where a model lies; what is no path here and has the form of a hub's name is one."""
+    if not isinstance(source, str) or shipped.found(source).exists():
+        return pretrained.located(source)
+    if hub_models.may_be_one(source):
+        try:
+            return pretrained.located(HUB + source)
+        except UserError as error:
+            raise UserError(f"there is no file or folder {source} here, and {error}") from None
+    return pretrained.located(source)
 
 
 def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import train
 from configs import base
+from cwm_jax.programs import train
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from absl.testing import flagsaver
 
-import train
+from cwm_jax.programs import train
 
 ROOT = Path(__file__).parents[1]
 SLURM, KUBERNETES = ROOT / "launch" / "slurm.sbatch", ROOT / "launch" / "kubernetes.yaml"

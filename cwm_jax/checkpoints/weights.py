@@ -12,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from cwm_jax.errors import UserError
-from cwm_jax.files import written_whole
+from cwm_jax.files import MODEL_FILE, SAFETENSORS, written_whole
 
-SUFFIX = ".safetensors"
-NAME = f"model{SUFFIX}"  # in a folder that holds a model and what is said of it
+SUFFIX, NAME = SAFETENSORS, MODEL_FILE
 _KEY = "cwm_jax"
 
 

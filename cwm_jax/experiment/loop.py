@@ -319,6 +319,7 @@ class _Run:
             self.workdir,
             total_steps=None if self.settings.minutes else self.total_steps,
             wandb=self.settings.wandb,
+            tensorboard=self.settings.logging.tensorboard,
             run_config=self.config,
             resume_step=first or None,
             enabled=jax.process_index() == 0,

@@ -11,11 +11,18 @@ from cwm_jax.data.loader import DataConfig
 from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
 from cwm_jax.experiment.wandb_run import WandbConfig
-from cwm_jax.files import local_path
+from cwm_jax.files import HUB, local_path
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
 from cwm_jax.training.examples import NoiseConfig
 from cwm_jax.training.train_step import OptimizerConfig, StepConfig, TrainSetup
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """Where a run is logged beside `metrics.jsonl` and W&B (`config.logging`)."""
+
+    tensorboard: bool = False  # event files in the workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +36,7 @@ class Settings:
     data: DataConfig
     noise: NoiseConfig
     wandb: WandbConfig
+    logging: LoggingConfig
 
     batch_size: int
     global_batch_size: int
@@ -130,13 +138,13 @@ class Settings:
             UserError: for a key that is missing or does not exist, or a value out of range.
         """
         sections = {"model": DiTConfig, "data": DataConfig, "noise": NoiseConfig}
-        sections |= {"wandb": WandbConfig}
+        sections |= {"wandb": WandbConfig, "logging": LoggingConfig}
         values = dict(config)
         for name, section in sections.items():
             values[name] = _build(section, values.get(name, {}), f"config.{name}.")
         settings = _build(cls, values, "config.")
         models = {
-            name: _local(getattr(settings, name), name) for name in ("init_from", "distil_from")
+            name: _model(getattr(settings, name), name) for name in ("init_from", "distil_from")
         }
         data = dataclasses.replace(settings.data, dir=_local(settings.data.dir, "data.dir"))
         return dataclasses.replace(settings, data=data, **models)
@@ -205,6 +213,10 @@ def _local(path: str, name: str) -> str:
     return str(local_path(path, f"config.{name}")) if path else path
 
 
+def _model(named: str, name: str) -> str:
+    return named if named.startswith(HUB) else _local(named, name)
+
+
 def _build(cls, values: Mapping[str, Any], prefix: str):
     """`cls(**values)`, where an error names the key that is unknown, missing or mistyped."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -221,6 +233,8 @@ def _build(cls, values: Mapping[str, Any], prefix: str):
 def _typed(value, wanted, name: str):
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if wanted is bool and not isinstance(value, bool):
+        raise UserError(f"{name} must be True or False, not {value!r}")
     if wanted in (int, float, str) and (not isinstance(value, wanted) or isinstance(value, bool)):
         raise UserError(f"{name} must be {wanted.__name__}, not {value!r}")
     return value

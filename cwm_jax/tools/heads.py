@@ -64,7 +64,7 @@ def add_heads(
 
 def main(argv: Sequence[str] | None = None) -> None:
     with shown_to_user():
-        args = _flags().parse_args(argv)
+        args = parser().parse_args(argv)
         for flag in ("frames", "epochs", "val_records"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
@@ -81,11 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.checkpoint} with heads → {args.output}")
 
 
-def _flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add = flags.add_argument
     add("checkpoint", type=path_flag, help="a run's workdir, one checkpoint of it, or an export")
     add("--data", type=path_flag, required=True, help="data folder with rewards (tools.collect)")
     add("--output", type=path_flag, required=True, help="file.safetensors to make")
@@ -95,7 +95,7 @@ def _flags() -> argparse.ArgumentParser:
     add("--val-records", type=int, default=150, help="to choose thresholds by (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="(%(default)s)")
-    return parser
+    return flags
 
 
 if __name__ == "__main__":

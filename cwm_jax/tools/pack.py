@@ -303,7 +303,7 @@ def config_lines(known: Controls, out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with shown_to_user():
-        args = _flags().parse_args(argv)
+        args = parser().parse_args(argv)
         for flag in ("chunk", "min_chunk", "every", "jobs"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
@@ -335,7 +335,7 @@ def _inference(folder: Path) -> Inference:
     return Inference(label, action_labels.metadata(reader, config, measured))
 
 
-def _flags() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

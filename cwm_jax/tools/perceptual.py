@@ -101,15 +101,19 @@ def download(url: str, file: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    with shown_to_user():
+        args = parser().parse_args(argv)
+        print(fetch(args.archive))
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     jobs = parser.add_subparsers(dest="job", required=True)
     add = jobs.add_parser("fetch", help="the weights of LPIPS").add_argument
     add("--archive", type=path_flag, help=f"{lpips_weights.ARCHIVE}, if you have it (downloaded)")
-    args = parser.parse_args(argv)
-    with shown_to_user():
-        print(fetch(args.archive))
+    return parser
 
 
 if __name__ == "__main__":

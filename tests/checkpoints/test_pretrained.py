@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-import sample
 from configs import pocket as config
 from cwm_jax.checkpoints import formats, pretrained, weights
 from cwm_jax.data import loader
@@ -17,6 +16,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.evaluation import image_metrics
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
+from cwm_jax.programs import sample
 from cwm_jax.sampling.sampler import ddim_levels
 
 
@@ -70,7 +70,7 @@ def test_it_draws_where_no_other_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     sample.main()
     told = capsys.readouterr().out
-    assert "Using checkpoints/pocket, this repository's own model" in told
+    assert "Using checkpoints/pocket, the model that comes with the project" in told
     assert film.stat().st_size > 1000
 
 
@@ -83,7 +83,7 @@ def test_a_named_checkpoint_goes_first(tmp_path, capsys):
 
 def test_where_it_is_missing_the_way_to_another_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "FOLDER", tmp_path)  # there, but empty
-    with pytest.raises(UserError, match=r"(?s)no --checkpoint is named.*configs/debug\.py"):
+    with pytest.raises(UserError, match=r"(?s)no --checkpoint is named.*cwm train --config debug"):
         pretrained.unless(None)
 
 
