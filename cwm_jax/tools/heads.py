@@ -22,7 +22,7 @@ from cwm_jax.data import loader
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.evaluation import outcomes
-from cwm_jax.files import path_flag
+from cwm_jax.files import model_flag, path_flag
 from cwm_jax.runtime import devices
 from cwm_jax.training import frozen_heads
 
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = flags.add_argument
-    add("checkpoint", type=path_flag, help="a run's workdir, one checkpoint of it, or an export")
+    add("checkpoint", type=model_flag, help="a run, one checkpoint of it, an export, or hf://…")
     add("--data", type=path_flag, required=True, help="data folder with rewards (tools.collect)")
     add("--output", type=path_flag, required=True, help="file.safetensors to make")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
