@@ -67,7 +67,8 @@ class WorldModel:
 
         Args:
             source: a run's workdir, one of its checkpoints, an export or a bundle; or a model on
-                the hub, "USER/REPOSITORY[@REVISION]" or hf://USER/REPOSITORY[@REVISION][/FOLDER];
+                the hub, `USER/REPOSITORY[@REVISION]`, or with a folder
+                `hf://USER/REPOSITORY[@REVISION]/FOLDER`;
                 the model that comes with the project by default.
             step: which checkpoint of a run; the newest by default.
             options: `denoising_steps` and `starts`, as above.

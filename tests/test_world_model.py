@@ -1,10 +1,14 @@
 """`WorldModel`: reproducible, batched, each world of its own age, in one compiled step."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import cwm_jax
 from cwm_jax import WorldModel
+from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.checkpoints.run_checkpoint import Trained
 from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.data.starts import Starts
@@ -140,3 +144,20 @@ def test_nothing_is_generated_before_a_world_begins(trained):
     for call in (lambda m: m.step(7), lambda m: m.rollout(ACTIONS), lambda m: m.frames):
         with pytest.raises(UserError, match=r"no world has begun: call reset\(\) first"):
             call(WorldModel(trained))
+
+
+def test_the_page_about_it_runs_as_it_stands(trained, monkeypatch, tmp_path):
+    """All its examples, in order, with a small model in place of the package's own."""
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 4
+    asked = []
+    load = lambda path, step: asked.append(path) or trained
+    monkeypatch.setattr(formats, "load", load)
+    monkeypatch.chdir(tmp_path)
+    known = {}
+    for example in examples:
+        exec(compile(example, "docs/python.md", "exec"), known)
+    assert asked == [pretrained.FOLDER]
+    assert known["video"].shape == (4, 30, 64, 64, 3)
+    assert (tmp_path / "four.mp4").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub, by name: hf://USER/REPOSITORY[@REVISION][/FOLDER].
+"""Models on the Hugging Face Hub, by name: `hf://USER/REPOSITORY[@REVISION][/FOLDER]`.
 
 Only a safetensors file is fetched, never anything that could run. It is kept under HF_HOME, beside
 the hub's own cache; a download that broke off, in this process or in one before, goes on where it
@@ -34,7 +34,7 @@ class HubName(NamedTuple):
 
 
 def parse(text: str) -> HubName:
-    """Reads hf://USER/REPOSITORY[@REVISION][/FOLDER]; a / in a revision is written %2F.
+    """Reads `hf://USER/REPOSITORY[@REVISION][/FOLDER]`; a / in a revision is written %2F.
 
     Raises:
         UserError: it is no such name.

@@ -16,7 +16,7 @@ def unless(named: Path | str | None) -> Path:
     """The model that the user named, or else the project's own; which is logged.
 
     Args:
-        named: a path, or hf://USER/REPOSITORY[@REVISION][/FOLDER], which is fetched.
+        named: a path, or `hf://USER/REPOSITORY[@REVISION][/FOLDER]`, which is fetched.
 
     Raises:
         UserError: there is nothing at the place named, or the project's own is not here.

@@ -55,7 +55,7 @@ def main() -> None:
         frames = rollouts.write(
             opened.sampler, script, args.output, key=key, fps=args.fps, watched=True
         )
-        print(f"step {opened.step} of {checkpoint} → {args.output}")
+        print(f"step {opened.step} of {pretrained.shown(checkpoint)} → {args.output}")
         if args.grid:
             video.write_png(
                 args.grid, contact_sheet.grid(script.real, frames, n_prompt=args.n_prompt)

@@ -46,6 +46,10 @@ _LAST_BATCHES_SECONDS = 0.2
 
 def main() -> None:
     """Parses the flags of `sys.argv` and trains."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        with shown_to_user():
+            print(parser().format_help())
+        return
     flags.mark_flag_as_required("config")
     flags.register_multi_flags_validator(
         ["workdir", "dry-run"],
@@ -177,8 +181,11 @@ def _told(error: Exception, argv: list[str]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The flags above as argparse has them, for shells that complete them."""
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False)
-    parser.add_argument("--help", action="store_true", help="show the flags")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--config.NAME=VALUE changes any setting of configs/base.py.",
+    )
     for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__]):
         choices = getattr(flag.parser, "enum_values", None)
         value = dict(action="store_true") if flag.boolean else dict(choices=choices)
