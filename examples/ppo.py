@@ -1,7 +1,7 @@
 """Trains a policy inside the model by PPO, and plays it in the real game.
 
     pip install stable-baselines3        # needs PyTorch: make install-torch
-    python examples/ppo.py --steps 6000
+    python examples/ppo.py --steps 2048
 
 The reward of a step is how far the picture scrolled to the left, in pixels (the player runs to the
 right), and 10 more where the model's heads say that the coin was taken. The policy sees one frame.
@@ -97,10 +97,10 @@ def train(args: argparse.Namespace) -> PPO:
     model = PPO(
         "CnnPolicy",
         wrapped,
-        n_steps=32,
+        n_steps=16,
         batch_size=64,
-        n_epochs=4,
-        learning_rate=5e-4,
+        n_epochs=6,
+        learning_rate=1e-3,
         gamma=0.9,
         ent_coef=0.01,
         seed=args.seed,
@@ -108,7 +108,7 @@ def train(args: argparse.Namespace) -> PPO:
         verbose=1,
     )
     begun = time.perf_counter()
-    model.learn(args.steps, log_interval=2)
+    model.learn(args.steps, log_interval=1)
     print(
         f"{model.num_timesteps} steps of {args.worlds} worlds, "
         f"{time.perf_counter() - begun:.0f} s with compilation"
@@ -158,7 +158,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, help="a model with heads (checkpoints/pocket)")
-    add("--steps", type=int, default=6000, help="of all worlds together (%(default)s)")
+    add("--steps", type=int, default=2048, help="of all worlds together (%(default)s)")
     add("--worlds", type=int, default=8, help="generated at once (%(default)s)")
     add("--denoising-steps", type=int, default=1, help="of each frame (%(default)s)")
     add("--episode", type=int, default=64, help="longest episode in the model (%(default)s)")
@@ -187,11 +187,11 @@ def main() -> None:
                     f"[{found['low']:.2f}, {found['high']:.2f}]"
                 )
             if name == "trained":
-                beside = played["frames"][:4, :65]
+                beside = played["frames"][: args.worlds, :49]
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     made = play_model(args, beside[:, 0], beside.shape[1] - 1, policies["trained"])
     rows = np.concatenate([beside, made], axis=2)  # real above, generated below
-    wide = np.concatenate(list(rows), axis=2).repeat(3, axis=1).repeat(3, axis=2)
+    wide = np.concatenate(list(rows), axis=2).repeat(2, axis=1).repeat(2, axis=2)
     video.write_mp4(args.output / "real_and_model.mp4", iter(wide), fps=15)
     print(f"real above, the model below → {args.output / 'real_and_model.mp4'}")
 
