@@ -15,6 +15,8 @@ from cwm_jax.evaluation import outcomes
 from cwm_jax.models import dit, heads
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.play.inference import engine
+from cwm_jax.sampling import sampler
+from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 from cwm_jax.training import examples, frozen_heads, objective, train_step
 from cwm_jax.training.train_step import OptimizerConfig, TrainSetup
 
@@ -42,6 +44,32 @@ def test_a_network_with_heads_is_the_same_to_those_who_only_see_frames(
     assert DiTConfig(**{k: v for k, v in dataclasses.asdict(tiny).items() if k != "heads"}) == tiny
     with pytest.raises(UserError, match="heads must be True or False"):
         dataclasses.replace(tiny, heads=2)
+
+
+def test_the_programs_that_generate_frames_do_not_know_of_heads(network_of):
+    """The same program text, so the same frames to the last bit."""
+
+    def programs(network, params):
+        config = SamplerConfig(levels=ddim_levels(2), window="hop")
+        made = Sampler(network, params, config)
+        static = dict(network=network, config=config)
+        frames = np.zeros((2, network.max_frames - 1, 64, 64, 3), np.uint8)
+        start = frames, np.zeros(frames.shape[:2], np.int32), np.int32(1)
+        begun = sampler._start.lower(made._params, made._tables, *start, **static)
+        state = jax.eval_shape(lambda: sampler._start(made._params, made._tables, *start, **static))
+        rest = np.zeros((2, 3), np.int32), jax.random.key(0)
+        yield begun.as_text()
+        yield sampler._rollout.lower(made._params, made._tables, state, *rest, **static).as_text()
+        play = engine.Engine(network, params, steps=(1,))
+        frame, context = np.zeros((64, 64, 3), np.uint8), play._context
+        remember = jax.jit(engine._remember, static_argnames="network")
+        args = play._params, context, play._fresh, frame, np.int32(0)
+        yield remember.lower(*args, network=network).as_text()
+
+    network, params = network_of(2)
+    more = dataclasses.replace(network, heads=True)
+    plain = list(programs(network, params))
+    assert plain == list(programs(more, dit.with_heads(more, params, 5)))
 
 
 def batch_of(rng, *, clips=8, frames=5):
