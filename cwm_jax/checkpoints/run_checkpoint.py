@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from cwm_jax.checkpoints import checksums
+from cwm_jax.checkpoints import checksums, migration
 from cwm_jax.errors import UserError, tell
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
@@ -302,6 +302,7 @@ def _meta(folder: Path) -> Saved:
         saved = Saved(**meta)
         if not (isinstance(saved.step, int) and isinstance(saved.config, dict)):
             raise ValueError("it does not hold a step and a config")
+        saved = saved._replace(config=migration.migrated(saved.config))
         if not isinstance(saved.seconds, (int, float)):
             raise ValueError(f"its seconds are {saved.seconds!r}")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

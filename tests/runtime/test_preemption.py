@@ -81,7 +81,7 @@ def test_what_may_change_is_told():
     now = OLD | {"lr": 2e-3, "model": {"depth": 2, "dtype": "bfloat16"}, "new": 1}
     assert resume_check.compare(OLD, OLD) == []
     assert resume_check.compare(OLD, now) == [
-        "config.lr=0.002, was 0.001",
+        "config.optimizer.lr=0.002, was 0.001",
         "config.model.dtype='bfloat16', was 'float32'",
         "config.new=1, was None",
     ]

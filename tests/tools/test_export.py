@@ -188,7 +188,7 @@ def test_how_a_model_draws_where_nothing_is_said(run, made, tmp_path):
     assert levels(kept) == ddim_levels(3)
     odd = {"step": 7, "config": config | {"ddim_steps": "many"}}
     weights.write(kept, trained.params, odd)
-    with pytest.raises(UserError, match=r"m\.safetensors: its config\.ddim_steps .*not 'many'"):
+    with pytest.raises(UserError, match=r"m\.safetensors: its config\.sampler\..*not 'many'"):
         levels(kept)
 
 
@@ -215,11 +215,11 @@ def test_a_card_that_cannot_be_is_reported_with_file_field_and_value(run, tmp_pa
     weights.write(path, trained.params, _said(trained, playable_steps=card))
     with pytest.raises(UserError) as caught:
         formats.playable_steps(formats.load(path))
-    for part in (str(path), "config.playable_steps", repr(card), "whole numbers 1…1000"):
+    for part in (str(path), "config.sampler.playable_steps", repr(card), "whole numbers 1…1000"):
         assert part in str(caught.value)
     with pytest.raises(SystemExit):  # and it is not passed on
         export.main([str(path), "--output", str(tmp_path / "o"), "--format", "orbax"])
-    assert "config.playable_steps" in capsys.readouterr().err
+    assert "config.sampler.playable_steps" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 

@@ -17,7 +17,8 @@ from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.runtime import sharding
 from cwm_jax.sampling.sampler import ddim_levels
 from cwm_jax.training import distillation, examples, objective, train_step
-from cwm_jax.training.examples import Example, NoiseConfig, Teacher
+from cwm_jax.training.config import ExampleConfig
+from cwm_jax.training.examples import Example, Teacher
 
 KEY = jax.random.key(3)
 OPTIM = train_step.OptimizerConfig(
@@ -118,13 +119,13 @@ def test_the_loss_is_the_distance_to_the_teachers_steps(network_of, clips, histo
 def test_a_teacher_teaches_however_an_update_is_computed(network_of, clips):
     network, params = network_of(2)
     teacher = Teacher(altered(params), np.int32(2))
-    noise = NoiseConfig(own_share=0.5)
+    noise = ExampleConfig().changed({"context.share": 0.5})
     batch = dict(zip(("frames", "actions"), clips, strict=True))
     example = examples.make(KEY, batch, noise, teacher)
-    parts = train_step.StepConfig(accumulate_steps=2, remat="layer")
+    parts = train_step.ComputeConfig(accumulate_steps=2, remat="layer")
 
     def gradients(**how):
-        setup = train_step.TrainSetup(network=network, optim=OPTIM, noise=noise, **how)
+        setup = train_step.TrainSetup(network=network, optim=OPTIM, examples=noise, **how)
         find = jax.jit(train_step.gradients, static_argnames="setup")
         return find(params, example, setup, teacher)
 
@@ -164,7 +165,7 @@ teacher = examples.Teacher(others, np.int32(4))
 frames = np.random.default_rng(0).integers(0, 256, (4, 2, 64, 64, 3), np.uint8)
 actions = np.full((4, 2), 7, np.int32)
 batch = {"frames": frames, "actions": actions}
-example = examples.make(jax.random.key(0), batch, examples.NoiseConfig(), teacher)
+example = examples.make(jax.random.key(0), batch, ExampleConfig(), teacher)
 optim = train_step.OptimizerConfig(
     lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0)
 setup = train_step.TrainSetup(network=network, optim=optim)

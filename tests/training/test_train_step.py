@@ -10,8 +10,8 @@ import pytest
 
 from cwm_jax.errors import UserError
 from cwm_jax.training import examples, train_step
-from cwm_jax.training.examples import NoiseConfig
-from cwm_jax.training.train_step import OptimizerConfig, StepConfig, TrainSetup
+from cwm_jax.training.config import ComputeConfig, ExampleConfig, OptimizerConfig
+from cwm_jax.training.train_step import TrainSetup
 
 KEY = jax.random.key(0)
 
@@ -99,12 +99,12 @@ def test_noise_depends_on_the_step_alone(tiny):
 
 @pytest.mark.parametrize("how", [dict(remat="gelu_norm"), dict(remat="layer", accumulate_steps=2)])
 def test_how_a_step_is_computed_does_not_change_it(tiny, tiny_params, how):
-    example = examples.make(KEY, batch_of(4), NoiseConfig())
+    example = examples.make(KEY, batch_of(4), ExampleConfig())
     gradients = jax.jit(train_step.gradients, static_argnames="setup")
     setup = TrainSetup(network=tiny, optim=settings())
     found = [
-        gradients(tiny_params, example, dataclasses.replace(setup, step=step))
-        for step in (StepConfig(), StepConfig(**how))
+        gradients(tiny_params, example, dataclasses.replace(setup, compute=step))
+        for step in (ComputeConfig(), ComputeConfig(**how))
     ]
     (loss, plain), (other_loss, other) = found
     assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
@@ -127,7 +127,7 @@ def test_a_step_takes_over_the_memory_of_the_state(tiny):
 def test_gradients_are_float32_whatever_the_matmuls(tiny):
     network = dataclasses.replace(tiny, dtype="bfloat16")
     state = jax.eval_shape(lambda: train_step.init_state(network, settings(), 0))
-    example = jax.eval_shape(lambda: examples.make(KEY, batch_of(2), NoiseConfig()))
+    example = jax.eval_shape(lambda: examples.make(KEY, batch_of(2), ExampleConfig()))
     setup = TrainSetup(network=network, optim=settings())
     function = functools.partial(train_step.gradients, setup=setup)
     _, grads = jax.eval_shape(function, state.params, example)
@@ -137,7 +137,7 @@ def test_gradients_are_float32_whatever_the_matmuls(tiny):
 @pytest.mark.parametrize("wrong", [dict(remat="all"), dict(accumulate_steps=0)])
 def test_a_way_to_compute_that_we_lack_is_named(wrong):
     with pytest.raises(UserError, match=f"config.{next(iter(wrong))}"):
-        StepConfig(**wrong)
+        ComputeConfig(**wrong)
 
 
 def test_moving_average(tiny):
