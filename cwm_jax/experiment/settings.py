@@ -246,13 +246,14 @@ class Settings(ConfigGroup):
         return ExampleConfig(**{name: getattr(self, name) for name in STAGED})
 
     def setup(self, mesh: Mesh | None) -> TrainSetup:
-        """What the training step of the first stage is compiled for."""
+        """What the training step of the first stage is compiled for; runs of any length share it."""
+        decays = bool(self.optimizer.decay_steps)
         return TrainSetup(
             network=self.model,
             optim=self.optimizer,
             compute=self.compute,
             examples=self.examples,
-            max_steps=self.schedule.max_steps,
+            max_steps=self.schedule.max_steps if decays else 0,
             mesh=mesh,
         )
 
