@@ -246,7 +246,7 @@ class Settings(ConfigGroup):
         return ExampleConfig(**{name: getattr(self, name) for name in STAGED})
 
     def setup(self, mesh: Mesh | None) -> TrainSetup:
-        """What the training step of the first stage is compiled for; runs of any length share it."""
+        """What a step of the first stage is compiled for; runs of any length share it."""
         decays = bool(self.optimizer.decay_steps)
         return TrainSetup(
             network=self.model,
