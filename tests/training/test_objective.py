@@ -131,7 +131,7 @@ def test_what_is_wrong_in_the_middle_counts_as_much_as_asked_for(tiny, tiny_para
     net = denoiser.bind(tiny, tiny_params)
     squares = np.square(net(sample.x, given.t_BT, actions) - sample.velocity)
     assert loss() == pytest.approx(squares.mean(), rel=1e-5)
-    weighted = loss(noise=ExampleConfig().changed({"loss.middle_weight": 10.0}))
+    weighted = loss(config=ExampleConfig().changed({"loss.middle_weight": 10.0}))
     assert weighted == pytest.approx((squares * weights).mean(), rel=1e-5)
     assert weighted != pytest.approx(float(loss()), rel=1e-6)
 
