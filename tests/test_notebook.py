@@ -14,10 +14,10 @@ pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parents[1]
 _NETWORK = ["hidden_size=16", "depth=1", "num_heads=1", "patch_size=32", "max_frames=4"]
-_REST = ["max_steps=2", "minutes=0.0", "val_batches=1", "val_every_steps=0", "eval_every_steps=0"]
-_REST += ["rollout_every_steps=0"]
+_REST = ["schedule.max_steps=2", "schedule.minutes=0.0", "data.clip_len=4"]
+_REST += [f"{part}.every_steps=0" for part in ("validation", "evaluation", "rollouts")]
 SETTINGS = [f"--config.model.{size}" for size in [*_NETWORK, "history=0"]]
-SETTINGS += [f"--config.{one}" for one in [*_REST, "n_rollout_samples=1", "data.clip_len=4"]]
+SETTINGS += [f"--config.{one}" for one in _REST]
 
 
 @pytest.fixture

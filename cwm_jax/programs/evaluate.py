@@ -20,7 +20,8 @@ import jax
 from cwm_jax import shipped
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
-from cwm_jax.data import loader, shards
+from cwm_jax.data import shards
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.evaluation import (
     bootstrap,
@@ -83,9 +84,9 @@ def measure(args: argparse.Namespace) -> None:
 
 def _measured(args: argparse.Namespace, plan: full.Plan, lpips: Lpips | None) -> full.Measured:
     opened = _open(args)
-    config = loader.DataConfig(
+    config = DataConfig(
         dir=str(args.data),
-        clip_len=min(opened.network.max_frames, loader.DataConfig.clip_len),
+        clip_len=min(opened.network.max_frames, DataConfig.clip_len),
     )
     measured = full.measure(
         opened.network,
