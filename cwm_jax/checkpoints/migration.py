@@ -54,6 +54,7 @@ RENAMED = {
 }  # fmt: skip
 
 BEFORE = {
+    "logging.tensorboard": False,
     "init_from": "",
     "distil_from": "",
     "model.history": 0,

@@ -17,7 +17,7 @@ from cwm_jax.data.config import DataConfig
 from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
 from cwm_jax.experiment.wandb_run import WandbConfig
-from cwm_jax.files import local_path
+from cwm_jax.files import HUB, local_path
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
 from cwm_jax.training.config import (
