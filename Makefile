@@ -98,7 +98,7 @@ space: wheel  ## Put the wheel into launch/space, which then is a Hugging Face S
 
 docs: $(STAMP)  ## Build the documentation site into site/; any warning is an error
 	$(BIN)/python -m pip install --quiet -e '.[docs]' -c constraints.txt
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## Remove .venv, the demo, caches and build leftovers
 	rm -rf $(VENV) $(VENV)-procgen $(VENV)-procgen.lock $(DEMO) build dist site launch/space/*.whl launch/space/constraints.txt *.egg-info .pytest_cache .ruff_cache .hypothesis
