@@ -24,7 +24,7 @@ SETTINGS += [f"--config.{one}" for one in _REST]
 def short(tmp_path, make_data, tiny, tiny_params):
     """The notebook with a tiny model and few of everything."""
     model = tmp_path / "tiny.safetensors"
-    config = {"model": dataclasses.asdict(tiny), "ddim_steps": 1}
+    config = {"model": dataclasses.asdict(tiny), "sampler": {"ddim_steps": 1}}
     weights.write(model, tiny_params, {"step": 7, "config": config})
     notebook = nbformat.read(ROOT / "notebooks" / "coinrun.ipynb", as_version=4)
     (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))

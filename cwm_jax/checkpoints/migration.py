@@ -86,12 +86,13 @@ BEFORE = {
     "schedule.stages": [],
     "checkpoints.every_minutes": 0.0,
 }
+_FILLED = ("model.", "logging.")
 
 
 def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with this version's names, as a nested dict; one of this version stays as it is.
 
-    Settings of the network that did not exist are filled in. Where both an old and a new name are
+    Settings of the network and of logging that did not exist are filled in. Where both an old and a new name are
     set, as in a config file of one's own that changes the settings of `configs/base.py`, the old
     one counts, which was set last. Keys that are unknown stay.
     """
@@ -100,8 +101,9 @@ def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
     given |= {RENAMED[name]: value for name, value in flat.items() if name in RENAMED}
     if "schedule.stages" in given:
         given["schedule.stages"] = _stages(given["schedule.stages"])
-    if any(name.startswith("model.") for name in given):
-        given = {name: v for name, v in BEFORE.items() if name.startswith("model.")} | given
+    for group in _FILLED:
+        if any(name.startswith(group) for name in given):
+            given = {name: v for name, v in BEFORE.items() if name.startswith(group)} | given
     return nested(given)
 
 
