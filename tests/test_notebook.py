@@ -35,7 +35,7 @@ def short(tmp_path, make_data, tiny, tiny_params):
     return notebook
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_it_runs_whole(short, tmp_path, monkeypatch):
     for name, value in {
         "PYTHONPATH": str(ROOT),
@@ -46,7 +46,7 @@ def test_it_runs_whole(short, tmp_path, monkeypatch):
     }.items():
         monkeypatch.setitem(os.environ, name, value)
     where = {"metadata": {"path": str(tmp_path)}}
-    client = nbclient.NotebookClient(short, timeout=300, kernel_name="python3", resources=where)
+    client = nbclient.NotebookClient(short, timeout=600, kernel_name="python3", resources=where)
     client.execute()
     shown = [o for c in short.cells for o in c.get("outputs", ())]
     videos = [o for o in shown if "<video" in str(o.get("data", {}).get("text/html", ""))]
