@@ -12,7 +12,7 @@ WANTED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
-def test_everything_asked_for_is_pinned_once_within_its_bounds(python):
+def test_every_requirement_is_pinned_once_within_its_bounds(python):
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
     here = {"python_version": python, "python_full_version": f"{python}.0"}
