@@ -324,5 +324,5 @@ def test_an_average_is_of_all_models(run, tmp_path):
     config = {"model": dataclasses.asdict(network)}
     odd = trained._replace(params=other, network=network, config=config)
     export.write_safetensors(odd, tmp_path / "odd.safetensors")
-    with pytest.raises(UserError, match=r"odd\.safetensors has another network: depth=2, and not"):
+    with pytest.raises(UserError, match=r"odd\.safetensors has another network: depth=2, not"):
         export.averaged(trained, [tmp_path / "odd.safetensors"])
