@@ -173,7 +173,7 @@ class _Run:
                 if pause_due:
                     state = self._pause(first, state, stop)
                 for step in range(first + 1, self.total_steps + 1):
-                    if stop.asked(step - 1):
+                    if stop.requested(step - 1):
                         break
                     batch = sharding.to_devices(next(self.batches), self.mesh)
                     state, metrics = updates.update(
@@ -350,7 +350,7 @@ class _Run:
             state = self._evaluate_and_save(step, state, stop)
             process_memory.release_freed()
             return state
-        except preemption.StopAsked:
+        except preemption.StopRequested:
             self._save(state, pause_due=True)
             self._leave(step, stop)
 
@@ -493,7 +493,7 @@ def _attempt(what: str, action: Callable[[], Result], *, alone: bool = False) ->
     """
     try:
         return action()
-    except preemption.StopAsked:
+    except preemption.StopRequested:
         raise
     except Exception as error:
         if jax.process_count() > 1 and not alone:

@@ -74,7 +74,7 @@ def _outcomes(network: DiTConfig, clips: int, frames: int) -> dict[str, tuple[Fo
             outcomes[trial.setting] = found, ""
             if all(map(is_final, found.values())):
                 _keep(key, trial.setting, found)
-    except Exception as error:  # a convenience: the run goes on with XLA's kernels
+    except Exception as error:  # optional: the run continues with XLA's kernels
         tell(f"warning: kernels could not be measured: {one_line(error)}")
     return outcomes
 

@@ -18,7 +18,7 @@ class Preempted(Exception):  # noqa: N818 (nothing went wrong)
     """A run received a stop request and ended cleanly; the message names the step."""
 
 
-class StopAsked(Exception):  # noqa: N818 (nothing went wrong)
+class StopRequested(Exception):  # noqa: N818 (nothing went wrong)
     """Raised between the items of `Stop.until` after a stop request."""
 
 
@@ -51,17 +51,17 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def asked(self, step: int) -> bool:
+    def requested(self, step: int) -> bool:
         """Whether to stop after `step`; every process calls it once after each step."""
         if self._together and multihost_utils.reached_preemption_sync_point(step):
             self.signal = "SIGTERM"
         return self.signal is not None
 
     def until(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yields the items; raises `StopAsked` between them, except where processes must agree."""
+        """Yields the items; raises `StopRequested` between them in a run of one process."""
         for item in items:
             if self.signal and not self._together:
-                raise StopAsked
+                raise StopRequested
             yield item
 
     def _note(self, number: int, _) -> None:

@@ -38,11 +38,11 @@ def clip_loss(
     so that the residual is learned for both.
     """
     denoiser, frames = bind(network, params), to_model(jnp.asarray(example.frames_BTHWC))
-    seen, t_BT, actions_BT = frames, example.t_BT, example.actions_BT
+    context_frames, t_BT, actions_BT = frames, example.t_BT, example.actions_BT
     if example.context is not None:
         given = frames, actions_BT, t_BT, example.context, config.context
-        seen, t_BT = self_generated.shown(params, network, *given)
-    earlier, errors = denoiser.earlier(seen), None
+        context_frames, t_BT = self_generated.with_generated(params, network, *given)
+    earlier, errors = denoiser.earlier(context_frames), None
     if network.reach:
         errors = displacement.errors(earlier[..., :3], frames, network.reach)
         if example.context is not None and config.context.persist_above:

@@ -57,7 +57,7 @@ def places(count: int, share: float) -> np.ndarray:
     return np.flatnonzero(clips(count, share)) if is_whole else np.arange(count)
 
 
-def shown(
+def with_generated(
     params: Params,
     network: DiTConfig,
     frames,
@@ -82,8 +82,8 @@ def shown(
         generated = rollout(fixed, network, *given, part, steps=config.steps)
     else:
         generated = in_rounds(bind(network, fixed), *given, part, renoised=config.renoised)
-    is_own = part.clips_B[:, None, None, None, None]
-    seen = frames.at[which].set(jnp.where(is_own, generated, frames[which]))
+    is_generated = part.clips_B[:, None, None, None, None]
+    seen = frames.at[which].set(jnp.where(is_generated, generated, frames[which]))
     is_top = (part.clips_B & part.top_B)[:, None]
     return seen, t_BT.at[which].set(jnp.where(is_top, _TOP, t_BT[which]))
 

@@ -9,14 +9,14 @@ import pytest
 
 from cwm_jax.errors import UserError
 from cwm_jax.experiment import resume_check
-from cwm_jax.runtime.preemption import Stop, StopAsked
+from cwm_jax.runtime.preemption import Stop, StopRequested
 
 TWO_SIGNALS = """
 import os, signal, sys, time
 from cwm_jax.runtime.preemption import Stop
 with Stop() as stop:
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-    assert stop.asked(1) and stop.signal == sys.argv[1]
+    assert stop.requested(1) and stop.signal == sys.argv[1]
     os.kill(os.getpid(), getattr(signal, sys.argv[2]))
     time.sleep(20)
 """
@@ -27,12 +27,12 @@ def test_a_signal_is_recorded_and_handlers_are_restored(name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
     with Stop() as stop:
-        assert not stop.asked(1)
+        assert not stop.requested(1)
         assert list(stop.until(range(3))) == [0, 1, 2]
         os.kill(os.getpid(), number)
-        assert stop.asked(2)
+        assert stop.requested(2)
         assert stop.signal == name
-        with pytest.raises(StopAsked):
+        with pytest.raises(StopRequested):
             list(stop.until(range(3)))
     assert signal.getsignal(number) is before
 
@@ -56,7 +56,7 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
     try:
         with Stop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.asked(1)
+            assert not stop.requested(1)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -107,7 +107,7 @@ def test_no_gradient_goes_through_a_rollout(network, params):
     noise = ExampleConfig().changed({"context.share": 1.0, "context.steps": 1})
     example = examples.make(KEY, batch, noise)
     given = to_model(batch["frames"]), example.actions_BT, example.t_BT, example.context, noise
-    total = lambda p: self_generated.shown(p, network, *given)[0].sum()
+    total = lambda p: self_generated.with_generated(p, network, *given)[0].sum()
     assert all(not gradient.any() for gradient in jax.grad(total)(params).values())
 
 

@@ -312,26 +312,26 @@ def _turned_back(halves, turn):
 def _weights(q, k, plan: Plan, tile: _Tile):
     """exp(scores − the row's largest), float32 [size, size], and 1 over its sum [size, 1]."""
     scores = _dot(q[0], k[0], (1, 1)) + _dot(q[1], k[1], (1, 1))
-    seen = _seen(scores.shape, plan, tile)
-    scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
+    visible = _visible(scores.shape, plan, tile)
+    scores = scores if visible is None else jnp.where(visible, scores, -jnp.inf)
     # The largest is subtracted first: rounding would change a score of 250 by 3e-5.
     scores = (scores - scores.max(1, keepdims=True)) * (plan.head_size**-0.5 * math.log2(math.e))
     p = jnp.exp2(scores)
     return p, 1 / p.sum(1, keepdims=True)
 
 
-def _seen(shape, plan: Plan, tile: _Tile):
+def _visible(shape, plan: Plan, tile: _Tile):
     """Which columns a row attends to; None: all. Row i of a tile is of sequence i % side."""
     row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    earlier, seen = column >> tile.shift, None
+    earlier, visible = column >> tile.shift, None
     if plan.causal:  # rows beyond the sequence attend beyond it, and are not stored
-        seen = earlier <= (row >> tile.shift)
+        visible = earlier <= (row >> tile.shift)
     elif tile.length < tile.rows:
-        seen = earlier < tile.length
+        visible = earlier < tile.length
     if tile.side == 1:
-        return seen
+        return visible
     same = ((row ^ column) & (tile.side - 1)) == 0
-    return same if seen is None else seen & same
+    return same if visible is None else visible & same
 
 
 def _dot(a, b, axes: tuple[int, int]):

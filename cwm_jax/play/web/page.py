@@ -17,7 +17,7 @@ _SYSTEM = ("ui-sans-serif", "system-ui", "sans-serif")  # no font is downloaded
 _MONO = ("ui-monospace", "monospace")
 
 
-def look() -> dict:
+def style() -> dict:
     """Theme, style sheet and script for `gradio.mount_gradio_app`."""
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.amber,

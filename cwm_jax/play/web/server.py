@@ -87,7 +87,7 @@ def make_app(studio: Studio, *, auth: tuple[str, str] | None = None, address: st
         ssr_mode=False,
         run_history=False,
         enable_monitoring=False,
-        **page.look(),
+        **page.style(),
     )
     admitted = _admission(app, auth)
     return app
