@@ -90,7 +90,9 @@ class Bundle:
             settings = self.manifest["drawing"]
             self.config = Generation(**settings | {"levels": tuple(settings["levels"])})
         except (TypeError, KeyError) as error:  # an unknown, missing or wrong field
-            raise UserError(f"{folder / MANIFEST} has no valid sampler settings: {error}") from None
+            raise UserError(
+                f"{folder / MANIFEST} has no valid network or sampler settings: {error}"
+            ) from None
         self._params, _ = weights.read(folder / PARAMS)
         self._tabulate, self._start, self._generate, self._append = (
             jax.jit(_program(folder, name)) for name in PROGRAMS

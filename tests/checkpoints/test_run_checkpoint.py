@@ -272,7 +272,7 @@ def test_a_checkpoint_under_another_number_is_named(run):
 )
 def test_a_name_keeps_all_arrays_or_is_refused(tmp_path, name, fits):
     if not fits:
-        with pytest.raises(UserError, match="pattern of names: name another folder"):
+        with pytest.raises(UserError, match="as a pattern: name another folder"):
             Checkpoints(tmp_path / name, retention=Retention(2))
         return
     with Checkpoints(tmp_path / name, retention=Retention(2)) as saved:

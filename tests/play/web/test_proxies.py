@@ -154,5 +154,5 @@ def test_the_prefix_comes_from_the_proxys_headers(headers, prefix):
 @pytest.mark.parametrize("address", ["lab.example.org", "ftp://a/b", "https://", "https://a/?b"])
 def test_a_wrong_address_is_named(address):
     usual = dict(checkpoint=None, step=None, data=None, host="", port=0, share=False, auth=None)
-    with pytest.raises(UserError, match=r"--address .*: it must be that of the page"):
+    with pytest.raises(UserError, match=r"--address .*: it must be the URL of the page"):
         launch.Options(**usual, fps=15, players=1, idle_minutes=1, address=address)
