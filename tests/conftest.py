@@ -6,12 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# Tiny networks take far longer to compile than to run, here and in the programs that tests start;
-# JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Programs that a test calls would have all later tests of its process read the user's compiled
-# programs, and reading one has crashed the process (in XLA for CPUs, jax 0.10.2).
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+import compiled_programs
+
+os.environ.update(compiled_programs.environment())
 
 import jax
 import numpy as np

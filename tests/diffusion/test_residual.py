@@ -55,7 +55,7 @@ def test_to_frame_inverts_to_sample(known):
     sample = residual.to_sample(config, frames, earlier)
     assert (sample[:, 0] == 0).all()
     np.testing.assert_allclose(
-        sample[:, 3], (frames[:, 3] - frames[:, 2]) / config.change_scale, atol=1e-6
+        sample[:, 3], (frames[:, 3] - frames[:, 2]) / config.residual_scale, atol=1e-6
     )
     np.testing.assert_allclose(residual.to_frame(config, sample, earlier), frames, atol=1e-6)
     assert np.abs(residual.to_frame(config, 100 * sample, earlier)).max() == 1

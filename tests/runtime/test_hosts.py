@@ -51,7 +51,7 @@ def train(workdir: Path, disks: list[Path], *, steps: int, fsdp: int = 1) -> lis
         subprocess.Popen(
             [*command, *([f"--process_id={i}"] if len(disks) > 1 else [])],
             cwd=disk,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -153,6 +153,8 @@ def test_a_student_approaches_its_teachers_steps(network_of, clips):
     assert losses[-1] < 0.75 * losses[0]
 
 
+_FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
+
 IN_PARTS = """
 import dataclasses, jax, numpy as np
 from cwm_jax.training import examples, train_step
@@ -187,7 +189,7 @@ def test_a_teacher_may_be_sharded_over_devices():
         [sys.executable, "-c", IN_PARTS],
         cwd=Path(__file__).parents[1],
         env=os.environ
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
+        | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {_FOUR_DEVICES}", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=200,
