@@ -303,7 +303,7 @@ def test_a_forged_code_is_refused_and_cannot_exhaust_memory(new):
     with pytest.raises(UserError, match="damaged"):
         share_code.decode(one.recipe()._replace(actions=[7, 256]).encoded)
     many = one.recipe()._replace(actions=[7] * 17, programs=[(n, 1) for n in range(1, 18)])
-    with pytest.raises(UserError, match="holds 16"):
+    with pytest.raises(UserError, match="holds at most 16"):
         _ = many.encoded
 
 

@@ -326,7 +326,7 @@ BAD = [
     ('{"do": null}', "no command 'None'"),
     ('{"do": "__class__"}', "no command"),
     ('{"do": {"a": 1}}', "no command"),
-    ("x" * 70_000, "70,000 letters"),
+    ("x" * 70_000, "70,000 characters"),
     ('{"do": "keys"}', "action is 'None'"),
     ('{"do": "keys", "action": 15}', "action is '15'; it must be a whole number 0…14"),
     ('{"do": "keys", "action": -1}', "whole number 0…14"),
