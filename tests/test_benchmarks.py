@@ -139,8 +139,8 @@ def test_a_check_that_fails_or_raises_or_takes_too_long_is_counted(capsys):
         raise RuntimeError("no such card")
 
     right, wrong = check_gpu.Verdict(True, "near"), check_gpu.Verdict(False, "far")
-    asked = [("a", lambda: right), ("b", lambda: wrong), ("c", raises), ("d", lambda: right)]
-    assert not check_gpu.run(asked, None)
+    parts = [("a", lambda: right), ("b", lambda: wrong), ("c", raises), ("d", lambda: right)]
+    assert not check_gpu.run(parts, None)
     assert capsys.readouterr().out.splitlines() == [
         "ok    a: near",
         "FAIL  b: far",
@@ -148,7 +148,7 @@ def test_a_check_that_fails_or_raises_or_takes_too_long_is_counted(capsys):
         "ok    d: near",
         "2 of 4 lines without a failure",
     ]
-    assert check_gpu.run(asked[:1], None)
+    assert check_gpu.run(parts[:1], None)
     assert not check_gpu.run([("slow", lambda: time.sleep(0.5) or right)], 0.01)
 
 
@@ -172,11 +172,11 @@ def test_updates_that_differ_are_wrong():
 
 
 def test_the_parts_of_a_gpu_benchmark():
-    asked = gpu.parts("small", 128, "somewhere")
-    assert [part.name for part in asked] == [
+    parts = gpu.parts("small", 128, "somewhere")
+    assert [part.name for part in parts] == [
         *("network", "sampler-one", "sampler-ways", "sampler-many", "original")
     ]
-    for part in asked[1:4]:
+    for part in parts[1:4]:
         args = sample._flags().parse_args([*part.words.split(), "numbers.json"])
         assert args.rows_only
         assert args.context == [32]

@@ -1,4 +1,4 @@
-"""The pinned versions are what `pyproject.toml` asks for, on every Python that is supported."""
+"""The pinned versions satisfy `pyproject.toml`, on every supported Python."""
 
 import tomllib
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_every_requirement_is_pinned_once_within_its_bounds(python):
     assert len(pinned) == len(valid)
     extras = WANTED["optional-dependencies"].values()
     for line in [*WANTED["dependencies"], *(line for extra in extras for line in extra)]:
-        asked = Requirement(line)
-        (pin,) = pinned[canonicalize_name(asked.name)]
+        requirement = Requirement(line)
+        (pin,) = pinned[canonicalize_name(requirement.name)]
         assert pin.operator == "==", pin
-        assert asked.specifier.contains(pin.version), (line, pin)
+        assert requirement.specifier.contains(pin.version), (line, pin)

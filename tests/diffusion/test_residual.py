@@ -125,7 +125,7 @@ def test_the_loss_with_self_generated_context(known):
     config, params = known
     frames, actions = clip_of()
     t, noise = schedule.sample(KEY, frames.shape)
-    own = context_of(frames, passes=2)
+    own = context_of(frames, rounds=2)
     example = Example(frames, actions, t, noise, own)
     loss = lambda share: objective.clip_loss(
         params,
@@ -136,10 +136,10 @@ def test_the_loss_with_self_generated_context(known):
     real = shown = to_model(frames)
     net = denoiser.bind(config, params)
     for number in (0, 1):
-        beside, label = residual.earlier(config, shown), own.t_BPT[:, number]
+        beside, level = residual.earlier(config, shown), own.t_BPT[:, number]
         x0 = residual.to_sample(config, real, beside)
-        start = schedule.noised(x0, label, own.noise_BTHWC).x
-        generated = schedule.predict_clean(start, net(start, label, actions, beside), label)
+        start = schedule.noised(x0, level, own.noise_BTHWC).x
+        generated = schedule.predict_clean(start, net(start, level, actions, beside), level)
         shown = residual.to_frame(config, generated, beside).at[:, 0].set(real[:, 0])
     beside = residual.earlier(config, shown)
     sample = schedule.noised(residual.to_sample(config, real, beside), t, noise)
@@ -152,8 +152,8 @@ def test_the_loss_with_self_generated_context(known):
     np.testing.assert_allclose(loss(0.5), (of_first + of_clips[1]) / 2, rtol=1e-4)
 
 
-def context_of(frames, passes=1):
-    noise = ExampleConfig().changed({"context.share": 1.0, "context.rounds": passes})
+def context_of(frames, rounds=1):
+    noise = ExampleConfig().changed({"context.share": 1.0, "context.rounds": rounds})
     batch = {"frames": frames, "actions": np.zeros(frames.shape[:2], np.int32)}
     return examples.make(jax.random.key(4), batch, noise).context
 
@@ -216,9 +216,11 @@ def test_evaluated_frames_are_the_trained_ones(known):
     shown = {"frames": frames[:, :5], "actions": actions[:, :5], "mask": np.ones(1, np.float32)}
     measured = dict(single_step.validation(config, params, [shown], sharding.make_mesh()))
     t, noise = schedule.sample(jax.random.fold_in(jax.random.key(0), 0), frames[:, :5].shape)
-    asked = Example(frames[:, :5], actions[:, :5], t, noise)
+    example_of_window = Example(frames[:, :5], actions[:, :5], t, noise)
     np.testing.assert_allclose(
-        measured["val/loss"], objective.clip_loss(params, asked, network=config), rtol=1e-5
+        measured["val/loss"],
+        objective.clip_loss(params, example_of_window, network=config),
+        rtol=1e-5,
     )
     generated = rollout_quality.reconstruction(config, params, frames, actions)
     first_window = rollout_quality.reconstruction(config, params, frames[:, :5], actions[:, :5])

@@ -80,10 +80,10 @@ def numbers(text: str) -> list[float]:
 def test_the_report_follows_from_the_sizes(tiny, capsys):
     found = reported(tiny, capsys)
     assert found["global batch"] == "2 clips of 5 frames"
-    asked = flops.train_step(tiny.model, clips=2, frames=5).total
-    assert numbers(found["arithmetic"])[0] == pytest.approx(asked / 1e12, rel=0.01)
+    operations = flops.train_step(tiny.model, clips=2, frames=5).total
+    assert numbers(found["arithmetic"])[0] == pytest.approx(operations / 1e12, rel=0.01)
     soonest, latest, gbytes = numbers(found["a step"])
-    assert soonest == pytest.approx(asked / 5e8, rel=0.01)
+    assert soonest == pytest.approx(operations / 5e8, rel=0.01)
     assert latest == pytest.approx(soonest + gbytes / 0.2, rel=0.02)
     assert numbers(found["expected"]) == pytest.approx([1 / latest, 1 / soonest], rel=0.02)
     steps, *hours = numbers(found["the whole run"])

@@ -177,4 +177,4 @@ def test_a_log_on_a_full_disk_is_harmless(monkeypatch):
     terminal.scalars(1, {"train/loss": 0.5})
     terminal.media(1, "rollout/video", Path("video.mp4"), "video")
     monkeypatch.setattr("sys.stderr", Full())
-    tell("WARNING: nobody hears this")
+    tell("WARNING: this cannot be written")

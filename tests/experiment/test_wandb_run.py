@@ -175,11 +175,11 @@ def test_invalid_wandb_settings_disable_it(monkeypatch, capsys, name, value):
 
 
 def test_without_a_home_folder_wandb_is_disabled(tmp_path, monkeypatch, capsys):
-    def nobody(*_):
+    def no_such_user(*_):
         raise KeyError("uid not found")
 
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr("pwd.getpwuid", no_such_user)
     wandb.teardown()
     assert open_wandb(WandbConfig(), tmp_path, run_config={}, resuming=False) is None
     assert "kept on this machine" in capsys.readouterr().err

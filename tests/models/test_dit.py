@@ -114,10 +114,10 @@ def test_float32_means_float32_on_every_device(tiny, change):
     """By default, a GPU multiplies float32 numbers in TF32, with ten bits."""
     network = dataclasses.replace(tiny, **change)
     frames = jax.ShapeDtypeStruct((2, 4, 64, 64, 3), jnp.uint8)
-    labels = jax.ShapeDtypeStruct((2, 4), jnp.int32)
+    levels = jax.ShapeDtypeStruct((2, 4), jnp.int32)
     noise = jax.ShapeDtypeStruct(frames.shape, jnp.float32)
     loss = functools.partial(objective.clip_loss, network=network)
-    example = Example(frames, labels, labels, noise)
+    example = Example(frames, levels, levels, noise)
     lowered = jax.jit(jax.grad(loss)).lower(dit.shapes(network), example)
     products = re.findall(r"stablehlo.dot_general.*", lowered.as_text())
     assert len(products) > 20

@@ -83,8 +83,8 @@ def on_gpu(monkeypatch, tmp_path):
     monkeypatch.delenv(compile_cache.VARIABLE, raising=False)
     compile_cache.enable(str(tmp_path / "cache"))
     monkeypatch.setattr(attention, "fuses", lambda: True)
-    asked = [trial(fused=square, cudnn=overflows), trial("norm", triton=off)]
-    monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: asked)
+    fake_trials = [trial(fused=square, cudnn=overflows), trial("norm", triton=off)]
+    monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: fake_trials)
     count = lambda trial: measured.append(trial.setting) or measure(trial)
     monkeypatch.setattr(kernel_choice, "measure", count)
     yield measured
@@ -129,8 +129,8 @@ def test_a_damaged_file_is_ignored_and_replaced(tiny, on_gpu, capsys, text):
 
 def test_an_error_is_not_kept(tiny, on_gpu, monkeypatch):
     network = dataclasses.replace(tiny, dtype="auto", norm="xla")
-    asked = [trial(fused=raises)]
-    monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: asked)
+    fake_trials = [trial(fused=raises)]
+    monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: fake_trials)
     for _ in range(2):
         assert kernel_choice.measured(network, **BATCH).attention == "xla"
     assert len(on_gpu) == 2

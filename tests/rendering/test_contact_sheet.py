@@ -72,9 +72,9 @@ def test_given_frames_and_only_they_have_a_border():
 
 def test_images_are_rendered_only_on_demand(monkeypatch):
     calls = []
-    draw = contact_sheet.Sheet.render
+    render = contact_sheet.Sheet.render
     monkeypatch.setattr(
-        contact_sheet.Sheet, "render", lambda *args, **kw: calls.append(1) or draw(*args, **kw)
+        contact_sheet.Sheet, "render", lambda *args, **kw: calls.append(1) or render(*args, **kw)
     )
     pages = contact_sheet.side_by_side(*clips())
     assert not calls

@@ -35,14 +35,14 @@ def test_jaxs_own_folder_is_respected(monkeypatch):
     assert jax.config.jax_compilation_cache_dir == "jaxs_own"
 
 
-def nobody(*_):
+def no_account(*_):
     raise KeyError("uid not found")
 
 
 def test_without_a_home_folder_nothing_is_kept(monkeypatch, capsys):
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr("pwd.getpwuid", no_account)
     compile_cache.enable()
     assert jax.config.jax_compilation_cache_dir is None
     assert compile_cache.folder() is None

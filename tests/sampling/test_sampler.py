@@ -123,8 +123,8 @@ def test_after_a_hop_the_world_equals_a_fresh_one(network_of, history):
         np.pad(np.asarray(state.actions_BM)[:, slots], pad[:2], constant_values=-1),
         kept,
     )
-    for hopped, anew in zip(jax.tree.leaves(state.kv), jax.tree.leaves(fresh.kv), strict=True):
-        np.testing.assert_allclose(hopped[:, :, :, slots], anew[:, :, :, :kept], atol=1e-5)
+    for hopped, encoded in zip(jax.tree.leaves(state.kv), jax.tree.leaves(fresh.kv), strict=True):
+        np.testing.assert_allclose(hopped[:, :, :, slots], encoded[:, :, :, :kept], atol=1e-5)
 
 
 def test_an_oracle_is_recovered(tiny):

@@ -44,19 +44,19 @@ def test_half_of_the_levels_are_where_the_students_steps_begin(steps):
     is_step = np.isin(t, ddim_levels(steps))
     assert 0.46 < is_step.mean() < 0.54
     assert (t == plain)[~is_step].all()
-    shares = [(t == label).mean() for label in ddim_levels(steps)]
+    shares = [(t == level).mean() for level in ddim_levels(steps)]
     np.testing.assert_allclose(shares, 0.5 / steps, rtol=0.3)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 7, 500])
 def test_a_students_step_ends_where_the_sampler_begins_the_next(steps):
     levels = (*ddim_levels(steps), -1)
-    labels = np.arange(1000)
-    ends = np.asarray(distillation._ends(jnp.asarray(labels), steps))
+    every_level = np.arange(1000)
+    ends = np.asarray(distillation._ends(jnp.asarray(every_level), steps))
     for begin, end in itertools.pairwise(levels):
         assert ends[begin] == end
-    others = ~np.isin(labels, levels)
-    assert (ends == labels)[others].all()
+    others = ~np.isin(every_level, levels)
+    assert (ends == every_level)[others].all()
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -75,12 +75,12 @@ def test_one_step_of_the_student_ends_where_two_of_the_teacher_do(steps):
     of_student, of_teacher = ((*ddim_levels(n), -1) for n in (steps, 2 * steps))
     x = jax.random.normal(KEY, (1, 1, 8, 8, 3))
     for number, (begin, end) in enumerate(itertools.pairwise(of_student)):
-        label = jnp.full((1, 1), begin)
+        level = jnp.full((1, 1), begin)
         there = x
         for now, after in itertools.pairwise(of_teacher[2 * number :][:3]):
             there = ddim(there, predict(there, jnp.full((1, 1), now)), now, after)
         assert after == end
-        once = distillation.velocity(predict, x, label, steps)
+        once = distillation.velocity(predict, x, level, steps)
         np.testing.assert_allclose(ddim(x, once, begin, end), there, atol=2e-4)
     between = jnp.full((1, 1), 500)  # where no step begins
     plain = distillation.velocity(predict, x, between, steps)

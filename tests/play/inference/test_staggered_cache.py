@@ -28,15 +28,15 @@ def engine(both):
 
 
 @pytest.fixture(scope="module")
-def story():
+def recording():
     """29 frames of noise, and the actions that led into them."""
     rng = np.random.default_rng(3)
     return rng.integers(0, 256, (29, 64, 64, 3), np.uint8), rng.integers(0, 15, 29)
 
 
-def cache_of(engine, story, stop, start=0):
+def cache_of(engine, recording, stop, start=0):
     cache = engine.fresh()
-    for frame, action in zip(story[0][start:stop], story[1][start:stop], strict=True):
+    for frame, action in zip(recording[0][start:stop], recording[1][start:stop], strict=True):
         cache = engine.append(cache, frame, int(action))
     return cache
 
@@ -62,13 +62,15 @@ def generate_from_window(engine, params):
 
 
 @pytest.mark.parametrize("length", [1, 6, 7, 8, 11, 12, 23, 29])
-def test_the_next_frame_depends_on_its_window_alone(engine, story, generate_from_window, length):
+def test_the_next_frame_depends_on_its_window_alone(
+    engine, recording, generate_from_window, length
+):
     first = staggered_cache.first_cached(length, engine.slots)
-    generated = engine.generate([Lane(cache_of(engine, story, length), 7, 11, length)], 2, 1)[0]
+    generated = engine.generate([Lane(cache_of(engine, recording, length), 7, 11, length)], 2, 1)[0]
     frames = np.zeros((engine.slots, 64, 64, 3), np.uint8)
     actions = np.full(engine.slots, -1)
-    frames[: length - first] = story[0][first:length]
-    actions[: length - first] = story[1][first:length]
+    frames[: length - first] = recording[0][first:length]
+    actions[: length - first] = recording[1][first:length]
     numbers = (np.int32(n) for n in (length - first, 7, 11, length))
     expected = np.asarray(generate_from_window(frames, actions, *numbers))
     assert np.abs(expected.astype(int) - generated).max() <= 1  # rounding may fall either way
@@ -82,9 +84,11 @@ def test_windows_slide_by_half_and_are_never_empty():
 
 
 @pytest.mark.parametrize("length", [5, 8, 15, 29])
-def test_a_cache_rebuilt_from_the_window_equals_the_full_cache_bit_for_bit(engine, story, length):
+def test_a_cache_rebuilt_from_the_window_equals_the_full_cache_bit_for_bit(
+    engine, recording, length
+):
     first = staggered_cache.first_cached(length, engine.slots)
-    later, full = cache_of(engine, story, length, first), cache_of(engine, story, length)
+    later, full = cache_of(engine, recording, length, first), cache_of(engine, recording, length)
     for number in range(length, length + 9):  # past the next replacements of caches
         action = int(number) % 15
         ours = engine.generate([Lane(full, action, 5, number)], 2, 1)
@@ -94,9 +98,9 @@ def test_a_cache_rebuilt_from_the_window_equals_the_full_cache_bit_for_bit(engin
         later = engine.append(later, theirs[0], action)
 
 
-def test_a_lane_does_not_depend_on_its_neighbours(engine, story):
+def test_a_lane_does_not_depend_on_its_neighbours(engine, recording):
     engine.compile(2, 4)
-    lanes = [Lane(cache_of(engine, story, n), n % 15, n, n) for n in (3, 9, 14, 20)]
+    lanes = [Lane(cache_of(engine, recording, n), n % 15, n, n) for n in (3, 9, 14, 20)]
     together = engine.generate(lanes, 2, 4)
     for index in (0, 3):
         alone = engine.generate([lanes[index]], 2, 4)[0]
@@ -104,8 +108,8 @@ def test_a_lane_does_not_depend_on_its_neighbours(engine, story):
     assert not np.array_equal(together[0], together[1])
 
 
-def test_the_frame_depends_on_seed_number_and_action(engine, story):
-    cache = cache_of(engine, story, 5)
+def test_the_frame_depends_on_seed_number_and_action(engine, recording):
+    cache = cache_of(engine, recording, 5)
     generate = lambda *rest: engine.generate([Lane(cache, *rest)], 2, 1)
     base = generate(7, 1, 5)
     assert np.array_equal(base, generate(7, 1, 5))

@@ -56,34 +56,34 @@ def replayed(scheduler, clips, code):
     return asyncio.run(run())
 
 
-STORY = [7, 7, 8, 4, 1, 2, 5, 7, 8, 8, 0, 3, 6, 14, 9, 4, 7, 5, 2]
+ACTIONS = [7, 7, 8, 4, 1, 2, 5, 7, 8, 8, 0, 3, 6, 14, 9, 4, 7, 5, 2]
 
 
 def test_a_session_begins_with_its_prompt_and_grows_by_its_actions(new, clips):
     one = new()
-    generated = play(one, STORY)
-    assert len(one.history) == 3 + len(STORY)
+    generated = play(one, ACTIONS)
+    assert len(one.history) == 3 + len(ACTIONS)
     assert np.array_equal(frames_of(one)[:3], clips.load(ClipSource(17, 3)).frames_PHWC)
     assert np.array_equal(frames_of(one)[3:], generated)
-    assert one.history.actions[3:] == STORY
+    assert one.history.actions[3:] == ACTIONS
     assert one.history.actions[0] == -1
-    assert len({frame.tobytes() for frame in generated}) == len(STORY)
+    assert len({frame.tobytes() for frame in generated}) == len(ACTIONS)
 
 
 @pytest.mark.parametrize("to", [2, 3, 8, 9, 20])
 def test_rewound_and_played_alike_it_has_the_same_frames(new, to):
     one = new()
-    play(one, STORY)
+    play(one, ACTIONS)
     before = frames_of(one)
     assert np.array_equal(one.rewind(to), before[to])
     assert np.array_equal(frames_of(one), before)  # rewinding removes no frames
-    play(one, STORY[to - 2 :])
+    play(one, ACTIONS[to - 2 :])
     assert np.array_equal(frames_of(one), before)
 
 
 def test_a_branch_removes_the_later_frames(new):
     one = new()
-    play(one, STORY)
+    play(one, ACTIONS)
     before = frames_of(one)
     one.rewind(9)
     play(one, [1])
@@ -116,8 +116,8 @@ def test_prompts_longer_than_the_window_work(new, scheduler, clips):
 
 def test_a_share_code_replays_the_same_frames(new, scheduler, clips):
     one = new(seed=2**32 - 1)
-    play(one, STORY[:9])
-    play(one, STORY[9:], steps=1)  # the governor may change the steps
+    play(one, ACTIONS[:9])
+    play(one, ACTIONS[9:], steps=1)  # the governor may change the steps
     one.rewind(17)
     play(one, [4, 4], steps=2)
     again = replayed(scheduler, clips, one.recipe().encoded)
@@ -132,7 +132,7 @@ def test_frames_of_a_shared_batch_are_replayed_alone(new, scheduler, clips):
     ones = [new(seed=1), new(seed=2, clip=90)]
 
     async def together():
-        for action in STORY:
+        for action in ACTIONS:
             await asyncio.gather(*(one.step(lambda a=action: a, steps=2) for one in ones))
 
     asyncio.run(together())
@@ -145,7 +145,7 @@ def test_frames_of_a_shared_batch_are_replayed_alone(new, scheduler, clips):
 
 def test_a_choice_as_long_as_the_rewind_before_it_replaces_the_cache(new, scheduler, clips):
     one = new()
-    play(one, STORY)
+    play(one, ACTIONS)
     one.rewind(one.at - 4)
     asyncio.run(one.what_if(4, steps=2))
     one.choose(5)
@@ -156,7 +156,7 @@ def test_a_choice_as_long_as_the_rewind_before_it_replaces_the_cache(new, schedu
 
 def test_what_if_shows_each_future_and_a_choice_continues_it(new, scheduler, clips):
     one = new()
-    play(one, STORY[:7])
+    play(one, ACTIONS[:7])
     branches = asyncio.run(one.what_if(4, steps=2))
     assert [branch.action for branch in branches] == list(MEANINGFUL_ACTIONS)
     assert len({branch.frames[-1].tobytes() for branch in branches}) == len(branches)
@@ -173,7 +173,7 @@ def test_what_if_shows_each_future_and_a_choice_continues_it(new, scheduler, cli
 
 def test_a_code_for_something_else_is_refused(new, scheduler, clips):
     one = new()
-    play(one, STORY[:3])
+    play(one, ACTIONS[:3])
     recipe = one.recipe()
     for change, message in (
         (dict(fingerprint=b"8 bytes."), "is for checkpoint"),
@@ -209,7 +209,7 @@ def test_a_session_has_an_end(new, monkeypatch):
 
 def test_the_session_continues_after_a_device_error(new, scheduler, monkeypatch):
     one, twin = new(), new()
-    play(one, STORY[:5])
+    play(one, ACTIONS[:5])
     good = scheduler.generator.generate
 
     def broken(*_):
@@ -219,8 +219,8 @@ def test_the_session_continues_after_a_device_error(new, scheduler, monkeypatch)
     with pytest.raises(RuntimeError, match="out of memory"):
         play(one, [1])
     monkeypatch.setattr(scheduler.generator, "generate", good)
-    play(one, STORY[5:])
-    play(twin, STORY)
+    play(one, ACTIONS[5:])
+    play(twin, ACTIONS)
     assert np.array_equal(frames_of(one), frames_of(twin))
 
 
@@ -234,7 +234,7 @@ def test_orders_after_the_stop_fail_at_once(engine, clips):
 
 def test_saved_files_hold_the_session(new, tmp_path):
     one = new()
-    play(one, STORY[:5])
+    play(one, ACTIONS[:5])
     saving.write_numbers(one, tmp_path / "a.npz", start=1, stop=8)
     with np.load(tmp_path / "a.npz") as saved:
         assert np.array_equal(saved["frames"], frames_of(one)[1:8])
@@ -248,7 +248,7 @@ def test_saved_files_hold_the_session(new, tmp_path):
 
 def test_history_has_a_private_file_and_truncates_it(new):
     one = new()
-    play(one, STORY[:4])
+    play(one, ACTIONS[:4])
     one.history.cut(5)
     assert len(one.history) == len(one.history.programs) == 5
     with pytest.raises(IndexError):
