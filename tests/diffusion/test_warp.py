@@ -132,7 +132,7 @@ def test_operations_of_the_warp(tiny):
         ),
         (
             dict(warp_reach=-1, history=1),
-            r"config\.model\.warp_reach must be a whole number ≥ 0, not -1",
+            r"config\.model\.warp_reach=-1: must be 0 or more",
         ),
     ],
 )
