@@ -12,4 +12,4 @@ Array names carry their axes. The letters:
 so `x_BTSD` is a tensor of token vectors, `t_BT` a noise level for each frame of each clip.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

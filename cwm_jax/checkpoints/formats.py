@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from cwm_jax import config_group
 from cwm_jax.checkpoints import bundle, run_checkpoint, weights
 from cwm_jax.checkpoints.bundle import Bundle, Generation, is_bundle
 from cwm_jax.checkpoints.run_checkpoint import Trained
@@ -113,9 +114,10 @@ def playable_steps(trained: Trained) -> tuple[int, ...] | None:
     Raises:
         UserError: the field is not a list of whole numbers 1…1000.
     """
-    found = trained.config.get("sampler", {}).get("playable_steps")
-    if found is None:
+    kept = trained.config.get("sampler", {})
+    if "playable_steps" not in kept:
         return None
+    found = kept["playable_steps"]
     try:
         return check_playable_steps(found)
     except UserError as error:
@@ -136,8 +138,8 @@ def check_playable_steps(found: Any) -> tuple[int, ...]:
 def _from_file(path: Path) -> Trained:
     params, meta = weights.read(path)
     try:
-        network = DiTConfig(**meta["config"]["model"])
-    except TypeError as error:  # unknown or missing sizes
+        network = config_group.build(DiTConfig, meta["config"]["model"])
+    except UserError as error:
         raise UserError(f"{path} is of an unknown network: {error}") from None
     dit.check_params(network, params)
     params = jax.tree.map(lambda x: x.astype("float32"), params)

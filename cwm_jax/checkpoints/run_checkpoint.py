@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from cwm_jax import config_group
 from cwm_jax.checkpoints import checksums, migration
 from cwm_jax.errors import UserError, tell
 from cwm_jax.models import dit
@@ -339,13 +340,13 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
 def _loaded(folder: Path, item: str) -> Trained:
     saved = _meta(folder)
     try:
-        network = DiTConfig(**saved.config["model"])
+        network = config_group.build(DiTConfig, saved.config["model"])
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), dit.shapes(network)
         )
         params = _read(folder, {item: shapes})[item]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, UserError) as error:
         raise UserError(f"{folder} is not a whole checkpoint: {_first_line(error)}") from None
     return Trained(network, params, saved.config, saved.step, folder)
 

@@ -120,5 +120,5 @@ def test_a_network_with_the_kernels_computes_the_same(tiny):
 
 
 def test_an_unknown_norm_is_refused(tiny):
-    with pytest.raises(UserError, match=r"config\.model\.norm must be auto, xla or triton"):
+    with pytest.raises(UserError, match=r"config\.model\.norm must be one of auto, xla, triton"):
         dataclasses.replace(tiny, norm="cudnn")

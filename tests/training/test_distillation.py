@@ -130,7 +130,7 @@ def test_distillation_does_not_depend_on_how_an_update_is_computed(network_of, c
         return find(params, example, setup, teacher)
 
     loss, plain = gradients()
-    other_loss, other = gradients(step=parts, mesh=sharding.make_mesh())
+    other_loss, other = gradients(compute=parts, mesh=sharding.make_mesh())
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     for name, gradient in plain.items():
         scale = float(jnp.abs(gradient).max())
@@ -158,6 +158,7 @@ _FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
 IN_PARTS = """
 import dataclasses, jax, numpy as np
 from cwm_jax.training import examples, train_step
+from cwm_jax.training.config import ExampleConfig
 from cwm_jax.models import dit
 from cwm_jax.runtime import sharding
 from tiny_network import TINY

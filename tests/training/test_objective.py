@@ -133,7 +133,7 @@ def test_errors_in_the_middle_have_the_configured_weight(tiny, tiny_params, clip
     net = denoiser.bind(tiny, tiny_params)
     squares = np.square(net(sample.x, given.t_BT, actions) - sample.velocity)
     assert loss() == pytest.approx(squares.mean(), rel=1e-5)
-    weighted = loss(noise=ExampleConfig().changed({"loss.middle_weight": 10.0}))
+    weighted = loss(config=ExampleConfig().changed({"loss.middle_weight": 10.0}))
     assert weighted == pytest.approx((squares * weights).mean(), rel=1e-5)
     assert weighted != pytest.approx(float(loss()), rel=1e-6)
 

@@ -106,7 +106,8 @@ def test_no_gradient_goes_through_a_rollout(network, params):
     batch = batch_of(2)
     noise = ExampleConfig().changed({"context.share": 1.0, "context.steps": 1})
     example = examples.make(KEY, batch, noise)
-    given = to_model(batch["frames"]), example.actions_BT, example.t_BT, example.context, noise
+    given = to_model(batch["frames"]), example.actions_BT, example.t_BT, example.context
+    given += (noise.context,)
     total = lambda p: self_generated.with_generated(p, network, *given)[0].sum()
     assert all(not gradient.any() for gradient in jax.grad(total)(params).values())
 
