@@ -105,7 +105,9 @@ def check_memory(settings: Settings, compiled) -> None:
     if limit is None or needed + kept <= limit:
         return
     frames = f", beside {kept / _GIB:.3g} GiB of frames (config.data.on_device)" if kept else ""
-    print("the training step does not fit into the device's memory; looking for one that does")
+    print(
+        "the training step does not fit into the device's memory; searching for settings that fit"
+    )
     raise UserError(
         f"a training step needs {needed / _GIB:.3g} GiB{frames}, and "
         f"{jax.local_devices()[0].device_kind} has {limit / _GIB:.3g} GiB: "
@@ -121,7 +123,7 @@ def _advice(fitting: Settings | None) -> str:
     compute = fitting.compute
     return (
         f"it fits with --config.compute.remat={compute.remat} "
-        f"--config.compute.accumulate_steps={compute.accumulate_steps}, which change no result"
+        f"--config.compute.accumulate_steps={compute.accumulate_steps}, which do not change results"
     )
 
 
