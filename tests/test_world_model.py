@@ -80,16 +80,15 @@ def test_it_generates_what_the_page_does(model, trained):
     for number in range(4):
         for world, given in enumerate(start):
             frame, action = given.frames_PHWC[number], given.actions_P[number]
-            memories[world] = engine.remember(memories[world], frame, action)
+            memories[world] = engine.append(memories[world], frame, action)
     model.reset(batch=2, seed=3)
     for number, actions in enumerate(ACTIONS.T, start=4):
         wanted = [Lane(memories[w], actions[w], 3 + w, number) for w in range(2)]
-        frames = engine.draw(wanted, 2, 2)
+        frames = engine.generate(wanted, 2, 2)
         difference = np.abs(model.step(actions).astype(int) - frames)
         assert difference.max() <= 1  # another program, so another order of sums
         memories = [
-            engine.remember(m, f, a)
-            for m, f, a in zip(memories, model.frames, actions, strict=True)
+            engine.append(m, f, a) for m, f, a in zip(memories, model.frames, actions, strict=True)
         ]
 
 
