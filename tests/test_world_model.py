@@ -130,7 +130,7 @@ def test_a_prompt_may_be_one_picture_for_all_or_one_for_each(model):
         (lambda m: m.reset(seed=[1, 2, 3], batch=2), r"3 seeds for 2 worlds"),
         (lambda m: m.reset(seed=0, where=[True]), r"where has the shape \(1,\).*there are 2"),
         (lambda m: m.reset(np.zeros((2, 64, 64, 3), np.uint8)), r"2 prompt frames without actions"),
-        (lambda m: m.reset(np.zeros((64, 64, 3))), r"prompt frames are float64 .*wanted uint8"),
+        (lambda m: m.reset(np.zeros((64, 64, 3))), r"prompt frames are float64 "),
         (lambda m: m.reset(prompt_frames=6), r"6 prompt frames: this network takes 1…5"),
         (lambda m: m.reset(np.zeros((3, 1, 64, 64, 3), np.uint8), batch=2), r"prompts of 3 worlds"),
     ],
