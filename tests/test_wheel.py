@@ -96,7 +96,7 @@ def test_every_subcommand_starts_from_any_folder_and_writes_nothing_to_its_own(r
     assert "test: 1 shards, 20 readable records" in told
     assert "of checkpoints/pocket → mine.safetensors" in told
     settings = [f"--config.model.{size}" for size in TINY]
-    settings += ["--config.data.clip_len=4", "--config.batch_size=2"]
+    settings += ["--config.data.clip_len=4", "--config.data.batch_size=2"]
     cwm = ("-m", "cwm_jax.programs.command")
     told = run(*cwm, "train", "--config", "debug", "--dry-run", *settings)
     assert "2 clips of 4 frames" in told

@@ -13,7 +13,7 @@ import numpy as np
 from cwm_jax import controls
 from cwm_jax.coinrun import MEANINGFUL_ACTIONS
 from cwm_jax.data import loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import held_out, probe, probe_accuracy
 from cwm_jax.evaluation.probe import Probe

@@ -1,6 +1,6 @@
 """Many worlds in one compiled step, each of its own age.
 
-`cwm_jax.sampling.sampler` generates worlds that are equally old. Here each world has a memory of
+`cwm_jax.sampling.sampler` generates worlds that are equally old. Here each world has a cache of
 its own (`cwm_jax.sampling.staggered_cache`), so one of them can begin again while the others go
 on, and every step costs the same. What a world generates depends on its prompt, its seed, its
 actions, and the number of worlds beside it (through the order of floating-point sums), but not on
@@ -26,13 +26,13 @@ from cwm_jax.models.dit import Params
 from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling import kv_cache, prompt, sampler, staggered_cache
 from cwm_jax.sampling.sampler import SamplerConfig, Tables
-from cwm_jax.sampling.staggered_cache import Memory
+from cwm_jax.sampling.staggered_cache import StaggeredCache
 
 
 class Worlds(NamedTuple):
     """State of B worlds."""
 
-    memory_B: Memory  # every array with a leading axis B
+    cache_B: StaggeredCache  # every array with a leading axis B
     frame_BHWC: jax.Array  # uint8, the newest frame of each
     seed_B: jax.Array  # uint32, with `count_B` it makes the noise of the next frame
     count_B: jax.Array  # int32, frames so far, the prompt's included
@@ -55,24 +55,24 @@ def begin(denoiser: Denoiser, tables: Tables, prompt_frames, prompt_actions, cou
         jax.ShapeDtypeStruct((1, prompt_actions.shape[1]), jnp.int32),
     )
 
-    remember = _remember(denoiser, tables)
+    append = _append(denoiser, tables)
     scene = jnp.zeros(heads.WIDTH) if denoiser.config.heads else None
     fresh = staggered_cache.fresh(like), scene
 
     def one_world(frames_MHWC, actions_M):
-        take_in = lambda i, state: remember(state[0], frames_MHWC[i], actions_M[i])
+        take_in = lambda i, state: append(state[0], frames_MHWC[i], actions_M[i])
         return jax.lax.fori_loop(0, count, take_in, fresh)
 
-    memory_B, scene_BH = jax.vmap(one_world)(prompt_frames, prompt_actions)
+    cache_B, scene_BH = jax.vmap(one_world)(prompt_frames, prompt_actions)
     count_B = jnp.full_like(seed_B, count, "int32")
-    return Worlds(memory_B, prompt_frames[:, count - 1], seed_B, count_B, scene_BH)
+    return Worlds(cache_B, prompt_frames[:, count - 1], seed_B, count_B, scene_BH)
 
 
-def _remember(denoiser: Denoiser, tables: Tables):
-    """(memory, frame, action) → (memory, what the heads keep of the frame; None without heads)."""
+def _append(denoiser: Denoiser, tables: Tables):
+    """(cache, frame, action) → (cache, what the heads keep of the frame; None without heads)."""
     if denoiser.config.heads:
-        return functools.partial(staggered_cache.remember_with_scene, denoiser, tables.context)
-    return lambda *args: (staggered_cache.remember(denoiser, tables.context, *args), None)
+        return functools.partial(staggered_cache.append_with_scene, denoiser, tables.context)
+    return lambda *args: (staggered_cache.append(denoiser, tables.context, *args), None)
 
 
 def outcomes(denoiser: Denoiser, worlds: Worlds, action_B) -> Outcomes | None:
@@ -87,19 +87,21 @@ def outcomes(denoiser: Denoiser, worlds: Worlds, action_B) -> Outcomes | None:
 def step(denoiser: Denoiser, tables: Tables, worlds: Worlds, action_B, config: SamplerConfig):
     """The worlds one frame older; the new frames are their `frame_BHWC`."""
 
-    def one_world(memory, seed, count, action):
-        world = memory.in_use()
+    def one_world(cache, seed, count, action):
+        world = cache.in_use()
         key = jax.random.fold_in(random_numbers.key(seed), count)
         noise, step_key = sampler.frame_noise(key, world.frames_BMHWC[:, 0].shape)
-        frame = sampler.draw_frame(denoiser, tables, world, action[None], noise, step_key, config)
+        frame = sampler.generate_frame(
+            denoiser, tables, world, action[None], noise, step_key, config
+        )
         pixels = to_pixels(frame[0])
-        return remember(memory, pixels, action), pixels
+        return append(cache, pixels, action), pixels
 
-    remember = _remember(denoiser, tables)
-    (memory_B, scene_BH), frame_BHWC = jax.vmap(one_world)(
-        worlds.memory_B, worlds.seed_B, worlds.count_B, action_B
+    append = _append(denoiser, tables)
+    (cache_B, scene_BH), frame_BHWC = jax.vmap(one_world)(
+        worlds.cache_B, worlds.seed_B, worlds.count_B, action_B
     )
-    return Worlds(memory_B, frame_BHWC, worlds.seed_B, worlds.count_B + 1, scene_BH)
+    return Worlds(cache_B, frame_BHWC, worlds.seed_B, worlds.count_B + 1, scene_BH)
 
 
 def chosen(where_B, these: Worlds, others: Worlds) -> Worlds:
@@ -109,11 +111,6 @@ def chosen(where_B, these: Worlds, others: Worlds) -> Worlds:
 
 
 _STATIC = ("network", "config")
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _tabulate(params, *, network, config):
-    return sampler.tabulate(bind(network, params), config)
 
 
 @functools.partial(jax.jit, static_argnames="network")
@@ -154,7 +151,7 @@ class Generator:
             raise UserError(f"max_frames={network.max_frames}: a world needs a window of 2 or more")
         self.network, self.config = network, config
         self._static = dict(network=network, config=config)
-        self._tables = _tabulate(params, **self._static)
+        self._tables = sampler.tables(params, **self._static)
         self._params = jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
 
     def begin(self, frames_BPHWC, actions_BP, seeds) -> Worlds:
@@ -179,7 +176,7 @@ class Generator:
 
         The outcomes, [B, F] each, are what the actions led to; None for a network without heads.
 
-        `worlds` is used up (its memory becomes the new worlds').
+        `worlds` is used up (its arrays become the new worlds').
 
         Raises:
             UserError: for an action outside 0…A − 1, or a wrong number of worlds.

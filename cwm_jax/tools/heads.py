@@ -19,7 +19,7 @@ import jax
 from cwm_jax.checkpoints import formats, weights
 from cwm_jax.checkpoints.run_checkpoint import Trained
 from cwm_jax.data import loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.evaluation import outcomes
 from cwm_jax.files import model_flag, path_flag

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from cwm_jax import controls, files
 from cwm_jax.controls import Controls
 from cwm_jax.data import inferred_actions, shards, user_recordings
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.data.records import Episode, decode, encode
 from cwm_jax.data.user_recordings import Recording
 from cwm_jax.errors import UserError, shown_to_user

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 # Pages of other folders: place in the repository → place in the site.
 ELSEWHERE = {
     "README.md": "project.md",
+    "CHANGELOG.md": "changes.md",
+    "CONTRIBUTING.md": "contributing.md",
     "benchmarks/RESULTS.md": "benchmarks/RESULTS.md",
     "benchmarks/POCKET.md": "benchmarks/POCKET.md",
     "checkpoints/pocket/README.md": "checkpoints/pocket.md",

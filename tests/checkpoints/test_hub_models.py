@@ -17,7 +17,7 @@ from cwm_jax.runtime import hub_client
 @pytest.fixture(scope="module")
 def model(tiny, tiny_params, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / weights.NAME
-    config = {"model": dataclasses.asdict(tiny), "ddim_steps": 1}
+    config = {"model": dataclasses.asdict(tiny), "sampler": {"ddim_steps": 1}}
     weights.write(path, tiny_params, {"step": 7, "config": config})
     return path.read_bytes()
 

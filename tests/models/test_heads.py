@@ -14,11 +14,13 @@ from cwm_jax.errors import UserError
 from cwm_jax.evaluation import outcomes
 from cwm_jax.models import dit, heads
 from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.play.inference import engine
 from cwm_jax.sampling import sampler
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 from cwm_jax.training import examples, frozen_heads, objective, train_step
-from cwm_jax.training.train_step import OptimizerConfig, TrainSetup
+from cwm_jax.training.config import ExampleConfig, LossConfig, OptimizerConfig
+from cwm_jax.training.train_step import TrainSetup
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +42,9 @@ def test_a_network_with_heads_is_the_same_to_those_who_only_see_frames(
     tiny, tiny_params, with_heads
 ):
     params = dit.with_heads(with_heads, tiny_params, 5)
-    assert engine.fingerprint(with_heads, params) == engine.fingerprint(tiny, tiny_params)
+    assert fingerprint(with_heads, params) == fingerprint(tiny, tiny_params)
     assert DiTConfig(**{k: v for k, v in dataclasses.asdict(tiny).items() if k != "heads"}) == tiny
-    with pytest.raises(UserError, match="heads must be True or False"):
+    with pytest.raises(UserError, match="model.heads"):
         dataclasses.replace(tiny, heads=2)
 
 
@@ -62,9 +64,9 @@ def test_the_programs_that_generate_frames_do_not_know_of_heads(network_of):
         yield sampler._rollout.lower(made._params, made._tables, state, *rest, **static).as_text()
         play = engine.Engine(network, params, steps=(1,))
         frame, context = np.zeros((64, 64, 3), np.uint8), play._context
-        remember = jax.jit(engine._remember, static_argnames="network")
+        append = jax.jit(engine._append, static_argnames="network")
         args = play._params, context, play._fresh, frame, np.int32(0)
-        yield remember.lower(*args, network=network).as_text()
+        yield append.lower(*args, network=network).as_text()
 
     network, params = network_of(2)
     more = dataclasses.replace(network, heads=True)
@@ -91,16 +93,15 @@ def batch_of(rng, *, clips=8, frames=5):
 def test_training_learns_outcomes_and_data_without_them_counts_for_nothing(with_heads):
     with_heads = dataclasses.replace(with_heads, depth=1)
     rng = np.random.default_rng(0)
-    noise = examples.NoiseConfig(outcome_weight=1.0)
-    optim = OptimizerConfig(lr=3e-3, weight_decay=0, warmup_steps=0, grad_clip=1, ema_decay=0)
-    setup = TrainSetup(network=with_heads, optim=optim, noise=noise)
+    config = ExampleConfig(loss=LossConfig(outcome_weight=1.0))
+    optim = OptimizerConfig(lr=3e-3, weight_decay=0, warmup_steps=0)
+    setup = TrainSetup(network=with_heads, optim=optim, examples=config)
     state = train_step.init_state(with_heads, optim, 0)
     key = jax.random.key(0)
 
     def loss(params, batch):
-        return objective.clip_loss(
-            params, examples.make(key, batch, noise), network=with_heads, noise=noise
-        )
+        example = examples.make(key, batch, config)
+        return objective.clip_loss(params, example, network=with_heads, config=config)
 
     batch = batch_of(rng)
     unknown = batch | {key: np.full_like(batch[key], np.nan) for key in ("rewards", "ends")}

@@ -10,7 +10,7 @@ from flax import nnx
 from cwm_jax.coinrun import MEANINGFUL_ACTIONS
 from cwm_jax.controls import METADATA
 from cwm_jax.data import clips, loader, shards
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.evaluation import action_labels, probe
 from cwm_jax.rendering import video
 from cwm_jax.tools import check, pack, preview
