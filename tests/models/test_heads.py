@@ -44,7 +44,7 @@ def test_a_network_with_heads_is_the_same_to_those_who_only_see_frames(
     params = dit.with_heads(with_heads, tiny_params, 5)
     assert fingerprint(with_heads, params) == fingerprint(tiny, tiny_params)
     assert DiTConfig(**{k: v for k, v in dataclasses.asdict(tiny).items() if k != "heads"}) == tiny
-    with pytest.raises(UserError, match="model.heads"):
+    with pytest.raises(UserError, match=r"model\.heads"):
         dataclasses.replace(tiny, heads=2)
 
 
