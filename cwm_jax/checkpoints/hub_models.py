@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
-from cwm_jax import shipped
+from cwm_jax import files, shipped
 from cwm_jax.errors import UserError, tell
 from cwm_jax.files import HUB, MODEL_FILE, SAFETENSORS, written_whole
 from cwm_jax.runtime import network
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<folder>.+?))?/?")
+_SHA256_DIGITS = 64
 _REFERENCES, _SOURCE = "references.json", "source.json"
 
 
@@ -133,6 +134,9 @@ def _kept(home: Path, name: HubName, reason: UserError) -> Path:
     path = home / _references(home).get(str(name), "")
     if not path.is_file():
         raise reason
+    checksum = path.parent.name  # SHA-256; git's own for files that are small
+    if len(checksum) == _SHA256_DIGITS and files.sha256(path) != checksum:
+        raise UserError(f"{name} is kept in {path}, and that file is damaged; {reason}")
     tell(f"the hub cannot be reached: {shown(path)} is used, which was fetched as {name}")
     return path
 

@@ -109,6 +109,9 @@ def test_without_the_hub_what_was_fetched_by_that_name_is_used(published, monkey
     assert f"the hub cannot be reached: hf://them/things@{SHA} is used" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"cannot reach http://127\.0\.0\.1:9"):
         hub_models.fetched(hub_models.parse("hf://them/things@v2"))
+    path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"is kept in .* damaged; cannot reach"):
+        hub_models.fetched(name)
 
 
 @pytest.mark.parametrize(
