@@ -28,10 +28,12 @@ from cwm_jax.evaluation import (
     full,
     generation,
     generation_settings,
+    i3d_weights,
     lpips_weights,
     probe,
     protocol,
     rollout_quality,
+    video_distance,
 )
 from cwm_jax.evaluation.lpips import Lpips
 from cwm_jax.files import path_flag
@@ -66,7 +68,8 @@ def measure(args: argparse.Namespace) -> None:
         seed=args.seed,
         batch_size=args.batch_size,
     )
-    measured = _measured(args, plan, lpips_weights.available())
+    videos = _video_plan(args)
+    measured = _measured(args, plan, lpips_weights.available(), videos)
     results = measured.results
     full.write_json(args.output, results)
     report = args.report or args.output.parent / f"{args.output.stem}_report"
@@ -80,7 +83,21 @@ def measure(args: argparse.Namespace) -> None:
     )
 
 
-def _measured(args: argparse.Namespace, plan: full.Plan, lpips: Lpips | None) -> full.Measured:
+def _video_plan(args: argparse.Namespace) -> video_distance.Plan | None:
+    """What KVD is measured on; None where it is not asked for."""
+    if not args.kvd:
+        return None
+    shared = dict(split=args.split, seed=args.seed, batch_size=args.batch_size)
+    return video_distance.Plan(clips=args.kvd, force=args.force, **shared)
+
+
+def _measured(
+    args: argparse.Namespace,
+    plan: full.Plan,
+    lpips: Lpips | None,
+    videos: video_distance.Plan | None = None,
+) -> full.Measured:
+    i3d = i3d_weights.available() if videos else None
     opened = _open(args)
     config = loader.DataConfig(
         dir=str(args.data),
@@ -96,6 +113,10 @@ def _measured(args: argparse.Namespace, plan: full.Plan, lpips: Lpips | None) ->
         lpips=lpips,
         watched=True,
     )
+    if i3d:
+        draw = generation.by_sampler(opened.sampler)
+        found = video_distance.measure(draw, i3d, config, videos, watched=True)
+        measured.results["videos"] = found
     measured.results["checkpoint"] = dict(
         path=pretrained.NAME if args.checkpoint == pretrained.FOLDER else str(args.checkpoint),
         step=opened.step,
@@ -258,6 +279,14 @@ def _flags() -> argparse.ArgumentParser:
     add("--drift-frames", type=int, default=default.drift_frames, help="(%(default)s)")
     add("--batch-size", type=int, default=default.batch_size, help="clips at once (%(default)s)")
     add("--probes", type=path_flag, help="folder where trained probes are kept (~/.cache/cwm_jax)")
+    add(
+        "--kvd",
+        type=int,
+        default=0,
+        metavar="CLIPS",
+        help=f"KVD and FVD of so many videos, {video_distance.MIN_CLIPS} or more (0: none)",
+    )
+    add("--force", action="store_true", help="KVD of fewer videos too")
     return parser
 
 

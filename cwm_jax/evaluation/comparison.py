@@ -170,8 +170,23 @@ def rows(results: Mapping) -> Iterator[tuple[str, str]]:
     drift = results["drift"]
     yield f"frames to collapse, of {drift['frames']}", interval(drift["frames_to_collapse"], 0)
     yield "survived to the end", number(drift["survived"])
+    yield from _of_videos(results.get("videos"))
     for name, value in results["single_step"].items():
         yield f"{name} (single step)", number(value, 4)
+
+
+def _of_videos(videos: Mapping | None) -> Iterator[tuple[str, str]]:
+    """KVD and FVD, which bear their own conditions: they are measured on other clips."""
+    if not videos:
+        return
+    given, frames, digest = videos["given"], videos["frames"], videos["digest"]
+    where = f"{videos['clips']} clips of {frames} frames from {given} ({digest[:6]})"
+    kvd, fvd = videos["kvd"], videos["fvd"]
+    yield f"KVD (lower is better), {where}", interval(kvd["model"], 3)
+    yield f"  real clips against other real ones, {where}", interval(kvd["floor"], 3)
+    yield f"  model minus these, {where}", interval(kvd["model_minus_floor"], 3)
+    yield f"FVD (lower is better), {where}", number(fvd["model"], 1)
+    yield f"  FVD of real clips against other real ones, {where}", number(fvd["floor"], 1)
 
 
 def shown(by_horizon: Mapping) -> list[str]:
