@@ -67,6 +67,7 @@ def measure(args: argparse.Namespace) -> None:
         drift_frames=args.drift_frames,
         seed=args.seed,
         batch_size=args.batch_size,
+        seeds=args.seeds,
     )
     videos = _video_plan(args)
     measured = _measured(args, plan, lpips_weights.available(), videos)
@@ -165,6 +166,7 @@ def rank_settings(words: list[str]) -> None:
         drift_frames=args.drift_frames,
         seed=args.seed,
         batch_size=args.batch_size,
+        seeds=0,
     )
     numbers = _numbers(args.steps, "--steps", "1,2,4")
     for steps in numbers:
@@ -279,6 +281,12 @@ def _flags() -> argparse.ArgumentParser:
     add("--drift-frames", type=int, default=default.drift_frames, help="(%(default)s)")
     add("--batch-size", type=int, default=default.batch_size, help="clips at once (%(default)s)")
     add("--probes", type=path_flag, help="folder where trained probes are kept (~/.cache/cwm_jax)")
+    add(
+        "--seeds",
+        type=int,
+        default=default.seeds,
+        help="rollouts with other noise, whose spread is held against the error (%(default)s)",
+    )
     add(
         "--kvd",
         type=int,

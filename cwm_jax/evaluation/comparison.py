@@ -170,9 +170,30 @@ def rows(results: Mapping) -> Iterator[tuple[str, str]]:
     drift = results["drift"]
     yield f"frames to collapse, of {drift['frames']}", interval(drift["frames_to_collapse"], 0)
     yield "survived to the end", number(drift["survived"])
+    yield from _of_uncertainty(results.get("uncertainty"))
     yield from _of_videos(results.get("videos"))
     for name, value in results["single_step"].items():
         yield f"{name} (single step)", number(value, 4)
+
+
+_RANKS = {
+    "where": "over patches of a frame",
+    "beyond": "the same beyond the model's own change",
+    "when": "over frames of a clip",
+    "which": "over clips",
+}
+
+
+def _of_uncertainty(found: Mapping | None) -> Iterator[tuple[str, str]]:
+    """Rank correlations of uncertainty and error; other seeds and frames are other rows."""
+    if not found:
+        return
+    where = f"{found['frames']} frames, {found['seeds']} seeds"
+    for sign in ("spread", "instability"):
+        if sign in found:
+            for kind, label in _RANKS.items():
+                value = interval(found[sign][kind])
+                yield f"{sign} and error, rank correlation {label}, {where}", value
 
 
 def _of_videos(videos: Mapping | None) -> Iterator[tuple[str, str]]:

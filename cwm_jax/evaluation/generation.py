@@ -64,14 +64,27 @@ def by_sampler(sampler: Sampler | Bundle) -> Draw:
     return draw
 
 
+def watched_by_sampler(sampler: Sampler):
+    """As `by_sampler`: (frames, how unstable the denoising of each was, float32 [B, F, h, w])."""
+
+    def draw(prompt_BPHWC, actions_BT, key):
+        given = prompt_BPHWC.shape[1]
+        state = sampler.start(prompt_BPHWC, actions_BT[:, :given])
+        _, frames, moved = sampler.watched_rollout(state, actions_BT[:, given:], key)
+        return frames, moved
+
+    return draw
+
+
 def in_batches(
     draw: Draw, prompt_BPHWC, actions_BT, *, seed: int, batch_size: int, label: str = ""
 ) -> np.ndarray:
     """Draws many clips, `batch_size` at a time: uint8 [B, T − P, H, W, C].
 
-    Every batch has one shape, so all share one compiled program; the last is filled up with its
-    last clip. Noise depends on the seed, the batch's number and the place in the batch alone, so
-    two calls with other actions differ by nothing else.
+    Where `draw` gives several arrays, so does this. Every batch has one shape, so all share one
+    compiled program; the last is filled up with its last clip. Noise depends on the seed, the
+    batch's number and the place in the batch alone, so two calls with other actions differ by
+    nothing else.
 
     Args:
         label: shown on a progress bar; none without.
@@ -81,6 +94,5 @@ def in_batches(
     for index in tqdm(range(0, total, batch_size), desc=label, unit="batch", disable=not label):
         rows = np.minimum(np.arange(index, index + min(batch_size, total)), total - 1)
         key = jax.random.fold_in(random_numbers.key(seed), index // batch_size)
-        frames = draw(prompt_BPHWC[rows], actions_BT[rows], key)
-        drawn.append(np.asarray(jax.device_get(frames)))
-    return np.concatenate(drawn)[:total]
+        drawn.append(jax.device_get(draw(prompt_BPHWC[rows], actions_BT[rows], key)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:total], *drawn)

@@ -508,6 +508,19 @@ def test_the_whole_measurement_has_lpips_beside_floors_and_by_clip(measured):
     assert any("LPIPS minus" in label for label, _ in comparison.rows(results))
 
 
+def test_the_whole_measurement_says_whether_uncertainty_ranks_the_errors(measured, tmp_path):
+    found, plan = measured
+    assert found.results["uncertainty"]["seeds"] == plan.seeds == 4
+    assert found.unsure.instability.shape == (3, 6, 4, 4)
+    labels = [label for label, _ in comparison.rows(found.results)]
+    assert any(label.startswith("instability and error, rank correlation") for label in labels)
+    path = tmp_path / "without.json"
+    without = another({k: v for k, v in found.results.items() if k != "uncertainty"}, path)
+    assert not any("rank correlation" in label for label, _ in comparison.rows(without))
+    html_report.write(tmp_path, found._replace(unsure=None), plan)
+    assert "Uncertainty" not in (tmp_path / html_report.FILE).read_text()
+
+
 def another(results, path):
     full.write_json(path, results)
     return comparison.read(path)
@@ -558,10 +571,10 @@ def test_the_page_holds_everything_itself(measured, tmp_path):
     text = (tmp_path / html_report.FILE).read_text()
     assert "runs/&lt;tiny&gt;" in text
     assert text.count("data:video/mp4;base64,") == 3
-    assert text.count("data:image/png;base64,") == 3 + 2 * 4
+    assert text.count("data:image/png;base64,") == 3 + 2 * 5 + 1
     for way_out in ("http:", "https:", 'src="/', "url("):
         assert way_out not in text
-    for name in ("quality", "control_dark", "drift", "confusion", "best", "worst"):
+    for name in ("quality", "control_dark", "drift", "confusion", "uncertainty", "unsure", "best"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
