@@ -61,6 +61,15 @@ def _draw(params, tables, memories_L, actions_L, seeds_L, numbers_L, *, network,
     return jax.vmap(lane)(worlds_L, actions_L, seeds_L, numbers_L)
 
 
+def _unsure(params, tables, memory, action, seed, number, *, network, config):
+    """How unstable the denoising of the next frame is, float32 [h, w]."""
+    world = memory.in_use()
+    key = jax.random.fold_in(random_numbers.key(seed), number)
+    noise, step_key = sampler.frame_noise(key, world.frames_BMHWC[:, 0].shape)
+    args = bind(network, params), tables, world, action[None], noise, step_key, config
+    return sampler.draw_watched_frame(*args)[1][0]
+
+
 def _remember(params, context, memory, frame_u8_HWC, action, *, network):
     return staggered_cache.remember(bind(network, params), context, memory, frame_u8_HWC, action)
 
@@ -101,6 +110,7 @@ class Engine:
         self._fresh = staggered_cache.fresh(self._world_like())
         self._draw_programs: dict[tuple[int, int], jax.stages.Compiled] = {}
         self._remember_program = None
+        self._unsure_programs: dict[int, tuple[jax.stages.Compiled, sampler.Tables]] = {}
 
     @property
     def slots(self) -> int:
@@ -125,6 +135,30 @@ class Engine:
             args = self._arguments([blank] * lanes, steps, lanes)
             static = dict(network=self.network, config=self._configs[steps])
             self._draw_programs[steps, lanes] = program.lower(*args, **static).compile()
+
+    def compile_unsure(self, steps: int) -> None:
+        """Compiles what `unsure` needs for so many steps, unless it is there already."""
+        if steps not in self._unsure_programs:
+            config = SamplerConfig(levels=ddim_levels(max(steps, 2)), window="cached")
+            static = dict(network=self.network, config=config)
+            tables = _tabulate(self._params, **static)
+            args = self._unsure_arguments(tables, Lane(self._fresh, 0, 0, 0))
+            program = jax.jit(_unsure, static_argnames=_STATIC).lower(*args, **static).compile()
+            self._unsure_programs[steps] = program, tables
+
+    def unsure(self, wanted: Lane, steps: int) -> np.ndarray | None:
+        """How far the prediction of a lane's next frame moves between denoising steps (two, where
+        it has one), float32 [h, w]: see `sampler.draw_watched_frame`. None where it is not
+        compiled. It costs as much as the frame; the memory is not used up.
+        """
+        if steps not in self._unsure_programs:
+            return None
+        program, tables = self._unsure_programs[steps]
+        return np.asarray(program(*self._unsure_arguments(tables, wanted)))
+
+    def _unsure_arguments(self, tables, wanted: Lane) -> tuple:
+        numbers = np.int32(wanted.action), np.uint32(wanted.seed), np.int32(wanted.number)
+        return self._params, tables, wanted.memory, *numbers
 
     def fresh(self) -> Memory:
         """A memory of nothing, the caller's own."""

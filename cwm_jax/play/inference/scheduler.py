@@ -33,6 +33,8 @@ class Drawer(Protocol):
     def fresh(self) -> Any: ...
     def remember(self, memory: Any, frame_u8_HWC: np.ndarray, action: int) -> Any: ...
     def draw(self, wanted: Sequence[Lane], steps: int, lanes: int) -> np.ndarray: ...
+    def compile_unsure(self, steps: int) -> None: ...
+    def unsure(self, wanted: Lane, steps: int) -> np.ndarray | None: ...
 
 
 class Drawn(NamedTuple):
@@ -40,6 +42,7 @@ class Drawn(NamedTuple):
     action: int
     program: Program
     memory: Any  # with this frame in it
+    unsure: np.ndarray | None = None  # see `Engine.unsure`; None: not asked for, or not compiled
 
 
 @dataclasses.dataclass
@@ -50,6 +53,7 @@ class _Draw:
     number: int
     steps: int
     lanes: int | None  # None: as many as are drawn together
+    unsure: bool
     done: Future
 
 
@@ -72,8 +76,9 @@ class Scheduler:
         self.governor = Governor(drawer.automatic, clock, playable=drawer.playable)
         self._clock = clock
         self._orders: queue.SimpleQueue[_Draw | _Recall | None] = queue.SimpleQueue()
-        self._to_compile: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
-        self._asked: set[tuple[int, int]] = set()
+        # (steps, lanes), or (steps, None): what `Drawer.unsure` needs
+        self._to_compile: queue.SimpleQueue[tuple[int, int | None] | None] = queue.SimpleQueue()
+        self._asked: set[tuple[int, int | None]] = set()
         self._waiting: list[_Draw | _Recall] = []
         self._stopped = threading.Event()
         self.first_program = threading.Event()  # set when the first frame could be drawn
@@ -104,9 +109,12 @@ class Scheduler:
         """
         lanes = next((n for n in LANES if n >= players), LANES[-1])
         for steps in sorted(self.drawer.steps, key=lambda n: n != self.governor.steps):
-            if (steps, lanes) not in self._asked:
-                self._asked.add((steps, lanes))
-                self._to_compile.put((steps, lanes))
+            self._want(steps, lanes)
+
+    def _want(self, steps: int, lanes: int | None) -> None:
+        if (steps, lanes) not in self._asked:
+            self._asked.add((steps, lanes))
+            self._to_compile.put((steps, lanes))
 
     def choose_steps(self, fps: float) -> int:
         """DDIM steps that hold so many frames a second, among those that are compiled."""
@@ -122,14 +130,16 @@ class Scheduler:
         number: int,
         steps: int,
         lanes: int | None = None,
+        unsure: bool = False,
     ) -> Future[Drawn]:
         """Draws frame `number` of a session after `memory`, which is used up.
 
         Args:
             action: called when the drawing begins.
             lanes: draw it in a batch of just this size, as it once was.
+            unsure: say of which patches the model is unsure, once that is compiled.
         """
-        order = _Draw(memory, action, seed, number, steps, lanes, Future())
+        order = _Draw(memory, action, seed, number, steps, lanes, unsure, Future())
         return self._order(order)
 
     def recall(self, frames_and_actions) -> Future[Any]:
@@ -146,12 +156,19 @@ class Scheduler:
     def _compile(self) -> None:
         while (wanted := self._to_compile.get()) is not None and not self._stopped.is_set():
             try:
-                self.drawer.compile(*wanted)
+                self._compile_one(*wanted)
             except Exception as error:  # out of memory, most likely: play goes on with what is
                 if not self.first_program.is_set():
                     self.fault = error
-                tell(f"could not compile {wanted[1]} lanes of {wanted[0]} steps: {error}")
+                what = "the overlay" if wanted[1] is None else f"{wanted[1]} lanes"
+                tell(f"could not compile {what} of {wanted[0]} steps: {error}")
             self.first_program.set()
+
+    def _compile_one(self, steps: int, lanes: int | None) -> None:
+        if lanes is None:
+            self.drawer.compile_unsure(steps)
+        else:
+            self.drawer.compile(steps, lanes)
 
     def _work(self) -> None:
         self.first_program.wait()
@@ -210,6 +227,9 @@ class Scheduler:
                 began = self._clock()
             wanted = [Lane(o.memory, o.action(), o.seed, o.number) for o in group]
             frames = self.drawer.draw(wanted, first.steps, lanes)
+            drawn_at = self._clock()
+            unsure = [self._unsure(o, lane) for o, lane in zip(group, wanted, strict=True)]
+            began += self._clock() - drawn_at  # so that an overlay never costs denoising steps
             memories = [
                 self.drawer.remember(lane.memory, frame, lane.action)
                 for lane, frame in zip(wanted, frames, strict=True)
@@ -219,10 +239,18 @@ class Scheduler:
                 _fail(order.done, error)
             return
         program = Program(first.steps, lanes)
-        for order, lane, frame, memory in zip(group, wanted, frames, memories, strict=True):
-            _deliver(order.done, Drawn(frame, lane.action, program, memory))
+        drawn = zip(group, wanted, frames, memories, unsure, strict=True)
+        for order, lane, frame, memory, patches in drawn:
+            _deliver(order.done, Drawn(frame, lane.action, program, memory, patches))
         jax.block_until_ready(memories)
         self.governor.note(steps=first.steps, seconds=self._clock() - began)
+
+    def _unsure(self, order: _Draw, lane: Lane) -> np.ndarray | None:
+        """Of which patches the model is unsure, where that is asked for and compiled."""
+        if not order.unsure:
+            return None
+        self._want(order.steps, None)
+        return self.drawer.unsure(lane, order.steps)
 
     def _lanes_for(self, players: int, steps: int) -> int:
         """The smallest compiled batch that holds them, or the largest there is."""

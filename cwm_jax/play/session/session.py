@@ -69,28 +69,29 @@ class Session:
         """Frames of a share code that are still to be drawn."""
         return len(self._script)
 
-    async def step(self, action: Callable[[], int], *, steps: int) -> Drawn:
+    async def step(self, action: Callable[[], int], *, steps: int, unsure: bool = False) -> Drawn:
         """Draws the frame after the one shown; what came after it before is forgotten.
 
         Args:
             action: asked when the drawing begins.
             steps: DDIM steps, one of the drawer's.
+            unsure: say of which patches the model is unsure, see `Scheduler.draw`.
 
         Raises:
             UserError: where the session has all the frames that one may have.
         """
         self._room_for(1)
         self.branches, self._script = [], deque()
-        return await self._draw(action, steps, None)
+        return await self._draw(action, steps, None, unsure)
 
-    async def replay_step(self) -> Drawn:
+    async def replay_step(self, *, unsure: bool = False) -> Drawn:
         """Draws the next frame of a share code.
 
         Raises:
             UserError: at its end, where the last frame is not the one that was shared.
         """
         action, program = self._script.popleft()
-        drawn = await self._draw(lambda: action, *program)
+        drawn = await self._draw(lambda: action, *program, unsure)
         if not self._script and zlib.crc32(drawn.frame.tobytes()) != self._expected:
             raise UserError(
                 "the session was drawn again, but not to the very same frames: this machine "
@@ -208,13 +209,12 @@ class Session:
                 f"a session has at most {MAX_FRAMES} frames: save it, then rewind or start anew"
             )
 
-    async def _draw(self, action, steps: int, lanes: int | None) -> Drawn:
+    async def _draw(self, action, steps: int, lanes: int | None, unsure: bool) -> Drawn:
         if self._memory is None or self._remembered != self.at + 1:
             self._memory = await self._recalled()
         memory, self._memory = self._memory, None  # used up, whatever happens
-        order = self._scheduler.draw(
-            memory, action, seed=self.seed, number=self.at + 1, steps=steps, lanes=lanes
-        )
+        how = dict(seed=self.seed, number=self.at + 1, steps=steps, lanes=lanes, unsure=unsure)
+        order = self._scheduler.draw(memory, action, **how)
         drawn = await asyncio.wrap_future(order)
         self.history.cut(self.at + 1)
         self.history.append(drawn.frame, drawn.action, drawn.program)
