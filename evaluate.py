@@ -11,6 +11,7 @@ measured, `checkpoints/pocket`.
 """
 
 import argparse
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ from cwm_jax.files import path_flag
 from cwm_jax.rendering import video
 from cwm_jax.runtime import devices
 from cwm_jax.sampling import sampler
+from cwm_jax.sampling.sampler import Sampler
 from cwm_jax.simulator import game, venv
 
 _EMBEDDED = Path(__file__).parent / "assets" / "coinrun"
@@ -176,12 +178,17 @@ def rank_settings(words: list[str]) -> None:
     lpips = lpips_weights.available()
     if lpips is None:
         raise UserError(f"settings are ranked by LPIPS: `{lpips_weights.FETCH}` gets its weights")
+    network = formats.load(args.checkpoint, step=args.step).network
+    powers = args.sharpness and _numbers(args.sharpness, "--sharpness", "1,4", float)
+    powers = generation_settings.sharpnesses(network, powers)
     found = []
-    for window, steps in itertools.product(args.windows, numbers):
-        how = argparse.Namespace(**vars(args) | {"window": window, "ddim_steps": steps})
+    for window, steps, power in itertools.product(args.windows, numbers, powers):
+        how = dict(window=window, ddim_steps=steps, sharpness=power)
+        how = argparse.Namespace(**vars(args) | how)
         results = _measured(how, plan, lpips).results
-        full.write_json(args.output / f"{steps}_{window}.json", results)
-        found.append(generation_settings.Setting(steps, window, results))
+        sharp = "" if power == 1 else f"_{power:g}"
+        full.write_json(args.output / f"{steps}_{window}{sharp}.json", results)
+        found.append(generation_settings.Setting(steps, window, results, power))
     judged = generation_settings.judge(found)
     print(generation_settings.table(judged))
     answer = generation_settings.answer(judged)
@@ -194,13 +201,18 @@ def rank_settings(words: list[str]) -> None:
 def _settings_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate.py settings",
-        description="Ranks numbers of denoising steps and windows by LPIPS, readable keys and how "
-        "long rollouts last, and says which the model should be used with.",
+        description="Ranks numbers of denoising steps, windows and, for networks with softmax "
+        "filters, their sharpness by LPIPS, readable keys and how long rollouts last, and says "
+        "which the model should be used with.",
     )
     add = parser.add_argument
     add("--checkpoint", type=path_flag, help="a run, or an export (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--steps", default="1,2,4,10", help="denoising steps a frame (%(default)s)")
+    add(
+        "--sharpness",
+        help="powers of the warp's softmax filters (1 and 4; a network without them has none)",
+    )
     add("--windows", nargs="+", default=["hop"], choices=sampler.WINDOWS, help="(hop)")
     add(
         "--data",
@@ -311,14 +323,23 @@ def _open(args: argparse.Namespace) -> formats.Opened:
     devices.check()
     args.checkpoint = pretrained.unless(args.checkpoint)
     how = dict(levels=levels, window=args.window)
-    return formats.open_sampler(args.checkpoint, step=args.step, **how)
+    opened = formats.open_sampler(args.checkpoint, step=args.step, **how)
+    power = getattr(args, "sharpness", opened.network.warp_sharpness)
+    if power == opened.network.warp_sharpness or not opened.network.motion:
+        return opened
+    if not isinstance(opened.sampler, Sampler):
+        raise UserError(f"{args.checkpoint} is a bundle, whose filters are as sharp as they are")
+    network = dataclasses.replace(opened.network, warp_sharpness=power)
+    sharper = Sampler(network, opened.params, opened.sampler.config)
+    return opened._replace(network=network, sampler=sharper)
 
 
-def _numbers(text: str, flag: str = "--n-prompt", such_as: str = "1,4") -> tuple[int, ...]:
+def _numbers(text: str, flag: str = "--n-prompt", such_as: str = "1,4", kind: type = int) -> tuple:
     try:
-        return tuple(int(word) for word in text.split(","))
+        return tuple(kind(word) for word in text.split(","))
     except ValueError:
-        raise UserError(f"{flag} {text}: wanted whole numbers, such as {such_as}") from None
+        whole = "whole " if kind is int else ""
+        raise UserError(f"{flag} {text}: wanted {whole}numbers, such as {such_as}") from None
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ class Denoiser:
         """How much the warped last frame differs from it, in patches [B, T, S, P · P · C]."""
         config = self.config
         if config.motion:
-            return warp.change(last, outputs.filters, reach=config.motion, patch=config.patch_size)
+            how = dict(reach=config.motion, patch=config.patch_size)
+            return warp.change(last, outputs.filters, sharpness=config.warp_sharpness, **how)
         if displacements_BThw is None:
             displacements_BThw = jnp.argmax(self.logits(outputs), axis=-1)
         warped = displacement.warp(last, displacements_BThw, config.reach)

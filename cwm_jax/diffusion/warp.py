@@ -38,7 +38,9 @@ def velocity(
     return known / whole + jnp.sqrt(variance / whole) * rest
 
 
-def change(last_BTHWC: jax.Array, scores_BTSF: jax.Array, *, reach: int, patch: int) -> jax.Array:
+def change(
+    last_BTHWC: jax.Array, scores_BTSF: jax.Array, *, reach: int, patch: int, sharpness: float = 1.0
+) -> jax.Array:
     """What the filters change of each patch of `patch` pixels, float32 [B, T, S, P · P · C].
 
     Args:
@@ -46,18 +48,20 @@ def change(last_BTHWC: jax.Array, scores_BTSF: jax.Array, *, reach: int, patch: 
         scores_BTSF: of the filter down, then of the one across, the logits of `DiTConfig.taps`
             weights for pixels −reach … reach away. 0: most of a pixel stays.
         reach: at most `patch`.
+        sharpness: the power of the filters' weights, which are then made to sum to 1 again.
     """
     last = last_BTHWC.astype(jnp.float32)
     scores = scores_BTSF.astype(jnp.float32)
     around, inner = _around(last, reach, patch), slice(reach, reach + patch)
     down, across = jnp.split(scores, 2, axis=-1)
-    seen = _filtered("...yr,...rsc->...ysc", _weights(down, reach), around, patch)
-    seen = _filtered("...xs,...ysc->...yxc", _weights(across, reach), seen, patch)
+    seen = _filtered("...yr,...rsc->...ysc", _weights(down, reach, sharpness), around, patch)
+    seen = _filtered("...xs,...ysc->...yxc", _weights(across, reach, sharpness), seen, patch)
     return (seen - around[..., inner, inner, :]).reshape(*scores.shape[:3], -1)
 
 
-def _weights(scores, reach: int) -> jax.Array:
-    return jax.nn.softmax(scores.at[..., reach].add(_STAY), axis=-1)
+def _weights(scores, reach: int, sharpness: float) -> jax.Array:
+    logits = scores.at[..., reach].add(_STAY)
+    return jax.nn.softmax(logits if sharpness == 1 else sharpness * logits, axis=-1)
 
 
 def _filtered(axes: str, filter_, around, patch: int) -> jax.Array:

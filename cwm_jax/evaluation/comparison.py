@@ -66,7 +66,7 @@ def table(named: Sequence[tuple[str, Mapping]], *, across: Collection[str] = ())
                 "compare. They differ in\n  " + "\n  ".join(found)
             )
     columns = [
-        {name: condition(results["protocol"][name]) for name in across}
+        {name: condition(results["protocol"].get(name, "–")) for name in across}
         | dict(rows(results))
         | dict(_minus(results, first, first_name))
         for _, results in named

@@ -150,6 +150,7 @@ def measure(
         seed=plan.seed,
         batch_size=plan.batch_size,
         probe=reader.name,
+        sharpness=network.warp_sharpness,
     )
     measured.results["protocol"] = conditions.as_dict()
     return measured

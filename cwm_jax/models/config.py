@@ -59,6 +59,9 @@ class DiTConfig:
     displacement_down: int = dataclasses.field(default=0, repr=False)
     displacement_across: int = dataclasses.field(default=0, repr=False)
     displacement_patch: int = dataclasses.field(default=4, repr=False)
+    # The power of the weights of softmax filters (`motion`): above 1 they point more sharply at one
+    # place. For generation with a trained model, found by `evaluate.py settings`; 1 in training.
+    warp_sharpness: float = dataclasses.field(default=1.0, repr=False)
     qk_norm: bool = dataclasses.field(default=False, repr=False)  # queries and keys of RMS 1
 
     def __post_init__(self):
@@ -114,6 +117,13 @@ class DiTConfig:
                 f"config.model.patch_size={self.patch_size}"
             )
 
+        if not 0.1 <= self.warp_sharpness <= 100:
+            raise UserError(f"config.model.warp_sharpness={self.warp_sharpness}: must be 0.1…100")
+        if self.warp_sharpness != 1 and not self.motion:
+            raise UserError(
+                f"config.model.warp_sharpness={self.warp_sharpness} needs config.model.motion ≥ 1: "
+                "it is the power of softmax filters, which this network does not have"
+            )
         self._check_displacement()
 
     def _check_displacement(self) -> None:

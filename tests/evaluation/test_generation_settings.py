@@ -1,9 +1,11 @@
 """Which settings are good enough to play with, which is best, and where that is written."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+from tiny_network import TINY
 
 from cwm_jax.checkpoints import weights
 from cwm_jax.errors import UserError
@@ -20,7 +22,7 @@ def scores(lpips, seed, psnr=20.0):
     return Scores(psnr + 9 * level, 0.5 + noise, 15 + 9 * level, lpips + 0.1 * level)
 
 
-def setting(steps, *, lpips=0.1, psnr=20.0, keys=0.9, lasts=100, window="hop"):
+def setting(steps, *, lpips=0.1, psnr=20.0, keys=0.9, lasts=100, window="hop", sharpness=1.0):
     floor = scores(0.3, 99)
     scored = {"model": scores(lpips, steps, psnr), "copy_last": floor, "blur": floor}
     return Setting(
@@ -31,6 +33,7 @@ def setting(steps, *, lpips=0.1, psnr=20.0, keys=0.9, lasts=100, window="hop"):
             "probe": {"keys_of_real": {"jump": math.nan, "left": keys}},
             "drift": {"frames_to_collapse": dict(mean=lasts, low=lasts, high=lasts)},
         },
+        sharpness,
     )
 
 
@@ -112,3 +115,33 @@ def test_a_model_in_another_form_cannot_be_written_to(tmp_path):
     for path in (tmp_path, tmp_path / "none.safetensors"):
         with pytest.raises(UserError, match=r"export\s+the model first"):
             generation_settings.writable(path)
+
+
+def test_sharper_filters_are_ranked_and_written_beside_the_steps(tmp_path):
+    found = judged(setting(2, lpips=0.3), setting(1, lpips=0.1, sharpness=4.0), setting(4))
+    assert found[-1].setting.name == "S = 2, hop"
+    answer = generation_settings.answer(found)
+    assert answer == Answer("hop", 1, (1,), 4.0)
+    assert "warp_sharpness = 4" in str(answer)
+    file = tmp_path / "model.safetensors"
+    config = {"ddim_steps": 10, "model": {"motion": 4}}
+    weights.write(file, {"a": np.ones(3, np.float32)}, {"step": 3, "config": config})
+    generation_settings.write(file, answer)
+    assert weights.read(file)[1]["config"]["model"] == {"motion": 4, "warp_sharpness": 4.0}
+    generation_settings.write(file, answer._replace(sharpness=1.0))
+    assert weights.read(file)[1]["config"]["model"] == {"motion": 4, "warp_sharpness": 1.0}
+
+
+def test_a_network_without_softmax_filters_has_no_sharpness_to_rank(capsys):
+    moving = dataclasses.replace(TINY, history=1, motion=2)
+    assert generation_settings.sharpnesses(moving, None) == (1.0, 4.0)
+    assert generation_settings.sharpnesses(moving, [1, 2]) == (1, 2)
+    with pytest.raises(UserError, match="warp_sharpness=0"):
+        generation_settings.sharpnesses(moving, [0])
+    assert not capsys.readouterr().err
+    copying = dataclasses.replace(TINY, history=1, displacement_down=2, displacement_patch=4)
+    for network, kind in ((TINY, "does not warp"), (copying, "copies whole pixels")):
+        assert generation_settings.sharpnesses(network, [1, 4]) == (1.0,)
+        assert kind in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"warp_sharpness=4.*does not have"):
+            dataclasses.replace(network, warp_sharpness=4.0)

@@ -212,6 +212,8 @@ def _automatic(steps: Sequence[int], usual: int, playable: Sequence[int] | None)
 def fingerprint(network: DiTConfig, params: Params) -> bytes:
     """8 bytes that tell one trained network from another."""
     digest = hashlib.blake2b(repr(network).encode(), digest_size=8)
+    if network.warp_sharpness != 1:
+        digest.update(f"warp_sharpness={network.warp_sharpness}".encode())
     for name in sorted(params):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(params[name]).tobytes())
