@@ -22,7 +22,25 @@ import numpy as np
 
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.data.loader import DataConfig
-from cwm_jax.evaluation import controllability, generation, held_out
+from cwm_jax.evaluation import (
+    bootstrap,
+    controllability,
+    generation,
+    held_out,
+    lpips_weights,
+    nearest_real,
+    uncertainty,
+)
+from cwm_jax.evaluation.drift import (
+    REFERENCE,
+    STRIDE,
+    beyond,
+    fit_features,
+    frames_to_collapse,
+    limits_of,
+    moments,
+    signs,
+)
 from cwm_jax.files import path_flag
 from cwm_jax.rendering import patch_overlay, video
 from cwm_jax.sampling import sampler
@@ -45,6 +63,38 @@ def main() -> None:
     if args.job == "sheets":
         for number, frames in enumerate(generated, start=1):
             video.write_png(args.output / f"{number:02}.png", sheet(frames))
+        return
+    order = json.loads(ORDER.read_text())["from_best_to_worst"]
+    place = np.empty(_CLIPS)
+    place[np.array(order) - 1] = np.arange(_CLIPS)
+    for name, values in measures(generated, real).items():
+        found = bootstrap.of_statistic(uncertainty.spearman, place, values)
+        print(f"{name:40} {found}")
+
+
+def measures(generated: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    """One number for each rollout, the higher the worse."""
+    lpips = lpips_weights.available()
+    half = real.shape[1] // 2
+    references = real[:, :half:REFERENCE]
+    nearest = [
+        nearest_real.distances(lpips, mine[::STRIDE], theirs)
+        for mine, theirs in zip(generated, references, strict=True)
+    ]
+    features = fit_features(real)
+    start = moments(real[:, :half], features)
+    found = signs(moments(generated, features), start)
+    of_real = signs(moments(real[:, half:], features), start)
+    limits = {name: limits_of(name, values) for name, values in of_real._asdict().items()}
+    lasted = frames_to_collapse(beyond(found, limits), generated.shape[1])
+    return {
+        "LPIPS to the nearest real frame": np.array([x.frame.mean() for x in nearest]),
+        "the same place by place": np.array([x.places.mean() for x in nearest]),
+        "patch distance": found.patch_distance.mean(1),
+        "sharpness, how far from 1": np.abs(np.log(found.sharpness)).mean(1),
+        "shift of mean colour": found.colour_shift.mean(1),
+        "frames to collapse (fewer is worse)": -lasted,
+    }
 
 
 def rollouts(data: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:

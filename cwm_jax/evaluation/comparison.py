@@ -170,6 +170,11 @@ def rows(results: Mapping) -> Iterator[tuple[str, str]]:
     drift = results["drift"]
     yield f"frames to collapse, of {drift['frames']}", interval(drift["frames_to_collapse"], 0)
     yield "survived to the end", number(drift["survived"])
+    if nearest := drift.get("nearest_real"):
+        yield "LPIPS to the nearest of the level's real frames", interval(nearest["mean"], 3)
+        yield "  of real frames of the same clips", interval(nearest["real"], 3)
+        lasted = interval(nearest["frames_to_leave"], 0)
+        yield f"frames before the level is left, of {drift['frames']}", lasted
     yield from _of_uncertainty(results.get("uncertainty"))
     yield from _of_videos(results.get("videos"))
     for name, value in results["single_step"].items():

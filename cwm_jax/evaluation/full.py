@@ -263,7 +263,7 @@ def judge(
         "rollout": rollout,
         "control": controllability.delta_psnr(kept, random, horizons),
         "probe": probe_accuracy.summary(reader, begun(drawn.true[given]), begun(real), actions),
-        "drift": drift.summary(drawn.random, clips.frames),
+        "drift": drift.summary(drawn.random, clips.frames, lpips=lpips),
     }
     return Measured(results, drawn, kept)
 

@@ -107,16 +107,20 @@ def confusion(results: Mapping, theme: Theme) -> Figure:
 
 
 def drift(results: Mapping, theme: Theme) -> Figure:
-    """Patch distance, sharpness, contrast and colour over a long rollout."""
-    figure, axes = _figure(theme, 4, width=11, height=2.9)
+    """Patch distance, sharpness, contrast, colour and LPIPS to real frames over a long rollout."""
+    by_window = dict(results["drift"]["by_window"])
     titles = {
         "patch_distance": "patch distance",
         "sharpness": "sharpness (real = 1)",
         "contrast": "contrast (real = 1)",
         "colour_shift": "shift of mean colour",
     }
+    if nearest := results["drift"].get("nearest_real"):
+        by_window["nearest_real"] = nearest["by_window"]
+        titles["nearest_real"] = "LPIPS to the nearest"
+    figure, axes = _figure(theme, len(titles), width=11, height=2.9)
     for ax, (name, title) in zip(axes, titles.items(), strict=True):
-        found = results["drift"]["by_window"][name]
+        found = by_window[name]
         _band(ax, found, theme.model, "model", x=found["frame"])
         ax.axhline(found["real"], color=theme.ceiling, linewidth=1)
         for limit in filter(None, found["limits"]):

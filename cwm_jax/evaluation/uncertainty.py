@@ -145,25 +145,25 @@ def _of_clips(correlation: Callable, *maps_BFhw: np.ndarray) -> dict[str, float]
 
 
 def _patches(sign_Fhw, error_Fhw) -> float:
-    return _mean(_spearman(*_flat(sign_Fhw, error_Fhw)))
+    return _mean(spearman(*_flat(sign_Fhw, error_Fhw)))
 
 
 def _patches_beyond(sign_Fhw, error_Fhw, change_Fhw) -> float:
     sign, error, change = _flat(sign_Fhw, error_Fhw, change_Fhw)
-    to_error, to_change = _spearman(sign, error), _spearman(sign, change)
-    of_change = _spearman(change, error)
+    to_error, to_change = spearman(sign, error), spearman(sign, change)
+    of_change = spearman(change, error)
     with np.errstate(invalid="ignore", divide="ignore"):
         rest = np.sqrt((1 - to_change**2) * (1 - of_change**2))
         return _mean((to_error - to_change * of_change) / rest)
 
 
 def _frames(sign_Fhw, error_Fhw) -> float:
-    return float(_spearman(*(_rms(x, (1, 2)) for x in (sign_Fhw, error_Fhw))))
+    return float(spearman(*(_rms(x, (1, 2)) for x in (sign_Fhw, error_Fhw))))
 
 
 def _which(sign_BFhw, error_BFhw) -> dict[str, float]:
     clips = [_rms(x, (1, 2, 3)) for x in (sign_BFhw, error_BFhw)]
-    return rollout_quality.as_dict(*bootstrap.of_statistic(_spearman, *clips))
+    return rollout_quality.as_dict(*bootstrap.of_statistic(spearman, *clips))
 
 
 def _flat(*maps: np.ndarray) -> list[np.ndarray]:
@@ -176,7 +176,7 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Rank correlation along the last axis; NaN where one side is all the same."""
     a, b = (stats.rankdata(x, axis=-1) for x in (a, b))
     a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))

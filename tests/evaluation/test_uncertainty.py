@@ -68,7 +68,7 @@ def test_a_model_without_noise_has_no_spread_and_no_rank():
 def test_correlations_are_those_of_ranks():
     sign = np.array([[1.0, 2, 3, 4], [1, 2, 3, 4], [4, 4, 4, 4]])
     error = np.array([[1.0, 10, 100, 1000], [9, 7, 5, 3], [1, 2, 3, 4]])
-    np.testing.assert_allclose(uncertainty._spearman(sign, error), [1, -1, np.nan])
+    np.testing.assert_allclose(uncertainty.spearman(sign, error), [1, -1, np.nan])
 
 
 def test_a_spread_of_one_seed_is_refused():
