@@ -178,13 +178,14 @@ def _uncertainty(
 def check_memory(clips: int, plan: Plan, *, memory: float | None = None) -> None:
     """Raises a UserError where the frames of a plan do not fit into memory (bytes; this machine's).
 
-    Half as much again as all frames, since rollouts are put together from their batches, and what
-    drift keeps of each frame of the long ones.
+    Half as much again as all frames, since rollouts are put together from their batches, what
+    drift keeps of each frame of the long ones, and the float copies of the uncertainty.
     """
     memory = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     frames = drift.REAL + plan.frames + len(plan.n_prompt) * plan.horizon + plan.drift_frames
     kept = (drift.REAL + plan.drift_frames) * 8 * drift.FEATURES**2
-    per_clip = 1.5 * frames * math.prod(FRAME_SHAPE) + kept
+    unsure = min(plan.horizon, uncertainty.FRAMES) * 5 * 4 if plan.seeds else 0  # float32
+    per_clip = (1.5 * frames + unsure) * math.prod(FRAME_SHAPE) + kept
     if clips * per_clip > memory:
         raise UserError(
             f"{clips} clips need {clips * per_clip / 1e9:.1f} GB of memory to measure, and this "
