@@ -511,7 +511,7 @@ def test_the_whole_measurement_has_lpips_beside_floors_and_by_clip(measured):
 def test_the_whole_measurement_says_whether_uncertainty_ranks_the_errors(measured, tmp_path):
     found, plan = measured
     assert found.results["uncertainty"]["seeds"] == plan.seeds == 4
-    assert found.unsure.instability.shape == (3, 6, 4, 4)
+    assert found.unsure.instability.shape == (3, 6, 8, 8)
     labels = [label for label, _ in comparison.rows(found.results)]
     assert any(label.startswith("instability and error, rank correlation") for label in labels)
     path = tmp_path / "without.json"
