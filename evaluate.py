@@ -20,7 +20,8 @@ import jax
 
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
-from cwm_jax.data import loader, shards
+from cwm_jax.data import shards
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.evaluation import (
     bootstrap,
@@ -102,9 +103,9 @@ def _measured(
 ) -> full.Measured:
     i3d = i3d_weights.available() if videos else None
     opened = _open(args)
-    config = loader.DataConfig(
+    config = DataConfig(
         dir=str(args.data),
-        clip_len=min(opened.network.max_frames, loader.DataConfig.clip_len),
+        clip_len=min(opened.network.max_frames, DataConfig.clip_len),
     )
     measured = full.measure(
         opened.network,
@@ -325,7 +326,7 @@ def _open(args: argparse.Namespace) -> formats.Opened:
     how = dict(levels=levels, window=args.window)
     opened = formats.open_sampler(args.checkpoint, step=args.step, **how)
     power = getattr(args, "sharpness", opened.network.warp_sharpness)
-    if power == opened.network.warp_sharpness or not opened.network.motion:
+    if power == opened.network.warp_sharpness or not opened.network.warp_reach:
         return opened
     if not isinstance(opened.sampler, Sampler):
         raise UserError(f"{args.checkpoint} is a bundle, whose filters are as sharp as they are")

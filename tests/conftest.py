@@ -6,12 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# Tiny networks take far longer to compile than to run, here and in the programs that tests start;
-# JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Programs that a test calls would have all later tests of its process read the user's compiled
-# programs, and reading one has crashed the process (in XLA for CPUs, jax 0.10.2).
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+import compiled_programs
+
+os.environ.update(compiled_programs.environment())
 
 import jax
 import numpy as np
@@ -23,6 +20,21 @@ from cwm_jax.data.records import Episode, encode
 from cwm_jax.data.shards import write_shard
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
+
+_MANY_MAPS = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_memory_maps():
+    """Compiled programs are dropped before the process has as many memory maps as Linux allows.
+
+    A program compiled for a CPU takes several of the 65,530 maps that a process may have, and XLA
+    crashes where there are none left.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture
@@ -82,7 +94,7 @@ def network_of(tiny, tiny_params) -> Callable[[int], tuple[DiTConfig, dict[str, 
 
     Its parameters are all at work, and without history its own.
     """
-    with_history = functools.cache(lambda n: dataclasses.replace(tiny, history=n, motion=n))
+    with_history = functools.cache(lambda n: dataclasses.replace(tiny, history=n, warp_reach=n))
     params_of = functools.cache(lambda n: _at_work(with_history(n)))
     return lambda n: (with_history(n), params_of(n)) if n else (tiny, tiny_params)
 

@@ -14,9 +14,9 @@ import pytest
 from tiny_network import TINY
 
 from benchmarks import check_gpu, data, gpu, hlo, network, original, sample, sizes, trace, train
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.models import attention, flops
-from cwm_jax.training.train_step import StepConfig
+from cwm_jax.training.config import ComputeConfig
 
 PROGRAM = """HloModule made_up
 
@@ -332,7 +332,7 @@ def test_every_part_of_a_step_counts():
             TINY,
             clips=4,
             frames=5,
-            step=StepConfig(accumulate_steps=n),
+            step=ComputeConfig(accumulate_steps=n),
             steps=1,
             machine=machine,
         )

@@ -22,12 +22,19 @@ ORDER = ("doctor", "get-data", "train", "sample", "share")
 
 # As the pages say, but short and small.
 _NETWORK = ["hidden_size=16", "depth=1", "num_heads=1", "patch_size=32", "max_frames=4"]
-_REST = "max_steps=1 batch_size=2 data.clip_len=4 data.num_workers=1 val_batches=1 ddim_steps=1"
+_REST = [
+    "schedule.max_steps=1",
+    "data.batch_size=2",
+    "data.clip_len=4",
+    "data.num_workers=1",
+    "validation.batches=1",
+    "sampler.ddim_steps=1",
+    "rollouts.frames=2",
+    "rollouts.count=1",
+]
 SHORT = {
     "train.py": [f"--config.model.{size}" for size in _NETWORK]
-    + [
-        f"--config.{setting}" for setting in f"{_REST} rollout_frames=2 n_rollout_samples=1".split()
-    ],
+    + [f"--config.{setting}" for setting in _REST],
     "sample.py": ["--frames", "3", "--n-samples", "1", "--ddim-steps", "1"],
     "cwm_jax.tools.export": ["--ddim-steps", "1"],
 }

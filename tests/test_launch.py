@@ -73,7 +73,7 @@ def test_the_slurm_script_starts_the_training_program(tmp_path, parsed):
     known = parsed((tmp_path / "argv").read_text().splitlines())
     assert place(known) == ("flags", "node7:51234", 2, 1)
     assert known["workdir"].value == "runs/a b"
-    assert known["config"].value.lr > 0
+    assert known["config"].value.optimizer.lr > 0
     assert not (tmp_path / "told").exists()
 
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "cwm_jax"
 # From the lowest up. A package (or a module beside them) imports only from lines above its own.
 PACKAGES = (
     ("errors", "coinrun"),
-    ("files",),
+    ("files", "config_group"),
     ("controls", "runtime"),
     ("data", "models", "rendering"),
     ("diffusion", "simulator"),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from cwm_jax import config_group
 from cwm_jax.checkpoints import bundle, run_checkpoint, weights
 from cwm_jax.checkpoints.bundle import Bundle, Drawing, is_bundle
 from cwm_jax.checkpoints.run_checkpoint import Trained
@@ -44,7 +45,7 @@ def open_sampler(path: Path | str, *, step: int | None = None, **drawing: Any) -
             bundle's folder; or a folder with a `model.safetensors`.
         step: which checkpoint of a run; the newest by default.
         drawing: fields of `SamplerConfig`. For those that are not given, a bundle draws as it was
-            made to, and any other model with its config's `ddim_steps`.
+            made to, and any other model with its config's `sampler.ddim_steps`.
 
     Raises:
         UserError: there is no model at `path`, or a bundle draws in another way.
@@ -103,29 +104,30 @@ def usual_steps(trained: Trained) -> int:
     Raises:
         UserError: it tells what cannot be.
     """
-    steps = trained.config.get("ddim_steps", len(SamplerConfig.levels))
+    steps = trained.config.get("sampler", {}).get("ddim_steps", len(SamplerConfig.levels))
     try:
         ddim_levels(steps)
     except UserError as error:
-        raise UserError(f"{trained.path}: its config.{error}") from None
+        raise UserError(f"{trained.path}: its config.sampler.{error}") from None
     return steps
 
 
 def playable_steps(trained: Trained) -> tuple[int, ...] | None:
     """The numbers of denoising steps that the model's card lists as playable, rising.
 
-    The card is the field `playable_steps` of the config; None where a model has no card.
+    The card is the field `sampler.playable_steps` of the config; None where a model has no card.
 
     Raises:
         UserError: the field is not a list of whole numbers 1…1000.
     """
-    if "playable_steps" not in trained.config:
+    kept = trained.config.get("sampler", {})
+    if "playable_steps" not in kept:
         return None
-    found = trained.config["playable_steps"]
+    found = kept["playable_steps"]
     try:
         return check_playable_steps(found)
     except UserError as error:
-        raise UserError(f"{trained.path}: its config.playable_steps {error}") from None
+        raise UserError(f"{trained.path}: its config.sampler.playable_steps {error}") from None
 
 
 def check_playable_steps(found: Any) -> tuple[int, ...]:
@@ -142,8 +144,8 @@ def check_playable_steps(found: Any) -> tuple[int, ...]:
 def _from_file(path: Path) -> Trained:
     params, meta = weights.read(path)
     try:
-        network = DiTConfig(**meta["config"]["model"])
-    except TypeError as error:  # a size too many or too few
+        network = config_group.build(DiTConfig, meta["config"]["model"])
+    except UserError as error:
         raise UserError(f"{path} is of a network unknown here: {error}") from None
     dit.check_params(network, params)
     params = jax.tree.map(lambda x: x.astype("float32"), params)

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from cwm_jax.checkpoints import checksums
+from cwm_jax import config_group
+from cwm_jax.checkpoints import checksums, migration
 from cwm_jax.errors import UserError, tell
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
@@ -302,6 +303,7 @@ def _meta(folder: Path) -> Saved:
         saved = Saved(**meta)
         if not (isinstance(saved.step, int) and isinstance(saved.config, dict)):
             raise ValueError("it does not hold a step and a config")
+        saved = saved._replace(config=migration.migrated(saved.config))
         if not isinstance(saved.seconds, (int, float)):
             raise ValueError(f"its seconds are {saved.seconds!r}")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -336,13 +338,13 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
 def _loaded(folder: Path, item: str) -> Trained:
     saved = _meta(folder)
     try:
-        network = DiTConfig(**saved.config["model"])
+        network = config_group.build(DiTConfig, saved.config["model"])
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), dit.shapes(network)
         )
         params = _read(folder, {item: shapes})[item]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, UserError) as error:
         raise UserError(f"{folder} is not a whole checkpoint: {_first_line(error)}") from None
     return Trained(network, params, saved.config, saved.step, folder)
 

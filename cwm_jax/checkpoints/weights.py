@@ -11,6 +11,7 @@ import jax
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+from cwm_jax.checkpoints import migration
 from cwm_jax.errors import UserError
 from cwm_jax.files import written_whole
 
@@ -44,8 +45,9 @@ def read(path: Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         raise UserError(f"{path} does not tell of which network it is: it was not exported here")
     try:
         meta = json.loads(said)
+        meta["config"] = migration.migrated(meta["config"])
         whole = isinstance(meta["step"], int) and isinstance(meta["config"]["model"], dict)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} tells of its network in a way unknown here: {error!r}") from None
     if not whole:
         raise UserError(f"{path} tells of its network without a step and the model's sizes")

@@ -78,7 +78,7 @@ class Denoiser:
         if outputs.log_variance is None:
             return self.net.pixels(outputs.residual)
         last = earlier_BTHWC[..., :3].astype(jnp.float32)
-        warped = self._warped(outputs, last, displacements_BThw) / self.config.change_scale
+        warped = self._warped(outputs, last, displacements_BThw) / self.config.residual_scale
         velocity = warp.velocity(
             self.net.patches(sample_BTHWC),
             warped,
@@ -91,8 +91,8 @@ class Denoiser:
     def _warped(self, outputs: Outputs, last, displacements_BThw) -> jax.Array:
         """How much the warped last frame differs from it, in patches [B, T, S, P · P · C]."""
         config = self.config
-        if config.motion:
-            how = dict(reach=config.motion, patch=config.patch_size)
+        if config.warp_reach:
+            how = dict(reach=config.warp_reach, patch=config.patch_size)
             return warp.change(last, outputs.filters, sharpness=config.warp_sharpness, **how)
         if displacements_BThw is None:
             displacements_BThw = jnp.argmax(self.logits(outputs), axis=-1)

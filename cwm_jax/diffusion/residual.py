@@ -5,7 +5,7 @@ last frames beside the one that it draws, as in DIAMOND (Alonso et al. 2024,
 https://arxiv.org/abs/2405.12399), and the sample that is noised and drawn is the difference, scaled
 to unit variance as Karras et al. 2022 advise (https://arxiv.org/abs/2206.00364, §5):
 
-    z = (frame − frame before) / change_scale
+    z = (frame − frame before) / residual_scale
 
 So a network that has learned nothing yet draws the last frame again, and noise that it fails to
 remove reaches the picture only on the scale of a change. Without history the sample is the frame,
@@ -40,7 +40,7 @@ def to_sample(config: DiTConfig, frames: jax.Array, earlier: jax.Array | None) -
     """What is to be drawn of frames [..., H, W, 3], given the frames before them."""
     if earlier is None:
         return frames
-    return (frames - earlier[..., :3]) / config.change_scale
+    return (frames - earlier[..., :3]) / config.residual_scale
 
 
 def to_frame(config: DiTConfig, sample: jax.Array, earlier: jax.Array | None) -> jax.Array:
@@ -49,4 +49,4 @@ def to_frame(config: DiTConfig, sample: jax.Array, earlier: jax.Array | None) ->
     """
     if earlier is None:
         return sample
-    return jnp.clip(earlier[..., :3] + config.change_scale * sample, -1, 1)
+    return jnp.clip(earlier[..., :3] + config.residual_scale * sample, -1, 1)

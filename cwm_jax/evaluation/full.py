@@ -14,7 +14,7 @@ import numpy as np
 from cwm_jax.checkpoints.bundle import Bundle
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data import loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import (
     controllability,

@@ -114,7 +114,7 @@ def sharpnesses(network: DiTConfig, wanted: Sequence[float] | None) -> tuple[flo
     Raises:
         UserError: powers that cannot be.
     """
-    if not network.motion:
+    if not network.warp_reach:
         kind = "copies whole pixels" if network.reach else "does not warp the last frame"
         tell(
             f"warp sharpness is left out: it is the power of softmax filters, and this network "
@@ -141,11 +141,12 @@ def writable(path: Path) -> Path:
 def write(file: Path, found: Answer) -> None:
     """Puts the answer into the config that a safetensors file holds; all else stays as it is."""
     params, meta = weights.read(file)
+    steps = {"ddim_steps": found.ddim_steps, "playable_steps": list(found.playable_steps)}
     config = meta["config"]
-    changed = {"ddim_steps": found.ddim_steps, "playable_steps": list(found.playable_steps)}
+    config |= {"sampler": config.get("sampler", {}) | steps}
     if found.sharpness != config["model"].get("warp_sharpness", 1.0):
-        changed["model"] = config["model"] | {"warp_sharpness": found.sharpness}
-    weights.write(file, params, meta | {"config": config | changed})
+        config |= {"model": config["model"] | {"warp_sharpness": found.sharpness}}
+    weights.write(file, params, meta | {"config": config})
 
 
 def _faults(one: Setting, longest: float):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cwm_jax.data import loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.evaluation import controllability, generation, held_out, rollout_quality
 from cwm_jax.evaluation.frame_scores import Scores, score
 from cwm_jax.evaluation.generation import Draw

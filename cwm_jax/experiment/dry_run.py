@@ -35,9 +35,11 @@ class Memory(NamedTuple):
 
 def compile_step(settings: Settings):
     """The compiled training step of a run, from shapes alone; raises what compiling raises."""
-    mesh = sharding.make_mesh(settings.fsdp)
+    mesh = sharding.make_mesh(settings.compute.fsdp)
     clips = sharding.global_batch_size(
-        settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
+        settings.data.batch_size,
+        settings.data.global_batch_size,
+        parts=settings.compute.accumulate_steps,
     )
     fresh = lambda: train_step.init_state(settings.model, settings.optimizer, settings.seed)
     state = sharding.abstract(jax.eval_shape(fresh), mesh)
@@ -46,7 +48,9 @@ def compile_step(settings: Settings):
     batch = {"frames": place((*shape, *FRAME_SHAPE), jnp.uint8), "actions": place(shape, jnp.int32)}
     teacher = None
     if settings.distil_from:
-        make = lambda params: train_step.init_teacher(settings.model, params, settings.ddim_steps)
+        make = lambda params: train_step.init_teacher(
+            settings.model, params, settings.sampler.ddim_steps
+        )
         teacher = sharding.abstract(jax.eval_shape(make, state.params), mesh)
     lowered = train_step.train_step.lower(
         state,
@@ -76,14 +80,15 @@ def what_fits(settings: Settings, limit: int) -> Settings | None:
     Norms computed again cost nearly nothing, then halving the parts; then `layer`, with a third
     more arithmetic, and ever smaller parts.
     """
-    share = settings.global_batch_size // jax.device_count() or settings.batch_size
-    now = settings.accumulate_steps
+    share = settings.data.global_batch_size // jax.device_count() or settings.data.batch_size
+    compute, now = settings.compute, settings.compute.accumulate_steps
     parts = [n for n in range(now, share + 1) if share % n == 0]
     tries = [("gelu_norm", n) for n in parts if n <= 2 * now] + [("layer", n) for n in parts]
-    if settings.remat != "none":
-        tries = tries[tries.index((settings.remat, now)) + 1 :]
+    if compute.remat != "none":
+        tries = tries[tries.index((compute.remat, now)) + 1 :]
     for remat, accumulate in tries:
-        changed = dataclasses.replace(settings, remat=remat, accumulate_steps=accumulate)
+        parts = dataclasses.replace(compute, remat=remat, accumulate_steps=accumulate)
+        changed = dataclasses.replace(settings, compute=parts)
         if memory_of(compile_step(changed)).total <= limit:
             return changed
     return None
@@ -93,11 +98,13 @@ def tell(settings: Settings) -> None:
     """Prints the memory, arithmetic and time of a run, and what to change if it will not fit."""
     devices = jax.device_count()
     clips = sharding.global_batch_size(
-        settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
+        settings.data.batch_size,
+        settings.data.global_batch_size,
+        parts=settings.compute.accumulate_steps,
     )
     network = kernel_choice.measured(
         settings.model,
-        clips=clips // devices // settings.accumulate_steps,
+        clips=clips // devices // settings.compute.accumulate_steps,
         frames=settings.data.clip_len,
     )
     settings = dataclasses.replace(settings, model=network)
@@ -129,7 +136,7 @@ def _tell_time(settings: Settings, asked: float, compiled) -> None:
     )
     # XLA counts a loop's body once. Nearly all of a step is in the loop over its parts.
     counted = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
-    moved = settings.accumulate_steps * counted
+    moved = settings.compute.accumulate_steps * counted
     soonest = asked / rate
     latest = soonest + moved / copying
     print(
@@ -150,15 +157,15 @@ def _tell_time(settings: Settings, asked: float, compiled) -> None:
 
 def _steps(settings: Settings) -> int | None:
     """Updates in the whole run; None where only data that is not here could tell."""
-    clips = sharding.global_batch_size(settings.batch_size, settings.global_batch_size)
+    clips = sharding.global_batch_size(settings.data.batch_size, settings.data.global_batch_size)
     try:
         per_epoch = len(loader.open_clips(settings.data, "train")) // clips
     except UserError as error:
-        if not settings.max_steps:
+        if not settings.schedule.max_steps:
             print(f"the whole run      unknown: {str(error).splitlines()[0]}")
-        return settings.max_steps or None
-    total = per_epoch * settings.epochs
-    return min(total, settings.max_steps or total)
+        return settings.schedule.max_steps or None
+    total = per_epoch * settings.schedule.epochs
+    return min(total, settings.schedule.max_steps or total)
 
 
 def _tell_what_fits(settings: Settings, limit: int) -> None:
@@ -167,6 +174,7 @@ def _tell_what_fits(settings: Settings, limit: int) -> None:
         print("this will not fit  even one clip at a time: choose a smaller model, or more fsdp")
     else:
         print(
-            f"this will not fit  but it does with --config.remat={fitting.remat} "
-            f"--config.accumulate_steps={fitting.accumulate_steps}, which change no result"
+            f"this will not fit  but it does with --config.compute.remat={fitting.compute.remat} "
+            f"--config.compute.accumulate_steps={fitting.compute.accumulate_steps}, which "
+            f"change no result"
         )

@@ -62,12 +62,14 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
 class _Run:
     def __init__(self, settings: Settings, workdir: Path, config: dict):
         self.settings, self.workdir, self.config = settings, workdir, config
-        self.clock = clock.Clock(settings.minutes, settings.decay_share)
+        self.clock = clock.Clock(settings.schedule.minutes, settings.schedule.decay_share)
         self.saved_seconds = 0.0  # of the clock, at the last save
         self._check_alone()
-        self.mesh = sharding.make_mesh(settings.fsdp)
+        self.mesh = sharding.make_mesh(settings.compute.fsdp)
         self.batch_size = sharding.global_batch_size(
-            settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
+            settings.data.batch_size,
+            settings.data.global_batch_size,
+            parts=settings.compute.accumulate_steps,
         )
         self.shared = dict(
             process_index=jax.process_index(),
@@ -81,28 +83,29 @@ class _Run:
             make=self._kind_of_batches(),
             **self.shared,
         )
-        self.validation = self._val_batches(limit=settings.val_batches * self.batch_size)
+        self.validation = self._val_batches(limit=settings.validation.batches * self.batch_size)
         self.whole_validation = self._val_batches(limit=None)
         # Hosts may have copies of their own, of which one may be incomplete.
         val = {"clips": self.whole_validation.num_clips}
         hosts.check_same({"data": {"train": self.batches.get_state(), "val": val}})
-        self.script = self._script() if settings.rollout_every_steps else None
-        self.quick = self._quick() if settings.eval_every_steps else None
-        total = settings.epochs * self.batches.per_epoch
-        self.total_steps = min(total, settings.max_steps or total)
-        if settings.decay_steps and self.total_steps < settings.max_steps:
+        self.script = self._script() if settings.rollouts.every_steps else None
+        self.quick = self._quick() if settings.evaluation.every_steps else None
+        plan = settings.schedule
+        total = plan.epochs * self.batches.per_epoch
+        self.total_steps = min(total, plan.max_steps or total)
+        if settings.optimizer.decay_steps and self.total_steps < plan.max_steps:
             raise UserError(
-                f"config.epochs={settings.epochs} end after {total} updates, before "
-                f"config.max_steps={settings.max_steps} to which config.decay_steps brings the "
-                f"learning rate down: raise epochs or lower max_steps"
+                f"config.schedule.epochs={plan.epochs} end after {total} updates, before "
+                f"config.schedule.max_steps={plan.max_steps} to which config.optimizer.decay_steps "
+                f"brings the learning rate down: raise epochs or lower max_steps"
             )
 
     def _check_alone(self) -> None:
         """Of several processes, each has a clock and a memory of its own."""
         settings = self.settings
         for name, value in (
-            ("minutes", settings.minutes),
-            ("ckpt_every_minutes", settings.ckpt_every_minutes),
+            ("schedule.minutes", settings.schedule.minutes),
+            ("checkpoints.every_minutes", settings.checkpoints.every_minutes),
             ("data.on_device", settings.data.on_device),
         ):
             if value and jax.process_count() > 1:
@@ -124,25 +127,25 @@ class _Run:
     def _script(self) -> rollouts.Script:
         """The same clips each time, so that rollouts show the progress."""
         settings = self.settings
-        with _setting_named("rollout_frames", settings.rollout_frames):
+        with _setting_named("rollouts.frames", settings.rollouts.frames):
             return rollouts.write_script(
                 settings.data,
                 "val",
-                count=settings.n_rollout_samples,
-                frames=settings.rollout_frames,
-                n_prompt=settings.n_prompt,
+                count=settings.rollouts.count,
+                frames=settings.rollouts.frames,
+                n_prompt=settings.rollouts.n_prompt,
                 num_actions=settings.model.action_values,
                 seed=settings.seed,
             )
 
     def _quick(self) -> quick.Quick:
         settings = self.settings
-        with _setting_named("eval_frames", settings.eval_frames):
+        with _setting_named("evaluation.frames", settings.evaluation.frames):
             return quick.prepare(
                 settings.data,
                 "val",
-                clips=settings.eval_clips,
-                frames=settings.eval_frames,
+                clips=settings.evaluation.clips,
+                frames=settings.evaluation.frames,
                 num_actions=settings.model.action_values,
                 seed=settings.seed,
                 lpips=None if jax.process_index() else lpips_weights.available(),
@@ -154,11 +157,11 @@ class _Run:
         # With the kernels of this device; what is saved with checkpoints is the config as it is.
         self.network = kernel_choice.measured(
             settings.model,
-            clips=self.batch_size // jax.device_count() // settings.accumulate_steps,
+            clips=self.batch_size // jax.device_count() // settings.compute.accumulate_steps,
             frames=settings.data.clip_len,
         )
         setup = dataclasses.replace(settings.setup(self.mesh), network=self.network)
-        updates = stages.Stages(settings.noises, setup, self._teacher())
+        updates = stages.Stages(settings.stages, setup, self._teacher())
         with (
             contextlib.closing(updates),
             preemption.Stop() as stop,
@@ -177,7 +180,7 @@ class _Run:
                         self._share(step), state, batch, key, **self._rate()
                     )
                     metrics |= self._keep_time(step)
-                    told = step % settings.log_every_steps == 0 or step == self.total_steps
+                    told = step % settings.logging.every_steps == 0 or step == self.total_steps
                     late.after(step, metrics, told=told)
                     self.checkpoints.settle(wait=False)
                     if self._is_pause(step):
@@ -192,24 +195,24 @@ class _Run:
 
     def _share(self, step: int) -> float:
         """Of the run that is done before this step."""
-        return self.clock.share if self.settings.minutes else (step - 1) / self.total_steps
+        return self.clock.share if self.settings.schedule.minutes else (step - 1) / self.total_steps
 
     def _rate(self) -> dict[str, np.float32]:
         """What multiplies the learning rate of a run that has minutes."""
-        return {"rate": np.float32(self.clock.rate)} if self.settings.minutes else {}
+        return {"rate": np.float32(self.clock.rate)} if self.settings.schedule.minutes else {}
 
     def _keep_time(self, step: int) -> dict[str, float]:
         """Makes a step the last one if the minutes are over; returns what to log of them."""
-        minutes = self.settings.minutes
+        minutes = self.settings.schedule.minutes
         if not minutes:
             return {}
         seconds = self.clock.seconds
         if self.clock.is_over:
             if step == 1:
                 raise UserError(
-                    f"config.minutes={minutes:g}: they were over after one update, which was there "
-                    f"{seconds:.0f} s after the start, compilation included; nothing was saved. "
-                    f"Set it higher."
+                    f"config.schedule.minutes={minutes:g}: they were over after one update, which "
+                    f"was there {seconds:.0f} s after the start, compilation included; nothing was "
+                    f"saved. Set it higher."
                 )
             self.total_steps = step
         return {"train/minutes": seconds / 60}
@@ -217,7 +220,9 @@ class _Run:
     def _checkpoints(self) -> run_checkpoint.Checkpoints:
         settings = self.settings
         retention = run_checkpoint.Retention(
-            settings.keep_checkpoints, settings.keep_every_steps, settings.keep_best
+            settings.checkpoints.keep,
+            settings.checkpoints.keep_every_steps,
+            settings.checkpoints.keep_best,
         )
         return run_checkpoint.Checkpoints(self.workdir, retention=retention)
 
@@ -255,7 +260,7 @@ class _Run:
 
     def _place(self, step: int) -> str:
         """A step of the run, for messages."""
-        minutes = self.settings.minutes
+        minutes = self.settings.schedule.minutes
         if not minutes:
             return f"{step} of {self.total_steps}"
         return f"{step} ({min(self.clock.seconds / 60, minutes):.1f} of {minutes:g} minutes)"
@@ -275,7 +280,7 @@ class _Run:
         params = self._params_of("distil_from", path)
         tell(f"learning to draw as {path} does in twice as many steps", file=sys.stdout)
         make = functools.partial(
-            train_step.init_teacher, self.settings.model, steps=self.settings.ddim_steps
+            train_step.init_teacher, self.settings.model, steps=self.settings.sampler.ddim_steps
         )
         shapes = jax.eval_shape(make, params)
         return jax.jit(make, out_shardings=sharding.placement(shapes, self.mesh))(params)
@@ -300,7 +305,7 @@ class _Run:
             lambda step: self.batches.origins(step - 1 + ahead),
             frames_per_step=self.batch_size * self.settings.data.clip_len,
             skipped=int(state.skipped),
-            max_skipped=self.settings.max_skipped_updates,
+            max_skipped=self.settings.optimizer.max_skipped_updates,
             kernels={
                 "attention": self.network.attention_kernel,
                 "norm": self.network.norm_kernel,
@@ -310,8 +315,8 @@ class _Run:
     def _reporter(self, first: int) -> reporters.Reporter:
         return reporters.open_reporter(
             self.workdir,
-            total_steps=None if self.settings.minutes else self.total_steps,
-            wandb=self.settings.wandb,
+            total_steps=None if self.settings.schedule.minutes else self.total_steps,
+            wandb=self.settings.logging.wandb,
             run_config=self.config,
             resume_step=first or None,
             enabled=jax.process_index() == 0,
@@ -324,16 +329,16 @@ class _Run:
         """Whether something other than training happens after this step."""
         settings = self.settings
         cadences = (
-            settings.val_every_steps,
-            settings.eval_every_steps,
-            settings.rollout_every_steps,
+            settings.validation.every_steps,
+            settings.evaluation.every_steps,
+            settings.rollouts.every_steps,
         )
         return any(_is_due(step, every) for every in cadences) or self._saves(step)
 
     def _saves(self, step: int) -> bool:
-        minutes = self.settings.ckpt_every_minutes
+        minutes = self.settings.checkpoints.every_minutes
         return (
-            _is_due(step, self.settings.ckpt_every_steps)
+            _is_due(step, self.settings.checkpoints.every_steps)
             or bool(minutes and self.clock.seconds - self.saved_seconds >= 60 * minutes)
             or self._ends_epoch(step)
             or step == self.total_steps
@@ -353,12 +358,12 @@ class _Run:
         settings = self.settings
         weights = train_step.weights_to_sample(state)
         val_loss = None
-        if _is_due(step, settings.val_every_steps):
+        if _is_due(step, settings.validation.every_steps):
             batches = stop.until(self.validation)
             val_loss = _attempt("validate", lambda: self._validate(step, weights, batches))
-        scores = _is_due(step, settings.eval_every_steps)
-        films = _is_due(step, settings.rollout_every_steps)
-        films |= bool(settings.rollout_every_steps) and step == self.total_steps
+        scores = _is_due(step, settings.evaluation.every_steps)
+        films = _is_due(step, settings.rollouts.every_steps)
+        films |= bool(settings.rollouts.every_steps) and step == self.total_steps
         if scores or films:
             self._roll_out(step, weights, scores=scores, films=films)
         if self._ends_epoch(step):
@@ -428,7 +433,7 @@ class _Run:
                 plots.curves(series, self.workdir / "curves.png")
 
     def _sampler(self, weights) -> Sampler:
-        return Sampler(self.settings.model, sharding.local(weights), self.settings.sampler)
+        return Sampler(self.settings.model, sharding.local(weights), self.settings.rollout_sampler)
 
     def _evaluate(self, step: int, sampler: Sampler) -> None:
         """The quick form of the evaluation."""
@@ -442,7 +447,7 @@ class _Run:
         frames = rollouts.write(sampler, self.script, mp4, key=key)
         png = mp4.with_suffix(".png")
         video.write_png(
-            png, contact_sheet.grid(self.script.real, frames, n_prompt=settings.n_prompt)
+            png, contact_sheet.grid(self.script.real, frames, n_prompt=settings.rollouts.n_prompt)
         )
         self.reporter.video(step, "rollout/video", mp4)
         self.reporter.image(step, "rollout/grid", png)

@@ -80,8 +80,9 @@ class Progress:
             told += f"; the step was computed with {used}"
         if self._skipped > self._max_skipped:
             raise UserError(
-                f"{told}\nStopped, as config.max_skipped_updates={self._max_skipped}. The last "
-                f"checkpoint is sound. A lower config.lr may help, or allow some such updates."
+                f"{told}\nStopped, as config.optimizer.max_skipped_updates={self._max_skipped}. "
+                f"The last checkpoint is sound. A lower config.optimizer.lr may help, or allow "
+                f"some such updates."
                 f"{self._other_kernels()}"
             )
         count = f"{self._skipped} of at most {self._max_skipped}"

@@ -1,4 +1,4 @@
-"""The stages of a run: updates whose noise settings change at given shares of the run."""
+"""The stages of a run: updates whose settings change at given shares of the run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 
 from cwm_jax.training import train_step
-from cwm_jax.training.examples import NoiseConfig, Teacher
+from cwm_jax.training.config import ExampleConfig
+from cwm_jax.training.examples import Teacher
 from cwm_jax.training.train_step import TrainSetup, TrainState
 
 
@@ -15,7 +16,7 @@ class Stages:
     """Calls `train_step.train_step`; a thread compiles the next stage's during the present one.
 
     Args:
-        noises: of each stage the share of the run with which it begins, and its settings. The
+        stages: of each the share of the run with which it begins, and its settings. The
             first begins at 0.
         setup: of the first stage.
         teacher: see `train_step.train_step`.
@@ -23,12 +24,12 @@ class Stages:
 
     def __init__(
         self,
-        noises: Sequence[tuple[float, NoiseConfig]],
+        stages: Sequence[tuple[float, ExampleConfig]],
         setup: TrainSetup,
         teacher: Teacher | None = None,
     ):
-        self._begins, changed = zip(*noises, strict=True)
-        self._setups = [dataclasses.replace(setup, noise=noise) for noise in changed]
+        self._begins, changed = zip(*stages, strict=True)
+        self._setups = [dataclasses.replace(setup, examples=examples) for examples in changed]
         self._teacher = teacher
         self._number, self._update = -1, None
         self._next: Future | None = None

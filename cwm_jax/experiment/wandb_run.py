@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cwm_jax.errors import UserError, tell
+from cwm_jax.config_group import ConfigGroup, setting
+from cwm_jax.errors import tell
 from cwm_jax.files import written_whole
 
 MODES = ("auto", "online", "offline", "disabled")
@@ -16,25 +17,20 @@ _INIT_SECONDS = 30  # how long an unreachable server may hold up the start of tr
 _FINISH_SECONDS = 120  # … and its end; what is not sent by then stays on disk for `wandb sync`
 
 
-@dataclasses.dataclass(frozen=True)
-class WandbConfig:
-    """Where a run is shown.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WandbConfig(ConfigGroup):
+    """Weights & Biases; `config.logging.wandb`."""
 
-    Fields:
-        project: the W&B project; empty for that of W&B's own settings, else `PROJECT`.
-        entity: the user or team; None for the default of the account.
-        mode: "online", "offline" (kept in the workdir, to `wandb sync` later), "disabled", or
-            "auto": what W&B's own settings say (WANDB_MODE, `wandb offline`, `wandb disabled`);
-            where they say nothing, online if W&B finds credentials, else disabled.
-    """
+    PATH = "config.logging.wandb"
 
-    project: str = ""
-    entity: str | None = None
-    mode: str = "auto"
-
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise UserError(f"wandb.mode is {self.mode!r}; use one of {', '.join(MODES)}")
+    project: str = setting("", f"empty: that of W&B's own settings, else `{PROJECT}`")
+    entity: str = setting("", "user or team; empty: the default of the account")
+    mode: str = setting(
+        "auto",
+        "`offline` keeps the run in the workdir, for `wandb sync`; `auto`: what W&B's own settings "
+        "say, else online where W&B finds credentials",
+        choices=MODES,
+    )
 
 
 class WandbRun:

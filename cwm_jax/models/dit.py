@@ -169,13 +169,13 @@ class DiT(nnx.Module):
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
         self.final_modulation = zeros_linear(config, size, 2 * size, rngs=rngs)
         self.patch_out = zeros_linear(config, size, pixels, rngs=rngs)
-        if config.motion:
+        if config.warp_reach:
             self.motion_out = zeros_linear(config, size, 2 * config.taps, rngs=rngs)
         if config.reach:
             per_token = (config.patch_size // config.displacement_patch) ** 2
             logits = per_token * config.reach.count
             self.displacement_out = zeros_linear(config, size, logits, rngs=rngs)
-        if config.motion or config.reach:
+        if config.warp_reach or config.reach:
             self.doubt_out = zeros_linear(config, size, 1, rngs=rngs)
 
     def modulations(self, t_BT: jax.Array, action_BT: jax.Array) -> Modulations:
@@ -211,8 +211,8 @@ class DiT(nnx.Module):
         exact = lambda layer: layer(modulated).astype(jnp.float32)
         return Outputs(
             residual=exact(self.patch_out),
-            log_variance=exact(self.doubt_out) if config.motion or config.reach else None,
-            filters=exact(self.motion_out) if config.motion else None,
+            log_variance=exact(self.doubt_out) if config.warp_reach or config.reach else None,
+            filters=exact(self.motion_out) if config.warp_reach else None,
             displacements=exact(self.displacement_out) if config.reach else None,
         )
 

@@ -34,8 +34,8 @@ def frame(config: DiTConfig, *, in_view: float) -> Flops:
     size, halves, tokens = config.hidden_size, 2 * config.depth, config.tokens
     patch = config.patch_size
     pixels, taps = 3 * patch**2, config.taps
-    filtered = 2 * taps * 3 * patch * (patch + config.motion)  # down, then across
-    moved = config.motion and size * (2 * taps + 1) + filtered
+    filtered = 2 * taps * 3 * patch * (patch + config.warp_reach)  # down, then across
+    moved = config.warp_reach and size * (2 * taps + 1) + filtered
     return Flops(
         linears=2 * (3 + 1 + 2 * MLP_RATIO) * size**2 * halves * tokens,
         attention=4 * size * (tokens + in_view) * config.depth * tokens,

@@ -27,8 +27,8 @@ def make_mesh(fsdp: int = 1) -> Mesh:
     devices = jax.device_count()
     if devices % fsdp:
         raise UserError(
-            f"config.fsdp={fsdp} does not divide the {devices} devices that are here: use one of "
-            f"{[n for n in range(1, devices + 1) if devices % n == 0]}"
+            f"config.compute.fsdp={fsdp} does not divide the {devices} devices that are here: use "
+            f"one of {[n for n in range(1, devices + 1) if devices % n == 0]}"
         )
     # Neighbours lie on one host, where the traffic of `fsdp`, which is the heavier, is fast.
     return jax.make_mesh((devices // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
@@ -44,14 +44,14 @@ def global_batch_size(per_device: int, total: int, *, parts: int = 1) -> int:
     devices = jax.device_count()
     if total and total % devices:
         raise UserError(
-            f"config.global_batch_size={total} cannot be shared out over {devices} devices: "
-            f"use a multiple of {devices}, or config.batch_size (clips per device)"
+            f"config.data.global_batch_size={total} cannot be shared out over {devices} devices: "
+            f"use a multiple of {devices}, or config.data.batch_size (clips per device)"
         )
     share = total // devices if total else per_device
     if share % parts:
         raise UserError(
-            f"config.accumulate_steps={parts} does not divide the {share} clips of a device: "
-            f"use a divisor of {share}"
+            f"config.compute.accumulate_steps={parts} does not divide the {share} clips of a "
+            f"device: use a divisor of {share}"
         )
     return share * devices
 

@@ -15,7 +15,7 @@ from cwm_jax import controls
 from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
 from cwm_jax.data import loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, tell
 from cwm_jax.rendering import contact_sheet, video
 from cwm_jax.sampling.sampler import Sampler

@@ -31,6 +31,7 @@ from cwm_jax.checkpoints import bundle, checksums, formats, run_checkpoint, weig
 from cwm_jax.checkpoints.run_checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
 from cwm_jax.data import loader
+from cwm_jax.data.config import DataConfig
 from cwm_jax.diffusion import schedule
 from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.errors import UserError, shown_to_user
@@ -202,7 +203,7 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
 
 def _example(network: DiTConfig, params: Params, config: SamplerConfig, dir: str) -> dict:
     """A real frame, real actions, and what the model draws after them with the key of seed 0."""
-    shape = loader.DataConfig(dir=dir)
+    shape = DataConfig(dir=dir)
     episodes = loader.open_episodes(shape, "val", num_actions=network.action_values)
     (number,) = loader.pick_episodes(episodes, count=1, length=_EXAMPLE_FRAMES + 1)
     clip = loader.load_clips(episodes, [number], length=_EXAMPLE_FRAMES + 1)
@@ -258,7 +259,8 @@ def _with_card(trained: Trained, playable_steps: str | None) -> Trained:
     """
     if playable_steps is not None:
         steps = _card_of(playable_steps)
-        trained = trained._replace(config=trained.config | {"playable_steps": steps})
+        sampling = trained.config.get("sampler", {}) | {"playable_steps": steps}
+        trained = trained._replace(config=trained.config | {"sampler": sampling})
     formats.playable_steps(trained)
     return trained
 

@@ -14,9 +14,10 @@ from cwm_jax.diffusion import displacement, schedule
 from cwm_jax.diffusion.denoiser import alpha_bar, bind
 from cwm_jax.models.config import DiTConfig, Reach
 from cwm_jax.training import distillation, self_generated
-from cwm_jax.training.examples import Example, NoiseConfig, Teacher
+from cwm_jax.training.config import ExampleConfig
+from cwm_jax.training.examples import Example, Teacher
 
-_PLAIN = NoiseConfig()
+_PLAIN = ExampleConfig()
 
 
 def clip_loss(
@@ -25,7 +26,7 @@ def clip_loss(
     *,
     network: DiTConfig,
     remat="none",
-    noise: NoiseConfig = _PLAIN,
+    config: ExampleConfig = _PLAIN,
     teacher: Teacher | None = None,
 ):
     """Diffusion loss of clips, float32 [].
@@ -39,20 +40,20 @@ def clip_loss(
     denoiser, frames = bind(network, params), to_model(jnp.asarray(example.frames_BTHWC))
     seen, t_BT, actions_BT = frames, example.t_BT, example.actions_BT
     if example.context is not None:
-        given = frames, actions_BT, t_BT, example.context, noise
+        given = frames, actions_BT, t_BT, example.context, config.context
         seen, t_BT = self_generated.shown(params, network, *given)
     earlier, errors = denoiser.earlier(seen), None
     if network.reach:
         errors = displacement.errors(earlier[..., :3], frames, network.reach)
-        if example.context is not None and noise.persist_above:
-            which = self_generated.places(len(frames), noise.own_share)
+        if example.context is not None and config.context.persist_above:
+            which = self_generated.places(len(frames), config.context.share)
             free = ~_middle(errors.shape[2])
-            part = frames[which], earlier[which], errors[which], free, noise.persist_above
+            part = frames[which], earlier[which], errors[which], free, config.context.persist_above
             targets, found = self_generated.persistent(denoiser, *part)
             frames, errors = frames.at[which].set(targets), errors.at[which].set(found)
     sample = schedule.noised(denoiser.to_sample(frames, earlier), t_BT, example.noise_BTHWC)
     outputs = denoiser.net(sample.x, t_BT, actions_BT, earlier, remat=remat)
-    counted, middle, chosen, added = denoiser.counted, noise.middle_weight, None, 0.0
+    counted, middle, chosen, added = denoiser.counted, config.loss.middle_weight, None, 0.0
     if errors is not None:
         logits = denoiser.logits(outputs)
         # Noise of the first frame, which does not count: the same whatever device has the clip.
@@ -60,7 +61,7 @@ def clip_loss(
         chosen = _chosen(logits, errors, is_best, network.reach)
         entropy = _cross_entropy(logits, errors, network.reach)[:, counted]
         weights = _weights(errors.shape[2], middle)[..., 0]
-        added = noise.displacement_weight * (weights * entropy).mean()
+        added = config.loss.displacement_weight * (weights * entropy).mean()
     predicted = denoiser.velocity(outputs, sample.x, alpha_bar(t_BT), earlier, chosen)
     wanted = sample.velocity
     if teacher is not None:

@@ -22,6 +22,7 @@ from cwm_jax.diffusion.denoiser import Denoiser, bind
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.sampling import kv_cache, sampler
+from cwm_jax.training.config import ContextConfig
 
 _TOP = schedule.NUM_LEVELS - 1
 
@@ -56,7 +57,13 @@ def places(count: int, share: float) -> np.ndarray:
 
 
 def shown(
-    params: Params, network: DiTConfig, frames, actions_BT, t_BT, context: Context, noise
+    params: Params,
+    network: DiTConfig,
+    frames,
+    actions_BT,
+    t_BT,
+    context: Context,
+    config: ContextConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """The frames with self-generated ones in the clips of `context`, and noise levels to learn.
 
@@ -64,17 +71,16 @@ def shown(
 
     Args:
         frames: float32 [B, T, H, W, 3] in [-1, 1].
-        noise: a `NoiseConfig`.
     """
     frames, t_BT = jnp.asarray(frames), jnp.asarray(t_BT)
-    which = places(len(frames), noise.own_share)
+    which = places(len(frames), config.share)
     part = jax.tree.map(lambda x: x[which], context)
     given = frames[which], actions_BT[which]
     fixed = jax.lax.stop_gradient(params)
-    if noise.own_steps:
-        generated = rollout(fixed, network, *given, part, steps=noise.own_steps)
+    if config.steps:
+        generated = rollout(fixed, network, *given, part, steps=config.steps)
     else:
-        generated = passes(bind(network, fixed), *given, part, renoised=noise.own_renoised)
+        generated = passes(bind(network, fixed), *given, part, renoised=config.renoised)
     is_own = part.clips_B[:, None, None, None, None]
     seen = frames.at[which].set(jnp.where(is_own, generated, frames[which]))
     is_top = (part.clips_B & part.top_B)[:, None]
@@ -90,7 +96,7 @@ def passes(
     once (Duckworth et al. 2019, https://arxiv.org/abs/1906.04331). A pass generates each frame in
     one step after the last pass's frames (at first the real ones), so errors add up as in a
     rollout of as many frames as there are passes. It starts at any noise level, so that the errors
-    of all of a sampler's steps are met. Where all levels are the highest (`own_top_share`), the
+    of all of a sampler's steps are met. Where all levels are the highest (`context.top_share`), the
     real frame cannot be read off the noisy one, as in a rollout with one step.
     """
 

@@ -14,62 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from cwm_jax.errors import UserError
+from cwm_jax.config_group import group
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.runtime import sharding
 from cwm_jax.training import examples, objective
-from cwm_jax.training.examples import Example, NoiseConfig, Teacher
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """How parameters are updated."""
-
-    lr: float
-    weight_decay: float  # on every parameter
-    warmup_steps: int
-    grad_clip: float  # by global norm
-    ema_decay: float  # 0: no moving average is kept
-    max_steps: int = 0  # 0: not known
-    decay_steps: int = 0  # the last so many of `max_steps`, or all, bring the rate down to 0
-
-    def __post_init__(self):
-        for name, low, high in (
-            ("lr", 0, 1),
-            ("weight_decay", 0, 1),
-            ("warmup_steps", 0, 10**9),
-            ("grad_clip", 1e-12, 1e12),
-            ("ema_decay", 0, 0.999999),
-            ("decay_steps", 0, 10**9),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"config.{name}={getattr(self, name)}: must be {low}…{high}")
-        if self.decay_steps and not self.max_steps:
-            raise UserError(
-                f"config.decay_steps={self.decay_steps} needs config.max_steps, the updates of the "
-                f"whole run, of which these are the last"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepConfig:
-    """How an update is computed: this changes memory and speed, not the result."""
-
-    remat: str = "none"  # what the backward pass computes again, see `dit.DiT.clip`
-    accumulate_steps: int = 1  # parts in which a device goes through its clips, one by one
-
-    def __post_init__(self):
-        if self.remat not in dit.REMAT:
-            raise UserError(
-                f"config.remat must be one of {', '.join(dit.REMAT)}, not {self.remat!r}"
-            )
-        if self.accumulate_steps < 1:
-            raise UserError(f"config.accumulate_steps={self.accumulate_steps}: must be 1 or more")
-
-
-_PLAIN = NoiseConfig()
+from cwm_jax.training.config import ComputeConfig, ExampleConfig, OptimizerConfig
+from cwm_jax.training.examples import Example, Teacher
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +30,9 @@ class TrainSetup:
 
     network: DiTConfig
     optim: OptimizerConfig
-    step: StepConfig = StepConfig()
-    noise: NoiseConfig = _PLAIN
+    compute: ComputeConfig = group(ComputeConfig)
+    examples: ExampleConfig = group(ExampleConfig)
+    max_steps: int = 0  # updates of the whole run, of which `optim.decay_steps` are the last
     mesh: Mesh | None = None  # where state and batch lie, as `sharding` places them; None: 1 device
 
 
@@ -94,7 +47,7 @@ class TrainState(NamedTuple):
     skipped: jax.Array  # int32 [], updates passed over so far, as `update` says
 
 
-def learning_rate(config: OptimizerConfig):
+def learning_rate(config: OptimizerConfig, max_steps: int = 0):
     """lr · (1/W + (1 − 1/W) · min(k/W, 1)) for update k = 0, 1, …; constant where W is 0.
 
     The last `decay_steps` of `max_steps` updates multiply it by what is left of them: warm-up,
@@ -109,16 +62,16 @@ def learning_rate(config: OptimizerConfig):
         )
     if not config.decay_steps:
         return warmed
-    last = min(config.decay_steps, config.max_steps)
-    left = lambda count: jnp.clip((config.max_steps - count) / last, 0, 1)
+    last = min(config.decay_steps, max_steps)
+    left = lambda count: jnp.clip((max_steps - count) / last, 0, 1)
     return lambda count: warmed(count) * left(count)
 
 
-def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def optimizer(config: OptimizerConfig, max_steps: int = 0) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW (0.9, 0.999, 1e-8) with warm-up."""
     return optax.chain(
         optax.stateless(lambda grads, _: _clip(grads, config.grad_clip)),
-        optax.adamw(learning_rate(config), weight_decay=config.weight_decay),
+        optax.adamw(learning_rate(config, max_steps), weight_decay=config.weight_decay),
     )
 
 
@@ -169,11 +122,11 @@ def _value_and_grad(params, teacher, example: Example, *, setup: TrainSetup):
     loss = functools.partial(
         objective.clip_loss,
         network=setup.network,
-        remat=setup.step.remat,
-        noise=setup.noise,
+        remat=setup.compute.remat,
+        config=setup.examples,
         teacher=teacher,
     )
-    parts = setup.step.accumulate_steps
+    parts = setup.compute.accumulate_steps
     if parts == 1:
         return jax.value_and_grad(loss)(params, example)
 
@@ -213,8 +166,10 @@ def update(
     """
     optim = setup.optim
     loss, grads = gradients(state.params, example, setup, teacher)
-    updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
-    lr = learning_rate(optim)(state.step - state.skipped)
+    updates, opt_state = optimizer(optim, setup.max_steps).update(
+        grads, state.opt_state, state.params
+    )
+    lr = learning_rate(optim, setup.max_steps)(state.step - state.skipped)
     if rate is not None:
         lr, updates = lr * rate, jax.tree.map(lambda x: x * rate, updates)
     params = optax.apply_updates(state.params, updates)
@@ -268,7 +223,7 @@ def train_step(
         rate: float32 [], multiplies the learning rate of `setup.optim`; None: 1.
     """
     # Made as one array over all devices, so that no clip's noise depends on where it lies.
-    example = examples.make(jax.random.fold_in(key, state.step), batch, setup.noise, teacher)
+    example = examples.make(jax.random.fold_in(key, state.step), batch, setup.examples, teacher)
     following, metrics = update(state, example, setup, teacher, rate)
     if setup.mesh is not None:
         placement = sharding.placement(following, setup.mesh)

@@ -13,6 +13,7 @@ import sample
 from configs import pocket as config
 from cwm_jax.checkpoints import formats, pretrained, weights
 from cwm_jax.data import loader
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import image_metrics
 from cwm_jax.models import dit
@@ -49,7 +50,7 @@ def test_its_card_is_of_this_very_model(trained):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_it_does_better_than_the_last_frame(trained, steps):
     """On embedded clips of levels that it was not trained on, four frames on from four given."""
-    embedded = loader.DataConfig(dir="assets/coinrun")
+    embedded = DataConfig(dir="assets/coinrun")
     episodes = loader.open_episodes(embedded, "test", num_actions=15)
     picked = loader.pick_episodes(episodes, count=6, length=24)
     clips = loader.load_clips(episodes, picked, length=24)

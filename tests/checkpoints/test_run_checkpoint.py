@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_network import TINY
 
-from cwm_jax.checkpoints import checksums, run_checkpoint
+from cwm_jax.checkpoints import checksums, migration, run_checkpoint
 from cwm_jax.checkpoints.run_checkpoint import Checkpoints, Retention
 from cwm_jax.errors import UserError
 from cwm_jax.training import train_step
@@ -40,7 +40,7 @@ def run(tmp_path):
 def test_state_and_position_come_back_exactly(run):
     with Checkpoints(run, retention=Retention(2)) as saved:
         assert saved.latest() == 11
-        assert saved.newest() == (11, "place 11", CONFIG, False, 5.5)
+        assert saved.newest() == (11, "place 11", migration.migrated(CONFIG), False, 5.5)
         state = saved.restore(jax.eval_shape(lambda: state_at(0)))
     same = jax.tree.map(
         lambda a, b: a.dtype == b.dtype and bool((a == b).all()), state, state_at(11)
@@ -59,7 +59,7 @@ def test_loading_needs_the_folder_alone(run):
         trained = run_checkpoint.load(path)
         assert trained.network == TINY
         assert trained.step == 11
-        assert trained.config == CONFIG
+        assert trained.config == migration.migrated(CONFIG)
         assert all((trained.params[k] == v).all() for k, v in state_at(11).ema.items())
     assert run_checkpoint.load(run, step=7).step == 7
 

@@ -19,7 +19,8 @@ from cwm_jax.runtime import sharding
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
 from cwm_jax.training import examples, objective, self_generated, train_step
-from cwm_jax.training.examples import Example, NoiseConfig
+from cwm_jax.training.config import ExampleConfig
+from cwm_jax.training.examples import Example
 
 KEY = jax.random.key(3)
 OPTIM = train_step.OptimizerConfig(
@@ -54,14 +55,14 @@ def test_a_change_undone_is_the_frame(known):
     sample = residual.to_sample(config, frames, earlier)
     assert (sample[:, 0] == 0).all()
     np.testing.assert_allclose(
-        sample[:, 3], (frames[:, 3] - frames[:, 2]) / config.change_scale, atol=1e-6
+        sample[:, 3], (frames[:, 3] - frames[:, 2]) / config.residual_scale, atol=1e-6
     )
     np.testing.assert_allclose(residual.to_frame(config, sample, earlier), frames, atol=1e-6)
     assert np.abs(residual.to_frame(config, 100 * sample, earlier)).max() == 1
 
 
 def test_a_network_that_has_learned_nothing_draws_the_last_frame(known):
-    config = dataclasses.replace(known[0], motion=0)  # with motion, blurred a little
+    config = dataclasses.replace(known[0], warp_reach=0)  # a warp blurs a little
     prompt, actions = clip_of(frames=3)
     drawer = Sampler(config, dit.init(config, 0), SamplerConfig(levels=(999,)))
     _, drawn = drawer.rollout(drawer.start(prompt, actions), [[7, 7], [1, 1]], KEY)
@@ -127,7 +128,10 @@ def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
     own = context_of(frames, passes=2)
     example = Example(frames, actions, t, noise, own)
     loss = lambda share: objective.clip_loss(
-        params, example, network=config, noise=NoiseConfig(own_share=share, own_passes=2)
+        params,
+        example,
+        network=config,
+        config=ExampleConfig().changed({"context.share": share, "context.rounds": 2}),
     )
     real = shown = to_model(frames)
     net = denoiser.bind(config, params)
@@ -149,7 +153,7 @@ def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
 
 
 def context_of(frames, passes=1):
-    noise = NoiseConfig(own_share=1.0, own_passes=passes)
+    noise = ExampleConfig().changed({"context.share": 1.0, "context.rounds": passes})
     batch = {"frames": frames, "actions": np.zeros(frames.shape[:2], np.int32)}
     return examples.make(jax.random.key(4), batch, noise).context
 
@@ -169,8 +173,11 @@ def test_no_gradient_goes_through_what_was_drawn(known):
         off = denoiser.bind(config, params)(sample.x, t, actions, shown) - sample.velocity
         return jnp.square(off[:, 1:]).mean()
 
-    example, of_noise = Example(frames, actions, t, noise, own), NoiseConfig(own_share=1.0)
-    whole = lambda p: objective.clip_loss(p, example, network=config, noise=of_noise)
+    example, of_noise = (
+        Example(frames, actions, t, noise, own),
+        ExampleConfig().changed({"context.share": 1.0}),
+    )
+    whole = lambda p: objective.clip_loss(p, example, network=config, config=of_noise)
     for one, other in zip(
         jax.tree.leaves(jax.grad(whole)(params)),
         jax.tree.leaves(jax.grad(given)(params)),
@@ -190,11 +197,11 @@ def test_no_gradient_goes_through_what_was_drawn(known):
 def test_own_drawings_do_not_depend_on_how_a_step_is_computed(known, share, how):
     config, params = known
     frames, actions = clip_of(clips=4, frames=3)
-    noise = NoiseConfig(own_share=share, own_passes=2)
+    noise = ExampleConfig().changed({"context.share": share, "context.rounds": 2})
     example = examples.make(KEY, {"frames": frames, "actions": actions}, noise)
-    setup = train_step.TrainSetup(network=config, optim=OPTIM, noise=noise)
+    setup = train_step.TrainSetup(network=config, optim=OPTIM, examples=noise)
     loss, plain = train_step.gradients(params, example, setup)
-    other_setup = dataclasses.replace(setup, step=train_step.StepConfig(**how))
+    other_setup = dataclasses.replace(setup, compute=train_step.ComputeConfig(**how))
     other_loss, other = train_step.gradients(params, example, other_setup)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     for name, gradient in plain.items():
@@ -238,14 +245,14 @@ def test_the_original_cannot_hold_such_a_network(known):
 def test_a_network_with_history_learns(known):
     """On a film of stripes that move two pixels a frame, it does better than the last frame."""
     config, _ = known
-    noise = NoiseConfig(top_share=0.5, own_share=0.5)
+    noise = ExampleConfig().changed({"noise_levels.top_share": 0.5, "context.share": 0.5})
     columns = np.arange(64) + 2 * np.arange(5)[:, None, None]
     film = np.where(columns // 8 % 2, 220, 30).astype(np.uint8) * np.ones((5, 64, 1), np.uint8)
     frames = np.repeat(film[None, ..., None], 3, axis=-1).repeat(2, axis=0)
     batch = {"frames": frames, "actions": np.array([[-1, 7, 7, 7, 7]] * 2, np.int32)}
     example = Example(*batch.values(), np.full((2, 5), 999), jax.random.normal(KEY, frames.shape))
     drawn = lambda state: objective.clip_loss(state.params, example, network=config)
-    setup = train_step.TrainSetup(network=config, optim=OPTIM, noise=noise)
+    setup = train_step.TrainSetup(network=config, optim=OPTIM, examples=noise)
     state = train_step.init_state(config, OPTIM, 0)
     untrained = drawn(state)
     for _ in range(60):

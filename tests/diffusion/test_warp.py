@@ -110,13 +110,13 @@ def moving(config: DiTConfig, *, down: int, across: int) -> dict[str, jax.Array]
     """A network that has learned nothing but to see all pixels from so far away."""
     params = dit.init(config, 0)
     bias, taps = np.zeros(2 * config.taps, np.float32), config.taps
-    bias[[config.motion + down, taps + config.motion + across]] = 50.0
+    bias[[config.warp_reach + down, taps + config.warp_reach + across]] = 50.0
     return params | {"motion_out.bias": jnp.asarray(bias)}
 
 
 @pytest.mark.parametrize("levels", [(999,), (999, 600, 200)])
 def test_a_frame_is_drawn_of_moved_pixels(tiny, levels):
-    config = dataclasses.replace(tiny, history=1, motion=3)
+    config = dataclasses.replace(tiny, history=1, warp_reach=3)
     drawer = Sampler(config, moving(config, down=2, across=-3), SamplerConfig(levels=levels))
     prompt = np.random.default_rng(2).integers(0, 256, (1, 2, 64, 64, 3), np.uint8)
     _, drawn = drawer.rollout(drawer.start(prompt, [[-1, 3]]), [[3]], jax.random.key(0))
@@ -132,7 +132,7 @@ def test_a_frame_is_drawn_of_moved_pixels(tiny, levels):
 def test_what_moves_is_counted(tiny):
     still = dataclasses.replace(tiny, history=1)
     count = lambda config: flops.frame(config, in_view=1).patches
-    more = count(dataclasses.replace(still, motion=2)) - count(still)
+    more = count(dataclasses.replace(still, warp_reach=2)) - count(still)
     head, across = 2 * 5 * tiny.hidden_size, 5 * 3 * tiny.patch_size**2
     down = 5 * 3 * tiny.patch_size * (tiny.patch_size + 4)
     assert more == 2 * tiny.tokens * (head + down + across + tiny.hidden_size)
@@ -141,9 +141,15 @@ def test_what_moves_is_counted(tiny):
 @pytest.mark.parametrize(
     ("sizes", "told"),
     [
-        (dict(motion=3), r"config\.model\.motion=3 needs config\.model\.history"),
-        (dict(motion=17, history=1), r"motion=17 must be at most config\.model\.patch_size=16"),
-        (dict(motion=-1, history=1), r"config\.model\.motion must be a whole number ≥ 0, not -1"),
+        (dict(warp_reach=3), r"config\.model\.warp_reach=3 needs config\.model\.history"),
+        (
+            dict(warp_reach=17, history=1),
+            r"warp_reach=17 must be at most config\.model\.patch_size=16",
+        ),
+        (
+            dict(warp_reach=-1, history=1),
+            r"config\.model\.warp_reach=-1: must be 0 or more",
+        ),
     ],
 )
 def test_motion_that_cannot_be(tiny, sizes, told):

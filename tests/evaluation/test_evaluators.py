@@ -9,7 +9,7 @@ from lpips_case import weights
 
 from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.data import loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.data.records import BadRecord, encode
 from cwm_jax.data.shards import write_shard
 from cwm_jax.errors import UserError

@@ -8,6 +8,7 @@ import pytest
 from tiny_network import TINY
 
 from cwm_jax.checkpoints import weights
+from cwm_jax.checkpoints.migration import migrated
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import full, generation_settings
 from cwm_jax.evaluation.frame_scores import Scores
@@ -107,7 +108,7 @@ def test_the_answer_changes_the_steps_of_a_file_and_nothing_else(tmp_path):
     params, found = weights.read(file)
     np.testing.assert_array_equal(params["a"], np.arange(3, dtype=np.float16), strict=True)
     steps = {"ddim_steps": 2, "playable_steps": [1, 2]}
-    assert found == meta | {"config": meta["config"] | steps}
+    assert found == meta | {"config": migrated(meta["config"]) | {"sampler": steps}}
 
 
 def test_a_model_in_another_form_cannot_be_written_to(tmp_path):
@@ -124,16 +125,17 @@ def test_sharper_filters_are_ranked_and_written_beside_the_steps(tmp_path):
     assert answer == Answer("hop", 1, (1,), 4.0)
     assert "warp_sharpness = 4" in str(answer)
     file = tmp_path / "model.safetensors"
-    config = {"ddim_steps": 10, "model": {"motion": 4}}
+    config = {"ddim_steps": 10, "model": {"warp_reach": 4}}
     weights.write(file, {"a": np.ones(3, np.float32)}, {"step": 3, "config": config})
     generation_settings.write(file, answer)
-    assert weights.read(file)[1]["config"]["model"] == {"motion": 4, "warp_sharpness": 4.0}
+    model = lambda: weights.read(file)[1]["config"]["model"]
+    assert model() == migrated(config)["model"] | {"warp_sharpness": 4.0}
     generation_settings.write(file, answer._replace(sharpness=1.0))
-    assert weights.read(file)[1]["config"]["model"] == {"motion": 4, "warp_sharpness": 1.0}
+    assert model() == migrated(config)["model"] | {"warp_sharpness": 1.0}
 
 
 def test_a_network_without_softmax_filters_has_no_sharpness_to_rank(capsys):
-    moving = dataclasses.replace(TINY, history=1, motion=2)
+    moving = dataclasses.replace(TINY, history=1, warp_reach=2)
     assert generation_settings.sharpnesses(moving, None) == (1.0, 4.0)
     assert generation_settings.sharpnesses(moving, [1, 2]) == (1, 2)
     with pytest.raises(UserError, match="warp_sharpness=0"):

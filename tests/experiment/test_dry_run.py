@@ -5,6 +5,7 @@ import re
 
 import jax
 import pytest
+from changed_config import changed
 from test_loop import ROOT, config_of, program
 
 from configs import small
@@ -15,9 +16,13 @@ from cwm_jax.models import dit, flops
 from cwm_jax.runtime import device_speed
 from cwm_jax.training import train_step
 
-SETTINGS = dataclasses.replace(
-    Settings.from_config(small.get_config().to_dict()), remat="none", batch_size=6
+SETTINGS = Settings.from_config(
+    changed(small.get_config().to_dict(), {"compute.remat": "none", "data.batch_size": 6})
 )
+
+
+def computed(settings: Settings, **how) -> Settings:
+    return dataclasses.replace(settings, compute=dataclasses.replace(settings.compute, **how))
 
 
 @pytest.fixture
@@ -27,8 +32,9 @@ def tried(monkeypatch) -> list[tuple[str, int]]:
     working = {"none": 80, "gelu_norm": 60, "layer": 12}
 
     def compile_step(settings: Settings) -> Memory:
-        tries.append((settings.remat, settings.accumulate_steps))
-        return Memory(1, working[settings.remat] // settings.accumulate_steps)
+        compute = settings.compute
+        tries.append((compute.remat, compute.accumulate_steps))
+        return Memory(1, working[compute.remat] // compute.accumulate_steps)
 
     monkeypatch.setattr(dry_run, "compile_step", compile_step)
     monkeypatch.setattr(dry_run, "memory_of", lambda compiled: compiled)
@@ -41,12 +47,12 @@ def tried(monkeypatch) -> list[tuple[str, int]]:
 )
 def test_the_mildest_change_that_fits(tried, limit, remat, parts):
     found = dry_run.what_fits(SETTINGS, limit)
-    assert (found.remat, found.accumulate_steps) == (remat, parts)
-    assert dataclasses.replace(found, remat="none", accumulate_steps=1) == SETTINGS
+    assert (found.compute.remat, found.compute.accumulate_steps) == (remat, parts)
+    assert computed(found, remat="none", accumulate_steps=1) == SETTINGS
 
 
 def test_what_is_set_already_is_not_tried_again(tried):
-    settings = dataclasses.replace(SETTINGS, remat="gelu_norm")
+    settings = computed(SETTINGS, remat="gelu_norm")
     assert dry_run.what_fits(settings, 1) is None
     assert tried == [("gelu_norm", 2), *(("layer", parts) for parts in (1, 2, 3, 6))]
 
@@ -57,7 +63,7 @@ def tiny(make_data, monkeypatch) -> Settings:
     monkeypatch.setattr(device_speed, "matmul_flops", lambda dtype: 5e8)
     monkeypatch.setattr(device_speed, "copy_bytes", lambda: 2e8)
     folder = make_data(train=[[11, 12], [14]], val=[[11, 9]])  # 3 + 3 + 4 = 10 clips
-    return Settings.from_config(config_of(folder, remat="none"))
+    return Settings.from_config(config_of(folder, {"compute.remat": "none"}))
 
 
 def told(settings, capsys) -> dict[str, str]:
@@ -105,19 +111,20 @@ def test_a_teacher_takes_memory_and_passes(tiny):
 
 def test_parts_of_a_step_move_no_fewer_bytes(tiny, capsys):
     traffic = lambda settings: numbers(told(settings, capsys)["a step"])[2]
-    whole = dataclasses.replace(tiny, batch_size=4)
-    assert traffic(dataclasses.replace(whole, accumulate_steps=4)) > traffic(whole)
+    data = dataclasses.replace(tiny.data, batch_size=4)
+    whole = dataclasses.replace(tiny, data=data)
+    assert traffic(computed(whole, accumulate_steps=4)) > traffic(whole)
 
 
 def test_what_is_suggested_fits(tiny, capsys, monkeypatch):
     limit = dry_run.memory_of(dry_run.compile_step(tiny)).total - 1
     monkeypatch.setattr(dry_run, "memory_limit", lambda: limit)
     suggested = told(tiny, capsys)["this will not fit"]
-    pattern = r"--config\.remat=(\w+) --config\.accumulate_steps=(\d)"
+    pattern = r"--config\.compute\.remat=(\w+) --config\.compute\.accumulate_steps=(\d)"
     remat, parts = re.search(pattern, suggested).groups()
-    changed = dataclasses.replace(tiny, remat=remat, accumulate_steps=int(parts))
-    assert changed != tiny
-    assert dry_run.memory_of(dry_run.compile_step(changed)).total <= limit
+    smaller = computed(tiny, remat=remat, accumulate_steps=int(parts))
+    assert smaller != tiny
+    assert dry_run.memory_of(dry_run.compile_step(smaller)).total <= limit
 
 
 def test_the_training_program_only_tells(tmp_path):
@@ -125,7 +132,7 @@ def test_the_training_program_only_tells(tmp_path):
     result = program(
         *[str(ROOT / "train.py"), f"--config={ROOT / 'configs' / 'debug.py'}", "--dry-run"],
         *[f"--config.model.{name}={size}" for name, size in sizes.items()],
-        *["--config.batch_size=3", "--config.data.clip_len=5", "--compile_cache="],
+        *["--config.data.batch_size=3", "--config.data.clip_len=5", "--compile_cache="],
         *[f"--config.data.dir={ROOT / 'assets' / 'coinrun'}"],
         cwd=tmp_path,
     )

@@ -224,7 +224,7 @@ def test_disabled_does_not_even_import_wandb(tmp_path, monkeypatch):
 
 
 def test_an_unknown_mode_is_named():
-    with pytest.raises(UserError, match=r"wandb.mode is 'on'.*offline"):
+    with pytest.raises(UserError, match=r"wandb.mode must be one of .*offline.*not 'on'"):
         WandbConfig(mode="on")
 
 

@@ -235,7 +235,7 @@ def loss_not_finite(arena: Arena, rng: random.Random) -> Trial:
 def loss_skipped(arena: Arena, rng: random.Random) -> Trial:
     """A NaN with `max_skipped_updates=1`, and a kill after it: as without the kill."""
     trial, workdir = Trial("NaN loss, skip"), arena.workdir()
-    changes, step = {"max_skipped_updates": 1}, rng.choice((4, 8, 13))
+    changes, step = {"optimizer.max_skipped_updates": 1}, rng.choice((4, 8, 13))
     reference = arena.reference(("nan", step), **changes)
     config = arena.config(**changes)
     run = Life(workdir, config, sabotage=("nan", step))
@@ -286,10 +286,11 @@ _REFUSED = {
     "model.depth": 2,
     "data.stride": 4,
     "data.clip_len": 4,
-    "batch_size": 5,
-    "ema_decay": 0.0,
+    "data.batch_size": 5,
+    "optimizer.ema_decay": 0.0,
 }
-_ALLOWED = {"lr": 2e-3, "model.dtype": "bfloat16", "data.num_threads": 2, "log_every_steps": 5}
+_ALLOWED = {"optimizer.lr": 2e-3, "model.dtype": "bfloat16", "data.num_threads": 2}
+_ALLOWED |= {"logging.every_steps": 5}
 
 
 def wrong_resume(arena: Arena, rng: random.Random) -> Trial:

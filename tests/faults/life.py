@@ -44,37 +44,46 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+_SETTINGS = {
+    "model.hidden_size": 24,
+    "model.depth": 1,
+    "model.num_heads": 3,
+    "model.patch_size": 16,
+    "model.max_frames": 5,
+    "data.clip_len": 5,
+    "data.stride": 3,
+    "data.batch_size": 2,
+    "data.num_workers": 0,
+    "data.num_threads": 1,
+    "schedule.epochs": STEPS // 5,
+    "optimizer.lr": 1e-3,
+    "optimizer.warmup_steps": 3,
+    "optimizer.ema_decay": 0.9,
+    "logging.every_steps": 2,
+    "logging.wandb.mode": "disabled",
+    "validation.every_steps": 4,
+    "validation.batches": 1,
+    "evaluation.every_steps": 1000,
+    "evaluation.clips": 1,
+    "evaluation.frames": 4,
+    "rollouts.every_steps": 7,
+    "rollouts.frames": 6,
+    "rollouts.count": 1,
+    "checkpoints.every_steps": 3,
+    "sampler.ddim_steps": 1,
+}
+
+
 def config_of(data: Path, **changes) -> dict:
     """A run of `STEPS` steps in which much happens; `changes` by dotted name."""
-    config = base.get_config()
-    config.model.update(hidden_size=24, depth=1, num_heads=3, patch_size=16, max_frames=5)
-    config.data.update(dir=str(data), clip_len=5, stride=3, num_workers=0, num_threads=1)
-    config.wandb.mode = "disabled"
-    config.update(
-        batch_size=2,
-        epochs=STEPS // 5,
-        lr=1e-3,
-        warmup_steps=3,
-        ema_decay=0.9,
-        log_every_steps=2,
-        val_every_steps=4,
-        val_batches=1,
-        eval_every_steps=1000,
-        eval_clips=1,
-        eval_frames=4,
-        rollout_every_steps=7,
-        ckpt_every_steps=3,
-        ddim_steps=1,
-        rollout_frames=6,
-        n_rollout_samples=1,
-    )
-    for name, value in changes.items():
-        *sections, key = name.split(".")
+    config = base.get_config().to_dict()
+    for name, value in (_SETTINGS | {"data.dir": str(data)} | changes).items():
+        *groups, key = name.split(".")
         place = config
-        for section in sections:
-            place = place[section]
+        for group in groups:
+            place = place[group]
         place[key] = value
-    return config.to_dict()
+    return config
 
 
 class Life:

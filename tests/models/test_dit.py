@@ -109,7 +109,7 @@ def test_bfloat16_is_near_float32(tiny, tiny_params):
     assert 0 < error < 2e-3
 
 
-@pytest.mark.parametrize("change", [{}, {"history": 2, "motion": 4}])
+@pytest.mark.parametrize("change", [{}, {"history": 2, "warp_reach": 4}])
 def test_float32_means_float32_on_every_device(tiny, change):
     """Left to its default, a GPU multiplies float32 numbers in TF32, of ten bits."""
     network = dataclasses.replace(tiny, **change)

@@ -120,5 +120,5 @@ def test_a_network_with_the_kernels_computes_what_it_does_without(tiny):
 
 
 def test_a_norm_that_is_none_of_ours_is_refused(tiny):
-    with pytest.raises(UserError, match=r"config\.model\.norm must be auto, xla or triton"):
+    with pytest.raises(UserError, match=r"config\.model\.norm must be one of auto, xla, triton"):
         dataclasses.replace(tiny, norm="cudnn")

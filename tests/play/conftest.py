@@ -50,7 +50,7 @@ def built():
 
     @functools.cache
     def build(history):
-        network = dataclasses.replace(NETWORK, history=history, motion=history)
+        network = dataclasses.replace(NETWORK, history=history, warp_reach=history)
         params = noisy(network)
         engine = Engine(network, params, steps=(2, 1))
         engine.compile(2, 1)

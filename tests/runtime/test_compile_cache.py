@@ -63,6 +63,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_none_are_kept(
 def test_how_long_programs_compile_that_are_kept_is_jaxs_own_setting(monkeypatch, tmp_path):
     setting = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, setting)
+    monkeypatch.delenv(setting.upper(), raising=False)
     compile_cache.enable(str(tmp_path), everything=True)
     assert getattr(jax.config, setting) == 0
     jax.config.update(setting, before)

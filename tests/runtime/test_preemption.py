@@ -81,9 +81,9 @@ def test_what_may_change_is_told():
     now = OLD | {"lr": 2e-3, "model": {"depth": 2, "dtype": "bfloat16"}, "new": 1}
     assert resume_check.compare(OLD, OLD) == []
     assert resume_check.compare(OLD, now) == [
-        "config.lr=0.002, was 0.001",
         "config.model.dtype='bfloat16', was 'float32'",
         "config.new=1, was None",
+        "config.optimizer.lr=0.002, was 0.001",
     ]
 
 
@@ -91,9 +91,9 @@ def test_every_setting_that_makes_it_another_run_is_named():
     now = {"lr": 2e-3, "seed": 1, "ema_decay": 0.0, "model": {"depth": 3, "dtype": "float32"}}
     with pytest.raises(UserError) as told:
         resume_check.compare(OLD, now)
-    for line in ("seed=1, was 0", "ema_decay=0.0, was 0.9", "model.depth=3, was 2"):
+    for line in ("seed=1, was 0", "optimizer.ema_decay=0.0, was 0.9", "model.depth=3, was 2"):
         assert f"config.{line}" in str(told.value)
-    assert "lr" not in str(told.value)
+    assert "optimizer.lr" not in str(told.value)
     assert resume_check.compare(OLD, OLD | {"ema_decay": 0.99})
 
 

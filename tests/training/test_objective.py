@@ -9,20 +9,22 @@ import pytest
 from cwm_jax import coinrun
 from cwm_jax.diffusion import denoiser, schedule
 from cwm_jax.training import examples, objective, self_generated, train_step
-from cwm_jax.training.examples import Example, NoiseConfig
+from cwm_jax.training.config import ExampleConfig
+from cwm_jax.training.examples import Example
 
 KEY = jax.random.key(3)
 
 
-def made(shape, **noise):
+def made(shape, settings=None):
     batch = {"frames": np.zeros(shape, np.uint8), "actions": np.zeros(shape[:2], np.int32)}
-    return examples.make(KEY, batch, NoiseConfig(**noise))
+    return examples.make(KEY, batch, ExampleConfig().changed(settings or {}))
 
 
 def test_levels_and_clips_have_the_shares_asked_for():
     shape = (200, 5, 2, 2, 3)
     assert (made(shape).t_BT == schedule.draw(KEY, shape)[0]).all()
-    example = made(shape, top_share=0.3, own_share=0.25, own_passes=3, own_start_noise=0.1)
+    context = {"context.share": 0.25, "context.rounds": 3, "context.start_noise": 0.1}
+    example = made(shape, context | {"noise_levels.top_share": 0.3})
     context = example.context
     assert 0.25 < (example.t_BT == 999).mean() < 0.35
     assert context.clips_B.mean() == 0.25
@@ -37,11 +39,12 @@ def test_levels_and_clips_have_the_shares_asked_for():
 def test_in_some_clips_nothing_shows_the_real_frames():
     """Every level of such a clip is the highest, in its passes and where it is learned from."""
     shape = (400, 3, 2, 2, 3)
-    example = made(shape, own_share=0.5, own_passes=2, own_top_share=0.4)
+    settings = {"context.share": 0.5, "context.rounds": 2}
+    example = made(shape, settings | {"context.top_share": 0.4})
     top = (example.context.t_BPT == 999).all((1, 2))
     assert 0.3 < top.mean() < 0.5
     assert (top == example.context.top_B).all()
-    plain = made(shape, own_share=0.5, own_passes=2)
+    plain = made(shape, settings)
     assert (plain.t_BT == example.t_BT).all()  # `clip_loss` raises those of such clips alone
     assert (plain.context.t_BPT == example.context.t_BPT)[~top].all()
 
@@ -96,19 +99,20 @@ def clips():
     return {"frames": frames, "actions": np.array([[-1, 7, 2], [-1, 4, 8]], np.int32)}
 
 
-def first_loss(network, clips, **noise):
+def first_loss(network, clips, settings=None):
     """Of a training step from the start."""
     optim = train_step.OptimizerConfig(
         lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
     )
-    setup = train_step.TrainSetup(network=network, optim=optim, noise=NoiseConfig(**noise))
+    learned = ExampleConfig().changed(settings or {})
+    setup = train_step.TrainSetup(network=network, optim=optim, examples=learned)
     state = train_step.init_state(network, optim, 0)
     _, told = train_step.train_step(state, clips, KEY, setup)
     return float(told["train/loss"])
 
 
 def test_mirrored_clips_are_learned_as_if_they_had_been_played_so(tiny, clips):
-    found, plain = first_loss(tiny, clips, mirror_share=1.0), first_loss(tiny, clips)
+    found, plain = first_loss(tiny, clips, {"augment.mirror_share": 1.0}), first_loss(tiny, clips)
     assert found == pytest.approx(first_loss(tiny, in_a_mirror(clips)), rel=1e-6)
     assert found != pytest.approx(plain, rel=1e-6)
 
@@ -127,11 +131,11 @@ def test_what_is_wrong_in_the_middle_counts_as_much_as_asked_for(tiny, tiny_para
     net = denoiser.bind(tiny, tiny_params)
     squares = np.square(net(sample.x, given.t_BT, actions) - sample.velocity)
     assert loss() == pytest.approx(squares.mean(), rel=1e-5)
-    weighted = loss(noise=NoiseConfig(middle_weight=10.0))
+    weighted = loss(config=ExampleConfig().changed({"loss.middle_weight": 10.0}))
     assert weighted == pytest.approx((squares * weights).mean(), rel=1e-5)
     assert weighted != pytest.approx(float(loss()), rel=1e-6)
 
 
 def test_the_middle_weighs_in_a_training_step(tiny, clips):
-    weighed = first_loss(tiny, clips, middle_weight=10.0)
+    weighed = first_loss(tiny, clips, {"loss.middle_weight": 10.0})
     assert weighed != pytest.approx(first_loss(tiny, clips), rel=1e-6)

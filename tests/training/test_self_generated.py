@@ -13,7 +13,7 @@ from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling import sampler
 from cwm_jax.training import examples, objective, self_generated, train_step
-from cwm_jax.training.examples import NoiseConfig
+from cwm_jax.training.config import ExampleConfig
 
 KEY = jax.random.key(3)
 MOVED = (2, 1)  # rows, columns by which everything in `film` moves from frame to frame
@@ -50,14 +50,15 @@ def batch_of(clips):
     return {"frames": film().repeat(clips, axis=0), "actions": actions}
 
 
-def context_of(batch, **noise):
-    return examples.make(KEY, batch, NoiseConfig(own_share=1.0, **noise)).context
+def context_of(batch, *, steps):
+    settings = {"context.share": 1.0, "context.steps": steps}
+    return examples.make(KEY, batch, ExampleConfig().changed(settings)).context
 
 
 def test_a_rollout_is_the_samplers(network, params):
     """After one given frame, in as many steps, from the same noise."""
     batch = batch_of(2)
-    context = context_of(batch, own_steps=2)
+    context = context_of(batch, steps=2)
     given = to_model(batch["frames"]), jnp.asarray(batch["actions"])
     found = self_generated.rollout(params, network, *given, context, steps=2)
     config = sampler.SamplerConfig(levels=sampler.ddim_levels(2), window="cached")
@@ -74,7 +75,7 @@ def test_a_rollout_is_the_samplers(network, params):
 
 def test_a_rollout_begins_with_noise_of_the_size_asked_for(network, params):
     batch = batch_of(2) | {"frames": np.full((2, 5, 64, 64, 3), 127, np.uint8)}
-    context = context_of(batch, own_steps=1)
+    context = context_of(batch, steps=1)
     context = context._replace(start_noise_B=jnp.array([0.0, 0.1]))
     given = to_model(batch["frames"]), jnp.asarray(batch["actions"])
     found = self_generated.rollout(params, network, *given, context, steps=1)
@@ -84,13 +85,14 @@ def test_a_rollout_begins_with_noise_of_the_size_asked_for(network, params):
 
 
 def test_a_step_with_rollouts_is_learned_whatever_its_parts(network, params):
-    how = dict(own_share=0.5, own_steps=1, own_start_noise=0.1, persist_above=0.1)
-    noise, batch = NoiseConfig(**how), batch_of(4)
+    how = {"context.share": 0.5, "context.steps": 1}
+    how |= {"context.start_noise": 0.1, "context.persist_above": 0.1}
+    noise, batch = ExampleConfig().changed(how), batch_of(4)
     optim = train_step.OptimizerConfig(
         lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
     )
-    setup = train_step.TrainSetup(network=network, optim=optim, noise=noise)
-    parts = dataclasses.replace(setup, step=train_step.StepConfig(accumulate_steps=2))
+    setup = train_step.TrainSetup(network=network, optim=optim, examples=noise)
+    parts = dataclasses.replace(setup, compute=train_step.ComputeConfig(accumulate_steps=2))
     example = examples.make(KEY, batch, noise)
     loss, gradients = train_step.gradients(params, example, setup)
     other_loss, others = train_step.gradients(params, example, parts)
@@ -102,9 +104,10 @@ def test_a_step_with_rollouts_is_learned_whatever_its_parts(network, params):
 
 def test_no_gradient_goes_through_a_rollout(network, params):
     batch = batch_of(2)
-    noise = NoiseConfig(own_share=1.0, own_steps=1)
+    noise = ExampleConfig().changed({"context.share": 1.0, "context.steps": 1})
     example = examples.make(KEY, batch, noise)
-    given = to_model(batch["frames"]), example.actions_BT, example.t_BT, example.context, noise
+    given = to_model(batch["frames"]), example.actions_BT, example.t_BT, example.context
+    given += (noise.context,)
     total = lambda p: self_generated.shown(p, network, *given)[0].sum()
     assert all(not gradient.any() for gradient in jax.grad(total)(params).values())
 

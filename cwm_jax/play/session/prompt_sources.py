@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from cwm_jax import controls
 from cwm_jax.coinrun import IMAGE_SIZE, NO_ACTION
 from cwm_jax.data import loader, pictures
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 
 USUAL_PROMPT = 4  # frames; from one alone it cannot be seen how fast the player moves
