@@ -118,8 +118,8 @@ def _measured(
         watched=True,
     )
     if i3d:
-        draw = generation.by_sampler(opened.sampler)
-        found = video_distance.measure(draw, i3d, config, videos, watched=True)
+        generate = generation.by_sampler(opened.sampler)
+        found = video_distance.measure(generate, i3d, config, videos, watched=True)
         measured.results["videos"] = found
     measured.results["checkpoint"] = dict(
         path=pretrained.NAME if args.checkpoint == pretrained.FOLDER else str(args.checkpoint),
@@ -258,13 +258,15 @@ def close_the_loop(words: list[str]) -> None:
     closed_loop.check(levels=args.levels, frames=args.frames, n_prompt=args.n_prompt)
     opened = _open(args)
     generation.check_game(opened.network)
-    draw = generation.by_sampler(opened.sampler)
+    generate = generation.by_sampler(opened.sampler)
     levels = range(args.first_level, args.first_level + args.levels)
     keys = closed_loop.random_keys(args.levels, args.frames - 1, seed=args.seed)
     with game.Simulator(venv.ensure(args.simulator)) as simulator:
         replay = lambda runs: [run.frames for run in simulator.replay("coinrun", runs)]
-        loop = closed_loop.play(draw, replay, levels, keys, n_prompt=args.n_prompt, seed=args.seed)
-    video.write_film(args.output, closed_loop.film(loop), fps=FPS)
+        loop = closed_loop.play(
+            generate, replay, levels, keys, n_prompt=args.n_prompt, seed=args.seed
+        )
+    video.write_video(args.output, closed_loop.film(loop), fps=FPS)
     psnr = bootstrap.of_mean(rollout_quality.capped(loop.scores.psnr).mean(1))
     print(
         f"{len(loop.levels)} of {args.levels} levels lasted {args.frames} frames\n"

@@ -56,7 +56,7 @@ def main(_) -> None:
         hosts.check_same({"config": config})
         attention.check_device(settings.model.attention)
         if _DRY_RUN.value:
-            dry_run.tell(settings)
+            dry_run.report(settings)
         else:
             _train(settings, config, workdir)
 

@@ -120,9 +120,9 @@ def _generated(clips: held_out.HeldOut) -> np.ndarray:
         how = dict(levels=sampler.ddim_levels(steps), window="hop")
         opened = formats.open_sampler(pretrained.FOLDER, step=None, **how)
         prompt = clips.frames[mine, :_GIVEN]
-        draw = generation.by_sampler(opened.sampler)
+        generate = generation.by_sampler(opened.sampler)
         settings = dict(seed=_SEED, batch_size=len(prompt))
-        frames[mine] = generation.in_batches(draw, prompt, actions[mine], **settings)
+        frames[mine] = generation.in_batches(generate, prompt, actions[mine], **settings)
     return frames
 
 

@@ -38,8 +38,8 @@ _DATA = DataConfig(dir=str(Path(__file__).parents[1] / "assets" / "coinrun"))
 def quick_form(network: DiTConfig, *, clips: int, frames: int, every: int) -> dict[str, float]:
     """Seconds of the quick form, as `configs/debug.py` sets it, beside those of training."""
     few = quick.prepare(_DATA, "val", clips=4, frames=8, num_actions=15, seed=0)
-    draw = generation.by_sampler(Sampler(network, dit.init(network, 0), SamplerConfig()))
-    first, again = (_seconds(lambda: dict(quick.run(draw, few))) for _ in range(2))
+    generate = generation.by_sampler(Sampler(network, dit.init(network, 0), SamplerConfig()))
+    first, again = (_seconds(lambda: dict(quick.run(generate, few))) for _ in range(2))
     shape = dict(clips=clips, frames=frames, step=ComputeConfig())
     step = train.measure(network, **shape)["step_s"]
     share = again / (again + every * step)

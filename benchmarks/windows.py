@@ -42,9 +42,9 @@ def rollouts(trained: run_checkpoint.Trained, prompt, led_in, actions, *, steps:
     for name, (window, dtype) in WAYS.items():
         config = sampler.SamplerConfig(levels=sampler.ddim_levels(steps), window=window)
         network = dataclasses.replace(trained.network, dtype=dtype)
-        drawer = sampler.Sampler(network, trained.params, config)
-        state = drawer.start(prompt, led_in)
-        drawn[name] = np.asarray(drawer.rollout(state, actions, jax.random.key(seed))[1])
+        generator = sampler.Sampler(network, trained.params, config)
+        state = generator.start(prompt, led_in)
+        drawn[name] = np.asarray(generator.rollout(state, actions, jax.random.key(seed))[1])
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""Settings as fields of dataclasses: default, meaning and range of each in one place.
+"""Settings as dataclass fields, each with its default, meaning and range.
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class SamplerConfig(ConfigGroup):
@@ -6,7 +6,7 @@
         ddim_steps: int = setting(10, "denoising steps for each frame", least=1, most=1000)
 
 `SamplerConfig(ddim_steps=0)` raises `UserError` with the setting's full name and its range. Modules
-declare the groups that they read; `experiment/settings.py` puts all of them together.
+declare the groups that they read; `experiment/settings.py` combines them.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class ConfigGroup:
 
 
 def build(group: type, values: Mapping[str, Any]) -> Any:
-    """A group from a mapping that has every field of it, nested groups among them.
+    """A group from a mapping that has every field of it, nested groups included.
 
     Raises:
         UserError: for a key that is missing or does not exist, or a value that is not allowed.
@@ -91,7 +91,7 @@ def listed(group: type) -> Iterator[tuple[str, dataclasses.Field]]:
 
 
 def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
-    """The value, a whole number as a float where one is wanted."""
+    """The value, converted to a float where the field is a float."""
     kind, rule = field.type, field.metadata
     if kind not in _PLAIN:
         return value

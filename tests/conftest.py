@@ -43,7 +43,7 @@ def marked_episode() -> Callable[[int, int], Episode]:
 
 
 def _marked_episode(number: int, length: int) -> Episode:
-    """An episode whose every frame and action tells where it is from.
+    """An episode whose frames and actions encode where they are from.
 
     Pixel (0, 0) of frame t is (number, t, 0) and action t is (7·number + t) mod 15.
     """
@@ -84,7 +84,7 @@ def tiny() -> DiTConfig:
 
 @pytest.fixture(scope="session")
 def tiny_params(tiny) -> dict[str, jax.Array]:
-    """Parameters that are all at work: fresh ones have zero gates, behind which much can hide."""
+    """Parameters without zeros: initial ones have zero gates, which would hide errors."""
     return _at_work(tiny)
 
 
@@ -102,7 +102,7 @@ def network_of(tiny, tiny_params) -> Callable[[int], tuple[DiTConfig, dict[str, 
 def _at_work(network: DiTConfig) -> dict[str, jax.Array]:
     params = dit.init(network, 0)
     keys = jax.random.split(jax.random.key(1), len(params))
-    # Filters act on the last frame each time anew: large ones make of rounding another film.
+    # Filters are applied to every frame: large ones would amplify rounding errors.
     scale = lambda name: 0.02 if name.startswith("motion_out") else 0.1
     return {
         name: leaf + scale(name) * jax.random.normal(key, leaf.shape)

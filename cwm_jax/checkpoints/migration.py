@@ -1,8 +1,8 @@
-"""Configs of earlier versions, brought to the settings of this one.
+"""Migrates configs of earlier versions to the settings of this one.
 
-Checkpoints, exports and config files keep the whole config that they were made with. Settings that
-were renamed since stand in `RENAMED`, settings that did not exist in `BEFORE`, with the value that
-has the effect of their absence.
+Checkpoints, exports and config files keep the whole config that they were made with. `RENAMED`
+lists settings that were renamed since; `BEFORE` lists settings that did not exist, with the value
+that is equivalent to their absence.
 """
 
 from collections.abc import Iterator, Mapping
@@ -89,11 +89,11 @@ BEFORE = {
 
 
 def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with this version's names, as a nested dict; one of this version stays as it is.
+    """A config with this version's names, as a nested dict; one of this version is unchanged.
 
     Settings of the network that did not exist are filled in. Where both an old and a new name are
-    set, as in a config file of one's own that changes the settings of `configs/base.py`, the old
-    one counts, which was set last. Keys that are unknown stay.
+    set, as in a user's config file that changes settings of `configs/base.py`, the old name
+    counts: it was set last. Unknown keys stay.
     """
     flat = dict(flattened(config))
     given = {RENAMED.get(name, name): value for name, value in flat.items() if name not in RENAMED}
@@ -127,7 +127,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stages(stages: Any) -> Any:
-    """Stages whose settings have this version's names; what is no stage stays, to be refused."""
+    """Stages with this version's names; invalid ones are unchanged, to be refused later."""
     try:
         return [
             [begin, {RENAMED.get(name, name): value for name, value in dict(changes).items()}]

@@ -199,14 +199,14 @@ def _whole_batch(size: int) -> int:
 
 
 def draw_all(
-    draw: generation.Draw, clips: HeldOut, plan: Plan, *, watched: bool = False
+    generate: generation.Generate, clips: HeldOut, plan: Plan, *, watched: bool = False
 ) -> Rollouts:
     """Draws everything that a plan needs: the longest rollout of each kind, once."""
 
     def batches(actions, given: int, label: str):
         settings = dict(seed=plan.seed, batch_size=plan.batch_size)
         prompt, label = clips.frames[:, :given], label if watched else ""
-        return generation.in_batches(draw, prompt, actions, label=label, **settings)
+        return generation.in_batches(generate, prompt, actions, label=label, **settings)
 
     true = {
         given: batches(

@@ -14,7 +14,7 @@ from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling.sampler import Sampler
 
 
-class Draw(Protocol):
+class Generate(Protocol):
     """What is measured. A model to be compared needs to be no more than such a function."""
 
     def __call__(self, prompt_BPHWC, actions_BT, key: jax.Array) -> jax.Array | np.ndarray:
@@ -42,14 +42,14 @@ def check_game(network: DiTConfig) -> None:
         )
 
 
-def by_sampler(sampler: Sampler | Bundle) -> Draw:
+def by_sampler(sampler: Sampler | Bundle) -> Generate:
     """Draws with a sampler or a bundle: all frames of a batch in one call of the device.
 
     Raises:
         UserError: (when called) where a frame is not finite; pixels would hide it.
     """
 
-    def draw(prompt_BPHWC, actions_BT, key):
+    def generate(prompt_BPHWC, actions_BT, key):
         given = prompt_BPHWC.shape[1]
         state = sampler.start(prompt_BPHWC, actions_BT[:, :given])
         state, frames = sampler.rollout(state, actions_BT[:, given:], key)
@@ -61,27 +61,27 @@ def by_sampler(sampler: Sampler | Bundle) -> Draw:
             )
         return frames
 
-    return draw
+    return generate
 
 
 def watched_by_sampler(sampler: Sampler):
     """As `by_sampler`: (frames, how unstable the denoising of each was, float32 [B, F, h, w])."""
 
-    def draw(prompt_BPHWC, actions_BT, key):
+    def generate(prompt_BPHWC, actions_BT, key):
         given = prompt_BPHWC.shape[1]
         state = sampler.start(prompt_BPHWC, actions_BT[:, :given])
         _, frames, moved = sampler.watched_rollout(state, actions_BT[:, given:], key)
         return frames, moved
 
-    return draw
+    return generate
 
 
 def in_batches(
-    draw: Draw, prompt_BPHWC, actions_BT, *, seed: int, batch_size: int, label: str = ""
+    generate: Generate, prompt_BPHWC, actions_BT, *, seed: int, batch_size: int, label: str = ""
 ) -> np.ndarray:
-    """Draws many clips, `batch_size` at a time: uint8 [B, T − P, H, W, C].
+    """Generates many clips, `batch_size` at a time: uint8 [B, T − P, H, W, C].
 
-    Where `draw` gives several arrays, so does this. Every batch has one shape, so all share one
+    Where `generate` gives several arrays, so does this. Every batch has one shape, so all share one
     compiled program; the last is filled up with its last clip. Noise depends on the seed, the
     batch's number and the place in the batch alone, so two calls with other actions differ by
     nothing else.
@@ -90,9 +90,9 @@ def in_batches(
         label: shown on a progress bar; none without.
     """
     total = len(prompt_BPHWC)
-    drawn = []
+    parts = []
     for index in tqdm(range(0, total, batch_size), desc=label, unit="batch", disable=not label):
         rows = np.minimum(np.arange(index, index + min(batch_size, total)), total - 1)
         key = jax.random.fold_in(random_numbers.key(seed), index // batch_size)
-        drawn.append(jax.device_get(draw(prompt_BPHWC[rows], actions_BT[rows], key)))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:total], *drawn)
+        parts.append(jax.device_get(generate(prompt_BPHWC[rows], actions_BT[rows], key)))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:total], *parts)

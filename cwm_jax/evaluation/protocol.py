@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import cwm_jax
-from cwm_jax.checkpoints.bundle import Drawing
+from cwm_jax.checkpoints.bundle import Generation
 from cwm_jax.evaluation import rollout_quality
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.models.dit import Params
@@ -46,7 +46,7 @@ class Protocol:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
 
-def of(clips: HeldOut, sampler: SamplerConfig | Drawing, **others) -> Protocol:
+def of(clips: HeldOut, sampler: SamplerConfig | Generation, **others) -> Protocol:
     """The protocol of a measurement; `others` are the fields that neither argument knows."""
     return Protocol(
         version=VERSION,

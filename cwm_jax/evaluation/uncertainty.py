@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from cwm_jax.evaluation import bootstrap, generation, rollout_quality
-from cwm_jax.evaluation.generation import Draw
+from cwm_jax.evaluation.generation import Generate
 from cwm_jax.sampling.sampler import Sampler
 
 FRAMES = 32  # of a rollout that are looked at, at most
@@ -37,7 +37,7 @@ class Maps(NamedTuple):
 
 
 def measure(
-    draw: Draw,
+    generate: Generate,
     sampler: Sampler | None,
     real_BTHWC: np.ndarray,
     actions_BT: np.ndarray,
@@ -52,14 +52,14 @@ def measure(
     """Generates the frames after the prompt `seeds` + 1 times, under the actions really taken.
 
     Args:
-        sampler: what `draw` draws with, where its denoising can be watched; else None.
+        sampler: what `generate` generates with, where its denoising can be watched; else None.
         patch: pixels on a side.
         seeds: how many the spread is taken over, 2 or more.
         label: shown on progress bars; none without.
     """
     settings = dict(batch_size=batch_size)
-    again = lambda draw, k: generation.in_batches(
-        draw,
+    again = lambda generate, k: generation.in_batches(
+        generate,
         real_BTHWC[:, :n_prompt],
         actions_BT,
         seed=(seed + k) % 2**32,
@@ -68,11 +68,11 @@ def measure(
     )
     instability = None
     if sampler is None:
-        first = again(draw, 0)
+        first = again(generate, 0)
     else:
         first, instability = again(generation.watched_by_sampler(sampler), 0)
         instability = instability if len(sampler.config.levels) > 1 else None
-    others = (again(draw, k) for k in range(1, seeds + 1))
+    others = (again(generate, k) for k in range(1, seeds + 1))
     real = real_BTHWC[:, n_prompt:]
     before = np.concatenate([real_BTHWC[:, n_prompt - 1 : n_prompt], first[:, :-1]], axis=1)
     return Maps(

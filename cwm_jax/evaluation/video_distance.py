@@ -19,7 +19,7 @@ from cwm_jax.data import loader
 from cwm_jax.data.loader import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import drift, generation, held_out, i3d
-from cwm_jax.evaluation.generation import Draw
+from cwm_jax.evaluation.generation import Generate
 from cwm_jax.evaluation.i3d import I3d
 
 MIN_CLIPS = 256  # fewer do not tell a model from copying the last frame
@@ -58,7 +58,9 @@ class Side(NamedTuple):
     records: np.ndarray  # int [N], of which record each is
 
 
-def measure(draw: Draw, network: I3d, config: DataConfig, plan: Plan, *, watched=False) -> dict:
+def measure(
+    generate: Generate, network: I3d, config: DataConfig, plan: Plan, *, watched=False
+) -> dict:
     """KVD and FVD of a model and of real clips, see docs/evaluation.md.
 
     Raises:
@@ -68,7 +70,7 @@ def measure(draw: Draw, network: I3d, config: DataConfig, plan: Plan, *, watched
     label = lambda text: text if watched else ""
     settings = dict(seed=plan.seed, batch_size=plan.batch_size, label=label("clips for KVD"))
     given = slice(None, plan.n_prompt)
-    videos = generation.in_batches(draw, ours.frames[:, given], ours.actions, **settings)
+    videos = generation.in_batches(generate, ours.frames[:, given], ours.actions, **settings)
     seen = [
         i3d.features(network, frames, label=label(f"I3D of {name} clips"))
         for name, frames in (

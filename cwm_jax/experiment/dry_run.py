@@ -1,7 +1,7 @@
-"""What a run will need, told without running it: memory, arithmetic, time, and what would fit.
+"""Reports the memory, arithmetic and time of a run without running it, and settings that fit.
 
-The training step is lowered and compiled from shapes alone; no batch, parameter or optimizer
-state is allocated, and no data need be there.
+The training step is compiled from shapes alone; no batch, parameters or optimizer state are
+allocated, and no data is needed.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ _GIB = 2**30
 
 
 class Memory(NamedTuple):
-    """Bytes that a compiled step takes on each device."""
+    """Bytes that a compiled step needs on each device."""
 
-    state: int  # parameters, optimizer, average, batch: what goes in
-    working: int  # what is alive only within the step
+    state: int  # inputs: parameters, optimizer, average, batch
+    working: int  # temporary arrays of the step
 
     @property
     def total(self) -> int:
@@ -34,7 +34,7 @@ class Memory(NamedTuple):
 
 
 def compile_step(settings: Settings):
-    """The compiled training step of a run, from shapes alone; raises what compiling raises."""
+    """The compiled training step of a run, from shapes alone; raises the errors of compilation."""
     mesh = sharding.make_mesh(settings.compute.fsdp)
     clips = sharding.global_batch_size(
         settings.data.batch_size,
@@ -69,24 +69,24 @@ def memory_of(compiled) -> Memory:
 
 
 def memory_limit() -> int:
-    """Bytes that a device has for a program; on a CPU, this machine's memory."""
+    """Bytes available to a program on a device; on a CPU, this machine's memory."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return device_speed.memory_limit() or physical // jax.local_device_count()
 
 
 def what_fits(settings: Settings, limit: int) -> Settings | None:
-    """The mildest change of `remat` and `accumulate_steps` with which a step fits, if any.
+    """The cheapest change of `remat` and `accumulate_steps` with which a step fits, or None.
 
-    Norms computed again cost nearly nothing, then halving the parts; then `layer`, with a third
-    more arithmetic, and ever smaller parts.
+    Recomputed norms cost almost nothing, then halving the parts; then `layer`, with a third more
+    arithmetic, and smaller and smaller parts.
     """
     share = settings.data.global_batch_size // jax.device_count() or settings.data.batch_size
     compute, now = settings.compute, settings.compute.accumulate_steps
     parts = [n for n in range(now, share + 1) if share % n == 0]
-    tries = [("gelu_norm", n) for n in parts if n <= 2 * now] + [("layer", n) for n in parts]
+    options = [("gelu_norm", n) for n in parts if n <= 2 * now] + [("layer", n) for n in parts]
     if compute.remat != "none":
-        tries = tries[tries.index((compute.remat, now)) + 1 :]
-    for remat, accumulate in tries:
+        options = options[options.index((compute.remat, now)) + 1 :]
+    for remat, accumulate in options:
         parts = dataclasses.replace(compute, remat=remat, accumulate_steps=accumulate)
         changed = dataclasses.replace(settings, compute=parts)
         if memory_of(compile_step(changed)).total <= limit:
@@ -94,8 +94,8 @@ def what_fits(settings: Settings, limit: int) -> Settings | None:
     return None
 
 
-def tell(settings: Settings) -> None:
-    """Prints the memory, arithmetic and time of a run, and what to change if it will not fit."""
+def report(settings: Settings) -> None:
+    """Prints the memory, arithmetic and time of a run, and what to change if it does not fit."""
     devices = jax.device_count()
     clips = sharding.global_batch_size(
         settings.data.batch_size,
@@ -110,7 +110,7 @@ def tell(settings: Settings) -> None:
     settings = dataclasses.replace(settings, model=network)
     compiled = compile_step(settings)
     memory, limit = memory_of(compiled), memory_limit()
-    asked = flops.train_step(
+    operations = flops.train_step(
         settings.model,
         clips=clips,
         frames=settings.data.clip_len,
@@ -121,23 +121,25 @@ def tell(settings: Settings) -> None:
     print(f"global batch       {clips} clips of {settings.data.clip_len} frames")
     print(
         f"memory per device  {memory.total / _GIB:.2f} GiB: {memory.state / _GIB:.2f} of state and "
-        f"batch, {memory.working / _GIB:.2f} within the step; there are {limit / _GIB:.1f} GiB"
+        f"batch, {memory.working / _GIB:.2f} within the step; available: {limit / _GIB:.1f} GiB"
     )
-    print(f"arithmetic         {asked.total / 1e12:.4g} TFLOP a step, counted from the sizes")
-    _tell_time(settings, asked.total / devices, compiled)
+    print(
+        f"arithmetic         {operations.total / 1e12:.4g} TFLOP per step, counted from the sizes"
+    )
+    _report_time(settings, operations.total / devices, compiled)
     if memory.total > limit:
-        _tell_what_fits(settings, limit)
+        _report_what_fits(settings, limit)
 
 
-def _tell_time(settings: Settings, asked: float, compiled) -> None:
+def _report_time(settings: Settings, operations: float, compiled) -> None:
     rate, copying = (
         device_speed.matmul_flops(settings.model.compute_dtype),
         device_speed.copy_bytes(),
     )
-    # XLA counts a loop's body once. Nearly all of a step is in the loop over its parts.
+    # XLA counts a loop's body once, and nearly all of a step is in the loop over its parts.
     counted = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
     moved = settings.compute.accumulate_steps * counted
-    soonest = asked / rate
+    soonest = operations / rate
     latest = soonest + moved / copying
     print(
         f"measured here      {rate / 1e12:.3g} TFLOP/s of {settings.model.compute_dtype} matrix "
@@ -145,18 +147,18 @@ def _tell_time(settings: Settings, asked: float, compiled) -> None:
     )
     print(
         f"a step             between {soonest:.3g} s (arithmetic alone) and {latest:.3g} s "
-        f"(and then at most {moved / 1e9:.3g} GB of memory traffic, nothing overlapped)"
+        f"(and at most {moved / 1e9:.3g} GB of memory traffic, without overlap)"
     )
     print(f"expected           {1 / latest:.3g}…{1 / soonest:.3g} steps/s")
     if steps := _steps(settings):
         print(
             f"the whole run      {steps} steps: {steps * soonest / 3600:.3g}…"
-            f"{steps * latest / 3600:.3g} hours, if the data keeps up"
+            f"{steps * latest / 3600:.3g} hours, if data loading keeps up"
         )
 
 
 def _steps(settings: Settings) -> int | None:
-    """Updates in the whole run; None where only data that is not here could tell."""
+    """Updates in the whole run; None where they depend on missing data."""
     clips = sharding.global_batch_size(settings.data.batch_size, settings.data.global_batch_size)
     try:
         per_epoch = len(loader.open_clips(settings.data, "train")) // clips
@@ -168,13 +170,13 @@ def _steps(settings: Settings) -> int | None:
     return min(total, settings.schedule.max_steps or total)
 
 
-def _tell_what_fits(settings: Settings, limit: int) -> None:
+def _report_what_fits(settings: Settings, limit: int) -> None:
     fitting = what_fits(settings, limit)
     if fitting is None:
         print("this will not fit  even one clip at a time: choose a smaller model, or more fsdp")
     else:
         print(
-            f"this will not fit  but it does with --config.compute.remat={fitting.compute.remat} "
+            f"this will not fit  but it fits with --config.compute.remat={fitting.compute.remat} "
             f"--config.compute.accumulate_steps={fitting.compute.accumulate_steps}, which "
-            f"change no result"
+            f"do not change results"
         )

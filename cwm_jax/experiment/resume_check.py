@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint that was saved under another config."""
+"""Checks whether a run can resume from a checkpoint that was saved with another config."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 from cwm_jax.checkpoints import migration
 from cwm_jax.errors import UserError
 
-# Settings that make it another run. Some others change the curve, such as the
-# learning rate, and are reported.
+# Settings that must match on resume. Differences of others, such as `lr`, are reported.
 _FIXED = (
     *("seed", "init_from", "data.clip_len", "data.stride"),
     *("model.hidden_size", "model.depth", "model.num_heads", "model.patch_size"),
@@ -18,7 +17,7 @@ _FIXED = (
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between a checkpoint's config and this run's, a line for each setting.
+    """The differences between a checkpoint's config and this run's, a line for each setting.
 
     Raises:
         UserError: naming every setting that must match on resume.
@@ -32,24 +31,24 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     fixed = [
         text
         for key, text in differing.items()
-        if _makes_it_another(key, before) or _has_lost_average(key, after, before)
+        if _must_match(key, before) or _has_lost_average(key, after, before)
     ]
     if fixed:
-        told = "\n".join(f"  {text}" for text in fixed)
+        listed = "\n".join(f"  {text}" for text in fixed)
         raise UserError(
-            f"the checkpoint belongs to another run:\n{told}\n"
-            f"Use the old values to go on, or another --workdir to start anew."
+            f"the checkpoint belongs to another run:\n{listed}\n"
+            f"Use the old values to resume, or another --workdir for a new run."
         )
     return list(differing.values())
 
 
-def _makes_it_another(key: str, before: Mapping) -> bool:
-    """Whether such a difference may not be; what an imported checkpoint does not tell may."""
+def _must_match(key: str, before: Mapping) -> bool:
+    """Whether the setting must match; one that an imported checkpoint lacks need not."""
     return key in _FIXED and key in before
 
 
 def _has_lost_average(key: str, after: Mapping, before: Mapping) -> bool:
-    """Whether only one of the two keeps a moving average, which cannot start midway."""
+    """Whether only one of the two keeps a moving average, which cannot start later."""
     return key == "optimizer.ema_decay" and bool(after.get(key)) != bool(before.get(key))
 
 
@@ -60,5 +59,5 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_json(value):
-    """What JSON makes of it: checkpoints hold lists where configs hold tuples."""
+    """The value after JSON: checkpoints hold lists where configs hold tuples."""
     return [_as_json(each) for each in value] if isinstance(value, (list, tuple)) else value

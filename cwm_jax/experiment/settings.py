@@ -168,7 +168,7 @@ class Settings(ConfigGroup):
         self._check_lengths()
         self._check_learning()
         self._check_schedule()
-        _ = self.stages  # which checks them
+        _ = self.stages  # checks them
 
     def _check_lengths(self) -> None:
         rollouts, clip_len = self.rollouts, self.data.clip_len
@@ -205,7 +205,7 @@ class Settings(ConfigGroup):
             raise UserError(
                 f"config.augment.mirror_share={self.augment.mirror_share} needs CoinRun's actions "
                 f"(config.model.num_actions={NUM_ACTIONS}, action_encoding='one_hot'): of others "
-                f"it is not known which exchange left and right"
+                f"it is unknown which exchange left and right"
             )
 
     def _check_schedule(self) -> None:
@@ -242,11 +242,11 @@ class Settings(ConfigGroup):
 
     @property
     def examples(self) -> ExampleConfig:
-        """Of the first stage."""
+        """The example settings of the first stage."""
         return ExampleConfig(**{name: getattr(self, name) for name in STAGED})
 
     def setup(self, mesh: Mesh | None) -> TrainSetup:
-        """What a step of the first stage is compiled for; runs of any length share it."""
+        """The setup of the first stage's training step; runs of any length share its program."""
         decays = bool(self.optimizer.decay_steps)
         return TrainSetup(
             network=self.model,
@@ -259,12 +259,12 @@ class Settings(ConfigGroup):
 
     @property
     def stages(self) -> list[tuple[float, ExampleConfig]]:
-        """Of each stage the share of the run with which it begins, and its settings.
+        """For each stage, the share of the run at which it begins, and its settings.
 
-        A stage keeps what the ones before have set.
+        A stage keeps the settings of earlier stages.
 
         Raises:
-            UserError: `schedule.stages` are not as the list of settings describes them.
+            UserError: `schedule.stages` is not valid.
         """
         found = [(0.0, self.examples)]
         for stage in self.schedule.stages:
@@ -279,10 +279,10 @@ class Settings(ConfigGroup):
 
     @property
     def more_passes(self) -> int:
-        """Forward passes of an update beside the one that is learned from."""
+        """Forward passes of an update besides the one with gradients."""
         context = self.context
-        of_context = context.steps + 1 if context.steps else context.rounds
-        return of_context * bool(context.share) + 2 * bool(self.distil_from)
+        for_context = context.steps + 1 if context.steps else context.rounds
+        return for_context * bool(context.share) + 2 * bool(self.distil_from)
 
     @property
     def rollout_sampler(self) -> SamplerConfig:

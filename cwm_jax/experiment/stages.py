@@ -1,4 +1,4 @@
-"""The stages of a run: updates whose settings change at given shares of the run."""
+"""The stages of a run: training steps whose settings change at given shares of the run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from cwm_jax.training.train_step import TrainSetup, TrainState
 
 
 class Stages:
-    """Calls `train_step.train_step`; a thread compiles the next stage's during the present one.
+    """Calls `train_step.train_step`; a thread compiles the next stage's step in advance.
 
     Args:
-        stages: of each the share of the run with which it begins, and its settings. The
+        stages: for each, the share of the run at which it begins, and its settings. The
             first begins at 0.
         setup: of the first stage.
         teacher: see `train_step.train_step`.
@@ -36,7 +36,7 @@ class Stages:
         self._thread = ThreadPoolExecutor(1)
 
     def update(self, share: float, state: TrainState, batch, key, **traced):
-        """One update at this share of the run: (next state, metrics). `state` is used up."""
+        """One update at this share of the run: (next state, metrics). `state` is donated."""
         number = sum(begin <= share for begin in self._begins) - 1
         if number != self._number:
             self._enter(number)
@@ -47,7 +47,7 @@ class Stages:
         return following, metrics
 
     def close(self) -> None:
-        """Waits for no compilation that has not begun."""
+        """Cancels compilations that have not begun."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _enter(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Sizes of the network, what it is shown, and what it generates."""
+"""Sizes, inputs and outputs of the network."""
 
 import dataclasses
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from cwm_jax.models import attention
 
 
 class Reach(NamedTuple):
-    """How far a patch of `patch` × `patch` pixels may move, in pixels."""
+    """How far a patch of `patch` × `patch` pixels may be displaced, in pixels."""
 
     down: int
     across: int
@@ -30,8 +30,8 @@ class Reach(NamedTuple):
 class DiTConfig(ConfigGroup):
     """The network; `config.model` of a config file.
 
-    Fields with `repr=False` are not in the text from which share codes know a network: codes made
-    before these settings existed must still be read.
+    Fields with `repr=False` are not in the text that share codes identify a network by: codes from
+    before these settings existed must stay readable.
     """
 
     PATH = "config.model"
@@ -109,7 +109,7 @@ class DiTConfig(ConfigGroup):
         if self.hidden_size % (4 * self.num_heads):
             raise UserError(
                 f"config.model.hidden_size={self.hidden_size} must be a multiple of 4 · num_heads "
-                f"= {4 * self.num_heads}: a head turns half of its planes by row, half by column"
+                f"= {4 * self.num_heads}: a head rotates half of its planes by row, half by column"
             )
         if self.image_size % self.patch_size:
             raise UserError(
@@ -129,8 +129,8 @@ class DiTConfig(ConfigGroup):
             )
         if self.warp_reach and not self.history:
             raise UserError(
-                f"config.model.warp_reach={self.warp_reach} needs config.model.history ≥ 1: what "
-                f"is warped is the last frame"
+                f"config.model.warp_reach={self.warp_reach} needs config.model.history ≥ 1: it "
+                f"warps the last frame"
             )
         if self.warp_reach > self.patch_size:
             raise UserError(
@@ -169,14 +169,14 @@ class DiTConfig(ConfigGroup):
 
     @property
     def reach(self) -> Reach | None:
-        """Of discrete displacements; None where there are none."""
+        """The reach of discrete displacements; None where there are none."""
         if not (self.displacement_down or self.displacement_across):
             return None
         return Reach(self.displacement_down, self.displacement_across, self.displacement_patch)
 
     @property
     def taps(self) -> int:
-        """Numbers of one softmax filter, which reaches `warp_reach` pixels to either side."""
+        """Weights of one softmax filter, which reaches `warp_reach` pixels to either side."""
         return 2 * self.warp_reach + 1
 
     @property
@@ -186,7 +186,7 @@ class DiTConfig(ConfigGroup):
 
     @property
     def has_coinrun_actions(self) -> bool:
-        """Whether action 7 is RIGHT, and so on, as `cwm_jax.coinrun` has them."""
+        """Whether the actions are those of `cwm_jax.coinrun`."""
         return (self.num_actions, self.action_encoding) == (NUM_ACTIONS, "one_hot")
 
     @property

@@ -112,7 +112,7 @@ def programs(network: DiTConfig, config: SamplerConfig) -> dict[str, Callable]:
         key = jax.random.fold_in(random_numbers.wrap_key(key_data), state.count)
         noise, step_key = sampler.frame_noise(key, state.frames_BMHWC[:, 0].shape)
         both = Tables(**{name: Modulations(**table) for name, table in tables.items()})
-        return sampler.draw_frame(bound, both, state, action_B, noise, step_key, config)
+        return sampler.generate_frame(bound, both, state, action_B, noise, step_key, config)
 
     def append(params, tables, fields, action_B, frame_BHWC):
         bound, context = bind(network, params), Modulations(**tables["context"])
@@ -182,7 +182,7 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
             (folder / f"{name}.stablehlo").write_bytes(program)
         weights.write(folder / bundle.PARAMS, params, _meta(trained))
         np.savez_compressed(folder / bundle.EXAMPLE, **example)
-        drawing = {name: getattr(config, name) for name in bundle.Drawing._fields}
+        drawing = {name: getattr(config, name) for name in bundle.Generation._fields}
         sizes = {f.name: getattr(network, f.name) for f in dataclasses.fields(bundle.Network)}
         manifest = {
             "format": bundle.FORMAT,

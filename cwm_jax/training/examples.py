@@ -1,8 +1,8 @@
 """Training examples: clips with noise levels, noise, and how their context frames are made.
 
 The plain examples are the original's: each frame has a noise level of its own (Diffusion Forcing,
-Chen et al. 2024, https://arxiv.org/abs/2407.01392). `ExampleConfig` can shift them to what a
-rollout meets: the highest noise level, and context frames that the network has generated itself.
+Chen et al. 2024, https://arxiv.org/abs/2407.01392). `ExampleConfig` can shift them to the
+conditions of rollouts: the highest noise level, and self-generated context.
 """
 
 from typing import NamedTuple
@@ -21,11 +21,11 @@ from cwm_jax.training.config import ExampleConfig
 from cwm_jax.training.self_generated import Context
 
 _TOP = schedule.NUM_LEVELS - 1
-_RENOISED_STEPS = np.array([1, 2, 4, 4], np.int32)  # of 4, chosen among
+_RENOISED_STEPS = np.array([1, 2, 4, 4], np.int32)  # of 4; one is chosen uniformly
 
 
 class Example(NamedTuple):
-    """Clips with all that is random about how they are learned from."""
+    """Clips with all random inputs of their loss."""
 
     frames_BTHWC: jax.Array  # uint8
     actions_BT: jax.Array  # int32, the action that led into each frame, −1 for none
@@ -35,7 +35,7 @@ class Example(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """A model from which a student of the same network learns to generate in fewer steps."""
+    """A model that is distilled into a student of the same network with fewer steps."""
 
     params: Params
     steps: jax.Array | int  # the student's; the teacher takes twice as many
@@ -48,12 +48,12 @@ def make(
     if config.augment.mirror_share:
         batch = mirrored(key, batch, config.augment.mirror_share)
     frames = batch["frames"]
-    t_BT, noise_BTHWC = schedule.draw(key, frames.shape)
+    t_BT, noise_BTHWC = schedule.sample(key, frames.shape)
     top_key, clips_key, own_key, level_key = jax.random.split(jax.random.fold_in(key, 1), 4)
     if config.noise_levels.top_share:
         t_BT = _with_top(top_key, t_BT, config.noise_levels.top_share)
     if teacher is not None:
-        t_BT = distillation.draw(jax.random.fold_in(key, 3), t_BT, teacher.steps)
+        t_BT = distillation.sample_levels(jax.random.fold_in(key, 3), t_BT, teacher.steps)
     context = None
     if config.context.share:
         context = _context((clips_key, own_key, level_key), frames.shape, config)
@@ -65,10 +65,10 @@ def _context(keys, shape: tuple[int, ...], config: ExampleConfig) -> Context:
     clips_key, own_key, level_key = keys
     own_key, own_top_key = jax.random.split(own_key)
     levels = shape[0], how.rounds, shape[1]
-    if how.renoised:  # the first round starts from noise alone, so nothing real leaks
+    if how.renoised:  # the first round starts from noise alone, so no real frame leaks
         places = random_numbers.integers(level_key, levels[:2], 0, len(_RENOISED_STEPS))
         numbers = jnp.asarray(_RENOISED_STEPS)[places]
-        t_BPT = jnp.broadcast_to(schedule.step_label(numbers, 4)[..., None], levels)
+        t_BPT = jnp.broadcast_to(schedule.step_level(numbers, 4)[..., None], levels)
         t_BPT = t_BPT.at[:, 0].set(_TOP)
     else:
         t_BPT = random_numbers.integers(level_key, levels, 0, schedule.NUM_LEVELS)
@@ -86,14 +86,14 @@ def _context(keys, shape: tuple[int, ...], config: ExampleConfig) -> Context:
 
 
 def mirrored(key, batch: dict[str, jax.Array], share: float) -> dict[str, jax.Array]:
-    """A batch of CoinRun clips, a share of them mirrored: frames, and what was pressed.
+    """A batch of CoinRun clips, a share of them mirrored: frames and actions.
 
     Args:
         batch: `{"frames": [B, T, H, W, C], "actions": int32 [B, T]}`.
     """
     frames, actions = batch["frames"], batch["actions"]
     mirror_B = random_numbers.happens(jax.random.fold_in(key, 2), frames.shape[:1], share)
-    # The last entry is what becomes of −1, no action.
+    # The last entry is for −1, no action.
     other = jnp.array([coinrun.mirrored(a) for a in (*range(coinrun.NUM_ACTIONS), NO_ACTION)])
     return {
         "frames": jnp.where(mirror_B[:, None, None, None, None], frames[:, :, :, ::-1], frames),

@@ -1,4 +1,4 @@
-"""The dry run tells what a step takes, and suggests the mildest change with which it fits."""
+"""The dry run reports what a step needs, and suggests the cheapest change with which it fits."""
 
 import dataclasses
 import re
@@ -27,7 +27,7 @@ def computed(settings: Settings, **how) -> Settings:
 
 @pytest.fixture
 def tried(monkeypatch) -> list[tuple[str, int]]:
-    """Compiles nothing: a step takes so much for its `remat`, over its parts. Gathers the tries."""
+    """Compiles nothing: a step's memory depends on `remat` and its parts. Collects the tries."""
     tries = []
     working = {"none": 80, "gelu_norm": 60, "layer": 12}
 
@@ -45,13 +45,13 @@ def tried(monkeypatch) -> list[tuple[str, int]]:
     ("limit", "remat", "parts"),
     [(70, "gelu_norm", 1), (31, "gelu_norm", 2), (14, "layer", 1), (5, "layer", 3)],
 )
-def test_the_mildest_change_that_fits(tried, limit, remat, parts):
+def test_the_cheapest_change_that_fits(tried, limit, remat, parts):
     found = dry_run.what_fits(SETTINGS, limit)
     assert (found.compute.remat, found.compute.accumulate_steps) == (remat, parts)
     assert computed(found, remat="none", accumulate_steps=1) == SETTINGS
 
 
-def test_what_is_set_already_is_not_tried_again(tried):
+def test_current_settings_are_not_tried_again(tried):
     settings = computed(SETTINGS, remat="gelu_norm")
     assert dry_run.what_fits(settings, 1) is None
     assert tried == [("gelu_norm", 2), *(("layer", parts) for parts in (1, 2, 3, 6))]
@@ -66,9 +66,9 @@ def tiny(make_data, monkeypatch) -> Settings:
     return Settings.from_config(config_of(folder, {"compute.remat": "none"}))
 
 
-def told(settings, capsys) -> dict[str, str]:
-    """What `tell` prints, by what stands before it."""
-    dry_run.tell(settings)
+def reported(settings, capsys) -> dict[str, str]:
+    """What `report` prints, by its label."""
+    dry_run.report(settings)
     lines = (re.split(" {2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     return {name: rest.strip() for name, rest in lines}
 
@@ -77,13 +77,13 @@ def numbers(text: str) -> list[float]:
     return [float(word) for word in re.findall(r"\d+(?:\.\d+)?(?:e[-+]\d+)?", text)]
 
 
-def test_what_is_told_follows_from_the_sizes(tiny, capsys):
-    found = told(tiny, capsys)
+def test_the_report_follows_from_the_sizes(tiny, capsys):
+    found = reported(tiny, capsys)
     assert found["global batch"] == "2 clips of 5 frames"
-    asked = flops.train_step(tiny.model, clips=2, frames=5).total
-    assert numbers(found["arithmetic"])[0] == pytest.approx(asked / 1e12, rel=0.01)
+    operations = flops.train_step(tiny.model, clips=2, frames=5).total
+    assert numbers(found["arithmetic"])[0] == pytest.approx(operations / 1e12, rel=0.01)
     soonest, latest, gbytes = numbers(found["a step"])
-    assert soonest == pytest.approx(asked / 5e8, rel=0.01)
+    assert soonest == pytest.approx(operations / 5e8, rel=0.01)
     assert latest == pytest.approx(soonest + gbytes / 0.2, rel=0.02)
     assert numbers(found["expected"]) == pytest.approx([1 / latest, 1 / soonest], rel=0.02)
     steps, *hours = numbers(found["the whole run"])
@@ -92,7 +92,7 @@ def test_what_is_told_follows_from_the_sizes(tiny, capsys):
     assert "this will not fit" not in found
 
 
-def test_memory_is_that_of_state_and_batch_and_what_a_step_adds(tiny):
+def test_memory_is_that_of_state_batch_and_temporary_arrays(tiny):
     memory = dry_run.memory_of(dry_run.compile_step(tiny))
     state = jax.eval_shape(lambda: train_step.init_state(tiny.model, tiny.optimizer, 0))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
@@ -101,7 +101,7 @@ def test_memory_is_that_of_state_and_batch_and_what_a_step_adds(tiny):
     assert memory.working > size  # the gradients alone would be a third
 
 
-def test_a_teacher_takes_memory_and_passes(tiny):
+def test_a_teacher_adds_memory_and_forward_passes(tiny):
     taught = dataclasses.replace(tiny, distil_from="somewhere")
     plain, with_teacher = (dry_run.memory_of(dry_run.compile_step(s)) for s in (tiny, taught))
     params = sum(4 * x.size for x in jax.tree.leaves(dit.shapes(tiny.model)))
@@ -110,7 +110,7 @@ def test_a_teacher_takes_memory_and_passes(tiny):
 
 
 def test_parts_of_a_step_move_no_fewer_bytes(tiny, capsys):
-    traffic = lambda settings: numbers(told(settings, capsys)["a step"])[2]
+    traffic = lambda settings: numbers(reported(settings, capsys)["a step"])[2]
     data = dataclasses.replace(tiny.data, batch_size=4)
     whole = dataclasses.replace(tiny, data=data)
     assert traffic(computed(whole, accumulate_steps=4)) > traffic(whole)
@@ -119,7 +119,7 @@ def test_parts_of_a_step_move_no_fewer_bytes(tiny, capsys):
 def test_what_is_suggested_fits(tiny, capsys, monkeypatch):
     limit = dry_run.memory_of(dry_run.compile_step(tiny)).total - 1
     monkeypatch.setattr(dry_run, "memory_limit", lambda: limit)
-    suggested = told(tiny, capsys)["this will not fit"]
+    suggested = reported(tiny, capsys)["this will not fit"]
     pattern = r"--config\.compute\.remat=(\w+) --config\.compute\.accumulate_steps=(\d)"
     remat, parts = re.search(pattern, suggested).groups()
     smaller = computed(tiny, remat=remat, accumulate_steps=int(parts))
@@ -127,7 +127,7 @@ def test_what_is_suggested_fits(tiny, capsys, monkeypatch):
     assert dry_run.memory_of(dry_run.compile_step(smaller)).total <= limit
 
 
-def test_the_training_program_only_tells(tmp_path):
+def test_a_dry_run_only_reports(tmp_path):
     sizes = dict(hidden_size=24, depth=1, num_heads=3, patch_size=16)
     result = program(
         *[str(ROOT / "train.py"), f"--config={ROOT / 'configs' / 'debug.py'}", "--dry-run"],

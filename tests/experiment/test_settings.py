@@ -1,4 +1,4 @@
-"""Configs: each is whole, and a mistake in one is named."""
+"""Configs: each is complete, and mistakes are named."""
 
 import importlib
 import json
@@ -91,13 +91,13 @@ def test_mistakes_are_named(path, value, named):
         Settings.from_config(changed(config_of("small"), {path: value}))
 
 
-def test_minutes_and_steps_do_not_both_bring_the_rate_down():
+def test_minutes_exclude_decay_steps():
     both = {"schedule.minutes": 9.0, "schedule.max_steps": 10, "optimizer.decay_steps": 5}
     with pytest.raises(UserError, match=r"decay_steps=5 and config\.schedule\.minutes=9"):
         Settings.from_config(changed(config_of("small"), both))
 
 
-def test_a_stage_keeps_what_the_ones_before_have_set():
+def test_a_stage_keeps_the_settings_of_earlier_stages():
     stages = ((0.2, {"context.rounds": 3}), (0.6, {"noise_levels.top_share": 0.1}))
     settings = {"context.rounds": 2, "schedule.stages": stages}
     settings = Settings.from_config(changed(config_of("pocket"), settings))
@@ -147,7 +147,7 @@ OLD_CHANGES = {
 }
 
 
-def test_old_names_in_a_config_file_of_ones_own_count():
+def test_old_names_in_a_users_config_file_count():
     config = config_of("small") | {"lr": 3e-4, "noise": {"own_share": 0.0}}
     settings = Settings.from_config(config)
     assert settings.optimizer.lr == 3e-4
@@ -170,7 +170,7 @@ def test_a_run_resumes_from_a_config_that_is_older_than_a_setting():
             resume_check.compare(before, changed(now, {name: value}))
 
 
-def test_a_teacher_needs_steps_to_take():
+def test_a_teacher_needs_enough_steps():
     config = changed(config_of("small"), {"distil_from": "runs/small", "sampler.ddim_steps": 501})
     with pytest.raises(UserError, match=r"config\.sampler\.ddim_steps=501 must be at most 500"):
         Settings.from_config(config)

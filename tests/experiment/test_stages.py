@@ -1,4 +1,4 @@
-"""Stages of a run: each update is that of its stage, whether compiled ahead or not."""
+"""Stages of a run: each update has its stage's settings, whether compiled in advance or not."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def test_a_stage_begins_at_its_share_also_in_a_run_that_starts_within_it(tiny, b
         assert found == losses_of(plain, tiny, batch, shares)
 
 
-def test_the_next_stage_is_compiled_during_the_present_one(tiny, batch):
+def test_the_next_stage_is_compiled_during_the_current_one(tiny, batch):
     setup = train_step.TrainSetup(network=tiny, optim=OPTIM, mesh=sharding.make_mesh())
     updates = stages.Stages(NOISES, setup)
     state, _ = updates.update(0.0, train_step.init_state(tiny, OPTIM, 0), batch, KEY)

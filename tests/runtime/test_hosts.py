@@ -1,4 +1,4 @@
-"""The training program over two hosts, here two processes whose working folders are their disks."""
+"""The training program on two hosts: two processes whose working folders are their disks."""
 
 import json
 import os
@@ -62,15 +62,15 @@ def train(workdir: Path, disks: list[Path], *, steps: int, fsdp: int = 1) -> lis
 
 
 def measured(workdir: Path, name: str) -> dict[int, float]:
-    """What was measured under a name, by step."""
+    """The values of a metric by step."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-def test_two_hosts_train_as_one_does(tmp_path, disks):
-    """They read, train, validate and draw alike, with one copy of the parameters between them.
+def test_two_hosts_train_like_one(tmp_path, disks):
+    """They read, train, validate and generate alike, with sharded parameters.
 
-    Then one alone goes on from their checkpoint. An epoch has two updates.
+    Then one alone resumes from their checkpoint. An epoch has two updates.
     """
     alone, together = tmp_path / "alone", tmp_path / "together"
     for ended in [*train(alone, disks[:1], steps=3), *train(together, disks, steps=2, fsdp=2)]:
@@ -85,9 +85,9 @@ def test_two_hosts_train_as_one_does(tmp_path, disks):
 
 
 def test_hosts_with_different_data_do_not_start(tmp_path, disks):
-    """One copy lacks a shard: the same clip number would mean another clip there."""
+    """One copy lacks a shard: the same clip number would be another clip there."""
     next((disks[1] / "data" / "train").iterdir()).unlink()
     for code, error in train(tmp_path / "run", disks, steps=1):
         assert code == 2, error
-        assert "all processes must have the same, but data.train.clips is" in error
+        assert "all processes must have the same data.train.clips, but it is" in error
         assert "Traceback" not in error

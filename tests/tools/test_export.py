@@ -302,7 +302,9 @@ def test_a_manifest_or_header_with_parts_missing_is_told(made, run, tmp_path):
     meta = {"step": 1, "config": {"model": {"hidden_size": 16}}}
     for said in ([], {"step": 1}, meta | {"step": "1"}, meta):
         weights.write(tmp_path / "x.safetensors", {"a": jnp.zeros(1)}, said)
-        with pytest.raises(UserError, match=r"x\.safetensors (tells|is of a network)"):
+        with pytest.raises(
+            UserError, match=r"x\.safetensors (describes|has no step|is of an unknown)"
+        ):
             formats.open_sampler(tmp_path / "x.safetensors")
 
 
@@ -324,5 +326,5 @@ def test_an_average_is_of_all_models(run, tmp_path):
     config = {"model": dataclasses.asdict(network)}
     odd = trained._replace(params=other, network=network, config=config)
     export.write_safetensors(odd, tmp_path / "odd.safetensors")
-    with pytest.raises(UserError, match=r"odd\.safetensors has another network: depth=2, and not"):
+    with pytest.raises(UserError, match=r"odd\.safetensors has another network: depth=2, not"):
         export.averaged(trained, [tmp_path / "odd.safetensors"])

@@ -41,7 +41,7 @@ def test_a_rehearsal_on_data_from_elsewhere_without_optional_packages(
     pocket.main(flags(tmp_path, *SETTINGS, "--config.schedule.max_steps=3"))
     told = capfd.readouterr()
     assert "was not recorded by cwm_jax.tools.collect" in told.err
-    assert "cannot draw a rollout: videos need PyAV" in told.err
+    assert "cannot write a rollout video: videos need PyAV" in told.err
     trained = formats.load(tmp_path / "run" / "model.safetensors")
     assert trained.step == 3
     assert trained.config["schedule"]["minutes"] == 5

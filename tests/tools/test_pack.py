@@ -97,8 +97,8 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
     script = rollouts.write_script(
         config, "val", count=1, frames=7, n_prompt=1, num_actions=network.action_values
     )
-    for t, picture in enumerate(rollouts.film(script, np.moveaxis(script.real, 1, 0))):
-        panel = key_panel.draw(controls.read(out), int(script.actions[0, t]), width=192)
+    for t, picture in enumerate(rollouts.video_images(script, np.moveaxis(script.real, 1, 0))):
+        panel = key_panel.render(controls.read(out), int(script.actions[0, t]), width=192)
         below, right = contact_sheet.GAP + 2 * (192 + contact_sheet.GAP), contact_sheet.GUTTER
         shown = picture[below:, right:][: len(panel), :192]
         np.testing.assert_array_equal(shown, panel)

@@ -1,4 +1,4 @@
-"""Which examples are made of clips: noise labels, own drawings, mirrored clips."""
+"""Examples of clips: noise levels, self-generated context, mirrored clips."""
 
 import functools
 
@@ -20,9 +20,9 @@ def made(shape, settings=None):
     return examples.make(KEY, batch, ExampleConfig().changed(settings or {}))
 
 
-def test_levels_and_clips_have_the_shares_asked_for():
+def test_levels_and_clips_have_the_configured_shares():
     shape = (200, 5, 2, 2, 3)
-    assert (made(shape).t_BT == schedule.draw(KEY, shape)[0]).all()
+    assert (made(shape).t_BT == schedule.sample(KEY, shape)[0]).all()
     context = {"context.share": 0.25, "context.rounds": 3, "context.start_noise": 0.1}
     example = made(shape, context | {"noise_levels.top_share": 0.3})
     context = example.context
@@ -31,13 +31,15 @@ def test_levels_and_clips_have_the_shares_asked_for():
     assert not context.top_B.any()
     assert context.t_BPT.shape == (200, 3, 5)
     assert 0.25 < (context.t_BPT == 999).mean() < 0.35
-    of_its_own = context.noise_BTHWC * example.noise_BTHWC  # else it could be read off
+    of_its_own = (
+        context.noise_BTHWC * example.noise_BTHWC
+    )  # otherwise the real frame could be inferred
     assert abs(of_its_own.mean()) < 0.05
     assert 0.07 < context.start_noise_B.mean() < 0.09  # |N(0, 0.1)| is 0.08 on the mean
 
 
-def test_in_some_clips_nothing_shows_the_real_frames():
-    """Every level of such a clip is the highest, in its passes and where it is learned from."""
+def test_some_clips_have_only_the_highest_noise_level():
+    """Every level of such a clip is the highest, in its rounds and in the loss."""
     shape = (400, 3, 2, 2, 3)
     settings = {"context.share": 0.5, "context.rounds": 2}
     example = made(shape, settings | {"context.top_share": 0.4})
@@ -64,7 +66,7 @@ def test_in_a_mirror_left_and_right_are_exchanged_and_nothing_else():
         assert (seen.up, seen.down) == (keys.up, keys.down)
         assert coinrun.mirrored(other) == action
     assert coinrun.mirrored(coinrun.JUMP_LEFT) == coinrun.JUMP_RIGHT
-    assert coinrun.mirrored(9) == 9  # a key that does nothing
+    assert coinrun.mirrored(9) == 9  # a key without effect
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def in_a_mirror(batch):
     return {"frames": batch["frames"][:, :, :, ::-1], "actions": other}
 
 
-def test_a_share_of_the_clips_is_seen_in_a_mirror_whole(batch):
+def test_a_share_of_the_clips_is_mirrored_completely(batch):
     found = jax.device_get(examples.mirrored(KEY, batch, 0.5))
     flipped = in_a_mirror(batch)
     same = lambda a, b: (a == b).all(axis=(1, 2, 3, 4))
@@ -107,17 +109,17 @@ def first_loss(network, clips, settings=None):
     learned = ExampleConfig().changed(settings or {})
     setup = train_step.TrainSetup(network=network, optim=optim, examples=learned)
     state = train_step.init_state(network, optim, 0)
-    _, told = train_step.train_step(state, clips, KEY, setup)
-    return float(told["train/loss"])
+    _, metrics = train_step.train_step(state, clips, KEY, setup)
+    return float(metrics["train/loss"])
 
 
-def test_mirrored_clips_are_learned_as_if_they_had_been_played_so(tiny, clips):
+def test_mirrored_clips_give_the_loss_of_mirrored_data(tiny, clips):
     found, plain = first_loss(tiny, clips, {"augment.mirror_share": 1.0}), first_loss(tiny, clips)
     assert found == pytest.approx(first_loss(tiny, in_a_mirror(clips)), rel=1e-6)
     assert found != pytest.approx(plain, rel=1e-6)
 
 
-def test_what_is_wrong_in_the_middle_counts_as_much_as_asked_for(tiny, tiny_params, clips):
+def test_errors_in_the_middle_have_the_configured_weight(tiny, tiny_params, clips):
     weights = objective._weights(64, 10.0)
     assert weights.mean() == pytest.approx(1)
     assert weights[32, 32] == pytest.approx(10 * weights[0, 0])
@@ -125,7 +127,7 @@ def test_what_is_wrong_in_the_middle_counts_as_much_as_asked_for(tiny, tiny_para
     assert weights[24:40, 24:40].min() > 1
 
     frames, actions = clips["frames"], clips["actions"]
-    given = Example(frames, actions, *schedule.draw(KEY, frames.shape))
+    given = Example(frames, actions, *schedule.sample(KEY, frames.shape))
     loss = functools.partial(objective.clip_loss, tiny_params, given, network=tiny)
     sample = schedule.noised(coinrun.to_model(frames), given.t_BT, given.noise_BTHWC)
     net = denoiser.bind(tiny, tiny_params)

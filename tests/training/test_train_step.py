@@ -1,4 +1,4 @@
-"""The training step: its learning rate, its average, its noise, and where it runs."""
+"""The training step: learning rate, average, noise, and devices."""
 
 import dataclasses
 import functools
@@ -60,7 +60,7 @@ def test_the_rate_falls_to_nothing_at_the_end():
     np.testing.assert_allclose([float(short(k)) for k in range(3)], [1e-3, 5e-4, 0])
 
 
-def test_a_rate_multiplies_an_update_and_compiles_nothing_anew(tiny):
+def test_a_rate_multiplies_an_update_without_compilation(tiny):
     optim, before = settings(lr=1e-2), train_step.train_step._cache_size()
     setup, moved = TrainSetup(network=tiny, optim=optim), {}
     for rate in (1.0, 0.25, 0.0):
@@ -113,7 +113,7 @@ def test_how_a_step_is_computed_does_not_change_it(tiny, tiny_params, how):
         np.testing.assert_allclose(other[name], gradient, rtol=0, atol=1e-4 * scale, err_msg=name)
 
 
-def test_a_step_takes_over_the_memory_of_the_state(tiny):
+def test_a_step_reuses_the_buffers_of_the_state(tiny):
     optim = settings(ema_decay=0.9)
     state = jax.eval_shape(lambda: train_step.init_state(tiny, optim, 0))
     lowered = train_step.train_step.lower(
@@ -135,7 +135,7 @@ def test_gradients_are_float32_whatever_the_matmuls(tiny):
 
 
 @pytest.mark.parametrize("wrong", [dict(remat="all"), dict(accumulate_steps=0)])
-def test_a_way_to_compute_that_we_lack_is_named(wrong):
+def test_an_unknown_compute_setting_is_named(wrong):
     with pytest.raises(UserError, match=f"config.compute.{next(iter(wrong))}"):
         ComputeConfig(**wrong)
 
@@ -171,8 +171,8 @@ def test_values_out_of_range_are_named(change):
         settings(**change)
 
 
-def test_an_update_that_is_not_finite_is_passed_over(tiny):
-    """Nothing but the two counters changes, and the next step is as if it had not been."""
+def test_an_update_that_is_not_finite_is_skipped(tiny):
+    """Only the two counters change, and the next step is as without it."""
     optim = settings(ema_decay=0.9)
     state, _ = run(tiny, optim, 2)
     before = jax.tree.map(np.array, state)

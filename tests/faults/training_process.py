@@ -1,7 +1,7 @@
-"""One life of a small training run: a process of its own, to be killed, starved and lied to.
+"""A process of a small training run, to inject faults into.
 
-Processes come from a fork server that has imported everything, so a life begins in a moment;
-what is compiled is kept in a folder that all lives share.
+Processes come from a fork server that has imported everything, so they start quickly; they share a
+folder of compiled programs.
 """
 
 import faulthandler
@@ -22,8 +22,8 @@ from cwm_jax.data.records import Episode, encode
 from cwm_jax.data.shards import write_shard
 
 STEPS = 15
-MEASURED = ("train", "val", "eval", "epoch")  # what an undisturbed run would have said too
-PATIENCE = 240  # seconds; a life that takes longer hangs
+MEASURED = ("train", "val", "eval", "epoch")  # metrics that an uninterrupted run has too
+LIMIT = 240  # seconds; a process that takes longer hangs
 _LENGTHS = {"train": ((11, 12), (14,)), "val": ((11, 9),)}  # 10 clips: 5 steps an epoch
 _processes = multiprocessing.get_context("forkserver")
 
@@ -75,7 +75,7 @@ _SETTINGS = {
 
 
 def config_of(data: Path, **changes) -> dict:
-    """A run of `STEPS` steps in which much happens; `changes` by dotted name."""
+    """A config of `STEPS` steps with frequent validation and saves; `changes` by dotted name."""
     config = base.get_config().to_dict()
     for name, value in (_SETTINGS | {"data.dir": str(data)} | changes).items():
         *groups, key = name.split(".")
@@ -86,7 +86,7 @@ def config_of(data: Path, **changes) -> dict:
     return config
 
 
-class Life:
+class TrainingProcess:
     """A process that trains in `workdir`; what it prints is in `log`."""
 
     def __init__(
@@ -94,7 +94,7 @@ class Life:
         workdir: Path,
         config: dict,
         *,
-        sabotage: tuple = (),
+        injection: tuple = (),
         environment=(),
         cache: Path | None = None,
         logs: Path | None = None,
@@ -102,8 +102,8 @@ class Life:
         """Compiled programs are kept in `cache`, the log in `logs`; by default beside `workdir`."""
         self.log = (logs or workdir.parent) / f"{workdir.name}.{time.time_ns()}.log"
         compiled = (cache or workdir.parent) / "compiled"
-        arguments = workdir, config, self.log, compiled, sabotage, dict(environment)
-        self._process = _processes.Process(target=_live, args=arguments)
+        arguments = workdir, config, self.log, compiled, injection, dict(environment)
+        self._process = _processes.Process(target=_train, args=arguments)
         self._process.start()
 
     @property
@@ -120,15 +120,15 @@ class Life:
         return self._process.exitcode
 
     def until(self, ready: Callable[[], bool]) -> None:
-        """Waits until `ready()`, or the end of the life, or of the patience with it."""
-        for _ in range(200 * PATIENCE):
+        """Waits until `ready()`, the end of the process, or the time limit."""
+        for _ in range(200 * LIMIT):
             if ready() or not self._process.is_alive():
                 return
             time.sleep(0.005)
 
     def end(self) -> int | None:
-        """The exit code, as of `wait`; makes an end of a life that hangs, and gives None."""
-        for _ in range(PATIENCE):  # a second each, so that a campaign may be paused for a while
+        """The exit code, as from `wait`; kills a process that hangs, and returns None."""
+        for _ in range(LIMIT):  # a second each, so that a campaign may be paused for a while
             if self.wait(1) is not None:
                 return self._process.exitcode
         self.kill()
@@ -136,16 +136,16 @@ class Life:
         return None
 
     @property
-    def words(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
-def get_ready() -> None:
-    """Starts the fork server with all that a life imports."""
-    _processes.set_forkserver_preload(["cwm_jax.experiment.loop", "tests.faults.sabotage"])
+def start_fork_server() -> None:
+    """Starts the fork server with all imports of a training process."""
+    _processes.set_forkserver_preload(["cwm_jax.experiment.loop", "tests.faults.injection"])
 
 
-def _live(workdir, config, log, cache, sabotage, environment) -> None:
+def _train(workdir, config, log, cache, injection, environment) -> None:
     _print_to(log)
     faulthandler.enable()
     os.environ.update(environment)
@@ -157,15 +157,15 @@ def _live(workdir, config, log, cache, sabotage, environment) -> None:
     from cwm_jax.experiment.settings import Settings
     from cwm_jax.rendering import plots
     from cwm_jax.runtime import preemption
-    from tests.faults.sabotage import Sabotage
+    from tests.faults.injection import Injection
 
     logging.set_verbosity(logging.WARNING)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    plots.curves = lambda *_: None  # half of such a short run's time
-    if sabotage:
-        Sabotage(*sabotage).prepare()
+    plots.curves = lambda *_: None  # takes half of such a short run's time
+    if injection:
+        Injection(*injection).prepare()
     try:
         with shown_to_user():
             state = loop.train(Settings.from_config(config), workdir, config=config)
@@ -191,14 +191,14 @@ def _digest(state) -> str:
     return digest.hexdigest()
 
 
-def ending(workdir: Path) -> str | None:
+def final_digest(workdir: Path) -> str | None:
     """The digest of all parameters and optimizer state at the end of the run."""
     path = workdir / "end.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def measured(workdir: Path) -> list[tuple]:
-    """(step, name, value) of everything in metrics.jsonl but speeds and places, in order."""
+    """(step, name, value) of the `MEASURED` metrics in metrics.jsonl, in order."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [
         (record["step"], name, value)
