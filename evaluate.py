@@ -32,15 +32,15 @@ from cwm_jax.evaluation import (
     generation_settings,
     i3d_weights,
     lpips_weights,
-    probe,
     protocol,
     rollout_quality,
     video_distance,
 )
 from cwm_jax.evaluation.lpips import Lpips
 from cwm_jax.files import path_flag
+from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.rendering import video
-from cwm_jax.runtime import devices
+from cwm_jax.runtime import devices, user_cache
 from cwm_jax.sampling import sampler
 from cwm_jax.sampling.sampler import Sampler
 from cwm_jax.simulator import game, venv
@@ -113,7 +113,7 @@ def _measured(
         opened.sampler,
         config,
         plan,
-        probes=args.probes or probe.cache_folder(),
+        probes=args.probes or user_cache.folder(),
         lpips=lpips,
         watched=True,
     )
@@ -124,7 +124,7 @@ def _measured(
     measured.results["checkpoint"] = dict(
         path=pretrained.NAME if args.checkpoint == pretrained.FOLDER else str(args.checkpoint),
         step=opened.step,
-        fingerprint=protocol.fingerprint(opened.params),
+        fingerprint=fingerprint(opened.network, opened.params).hex(),
     )
     measured.results["code"] = protocol.code_version()
     measured.results["device"] = jax.devices()[0].device_kind

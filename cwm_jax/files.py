@@ -92,6 +92,12 @@ def visible(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if is_visible(path))
 
 
+def sha256(path: Path) -> str:
+    """A file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def place_digest(folder: Path) -> str:
     """Distinguishes folders of the same name without revealing their paths."""
     return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]

@@ -97,7 +97,7 @@ def test_an_address_is_refused_for_every_file_and_folder(program, words, monkeyp
 
 
 @pytest.mark.parametrize("name", ["data.dir", "init_from", "distil_from"])
-def test_settings_that_name_a_folder_take_a_tilde_and_no_address(name, monkeypatch, tmp_path):
+def test_settings_that_name_a_folder_take_a_tilde_and_no_url(name, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = debug.get_config()
     config.update_from_flattened_dict({name: "~/x", "ddim_steps": 1})
@@ -105,7 +105,7 @@ def test_settings_that_name_a_folder_take_a_tilde_and_no_address(name, monkeypat
     held = settings.data.dir if name == "data.dir" else getattr(settings, name)
     assert held == str(tmp_path / "x")
     config.update_from_flattened_dict({name: "gs://b/x"})
-    with pytest.raises(UserError, match=rf"config\.{name} gs://b/x: addresses"):
+    with pytest.raises(UserError, match=rf"config\.{name} gs://b/x: URLs"):
         Settings.from_config(config.to_dict())
 
 

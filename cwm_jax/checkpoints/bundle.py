@@ -11,7 +11,6 @@
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -22,6 +21,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from cwm_jax import files
 from cwm_jax.checkpoints import weights
 from cwm_jax.coinrun import to_pixels
 from cwm_jax.errors import UserError
@@ -163,7 +163,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise UserError(f"{path} names {name!r}: a bundle's files must be beside its manifest")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; copy the whole folder")
-        if digest(folder / name) != wanted:
+        if files.sha256(folder / name) != wanted:
             raise UserError(f"{folder / name} is damaged: its checksum is not the manifest's")
     platform = jax.default_backend().replace("gpu", "cuda")
     if platform not in manifest["platforms"]:
@@ -172,12 +172,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "set JAX_PLATFORMS=cpu"
         )
     return manifest
-
-
-def digest(path: Path) -> str:
-    """The file's SHA-256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _file_of(program: str) -> str:

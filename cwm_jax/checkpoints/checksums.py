@@ -3,11 +3,11 @@
 cd FOLDER && sha256sum --check --quiet SHA256SUMS
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from cwm_jax import files
 from cwm_jax.files import written_whole
 
 NAME = "SHA256SUMS"
@@ -69,9 +69,5 @@ def _files(folder: Path) -> list[str]:
 
 def _digests(folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digests = pool.map(lambda name: files.sha256(folder / name), names)
+        yield from zip(names, digests, strict=True)

@@ -15,6 +15,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
+from cwm_jax.sampling.generator import Generator
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 
 _FREE = (
@@ -29,7 +30,7 @@ _FREE = (
 class Opened(NamedTuple):
     """A model ready to generate, and its metadata."""
 
-    sampler: Sampler | Bundle
+    sampler: Generator
     network: DiTConfig
     params: Params  # float32
     config: dict[str, Any]  # the run's full config

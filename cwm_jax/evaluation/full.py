@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from cwm_jax.checkpoints.bundle import Bundle
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data import loader
 from cwm_jax.data.config import DataConfig
@@ -38,6 +37,7 @@ from cwm_jax.files import written_whole
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.runtime import sharding
+from cwm_jax.sampling.generator import Generator
 from cwm_jax.sampling.sampler import Sampler, check_seed
 
 PROBED = 31  # frames whose actions are read back: what fits the window of the original
@@ -98,7 +98,7 @@ class Measured(NamedTuple):
 def measure(
     network: DiTConfig,
     params: Params,
-    sampler: Sampler | Bundle,
+    sampler: Generator,
     config: DataConfig,
     plan: Plan,
     *,
@@ -157,7 +157,7 @@ def measure(
 
 
 def _uncertainty(
-    network: DiTConfig, sampler: Sampler | Bundle, clips: HeldOut, plan: Plan, *, watched: bool
+    network: DiTConfig, sampler: Generator, clips: HeldOut, plan: Plan, *, watched: bool
 ) -> Maps:
     given = plan.n_prompt[0]
     span = slice(given + min(plan.horizon, uncertainty.FRAMES))

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax.checkpoints.bundle import Bundle
 from cwm_jax.coinrun import IMAGE_SIZE, NUM_ACTIONS
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import random_numbers
+from cwm_jax.sampling.generator import Generator
 from cwm_jax.sampling.sampler import Sampler
 
 
@@ -42,7 +42,7 @@ def check_game(network: DiTConfig) -> None:
         )
 
 
-def by_sampler(sampler: Sampler | Bundle) -> Generate:
+def by_sampler(sampler: Generator) -> Generate:
     """Draws with a sampler or a bundle: all frames of a batch in one call of the device.
 
     Raises:

@@ -5,6 +5,7 @@ allocated, and no data is needed.
 """
 
 import dataclasses
+import math
 import os
 from typing import NamedTuple
 
@@ -87,11 +88,43 @@ def what_fits(settings: Settings, limit: int) -> Settings | None:
     if compute.remat != "none":
         options = options[options.index((compute.remat, now)) + 1 :]
     for remat, accumulate in options:
-        parts = dataclasses.replace(compute, remat=remat, accumulate_steps=accumulate)
-        changed = dataclasses.replace(settings, compute=parts)
+        cheaper = dataclasses.replace(compute, remat=remat, accumulate_steps=accumulate)
+        changed = dataclasses.replace(settings, compute=cheaper)
         if memory_of(compile_step(changed)).total <= limit:
             return changed
     return None
+
+
+def check_memory(settings: Settings, compiled) -> None:
+    """Raises `UserError` where a compiled step needs more than the device's memory.
+
+    The error has the settings that fit. Devices that do not report their memory are not checked.
+    """
+    limit, needed = device_speed.memory_limit(), memory_of(compiled).total
+    kept = settings.data.on_device * math.prod(FRAME_SHAPE)
+    if limit is None or needed + kept <= limit:
+        return
+    frames = f", beside {kept / _GIB:.3g} GiB of frames (config.data.on_device)" if kept else ""
+    print(
+        "the training step does not fit into the device's memory; searching for settings that fit"
+    )
+    raise UserError(
+        f"a training step needs {needed / _GIB:.3g} GiB{frames}, and "
+        f"{jax.local_devices()[0].device_kind} has {limit / _GIB:.3g} GiB: "
+        f"{_advice(what_fits(settings, limit - kept))}"
+    )
+
+
+def _advice(fitting: Settings | None) -> str:
+    if fitting is None:
+        return (
+            "one clip at a time does not fit either: choose a smaller model, or more compute.fsdp"
+        )
+    compute = fitting.compute
+    return (
+        f"it fits with --config.compute.remat={compute.remat} "
+        f"--config.compute.accumulate_steps={compute.accumulate_steps}, which do not change results"
+    )
 
 
 def report(settings: Settings) -> None:
@@ -171,12 +204,4 @@ def _steps(settings: Settings) -> int | None:
 
 
 def _report_what_fits(settings: Settings, limit: int) -> None:
-    fitting = what_fits(settings, limit)
-    if fitting is None:
-        print("this will not fit  even one clip at a time: choose a smaller model, or more fsdp")
-    else:
-        print(
-            f"this will not fit  but it fits with --config.compute.remat={fitting.compute.remat} "
-            f"--config.compute.accumulate_steps={fitting.compute.accumulate_steps}, which "
-            f"do not change results"
-        )
+    print(f"this does not fit  {_advice(what_fits(settings, limit))}")

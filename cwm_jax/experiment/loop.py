@@ -19,6 +19,7 @@ from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import generation, lpips_weights, quick, single_step
 from cwm_jax.experiment import (
     clock,
+    dry_run,
     metrics_file,
     progress,
     reporters,
@@ -29,7 +30,14 @@ from cwm_jax.experiment import (
 from cwm_jax.experiment.settings import Settings
 from cwm_jax.models import kernel_choice
 from cwm_jax.rendering import contact_sheet, video
-from cwm_jax.runtime import hosts, preemption, process_memory, random_numbers, sharding
+from cwm_jax.runtime import (
+    device_speed,
+    hosts,
+    preemption,
+    process_memory,
+    random_numbers,
+    sharding,
+)
 from cwm_jax.sampling import rollouts
 from cwm_jax.sampling.sampler import Sampler
 from cwm_jax.training import train_step
@@ -161,7 +169,7 @@ class _Run:
             frames=settings.data.clip_len,
         )
         setup = dataclasses.replace(settings.setup(self.mesh), network=self.network)
-        updates = stages.Stages(settings.stages, setup, self._teacher())
+        updates = stages.Stages(settings.stages, setup, self._teacher(), self._memory_check())
         with (
             contextlib.closing(updates),
             preemption.Stop() as stop,
@@ -192,6 +200,14 @@ class _Run:
                 late.catch_up()
                 self._finish(state, stop)
         return state
+
+    def _memory_check(self) -> Callable | None:
+        """Of the compiled step; None where the device does not report its memory, as a CPU."""
+        if device_speed.memory_limit() is None:
+            return None
+        return functools.partial(
+            dry_run.check_memory, dataclasses.replace(self.settings, model=self.network)
+        )
 
     def _share(self, step: int) -> float:
         """The share of the run before this step."""
@@ -471,17 +487,20 @@ def _setting_named(name: str, value: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _memory_named(settings: Settings) -> Iterator[None]:
-    """Names `data.on_device` in an error about exhausted device memory."""
+    """Names what to change in an error about exhausted device memory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        frames = settings.data.on_device
-        if not frames or "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(
+        frames = settings.data.on_device
+        cause = (
             f"config.data.on_device={frames} leaves too little of the device's memory for "
-            f"training: set it lower ({str(error).splitlines()[0][:200]})"
-        ) from None
+            f"training: set it lower"
+            if frames
+            else "the device's memory is exhausted: --dry-run reports what fits"
+        )
+        raise UserError(f"{cause} ({str(error).splitlines()[0][:200]})") from None
 
 
 def _attempt(what: str, action: Callable[[], Result], *, alone: bool = False) -> Result | None:

@@ -18,7 +18,7 @@ from cwm_jax.data import loader
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, tell
 from cwm_jax.rendering import contact_sheet, video
-from cwm_jax.sampling.sampler import Sampler
+from cwm_jax.sampling.generator import Generator
 
 ACTION_SOURCES = ("gt", "random", "pattern")
 _CHUNK = 16  # frames generated in one device call; progress is shown after each
@@ -112,7 +112,7 @@ def _chosen(source: str, shape, pattern, num_actions: int, seed: int) -> np.ndar
     return np.broadcast_to(np.resize(np.int32(pattern), shape[1]), shape)
 
 
-def generate(sampler: Sampler, script: Script, *, key) -> Iterator[np.ndarray]:
+def generate(sampler: Generator, script: Script, *, key) -> Iterator[np.ndarray]:
     """Yields uint8 [B, H, W, C] for each of the T frames, those of the prompt first.
 
     The device generates the next frames while the caller processes the last ones. All calls have
@@ -164,7 +164,7 @@ def video_images(script: Script, frames: Iterable[np.ndarray]) -> Iterator[np.nd
 
 
 def write(
-    sampler: Sampler, script: Script, path: Path, *, key, fps: int = FPS, watched: bool = False
+    sampler: Generator, script: Script, path: Path, *, key, fps: int = FPS, watched: bool = False
 ) -> np.ndarray:
     """Generates a script's frames and writes their video; returns them, uint8 [B, T, H, W, C].
 

@@ -223,7 +223,8 @@ _STATIC = ("network", "config")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _tabulate(params, *, network, config):
+def tables(params, *, network, config):
+    """`tabulate` as a compiled program."""
     return tabulate(bind(network, params), config)
 
 
@@ -255,7 +256,7 @@ class Sampler:
             raise UserError(f"max_frames={network.max_frames}: a world needs a window of 2 or more")
         self.network, self.config = network, config
         self._static = dict(network=network, config=config)
-        self._tables = _tabulate(params, **self._static)
+        self._tables = tables(params, **self._static)
         self._params = jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
 
     def start(self, frames_BPHWC, actions_BP) -> World:

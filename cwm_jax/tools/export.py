@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from jax import ShapeDtypeStruct
 from tqdm import tqdm
 
-from cwm_jax import __version__
+from cwm_jax import __version__, files
 from cwm_jax.checkpoints import bundle, checksums, formats, run_checkpoint, weights
 from cwm_jax.checkpoints.run_checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
@@ -194,7 +194,7 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
             "network": sizes,
             "drawing": drawing,
             "config": trained.config,
-            "files": {p.name: bundle.digest(p) for p in sorted(folder.iterdir())},
+            "files": {p.name: files.sha256(p) for p in sorted(folder.iterdir())},
         }
         (folder / bundle.MANIFEST).write_text(
             json.dumps(manifest, indent=1) + "\n", encoding="utf-8"

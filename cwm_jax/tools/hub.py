@@ -22,6 +22,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from tqdm import tqdm
 
+from cwm_jax import files
 from cwm_jax.checkpoints import bundle, migration, run_checkpoint, weights
 from cwm_jax.data import shards
 from cwm_jax.errors import UserError, shown_to_user
@@ -135,7 +136,7 @@ def _is_whole(path: Path, file: RepoFile) -> bool:
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     if file.lfs is not None:
-        return bundle.digest(path) == file.lfs.sha256
+        return files.sha256(path) == file.lfs.sha256
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.blob_id
 

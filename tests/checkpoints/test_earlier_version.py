@@ -16,7 +16,7 @@ import pytest
 from cwm_jax.checkpoints import formats, run_checkpoint, weights
 from cwm_jax.experiment import loop, metrics_file
 from cwm_jax.experiment.settings import Settings
-from cwm_jax.play.inference import engine
+from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.play.session import share_code
 
 ARCHIVE = Path(__file__).parents[1] / "earlier_version" / "version_0_1.tar.xz"
@@ -68,5 +68,5 @@ def test_a_share_code_names_the_same_model(earlier):
     params, _ = weights.read(earlier / "model.safetensors")
     network = formats.load(earlier / "model.safetensors").network
     assert recipe.fingerprint.hex() == kept["fingerprint"]
-    assert engine.fingerprint(network, params) == recipe.fingerprint
+    assert fingerprint(network, params) == recipe.fingerprint
     assert (recipe.seed, recipe.actions) == (5, [7, 7, 1])

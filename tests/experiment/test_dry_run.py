@@ -9,7 +9,8 @@ from changed_config import changed
 from test_loop import ROOT, config_of, program
 
 from configs import small
-from cwm_jax.experiment import dry_run
+from cwm_jax.errors import UserError
+from cwm_jax.experiment import dry_run, loop
 from cwm_jax.experiment.dry_run import Memory
 from cwm_jax.experiment.settings import Settings
 from cwm_jax.models import dit, flops
@@ -89,7 +90,7 @@ def test_the_report_follows_from_the_sizes(tiny, capsys):
     steps, *hours = numbers(found["the whole run"])
     assert steps == 10
     assert hours == pytest.approx([10 * soonest / 3600, 10 * latest / 3600], rel=0.02)
-    assert "this will not fit" not in found
+    assert "this does not fit" not in found
 
 
 def test_memory_is_that_of_state_batch_and_temporary_arrays(tiny):
@@ -119,12 +120,32 @@ def test_parts_of_a_step_move_no_fewer_bytes(tiny, capsys):
 def test_what_is_suggested_fits(tiny, capsys, monkeypatch):
     limit = dry_run.memory_of(dry_run.compile_step(tiny)).total - 1
     monkeypatch.setattr(dry_run, "memory_limit", lambda: limit)
-    suggested = reported(tiny, capsys)["this will not fit"]
+    suggested = reported(tiny, capsys)["this does not fit"]
     pattern = r"--config\.compute\.remat=(\w+) --config\.compute\.accumulate_steps=(\d)"
     remat, parts = re.search(pattern, suggested).groups()
     smaller = computed(tiny, remat=remat, accumulate_steps=int(parts))
     assert smaller != tiny
     assert dry_run.memory_of(dry_run.compile_step(smaller)).total <= limit
+
+
+def test_training_refuses_a_step_that_does_not_fit_before_it_runs(tiny, tmp_path, monkeypatch):
+    never = {f"{name}.every_steps": 0 for name in ("validation", "evaluation", "rollouts")}
+    config = changed(tiny.to_config(), never | {"schedule.max_steps": 1})
+    settings = Settings.from_config(config)
+    needed = dry_run.memory_of(dry_run.compile_step(settings)).total
+
+    def train(workdir, *, memory, fitting):
+        monkeypatch.setattr(device_speed, "memory_limit", lambda: memory)
+        monkeypatch.setattr(dry_run, "what_fits", lambda *_: fitting)
+        return loop.train(settings, workdir, config=config)
+
+    assert int(train(tmp_path / "fits", memory=needed, fitting=None).step) == 1
+    less = computed(settings, remat="layer", accumulate_steps=2)
+    with pytest.raises(UserError, match=r"fits with --config\.compute\.remat=layer .*_steps=2,"):
+        train(tmp_path / "run", memory=needed - 1, fitting=less)
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="one clip at a time does not fit either"):
+        train(tmp_path / "run", memory=1, fitting=None)
 
 
 def test_a_dry_run_only_reports(tmp_path):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cwm_jax import files
 from cwm_jax.checkpoints import bundle, formats, run_checkpoint, weights
 from cwm_jax.errors import UserError
 from cwm_jax.models import attention, dit
@@ -274,13 +275,13 @@ def test_a_bundle_from_a_stranger_calls_nothing_and_reads_nothing_else(made, tmp
     foreign = jax.export.export(jax.jit(jnp.linalg.cholesky), platforms=("cpu",))(square)
     program = copy / "tabulate.stablehlo"
     program.write_bytes(foreign.serialize())
-    manifest["files"][program.name] = bundle.digest(program)
+    manifest["files"][program.name] = files.sha256(program)
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"tabulate.stablehlo calls lapack_spotrf_ffi, which"):
         bundle.Bundle(copy)
     for name, told in (("../x", r"names '\.\./x'"), ("/etc/passwd", "names '/etc")):
-        files = {name: ""} | manifest["files"]
-        (copy / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
+        listed = {name: ""} | manifest["files"]
+        (copy / "manifest.json").write_text(json.dumps(manifest | {"files": listed}))
         with pytest.raises(UserError, match=told):
             bundle.Bundle(copy)
     (copy / "manifest.json").write_text("[]")

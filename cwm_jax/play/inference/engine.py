@@ -6,8 +6,6 @@ contents of the others, so a session that records the number of lanes of each fr
 again exactly.
 """
 
-import functools
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ import numpy as np
 from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
+from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.play.inference import staggered_cache
 from cwm_jax.play.inference.staggered_cache import StaggeredCache
 from cwm_jax.runtime import random_numbers
@@ -42,11 +41,6 @@ class Lane(NamedTuple):
     action: int
     seed: int  # 0…2³² − 1; with `number` it determines the frame's noise
     number: int  # of the frame in its session
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _tabulate(params, *, network, config):
-    return sampler.tabulate(bind(network, params), config)
 
 
 def _generate(params, tables, caches_L, actions_L, seeds_L, numbers_L, *, network, config):
@@ -109,7 +103,9 @@ class Engine:
         levels = {n: ddim_levels(n) for n in self.steps}
         configs = {n: SamplerConfig(levels=levels[n], window="cached") for n in self.steps}
         self._configs = configs
-        self._tables = {n: _tabulate(params, network=network, config=c) for n, c in configs.items()}
+        self._tables = {
+            n: sampler.tables(params, network=network, config=c) for n, c in configs.items()
+        }
         self._context = self._tables[self.steps[0]].context
         self._fresh = staggered_cache.fresh(self._world_like())
         self._generate_programs: dict[tuple[int, int], jax.stages.Compiled] = {}
@@ -145,7 +141,7 @@ class Engine:
         if steps not in self._unsure_programs:
             config = SamplerConfig(levels=ddim_levels(max(steps, 2)), window="cached")
             static = dict(network=self.network, config=config)
-            tables = _tabulate(self._params, **static)
+            tables = sampler.tables(self._params, **static)
             args = self._unsure_arguments(tables, Lane(self._fresh, 0, 0, 0))
             program = jax.jit(_unsure, static_argnames=_STATIC).lower(*args, **static).compile()
             self._unsure_programs[steps] = program, tables
@@ -213,14 +209,3 @@ def _automatic(steps: Sequence[int], usual: int, playable: Sequence[int] | None)
     listed = [n for n in steps if playable is None or n in playable]
     best = {n for n in listed if n <= usual} or {min(listed)}
     return tuple(n for n in steps if n in best or (playable is not None and n < min(best)))
-
-
-def fingerprint(network: DiTConfig, params: Params) -> bytes:
-    """8 bytes that identify a trained network."""
-    digest = hashlib.blake2b(repr(network).encode(), digest_size=8)
-    if network.warp_sharpness != 1:
-        digest.update(f"warp_sharpness={network.warp_sharpness}".encode())
-    for name in sorted(params):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(params[name]).tobytes())
-    return digest.digest()
