@@ -22,7 +22,7 @@ from cwm_jax.evaluation import drift, generation, held_out, i3d
 from cwm_jax.evaluation.generation import Generate
 from cwm_jax.evaluation.i3d import I3d
 
-MIN_CLIPS = 256  # fewer do not tell a model from copying the last frame
+MIN_CLIPS = 256  # fewer do not distinguish a model from copying the last frame
 _WITHIN = 1.96  # standard errors to either side that hold 95 %
 
 
@@ -43,8 +43,8 @@ class Plan:
             raise UserError(f"--kvd {self.clips}: must be {MIN_CLIPS} or more")
         if self.clips < MIN_CLIPS and not self.force:
             raise UserError(
-                f"--kvd {self.clips}: so few clips cannot tell a model from copying the last "
-                f"frame; use {MIN_CLIPS} or more, or --force"
+                f"--kvd {self.clips}: so few clips cannot distinguish a model from copying the "
+                f"last frame; use {MIN_CLIPS} or more, or --force"
             )
         if self.frames < i3d.MIN_FRAMES:
             raise UserError(f"KVD needs videos of {i3d.MIN_FRAMES} frames or more")

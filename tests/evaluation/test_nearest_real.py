@@ -40,14 +40,14 @@ def test_what_is_shown_elsewhere_in_the_level_is_near_by_places_and_other_things
 def test_drift_says_when_a_rollout_leaves_its_level(net):
     there = np.stack([level(seed, 16) for seed in (2, 3)])
     real = np.concatenate([there, there[:, ::-1]], axis=1)  # and back
-    drawn = real[:, ::-1].copy()
-    kept = drift.summary(drawn, real, lpips=net)["nearest_real"]
+    generated = real[:, ::-1].copy()
+    kept = drift.summary(generated, real, lpips=net)["nearest_real"]
     assert kept["frames_to_leave"]["mean"] > 16
-    drawn[:, 16:] = level(9, 16)
-    left = drift.summary(drawn, real, lpips=net)["nearest_real"]
+    generated[:, 16:] = level(9, 16)
+    left = drift.summary(generated, real, lpips=net)["nearest_real"]
     assert left["mean"]["mean"] > 1.5 * left["real"]["mean"]
     assert 0 < left["frames_to_leave"]["mean"] <= 16
-    assert "nearest_real" not in drift.summary(drawn, real)
+    assert "nearest_real" not in drift.summary(generated, real)
 
 
 def test_pictures_that_are_not_finite_or_too_small_are_refused(net):

@@ -23,9 +23,9 @@ def unsure(prompt, actions, key):
     return np.clip(REAL[:, 1:] + wrong, 0, 255).astype(np.uint8)
 
 
-def measured(draw, **others) -> Maps:
+def measured(generate, **others) -> Maps:
     settings = dict(n_prompt=1, patch=8, seeds=3, seed=2**32 - 1, batch_size=5) | others
-    return uncertainty.measure(draw, None, REAL, ACTIONS, **settings)
+    return uncertainty.measure(generate, None, REAL, ACTIONS, **settings)
 
 
 def test_a_model_that_differs_where_it_is_wrong_is_found_to_know_it():

@@ -95,8 +95,8 @@ def test_a_model_that_is_real_is_at_the_floor(make_data, net, monkeypatch):
     config = DataConfig(dir=str(make_data(test=[[60] * 6])))
     plan = Plan(clips=6, force=True, n_prompt=4)
     ours, _ = video_distance.load(config, plan)
-    draw = lambda prompt, actions, key: ours.frames[:, 4:]
-    found = video_distance.measure(draw, net, config, plan)
+    generate = lambda prompt, actions, key: ours.frames[:, 4:]
+    found = video_distance.measure(generate, net, config, plan)
     assert found["kvd"]["model"] == found["kvd"]["floor"]
     assert found["kvd"]["model_minus_floor"] == {"mean": 0, "low": 0, "high": 0}
     assert found["fvd"]["model"] == found["fvd"]["floor"]
