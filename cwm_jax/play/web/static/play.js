@@ -19,7 +19,7 @@ let standing = "";  // the default note
 let knownControls = "";  // the game's controls
 let place = 0, total = 1;
 let mode = "hold", recording = false, replaying = false;
-let unsure = false;  // whether the overlay is on
+let unsure = false, unsureAge = 0;  // whether the overlay is on; frames since its last patches
 let pace = {};  // the chosen frames a second and DDIM steps
 let card = null;  // numbers of DDIM steps that the model's card lists as playable
 let game = procgenGame(), lastSent = game.idle;
@@ -169,7 +169,7 @@ function handleFrames(buffer) {
   const bytes = new Uint8Array(buffer);
   if (bytes[0] === 2) { showFutures(bytes); return; }
   if (bytes[0] === 3) { showUnsure(bytes); return; }
-  hideUnsure();
+  if (++unsureAge > 1) hideUnsure();  // the patches of a frame follow it; until then the last ones stay
   const view = new DataView(buffer);
   paint($("screen"), bytes, HEADER);
   const steps = view.getUint16(4, true), window_ = view.getUint16(6, true);
@@ -203,6 +203,7 @@ function showUnsure(bytes) {
     image.data.set([255, 40, 20, 190 * Math.max(0, Math.min(1, (bytes[3 + i] - SURE) / (UNSURE - SURE)))], 4 * i);
   context.putImageData(image, 0, 0);
   canvas.hidden = false;
+  unsureAge = 0;
 }
 
 function hideUnsure() {
@@ -355,6 +356,7 @@ function rewindBy(frames) {
 }
 
 function rewindTo(to) {
+  hideUnsure();
   halt();
   place = to;
   send({do: "rewind", to});
