@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
-import play
-import sample
 from configs import debug
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.errors import UserError
 from cwm_jax.experiment.settings import Settings
+from cwm_jax.programs import evaluate, play, sample
 from cwm_jax.tools import (
     check,
     collect,
@@ -71,7 +69,7 @@ def test_numbers_are_written_even_if_the_report_fails(tmp_path, monkeypatch, cap
     [
         (sample, "--output gs://b/x.mp4"),
         (sample, "--data gs://b/x"),
-        (play, "--checkpoint hf://b/x"),
+        (play, "--checkpoint gs://b/x"),
         (evaluate, "--report s3://b/x"),
         (evaluate, "--data s3://b/x"),
         (evaluate, "compare gs://b/a.json"),

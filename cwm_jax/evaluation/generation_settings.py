@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cwm_jax.checkpoints import bundle, weights
+from cwm_jax import shipped
+from cwm_jax.checkpoints import bundle, hub_models, weights
 from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import comparison, paired
 from cwm_jax.models.config import DiTConfig
@@ -135,6 +136,10 @@ def writable(path: Path) -> Path:
             f"--write changes the header of a safetensors file, and {path} is or has none: export "
             "the model first (python -m cwm_jax.tools.export)"
         )
+    if not shipped.is_checkout() and file.is_relative_to(shipped.root()):
+        raise UserError(f"--write would change the installed package: copy {file} first")
+    if hub_models.shown(file) != str(file):
+        raise UserError(f"--write would change a kept copy of {hub_models.shown(file)}: fetch it")
     return file
 
 

@@ -333,6 +333,7 @@ class _Run:
             self.workdir,
             total_steps=None if self.settings.schedule.minutes else self.total_steps,
             wandb=self.settings.logging.wandb,
+            tensorboard=self.settings.logging.tensorboard,
             run_config=self.config,
             resume_step=first or None,
             enabled=jax.process_index() == 0,

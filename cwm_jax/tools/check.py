@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax import controls, files
+from cwm_jax import controls, files, shipped
 from cwm_jax.controls import Controls
 from cwm_jax.data import records, shards
 from cwm_jax.data.clips import clip_counts
@@ -193,17 +193,9 @@ def _claim(folder: Path, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("folder", type=path_flag, help="data folder with train/, val/, test/")
-    add("--repair", type=path_flag, metavar="OUT", help="write the good records to this folder")
-    add("--clip-len", type=int, default=32, help="frames, to count clips (%(default)s)")
-    add("--stride", type=int, default=8, help="frames between clips (%(default)s)")
-    add("--jobs", type=int, default=os.cpu_count(), help="shards at a time (one for each core)")
     with shown_to_user():
-        args = parser.parse_args(argv)
+        args = parser().parse_args(argv)
+        args.folder = shipped.found(args.folder)
         for flag in ("clip_len", "stride", "jobs"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
@@ -219,6 +211,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{written} good records → {args.repair}")
     if wrong and not args.repair:
         raise SystemExit(1)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", type=path_flag, help="data folder with train/, val/, test/")
+    add("--repair", type=path_flag, metavar="OUT", help="write the good records to this folder")
+    add("--clip-len", type=int, default=32, help="frames, to count clips (%(default)s)")
+    add("--stride", type=int, default=8, help="frames between clips (%(default)s)")
+    add("--jobs", type=int, default=os.cpu_count(), help="shards at a time (one for each core)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def config_lines(known: Controls, out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with shown_to_user():
-        args = _flags().parse_args(argv)
+        args = parser().parse_args(argv)
         for flag in ("chunk", "min_chunk", "every", "jobs"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"train with: {config_lines(known, args.output)}")
 
 
-def _flags() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

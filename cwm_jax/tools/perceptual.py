@@ -106,6 +106,12 @@ def _by_hand(of: Published) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    with shown_to_user():
+        args = parser().parse_args(argv)
+        print(fetch(NETWORKS[args.network], args.archive))
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -113,9 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = jobs.add_parser("fetch", help="weights of LPIPS, or of I3D").add_argument
     add("network", nargs="?", choices=NETWORKS, default="lpips", help="(%(default)s)")
     add("--archive", type=path_flag, help="the published archive, if you have it (downloaded)")
-    args = parser.parse_args(argv)
-    with shown_to_user():
-        print(fetch(NETWORKS[args.network], args.archive))
+    return parser
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from cwm_jax import controls, files
+from cwm_jax import controls, files, shipped
 from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
 from cwm_jax.data import shards
@@ -31,7 +31,6 @@ from cwm_jax.files import path_flag
 from cwm_jax.rendering import arrow_keys, key_panel, text, video
 from cwm_jax.rendering.contact_sheet import enlarged
 
-_EMBEDDED = Path(__file__).parents[2] / "assets" / "coinrun"
 _STILLS = 10  # in a row of the sheet
 _HEADER = 30
 
@@ -145,11 +144,16 @@ def _bars(counts: dict[str, int]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    with shown_to_user():
+        write(parser().parse_args(argv))
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", type=path_flag, default=_EMBEDDED, help="data folder (the embedded one)")
+    add("--data", type=path_flag, default=shipped.data(), help="data folder (the embedded one)")
     add("--split", default="train", choices=shards.SPLITS, help="(%(default)s)")
     add("--shard", type=path_flag, help="show this one file instead")
     add("--n-episodes", type=int, default=3, help="episodes to film (%(default)s)")
@@ -158,8 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--fps", type=int, default=FPS, help="frames a second of the film (%(default)s)")
     add("--scale", type=int, default=6, help="enlargement of the film's frames (%(default)s)")
     add("--output", type=path_flag, default=Path("preview.mp4"), help="the film (%(default)s)")
-    with shown_to_user():
-        write(parser.parse_args(argv))
+    return parser
 
 
 def write(args: argparse.Namespace) -> None:

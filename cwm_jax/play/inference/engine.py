@@ -17,11 +17,10 @@ from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.models.fingerprint import fingerprint
-from cwm_jax.play.inference import staggered_cache
-from cwm_jax.play.inference.staggered_cache import StaggeredCache
 from cwm_jax.runtime import random_numbers
-from cwm_jax.sampling import kv_cache, sampler
+from cwm_jax.sampling import kv_cache, sampler, staggered_cache
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
+from cwm_jax.sampling.staggered_cache import StaggeredCache
 
 LANES = (1, 2, 4, 8)
 _STATIC = ("network", "config")

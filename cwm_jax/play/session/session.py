@@ -1,7 +1,7 @@
 """One player's session: generated frame by frame, rewound, branched, shared, replayed.
 
 A session is its frames and actions. Its cache on the device
-(`cwm_jax.play.inference.staggered_cache`) is rebuilt from them whenever it is missing: after a
+(`cwm_jax.sampling.staggered_cache`) is rebuilt from them whenever it is missing: after a
 rewind, a branch, or an error of the device.
 """
 
@@ -18,10 +18,10 @@ from cwm_jax.controls import Controls
 from cwm_jax.errors import UserError
 from cwm_jax.play.inference.engine import LANES, Program
 from cwm_jax.play.inference.scheduler import Generated, Scheduler
-from cwm_jax.play.inference.staggered_cache import first_cached
 from cwm_jax.play.session.history import History
 from cwm_jax.play.session.prompt_sources import ClipPrompts, Prompt
 from cwm_jax.play.session.share_code import MAX_FRAMES, Recipe
+from cwm_jax.sampling.staggered_cache import first_cached
 
 MAX_FUTURE = 32  # frames of what-if
 

@@ -1,4 +1,4 @@
-"""The KV cache of one player: a function of the session's frames and actions alone.
+"""The KV cache of one world: a function of its frames and actions alone.
 
 Play needs the same cost for each frame, only windows as in training, and rewinding to any earlier
 frame without stored caches. So a player has two KV caches, staggered by half a window. The next
