@@ -105,9 +105,8 @@ class Denoiser:
         """The warped last frame minus the last frame, in patches [B, T, S, P · P · C]."""
         config = self.config
         if config.warp_reach:
-            return warp.residual(
-                last, outputs.filters, reach=config.warp_reach, patch=config.patch_size
-            )
+            how = dict(reach=config.warp_reach, patch=config.patch_size)
+            return warp.residual(last, outputs.filters, sharpness=config.warp_sharpness, **how)
         if displacements_BThw is None:
             displacements_BThw = jnp.argmax(self.logits(outputs), axis=-1)
         warped = displacement.warp(last, displacements_BThw, config.reach)
