@@ -14,7 +14,7 @@ from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import DiT, Outputs, Params
 
-_STAY = 0.1  # what a pixel of displacement costs in logits before anything is learned
+STAY = 0.1  # what a pixel of displacement costs in logits before anything is learned
 
 
 class Denoiser:
@@ -102,7 +102,7 @@ class Denoiser:
         """Of the displacements of each small patch, float32 [B, T, h, w, K]."""
         reach = self.config.reach
         logits = displacement.to_grid(outputs.displacements, self.config.grid, reach)
-        return logits - _STAY * displacement.distances(reach)
+        return logits - STAY * displacement.distances(reach)
 
 
 def alpha_bar(t: jax.Array) -> jax.Array:

@@ -14,8 +14,8 @@ noised sample is to be heeded: the more, the less is known, and the less noise i
 import jax
 import jax.numpy as jnp
 
-_DOUBTS = -5.0, 1.0  # logarithms of the least and the largest variance
-_STAY = 4.0  # what the middle of a filter has before anything is learned: three quarters stay
+LOG_VARIANCES = -5.0, 1.0  # logarithms of the least and the largest variance
+STAY = 4.0  # what the middle of a filter has before anything is learned: three quarters stay
 
 
 def velocity(
@@ -31,7 +31,7 @@ def velocity(
     of Karras et al. 2022 (https://arxiv.org/abs/2206.00364, §5), for a guess that is not 0, and a
     deviation that is not the data's but each patch's own. With doubt 0 it is rest − √(1−ᾱ) moved.
     """
-    variance = jnp.exp(jnp.clip(doubt, *_DOUBTS))
+    variance = jnp.exp(jnp.clip(doubt, *LOG_VARIANCES))
     whole = alpha_bar * variance + 1 - alpha_bar
     sigma = jnp.sqrt(1 - alpha_bar)
     known = jnp.sqrt(alpha_bar) * sigma * (1 - variance) * sample - sigma * moved
@@ -57,7 +57,7 @@ def change(last_BTHWC: jax.Array, scores_BTSF: jax.Array, *, reach: int, patch: 
 
 
 def _weights(scores, reach: int) -> jax.Array:
-    return jax.nn.softmax(scores.at[..., reach].add(_STAY), axis=-1)
+    return jax.nn.softmax(scores.at[..., reach].add(STAY), axis=-1)
 
 
 def _filtered(axes: str, filter_, around, patch: int) -> jax.Array:

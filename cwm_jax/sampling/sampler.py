@@ -26,7 +26,7 @@ from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling import kv_cache, prompt
 from cwm_jax.sampling.kv_cache import Window, World
 
-_NOISE_CLIP = 20.0
+NOISE_CLIP = 20.0
 WINDOWS = ("exact", "cached", "hop")
 
 
@@ -132,7 +132,7 @@ def draw_frame(denoiser: Denoiser, tables: Tables, state: World, action_B, noise
             x += step.sigma * random_numbers.normal(jax.random.fold_in(key, index), x.shape)
         return x, None
 
-    x_BHWC = noise_BHWC.clip(-_NOISE_CLIP, _NOISE_CLIP)
+    x_BHWC = noise_BHWC.clip(-NOISE_CLIP, NOISE_CLIP)
     steps = _steps(tables, config), jnp.arange(len(config.levels))
     sample_BHWC = jax.lax.scan(denoise, x_BHWC, steps)[0]
     return denoiser.to_frame(sample_BHWC, earlier)
