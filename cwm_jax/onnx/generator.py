@@ -55,7 +55,8 @@ def store(weights: Weights, params: dict[str, np.ndarray], tables: Tables) -> No
     every = (np.concatenate([x, y[None]]) for x, y in zip(tables.steps, tables.context))  # noqa: B905
     rows = [np.asarray(x).reshape(*x.shape[:2], -1) for x in every]
     rows = np.concatenate(rows, axis=-1)
-    weights.add(MODULATIONS, rows.reshape(-1, rows.shape[-1]))
+    # float32 always: parameters often come from bfloat16 and lose nothing in float16, tables would.
+    weights.add(MODULATIONS, rows.reshape(-1, rows.shape[-1]), exact=True)
 
 
 class Graphs:
