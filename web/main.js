@@ -67,6 +67,7 @@ const heard = {
   warming({done}) { cover("Warming up", "The browser compiles the model while it runs.", {share: .92 + .08 * done}); },
   started({given: frames, source}) {
     ready = true;
+    window.play.sessions++;
     uncover();
     closeFutures();
     given = frames;
@@ -423,6 +424,7 @@ function wire() {
 // For tests and measurements.
 window.play = {
   frames: 0,
+  sessions: 0,
   makeCode,
   replay,
   send,

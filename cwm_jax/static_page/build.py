@@ -27,6 +27,7 @@ from cwm_jax.static_page import npm_package, recorded_rollout, start_clips
 
 SOURCE = Path(__file__).parents[2] / "web"
 MOST_BYTES = 30_000_000
+LEVEL = 9  # of compression
 MARK = "cwm-web.json"  # tells a folder that this made, which may be replaced
 _PACKED = (".onnx", ".bin", ".wasm")
 _SCRIPTS = (".js", ".css")
@@ -55,7 +56,7 @@ def build(
     _check(trained, prompts)
     assets = _model(trained, name, steps, dtype) | npm_package.files(runtime)
     assets |= start_clips.files(prompts)
-    clip = start_clips.liveliest(prompts)[0]
+    clip = start_clips.gallery(prompts)[0]
     assets["rollout.png"] = recorded_rollout.picture(trained, prompts, clip)
     with _written_whole(out) as made:
         listed = {key: _put(made, key, data) for key, data in assets.items()}
@@ -98,7 +99,7 @@ def _model(trained: Trained, name: str, steps: tuple[int, ...], dtype: str) -> d
 def _put(made: Path, name: str, data: bytes) -> dict:
     """Writes one asset, and returns how index.html lists it."""
     packed = name.endswith(_PACKED)
-    data = gzip.compress(data, 9, mtime=0) if packed else data
+    data = gzip.compress(data, LEVEL, mtime=0) if packed else data
     path = Path(name)
     path = Path("assets", *path.parts[:-1], f"{path.stem}.{_hash(data)[:10]}{path.suffix}")
     target = made / (f"{path}.packed" if packed else path)

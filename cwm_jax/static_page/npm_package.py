@@ -5,6 +5,7 @@ import hashlib
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 
 from cwm_jax.errors import UserError
@@ -48,7 +49,8 @@ def files(archive: Path | None = None) -> dict[str, bytes]:
 
 def _fetched() -> Path:
     file = f"{NAME}-{VERSION}.tgz"
-    folder = user_cache.folder() / "npm"
+    cache = user_cache.folder() or Path(tempfile.gettempdir()) / "cwm_jax"
+    folder = cache / "npm"
     if (folder / file).is_file():
         return folder / file
     npm = shutil.which("npm")

@@ -13,7 +13,7 @@ from cwm_jax.play.session.prompt_sources import USUAL_PROMPT, ClipPrompts, ClipS
 from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 
-FRAMES = 72
+FRAMES = 48
 _HELD = ((RIGHT, 14), (JUMP_RIGHT, 10), (RIGHT, 8), (NOOP, 4))  # over and over
 
 
