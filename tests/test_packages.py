@@ -21,8 +21,9 @@ PACKAGES = (
     ("sampling",),
     ("training",),
     ("checkpoints",),
+    ("onnx",),
     ("evaluation", "play"),
-    ("experiment",),
+    ("experiment", "static_page"),
     ("tools",),
 )
 PARTS_OF_PLAY = (("inference",), ("session",), ("web",))

@@ -87,6 +87,7 @@ const heard = {
     if (message.stamp > 0) { delays.push(now - message.stamp); if (delays.length > 200) delays.shift(); }
     if (message.steps) arrivals.push(now);
     window.play.frames++;
+    window.play.seen?.(message, now);
     $("scrub").min = given - 1;
     $("scrub").max = total - 1;
     $("scrub").value = place;
@@ -138,7 +139,7 @@ function begin() {
   send({
     do: "load", list: files.list, base: document.baseURI,
     backends: backend ? [backend] : ["webgpu", "wasm"],
-    threads: Math.min(usableThreads(), Number(choices.get("threads")) || usableThreads()),
+    threads: usableThreads(Number(choices.get("threads"))),
   });
   send({do: "settings", fps: Number($("fps").value)});
 }

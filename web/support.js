@@ -15,10 +15,12 @@ export function missing() {
     + "A current Chrome, Edge, Firefox (113 or newer) or Safari (16.4 or newer) has it. Above: a recorded rollout.";
 }
 
-// Threads that the model may use: they need a page that is isolated from others.
-export function usableThreads() {
+// Threads that the model may use: they need a page that is isolated from others. One core is left to
+// the page: threads wait for each other, and one that has to wait for a core delays all.
+export function usableThreads(wanted) {
   if (!globalThis.crossOriginIsolated || typeof SharedArrayBuffer !== "function") return 1;
-  return Math.min(4, Math.max(1, navigator.hardwareConcurrency || 1));
+  if (wanted) return wanted;
+  return Math.min(4, Math.max(1, (navigator.hardwareConcurrency || 1) - 1));
 }
 
 // Registers the service worker. On the first visit the page is loaded once more, so that the worker

@@ -156,7 +156,8 @@ function show(pixels, {action = IDLE, steps = 0, stamp = 0}) {
 
 function sayRate(steps) {
   const reached = governor.capacity(steps);
-  const text = reached < .9 * pace.fps ? `Slow machine: ${Math.max(1, Math.round(reached))} frames a second.` : "";
+  const count = Math.max(1, Math.round(reached));
+  const text = reached < .9 * pace.fps ? `Slow machine: ${count} frame${count === 1 ? "" : "s"} a second.` : "";
   if (Boolean(text) !== Boolean(slow)) say("rate", {text});
   slow = text;
 }

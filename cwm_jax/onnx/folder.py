@@ -135,5 +135,7 @@ def read(folder: Path) -> dict[str, Any]:
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; copy the whole folder")
         if bundle.digest(folder / name) != wanted:
-            raise UserError(f"{folder / name} is damaged: its checksum is not that of {DESCRIPTION}")
+            raise UserError(
+                f"{folder / name} is damaged: its checksum is not that of {DESCRIPTION}"
+            )
     return about

@@ -157,9 +157,7 @@ class Graphs:
         inverse = nodes("Reciprocal", alpha_bar)
         noise = nodes("Sub", nodes.mul(patches, root(inverse)), clean)
         noise = nodes("Div", noise, root(nodes("Sub", inverse, np.float32(1))))
-        later = nodes.add(
-            nodes.mul(clean, root(after)), nodes.mul(noise, root(rest(after)))
-        )
+        later = nodes.add(nodes.mul(clean, root(after)), nodes.mul(noise, root(rest(after))))
         return net.pixels(later)
 
     def _both(self, nodes: Nodes, sample: str) -> dict[str, tuple[str, tuple]]:
@@ -184,9 +182,8 @@ class Graphs:
             "action": (np.int32, ("T",)),
             "place": (np.int32, ("T",)),
             "attends": (np.float32, ("T", "P+T")),
-            **{name: (np.float32, kv) for name in self._kv_names},
+            **dict.fromkeys(self._kv_names, (np.float32, kv)),
         }
         shared = ["action", "place", "attends", *self._kv_names]
         taken = [*own, *(["earlier"] if config.history else []), *shared]
         return nodes.model(name, {key: every[key] for key in taken}, outputs, self._notes)
-

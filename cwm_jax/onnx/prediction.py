@@ -36,7 +36,9 @@ class Prediction:
         nodes, one = self._nodes, np.float32(1)
         guess = self._filtered(last) if self._config.motion else self._displaced(last)
         guess = nodes("Div", guess, np.float32(self._config.change_scale))
-        variance = nodes("Exp", nodes("Clip", self._log_variance, *map(np.float32, warp.LOG_VARIANCES)))
+        variance = nodes(
+            "Exp", nodes("Clip", self._log_variance, *map(np.float32, warp.LOG_VARIANCES))
+        )
         noise = nodes("Sub", one, alpha_bar)
         whole = nodes.add(nodes.mul(variance, alpha_bar), noise)
         sigma = nodes("Sqrt", noise)

@@ -29,7 +29,5 @@ def picture(trained: Trained, prompts: ClipPrompts, clip: int) -> bytes:
     frames = [*given.frames_PHWC, *np.asarray(jax.device_get(made))[0]]
     out = io.BytesIO()
     first, *others = map(Image.fromarray, frames)
-    first.save(
-        out, "PNG", save_all=True, append_images=others, duration=round(1000 / FPS), loop=0
-    )
+    first.save(out, "PNG", save_all=True, append_images=others, duration=round(1000 / FPS), loop=0)
     return out.getvalue()

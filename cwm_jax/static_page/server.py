@@ -13,7 +13,11 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 _KEPT = "public, max-age=31536000, immutable"  # names that change with what is in the file
-_TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".packed": "application/octet-stream"}
+_TYPES = {
+    ".js": "text/javascript",
+    ".mjs": "text/javascript",
+    ".packed": "application/octet-stream",
+}
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

@@ -19,8 +19,8 @@ from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from cwm_jax.onnx import folder  # noqa: E402
-from cwm_jax.onnx.runtime import OnnxGenerator  # noqa: E402
+from cwm_jax.onnx import folder
+from cwm_jax.onnx.runtime import OnnxGenerator
 
 PLAIN = DiTConfig(
     hidden_size=32,

@@ -226,7 +226,9 @@ def test_plays_200_frames_with_keys_and_rewinds(anew):
 
 def test_what_if_shows_six_futures_of_which_one_is_gone_on_in(anew):
     anew.click("#whatif")
-    anew.until("return document.querySelectorAll('#futures-grid button:not(:disabled)').length == 6")
+    anew.until(
+        "return document.querySelectorAll('#futures-grid button:not(:disabled)').length == 6"
+    )
     anew.click("#futures-grid button:nth-child(5)")
     anew.until("return document.getElementById('place').textContent == '12 / 12'")
 
@@ -294,7 +296,9 @@ def test_plays_offline_after_the_first_visit(page, tmp_path):
         with served(page) as address:
             port = int(address.rstrip("/").rpartition(":")[2])
             someone = Person(driver, address)
-            names = len(json.loads(someone.run("return document.getElementById('files').textContent")))
+            names = len(
+                json.loads(someone.run("return document.getElementById('files').textContent"))
+            )
             someone.until(
                 """return (async () => (await Promise.all((await caches.keys()).map(async (name) =>
                 (await (await caches.open(name)).keys()).length)))[0])()"""
