@@ -11,6 +11,7 @@ over many frames. WebGPU is measured where the browser has an adapter.
 
 import argparse
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -63,12 +64,20 @@ class Page:
         self.wait(f"return play.times.length > {count}")
         self.run("play.send({do: 'settings', auto: false})")
         times = self.run("return play.times")
-        return [b - a for a, b in zip(times, times[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(times)]
 
     def settings(self, **settings) -> None:
         self.run("play.send({do: 'settings', ...arguments[0]})", settings)
 
 
+_PRESS = """
+    play.delays = [];
+    play.seen = ({stamp}, now) => stamp && play.delays.push(now - stamp);
+    let down = false;
+    play.timer = setInterval(() => {
+      down = !down;
+      dispatchEvent(new KeyboardEvent(down ? "keydown" : "keyup", {code: "ArrowRight"}));
+    }, 400);"""
 _TEXT = "return document.body.innerText.slice(0, 500)"
 
 
@@ -162,10 +171,7 @@ def keys(address: str, args: argparse.Namespace) -> None:
         page.settings(fps=15, steps=0)
         page.frames(_WARM)
         page.settings(fps=15)
-        page.run("""play.delays = []; play.seen = ({stamp}, now) => stamp && play.delays.push(now - stamp);
-            let down = false;
-            play.timer = setInterval(() => { down = !down;
-              dispatchEvent(new KeyboardEvent(down ? "keydown" : "keyup", {code: "ArrowRight"})); }, 400)""")
+        page.run(_PRESS)
         page.wait(f"return play.delays.length >= {max(20, int(args.seconds))}")
         delays = sorted(page.run("clearInterval(play.timer); return play.delays"))
         steps = page.run("return document.getElementById('r-steps').textContent")

@@ -12,7 +12,10 @@ from cwm_jax.errors import UserError
 from cwm_jax.runtime import user_cache
 
 NAME, VERSION = "onnxruntime-web", "1.30.0"
-INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+INTEGRITY = (
+    "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02V"
+    "b7QmRMDs1SigqR4CXAfKYQ=="
+)
 # What the page calls each file, and where it lies in the package.
 FILES = {
     "ort.wasm.mjs": "dist/ort.wasm.min.mjs",

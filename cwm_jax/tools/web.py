@@ -1,6 +1,6 @@
 """The page that plays a model without a server: builds it, and serves it on this machine.
 
-    python -m cwm_jax.tools.web                    # builds dist/web if it is not there, and serves it
+    python -m cwm_jax.tools.web                    # serves dist/web; builds it if it is not there
     python -m cwm_jax.tools.web --build            # builds anew, and does not serve
     python -m cwm_jax.tools.web --build --checkpoint runs/small --output dist/small
 

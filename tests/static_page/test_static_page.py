@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,6 +21,8 @@ from cwm_jax.play.inference.scheduler import Scheduler
 from cwm_jax.play.session import share_code
 from cwm_jax.play.session.prompt_sources import ClipPrompts, ClipSource
 from cwm_jax.play.session.session import Session
+from cwm_jax.runtime import random_numbers
+from cwm_jax.sampling import sampler
 from cwm_jax.static_page import build, npm_package, server, start_clips
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -222,6 +225,18 @@ def test_plays_200_frames_with_keys_and_rewinds(anew):
     anew.hold("ArrowUp", 1 - (anew.total - 100))  # a branch: what came later is forgotten
     assert 101 <= anew.total < 110
     assert (anew.frames(98, 100) == anew.frames(98, 100)).all()
+
+
+def test_noise_is_that_of_jax(person):
+    script = """const [seed, number, done] = arguments;
+        const path = JSON.parse(document.getElementById("files").textContent)["noise.js"].path;
+        import(new URL(path, document.baseURI)).then((m) =>
+          done(Array.from(m.frameNoise(seed, number, 12288))))"""
+    for seed, number in ((0, 4), (4_123_456_789, 1717)):
+        key = jax.random.fold_in(random_numbers.key(np.uint32(seed)), number)
+        wanted, _ = sampler.frame_noise(key, (12288,))
+        found = np.array(person.driver.execute_async_script(script, seed, number))
+        assert np.abs(found - np.asarray(wanted)).max() < 1e-6
 
 
 def test_what_if_shows_six_futures_of_which_one_is_gone_on_in(anew):
