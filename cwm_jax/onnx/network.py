@@ -7,6 +7,7 @@ before it), and frames of several worlds at once.
 The keys and values of the past come block by block, and are read where they lie.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ class Lanes(NamedTuple):
 
     place: str  # int32 [T], place in time of each lane, 0 … max_frames − 1
     attends: str  # float32 [T, P + T], 1 where lane t attends to that frame (past, then lanes)
-    keys: list[str]  # of each block, float32 [P, S, N, K], rotated
+    keys: list[str]  # of each block, float32 [P, S, N, K], rotated and scaled
     values: list[str]  # of each block, float32 [P, S, N, K]
 
 
@@ -66,7 +67,8 @@ class Network:
         self._hidden = nodes.mul(hidden, np.float32(-_HIDDEN))
         angles = rope.temporal_angles(np.arange(config.max_frames), config.head_size)
         self._turns = [
-            nodes("Gather", table[:, None, None], lanes.place, axis=0) for table in _turns(angles)
+            nodes("Gather", table[:, None, None], lanes.place, axis=0)
+            for table in self._tables(angles)
         ]
 
     def tokens(self, sample: str, earlier: str | None) -> str:
@@ -135,32 +137,36 @@ class Network:
         return self._nodes.add(x, self._nodes.mul(update, gate))
 
     def _spatial(self, x: str, block: int) -> str:
-        q, k, v = self._project(x, f"blocks.{block}.spatial", 2 * block)
+        layer = f"blocks.{block}.spatial"
         angles = rope.spatial_angles(self._config.grid, self._config.head_size)
-        cos_sin = [table[:, None] for table in _turns(angles)]
-        q, k = self._turned(q, *cos_sin), self._turned(k, *cos_sin)
-        return self._finish(x, self._over_space(q, k, v), f"blocks.{block}.spatial", 2 * block)
+        turns = [table[:, None] for table in self._tables(angles)]
+        q, k, v = self._project(x, layer, 2 * block, turns)
+        return self._finish(x, self._over_space(q, k, v), layer, 2 * block)
 
     def _temporal(self, x: str, block: int, kv: NewKV, *, stops: bool) -> str:
         layer = f"blocks.{block}.temporal"
-        q, k, v = self._project(x, layer, 2 * block + 1)
-        kv.keys.append(self._turned(k, *self._turns))
+        q, k, v = self._project(x, layer, 2 * block + 1, self._turns)
+        kv.keys.append(k)
         kv.values.append(v)
         if stops:
             return x
-        attended = self._over_time(self._turned(q, *self._turns), kv, block)
-        return self._finish(x, attended, layer, 2 * block + 1)
+        return self._finish(x, self._over_time(q, kv, block), layer, 2 * block + 1)
 
-    def _project(self, x: str, layer: str, number: int) -> list[str]:
-        """Queries, keys and values of the normed tokens, each [T, S, N, K], not yet rotated."""
+    def _project(self, x: str, layer: str, number: int, turns: Sequence) -> list[str]:
+        """Queries and keys, both rotated and scaled, and values of the normed tokens, [T, S, N, K].
+
+        Queries and keys go through the same nodes: fewer, larger ones cost less.
+        """
         nodes, config = self._nodes, self._config
         kernel = nodes.parameter(f"{layer}.qkv.kernel")
         qkv = nodes("MatMul", self._norm(x, *self._of(number)[:2]), kernel)
-        sizes = np.array([config.hidden_size] * 3, np.int64)
-        parts = nodes.several("Split", 3, qkv, sizes, axis=-1)
-        shape = (-1, config.tokens, config.num_heads, config.head_size)
-        q, k, v = (nodes.reshape(part, *shape) for part in parts)
-        return [self._unit_rms(q), self._unit_rms(k), v] if config.qk_norm else [q, k, v]
+        sizes = np.array([2 * config.hidden_size, config.hidden_size], np.int64)
+        qk, v = nodes.several("Split", 2, qkv, sizes, axis=-1)
+        heads = config.num_heads
+        qk = nodes.reshape(qk, -1, config.tokens, 2 * heads, config.head_size)
+        qk = self._turned(self._unit_rms(qk) if config.qk_norm else qk, *turns)
+        q, k = nodes.several("Split", 2, qk, np.array([heads, heads], np.int64), axis=2)
+        return [q, k, nodes.reshape(v, -1, config.tokens, heads, config.head_size)]
 
     def _unit_rms(self, x: str) -> str:
         nodes = self._nodes
@@ -168,15 +174,24 @@ class Network:
         return nodes("Div", x, nodes("Sqrt", nodes.add(mean, np.float32(_EPSILON))))
 
     def _turned(self, x: str, cos: str | np.ndarray, sin: str | np.ndarray) -> str:
-        """x [T, S, N, K] rotated; `sin` has the sign of the half that it is for."""
+        """x [T, S, …, K] rotated; `sin` has the sign of the half that it is for."""
         nodes, half = self._nodes, self._config.head_size // 2
         first, second = nodes.several("Split", 2, x, np.array([half, half], np.int64), axis=-1)
         swapped = nodes("Concat", second, first, axis=-1)
         return nodes.add(nodes.mul(x, cos), nodes.mul(swapped, sin))
 
+    def _tables(self, angles: np.ndarray) -> list[np.ndarray]:
+        """Cosines, and sines with the sign of each half, float32 [..., K], of angles [..., K/2].
+
+        Both are scaled by K^(-1/4), since the scores of attention are by K^(-1/2).
+        """
+        cos, sin = rope.cos_sin(angles)
+        scale = np.float32(self._config.head_size**-0.25)
+        return [scale * np.concatenate(x, axis=-1) for x in ((cos, cos), (-sin, sin))]
+
     def _over_space(self, q: str, k: str, v: str) -> str:
-        nodes, scale = self._nodes, np.float32(self._config.head_size**-0.5)
-        q = nodes.transpose(nodes.mul(q, scale), 0, 2, 1, 3)
+        nodes = self._nodes
+        q = nodes.transpose(q, 0, 2, 1, 3)
         scores = nodes("MatMul", q, nodes.transpose(k, 0, 2, 3, 1))
         weights = nodes("Softmax", scores, axis=-1)
         attended = nodes("MatMul", weights, nodes.transpose(v, 0, 2, 1, 3))
@@ -191,7 +206,7 @@ class Network:
         nodes, config = self._nodes, self._config
         heads = config.tokens * config.num_heads
         fold = lambda x: nodes.reshape(x, -1, heads, config.head_size)
-        q = nodes.transpose(fold(nodes.mul(q, np.float32(config.head_size**-0.5))), 1, 0, 2)
+        q = nodes.transpose(fold(q), 1, 0, 2)
         keys = [fold(x[block]) for x in (self._lanes.keys, kv.keys)]
         values = [fold(x[block]) for x in (self._lanes.values, kv.values)]
         scores = [nodes("MatMul", q, nodes.transpose(k, 1, 2, 0)) for k in keys]
@@ -210,9 +225,3 @@ class Network:
         hidden = self._linear(self._norm(x, shift, scale), f"{layer}.mlp_in")
         hidden = self._nodes("Gelu", hidden, approximate="tanh")
         return self._gated(x, self._linear(hidden, f"{layer}.mlp_out"), mlp_gate)
-
-
-def _turns(angles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines, and sines with the sign of each half, float32 [..., K], of angles [..., K/2]."""
-    cos, sin = rope.cos_sin(angles)
-    return np.concatenate([cos, cos], axis=-1), np.concatenate([-sin, sin], axis=-1)
