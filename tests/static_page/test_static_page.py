@@ -38,7 +38,7 @@ FLAGS = (
     "--disable-background-networking --disable-component-update --disable-dev-shm-usage "
     "--window-size=1280,900"
 )
-PATIENCE = 60  # seconds that anything may take on a busy machine
+PATIENCE = 150  # seconds that anything may take on a busy machine
 TINY = DiTConfig(
     hidden_size=32,
     depth=1,
