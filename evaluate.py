@@ -19,7 +19,8 @@ import jax
 
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
-from cwm_jax.data import loader, shards
+from cwm_jax.data import shards
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.evaluation import (
     bootstrap,
@@ -29,14 +30,14 @@ from cwm_jax.evaluation import (
     generation,
     generation_settings,
     lpips_weights,
-    probe,
     protocol,
     rollout_quality,
 )
 from cwm_jax.evaluation.lpips import Lpips
 from cwm_jax.files import path_flag
+from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.rendering import video
-from cwm_jax.runtime import devices
+from cwm_jax.runtime import devices, user_cache
 from cwm_jax.sampling import sampler
 from cwm_jax.simulator import game, venv
 
@@ -82,9 +83,9 @@ def measure(args: argparse.Namespace) -> None:
 
 def _measured(args: argparse.Namespace, plan: full.Plan, lpips: Lpips | None) -> full.Measured:
     opened = _open(args)
-    config = loader.DataConfig(
+    config = DataConfig(
         dir=str(args.data),
-        clip_len=min(opened.network.max_frames, loader.DataConfig.clip_len),
+        clip_len=min(opened.network.max_frames, DataConfig.clip_len),
     )
     measured = full.measure(
         opened.network,
@@ -92,14 +93,14 @@ def _measured(args: argparse.Namespace, plan: full.Plan, lpips: Lpips | None) ->
         opened.sampler,
         config,
         plan,
-        probes=args.probes or probe.cache_folder(),
+        probes=args.probes or user_cache.folder(),
         lpips=lpips,
         watched=True,
     )
     measured.results["checkpoint"] = dict(
         path=pretrained.NAME if args.checkpoint == pretrained.FOLDER else str(args.checkpoint),
         step=opened.step,
-        fingerprint=protocol.fingerprint(opened.params),
+        fingerprint=fingerprint(opened.network, opened.params).hex(),
     )
     measured.results["code"] = protocol.code_version()
     measured.results["device"] = jax.devices()[0].device_kind
@@ -222,13 +223,15 @@ def close_the_loop(words: list[str]) -> None:
     closed_loop.check(levels=args.levels, frames=args.frames, n_prompt=args.n_prompt)
     opened = _open(args)
     generation.check_game(opened.network)
-    draw = generation.by_sampler(opened.sampler)
+    generate = generation.by_sampler(opened.sampler)
     levels = range(args.first_level, args.first_level + args.levels)
     keys = closed_loop.random_keys(args.levels, args.frames - 1, seed=args.seed)
     with game.Simulator(venv.ensure(args.simulator)) as simulator:
         replay = lambda runs: [run.frames for run in simulator.replay("coinrun", runs)]
-        loop = closed_loop.play(draw, replay, levels, keys, n_prompt=args.n_prompt, seed=args.seed)
-    video.write_film(args.output, closed_loop.film(loop), fps=FPS)
+        loop = closed_loop.play(
+            generate, replay, levels, keys, n_prompt=args.n_prompt, seed=args.seed
+        )
+    video.write_video(args.output, closed_loop.film(loop), fps=FPS)
     psnr = bootstrap.of_mean(rollout_quality.capped(loop.scores.psnr).mean(1))
     print(
         f"{len(loop.levels)} of {args.levels} levels lasted {args.frames} frames\n"

@@ -18,7 +18,8 @@ import numpy as np
 from cwm_jax import files
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
-from cwm_jax.data import loader, shards
+from cwm_jax.data import shards
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.files import path_flag
 from cwm_jax.rendering import contact_sheet, video
@@ -96,12 +97,12 @@ def _flags() -> argparse.ArgumentParser:
     return parser
 
 
-def _data_config(folder: Path | None, opened: formats.Opened) -> loader.DataConfig:
+def _data_config(folder: Path | None, opened: formats.Opened) -> DataConfig:
     used = opened.config.get("data", {}).get("dir", "")
     if folder is None:
         folder = Path(os.path.expanduser(used)) if used else _EMBEDDED
         folder = folder if folder.is_dir() else _EMBEDDED
-    return loader.DataConfig(dir=str(folder))
+    return DataConfig(dir=str(folder))
 
 
 def _check(args: argparse.Namespace) -> None:

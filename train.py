@@ -1,6 +1,6 @@
 """Trains a world model.
 
-    python train.py --config configs/small.py --workdir runs/small [--config.lr=3e-4 …]
+    python train.py --config configs/small.py --workdir runs/small [--config.optimizer.lr=3e-4 …]
 
 Started again with the same workdir, it continues from the last checkpoint. SIGTERM, SIGHUP or
 Ctrl-C make it finish its step, save, and exit with code 75; a second one ends it at once. With
@@ -16,6 +16,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from cwm_jax.checkpoints import migration
 from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.experiment import dry_run, loop
 from cwm_jax.experiment.settings import Settings
@@ -55,7 +56,7 @@ def main(_) -> None:
         hosts.check_same({"config": config})
         attention.check_device(settings.model.attention)
         if _DRY_RUN.value:
-            dry_run.tell(settings)
+            dry_run.report(settings)
         else:
             _train(settings, config, workdir)
 
@@ -117,10 +118,12 @@ def _told(error: Exception, argv: list[str]) -> str:
     reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
     for word in argv:
         name = word.removeprefix("--").partition("=")[0]
+        if now := migration.RENAMED.get(name.removeprefix("config.")):
+            return f"{name} is config.{now} since version 0.2; see docs/settings.md"
         if name.startswith("config.") and any(f"'{k}'" in reason for k in name.split(".")[1:]):
             meant = re.search(r'Did you mean "(\w+)"', reason)
             hint = f" (did you mean {meant[1]}?)" if meant else ""
-            return f"there is no setting {name}{hint}; see configs/base.py for all"
+            return f"there is no setting {name}{hint}; see docs/settings.md"
     return f"--config does not name a config file that can be read: {reason}"
 
 

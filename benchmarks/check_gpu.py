@@ -42,21 +42,23 @@ from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import process_memory
 from cwm_jax.sampling import sampler
 from cwm_jax.training import train_step
-from cwm_jax.training.examples import NoiseConfig
+from cwm_jax.training.config import ExampleConfig
 from cwm_jax.training.train_step import TrainSetup
 
 ROOT = Path(__file__).parents[1]
 ORIGINAL = "original"
 PARTS = (ORIGINAL, "debug", "pocket", "small", "large")
-NOISE = {  # of the configs, where it is not the default; with one pass of generated context
-    "debug": NoiseConfig(top_share=0.2),
-    "pocket": NoiseConfig(
-        top_share=0.35,
-        own_share=0.5,
-        own_top_share=0.5,
-        own_renoised=True,
-        mirror_share=0.45,
-        middle_weight=4.0,
+EXAMPLES = {  # of the configs, where it is not the default; with one pass of generated context
+    "debug": ExampleConfig().changed({"noise_levels.top_share": 0.2}),
+    "pocket": ExampleConfig().changed(
+        {
+            "noise_levels.top_share": 0.35,
+            "context.share": 0.5,
+            "context.top_share": 0.5,
+            "context.renoised": True,
+            "augment.mirror_share": 0.45,
+            "loss.middle_weight": 4.0,
+        }
     ),
 }
 UPDATES = 3
@@ -162,8 +164,8 @@ def updates(size: str, network: DiTConfig, clips: int, frames: int) -> Numbers:
     """Losses, gradient norms, and some numbers of the mean gradients, of three updates."""
     state = train_step.init_state(network, train.OPTIM, 0, parameters(network))
     batch, key = train.random_batch(clips, frames), jax.random.key(0)
-    noise = NOISE.get(size, NoiseConfig())
-    setup = TrainSetup(network=network, optim=train.OPTIM, noise=noise)
+    of_size = EXAMPLES.get(size, ExampleConfig())
+    setup = TrainSetup(network=network, optim=train.OPTIM, examples=of_size)
     losses, norms = [], []
     for _ in range(UPDATES):
         state, metrics = train_step.train_step(state, batch, key, setup)

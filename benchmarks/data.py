@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from cwm_jax.data import loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.data.shards import find_shards, open_shard, read_record
 from cwm_jax.errors import shown_to_user
 from cwm_jax.files import path_flag

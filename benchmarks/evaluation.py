@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import machine, sizes, train
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import shown_to_user
 from cwm_jax.evaluation import (
     drift,
@@ -30,7 +30,7 @@ from cwm_jax.evaluation.frame_scores import score
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
-from cwm_jax.training import train_step
+from cwm_jax.training.config import ComputeConfig
 
 _DATA = DataConfig(dir=str(Path(__file__).parents[1] / "assets" / "coinrun"))
 
@@ -38,9 +38,9 @@ _DATA = DataConfig(dir=str(Path(__file__).parents[1] / "assets" / "coinrun"))
 def quick_form(network: DiTConfig, *, clips: int, frames: int, every: int) -> dict[str, float]:
     """Seconds of the quick form, as `configs/debug.py` sets it, beside those of training."""
     few = quick.prepare(_DATA, "val", clips=4, frames=8, num_actions=15, seed=0)
-    draw = generation.by_sampler(Sampler(network, dit.init(network, 0), SamplerConfig()))
-    first, again = (_seconds(lambda: dict(quick.run(draw, few))) for _ in range(2))
-    shape = dict(clips=clips, frames=frames, step=train_step.StepConfig())
+    generate = generation.by_sampler(Sampler(network, dit.init(network, 0), SamplerConfig()))
+    first, again = (_seconds(lambda: dict(quick.run(generate, few))) for _ in range(2))
+    shape = dict(clips=clips, frames=frames, step=ComputeConfig())
     step = train.measure(network, **shape)["step_s"]
     share = again / (again + every * step)
     return {"first_s": first, "again_s": again, "step_s": step, "share": share}

@@ -27,11 +27,12 @@ from cwm_jax.models import flops
 from cwm_jax.models.dit import REMAT
 from cwm_jax.runtime import process_memory, sharding
 from cwm_jax.training import train_step
+from cwm_jax.training.config import ComputeConfig
 
 TARGET = Path(__file__).parent / "targets" / "h200.txtpb"
 
 
-def compile_for_target(network, step: train_step.StepConfig, *, clips: int, frames: int, devices=1):
+def compile_for_target(network, step: ComputeConfig, *, clips: int, frames: int, devices=1):
     """The compiled program of a step over `devices` GPUs, which cannot be run here."""
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGET.read_text(encoding="utf-8"), topology=f"1x1x{devices}"
@@ -45,7 +46,7 @@ def compile_for_target(network, step: train_step.StepConfig, *, clips: int, fram
     key = sharding.abstract(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     # Kernels of Pallas ask for the kind of device when they are lowered.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        setup = train_step.TrainSetup(network=network, optim=OPTIM, step=step, mesh=mesh)
+        setup = train_step.TrainSetup(network=network, optim=OPTIM, compute=step, mesh=mesh)
         traced = train_step.train_step.trace(state, batch, key, setup)
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
@@ -121,7 +122,7 @@ def main() -> None:
         name += ", products by library" if args.library else ""
         if name in results:
             continue
-        step = train_step.StepConfig(remat=remat, accumulate_steps=args.accumulate)
+        step = ComputeConfig(remat=remat, accumulate_steps=args.accumulate)
         shape = dict(clips=args.batch, frames=args.frames, devices=args.devices)
         network = sizes.network(args.size, dtype="bfloat16", attention=attention)
         network = dataclasses.replace(network, norm=args.norm)

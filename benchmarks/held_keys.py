@@ -15,6 +15,7 @@ import numpy as np
 from cwm_jax import coinrun
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.data import loader
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import shown_to_user
 from cwm_jax.files import path_flag
 from cwm_jax.rendering import video
@@ -52,7 +53,7 @@ def main() -> None:
         if args.ddim_steps is not None:
             steps["levels"] = formats.ddim_levels(args.ddim_steps)
         opened = formats.open_sampler(pretrained.unless(args.checkpoint), window="hop", **steps)
-        episodes = loader.open_episodes(loader.DataConfig(dir=str(args.data)), "test")
+        episodes = loader.open_episodes(DataConfig(dir=str(args.data)), "test")
         numbers = loader.pick_episodes(episodes, count=len(HELD), length=PROMPT, seed=args.seed)
         given = loader.load_clips(episodes, numbers, length=PROMPT)
         actions = np.array([(keys * FRAMES)[:FRAMES] for keys in HELD], np.int32)

@@ -25,7 +25,7 @@ from cwm_jax.files import path_flag
 from cwm_jax.models import attention, dit, rope
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
-from cwm_jax.training.train_step import StepConfig
+from cwm_jax.training.config import ComputeConfig
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 
@@ -145,7 +145,7 @@ def measurements(size: str, clips: int) -> Iterator[tuple[str, Result, Callable[
         return speeds
 
     def step_time(variant: Variant) -> Result:
-        how = StepConfig(remat=variant.remat, accumulate_steps=variant.accumulate_steps)
+        how = ComputeConfig(remat=variant.remat, accumulate_steps=variant.accumulate_steps)
         known = dataclasses.replace(network(variant.attention), norm=variant.norm)
         return train.measure(known, clips=clips, step=how, steps=10, machine=speeds)
 

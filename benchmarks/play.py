@@ -50,7 +50,7 @@ class Client:
 
     def _frame(self) -> None:
         while isinstance(message := self.socket.recv(timeout=60), str):
-            if json.loads(message)["say"] in ("error", "full", "fault"):
+            if json.loads(message)["event"] in ("error", "full", "fault"):
                 raise RuntimeError(message)
         self.frames += 1
         self.steps.append(int.from_bytes(message[2:4], "little"))

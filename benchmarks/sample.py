@@ -35,16 +35,16 @@ from cwm_jax.sampling import sampler
 KEY = jax.random.key(0)
 
 
-def frame_flops(config: DiTConfig, in_view: int) -> float:
+def forward_flops(config: DiTConfig, in_view: int) -> float:
     """Operations of a pass over one frame whose conditioning comes from a table."""
     return flops.frame(config, in_view=in_view)._replace(conditioning=0).total
 
 
-def drawn_frame_flops(config: DiTConfig, steps: int, window: str, context: int) -> float:
+def frame_flops(config: DiTConfig, steps: int, window: str, context: int) -> float:
     """Operations of one drawn frame: its passes, and keeping the memory up to date after it."""
     in_view = min(context + 1, config.max_frames)
-    one = frame_flops(config, in_view)
-    clip = lambda frames: sum(frame_flops(config, i + 1) for i in range(frames))
+    one = forward_flops(config, in_view)
+    clip = lambda frames: sum(forward_flops(config, i + 1) for i in range(frames))
     slides = context >= config.max_frames
     if window == "plain":
         return steps * clip(in_view)
@@ -68,7 +68,7 @@ class Bench:
         """Milliseconds and frames/s after so many context frames; a full window of them slides."""
         ours = self._plain if window == "plain" else self._remembering
         per_frame, compiled = ours(window, batch, steps, context)
-        operations = drawn_frame_flops(self.config, steps, window, context)
+        operations = frame_flops(self.config, steps, window, context)
         return {
             "window": window,
             "B": batch,
@@ -90,19 +90,19 @@ class Bench:
 
     def _remembering(self, window: str, batch: int, steps: int, context: int):
         config = sampler.SamplerConfig(levels=sampler.ddim_levels(steps), window=window)
-        drawer = sampler.Sampler(self.config, self.params, config)
+        generator = sampler.Sampler(self.config, self.params, config)
         action, prompt = np.full(batch, 7), self._prompt(batch, context)
         # With a full window a hop comes every half window: its mean is over a whole period, and
         # the other ways are timed again and again after the same frames.
         hops = window == "hop" and context >= self.config.max_frames
-        state, taken = drawer.start(*prompt), []
+        state, taken = generator.start(*prompt), []
         for _ in range(1 + (self.config.max_frames // 2 if hops else 3)):
             jax.block_until_ready(state)
             began = time.perf_counter()
-            state, frame = drawer.step(state, action, KEY)
+            state, frame = generator.step(state, action, KEY)
             jax.block_until_ready((state, frame))
             taken.append(time.perf_counter() - began)
-            state = state if hops else drawer.start(*prompt)
+            state = state if hops else generator.start(*prompt)
         per_frame = float((np.mean if hops else np.median)(taken[1:]))
         return per_frame, taken[0] - per_frame
 
@@ -144,14 +144,14 @@ class Bench:
 def endurance(config: DiTConfig, params, window: str, frames: int, steps: int) -> list[dict]:
     """One world drawn on and on: time per frame and memory of the process, tenth by tenth."""
     levels = sampler.ddim_levels(steps)
-    drawer = sampler.Sampler(config, params, sampler.SamplerConfig(levels=levels, window=window))
+    generator = sampler.Sampler(config, params, sampler.SamplerConfig(levels=levels, window=window))
     blank = np.zeros((1, 1, config.image_size, config.image_size, 3), np.uint8)
-    state, rows = drawer.start(blank, np.full((1, 1), -1)), []
-    state, _ = drawer.step(state, [7], KEY)  # compiles
+    state, rows = generator.start(blank, np.full((1, 1), -1)), []
+    state, _ = generator.step(state, [7], KEY)  # compiles
     for part in range(10):
         began = time.perf_counter()
         for _ in range(frames // 10):
-            state, frame = drawer.step(state, [7], KEY)
+            state, frame = generator.step(state, [7], KEY)
         jax.block_until_ready((state, frame))
         per_frame = (time.perf_counter() - began) / (frames // 10)
         rows.append(
@@ -174,10 +174,10 @@ def cached_compile_seconds(config: DiTConfig, params) -> tuple[float, float]:
         for _ in range(2):
             jax.clear_caches()
             began = time.perf_counter()
-            drawer = sampler.Sampler(config, params, sampler.SamplerConfig(window="cached"))
+            generator = sampler.Sampler(config, params, sampler.SamplerConfig(window="cached"))
             frames = np.zeros((1, 1, config.image_size, config.image_size, 3), np.uint8)
-            state = drawer.start(frames, np.full((1, 1), -1))
-            jax.block_until_ready(drawer.step(state, [7], KEY)[1])
+            state = generator.start(frames, np.full((1, 1), -1))
+            jax.block_until_ready(generator.step(state, [7], KEY)[1])
             taken.append(time.perf_counter() - began)
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()  # else it goes on writing into the folder that has gone

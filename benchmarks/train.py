@@ -26,7 +26,8 @@ from cwm_jax.models import dit, flops, kernel_choice
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import device_speed, process_memory
 from cwm_jax.training import train_step
-from cwm_jax.training.train_step import OptimizerConfig, StepConfig, TrainSetup
+from cwm_jax.training.config import ComputeConfig, OptimizerConfig
+from cwm_jax.training.train_step import TrainSetup
 
 OPTIM = OptimizerConfig(lr=1e-4, weight_decay=0.01, warmup_steps=2000, grad_clip=1.0, ema_decay=0.0)
 
@@ -44,7 +45,7 @@ def measure(
     *,
     clips: int,
     frames: int = 32,
-    step: StepConfig,
+    step: ComputeConfig,
     steps: int = 10,
     machine: dict[str, float] | None = None,
 ) -> dict[str, object]:
@@ -54,7 +55,7 @@ def measure(
     batch = jax.device_put(random_batch(clips, frames))
     key = jax.random.key(0)
     start = time.perf_counter()
-    setup = TrainSetup(network=network, optim=OPTIM, step=step)
+    setup = TrainSetup(network=network, optim=OPTIM, compute=step)
     compiled = train_step.train_step.lower(state, batch, key, setup).compile()
     compile_seconds = time.perf_counter() - start
     cost = compiled.cost_analysis() or {}
@@ -173,7 +174,7 @@ def main() -> None:
         kernel_choice.measured(network, clips=at_once, frames=args.frames),
         clips=args.batch,
         frames=args.frames,
-        step=StepConfig(remat=args.remat, accumulate_steps=args.accumulate),
+        step=ComputeConfig(remat=args.remat, accumulate_steps=args.accumulate),
         steps=args.steps,
     )
     print(show(found))

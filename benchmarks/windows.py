@@ -17,6 +17,7 @@ import numpy as np
 from benchmarks import machine
 from cwm_jax.checkpoints import formats, run_checkpoint
 from cwm_jax.data import loader
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import shown_to_user
 from cwm_jax.files import path_flag
 from cwm_jax.sampling import sampler
@@ -41,9 +42,9 @@ def rollouts(trained: run_checkpoint.Trained, prompt, led_in, actions, *, steps:
     for name, (window, dtype) in WAYS.items():
         config = sampler.SamplerConfig(levels=sampler.ddim_levels(steps), window=window)
         network = dataclasses.replace(trained.network, dtype=dtype)
-        drawer = sampler.Sampler(network, trained.params, config)
-        state = drawer.start(prompt, led_in)
-        drawn[name] = np.asarray(drawer.rollout(state, actions, jax.random.key(seed))[1])
+        generator = sampler.Sampler(network, trained.params, config)
+        state = generator.start(prompt, led_in)
+        drawn[name] = np.asarray(generator.rollout(state, actions, jax.random.key(seed))[1])
     return drawn
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
 
     trained = formats.load(args.checkpoint)
-    episodes = loader.open_episodes(loader.DataConfig(dir=str(args.data)), "test")
+    episodes = loader.open_episodes(DataConfig(dir=str(args.data)), "test")
     numbers = loader.pick_episodes(episodes, count=args.clips, length=160, seed=args.seed)
     clips = loader.load_clips(episodes, numbers, length=160)
     real, taken = clips["frames"], clips["actions"]

@@ -24,22 +24,24 @@ def get_config() -> ConfigDict:
     config.data.num_workers = 0
     config.data.num_threads = 1
 
-    config.batch_size = 2
-    config.max_steps = 800
-    config.lr = 2e-3
-    config.warmup_steps = 50
-    config.decay_steps = 400
-    config.ema_decay = 0.995
-    config.noise.top_share = 0.2
+    config.data.batch_size = 2
+    config.schedule.max_steps = 800
+    config.optimizer.lr = 2e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.decay_steps = 400
+    config.optimizer.ema_decay = 0.995
+    config.noise_levels.top_share = 0.2
 
-    config.log_every_steps = 20
-    config.val_every_steps = 200
-    config.val_batches = 25
-    config.eval_every_steps = 400
-    config.eval_clips = 4
-    config.eval_frames = 8
-    config.rollout_every_steps = 400
-    config.ckpt_every_steps = 400
+    config.logging.every_steps = 20
+    config.validation.every_steps = 200
+    config.validation.batches = 25
+    config.evaluation.every_steps = 400
+    config.evaluation.clips = 4
+    config.evaluation.frames = 8
+    config.rollouts.every_steps = 400
+    config.checkpoints.every_steps = 400
 
-    config.ddim_steps = 1  # so little trained, the network adds its own error with every step
+    config.sampler.ddim_steps = (
+        1  # so little trained, the network adds its own error with every step
+    )
     return config

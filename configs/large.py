@@ -15,6 +15,6 @@ def get_config() -> ConfigDict:
     config.model.hidden_size = 640
     config.model.depth = 8
     config.model.num_heads = 8
-    config.remat = "gelu_norm"
-    config.accumulate_steps = 2  # 128 clips at once would want 100 GB even so
+    config.compute.remat = "gelu_norm"
+    config.compute.accumulate_steps = 2  # 128 clips at once would want 100 GB even so
     return config

@@ -13,5 +13,5 @@ from configs import base
 
 def get_config() -> ConfigDict:
     config = base.get_config()
-    config.remat = "gelu_norm"  # 128 clips would fill an 80 GB card to the brim without
+    config.compute.remat = "gelu_norm"  # 128 clips would fill an 80 GB card to the brim without
     return config

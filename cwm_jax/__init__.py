@@ -9,7 +9,7 @@ Array names carry their axes. The letters:
     K  size of one head (D / N)       P  pixels of one patch (rows · columns · channels)
     M  slots of the temporal cache    F  frames of a rollout
 
-so `x_BTSD` is a tensor of token vectors, `t_BT` a noise label for each frame of each clip.
+so `x_BTSD` is a tensor of token vectors, `t_BT` a noise level for each frame of each clip.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""Facts of the game: frame size, actions, keys, and the step between pixels and model input.
+"""Facts of the game: frame size, actions, keys, and pixels to model input and back.
 
 CoinRun is a game of the Procgen benchmark (Cobbe et al. 2020, https://arxiv.org/abs/1912.01588);
 its 15 actions are those of `procgen/env.py`: nine combinations of the arrow keys, then six keys
@@ -16,9 +16,9 @@ GAMES = (  # of Procgen: all have these actions
     *("bigfish", "bossfight", "caveflyer", "chaser", "climber", "coinrun", "dodgeball"),
     *("fruitbot", "heist", "jumper", "leaper", "maze", "miner", "ninja", "plunder", "starpilot"),
 )
-FPS = 15  # a comfortable playback rate for people; the simulator itself has no clock
+FPS = 15  # a comfortable playback rate; the simulator has no clock
 
-NO_ACTION = -1  # "nothing led here": slot 0 of a clip, a zero one-hot vector for the model
+NO_ACTION = -1  # no action led to this frame: frame 0 of a clip; a zero vector for the model
 
 
 class Keys(NamedTuple):

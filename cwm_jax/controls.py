@@ -1,7 +1,7 @@
-"""What a game is played with: the names and keys of its actions, or of its buttons.
+"""The controls of a game: names and keys of its actions or buttons.
 
-A data folder tells in its `metadata.json`; one that tells nothing holds CoinRun, and actions that
-are only counted there are named by their numbers.
+A data folder lists them in its `metadata.json`. Without them the game is CoinRun; actions of which
+only the number is given are named by their numbers.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from cwm_jax.errors import UserError
 METADATA = "metadata.json"
 ENCODINGS = ("one_hot", "buttons")
 MAX_BUTTONS = 8  # 256 combinations; a sampler tabulates each, 1.7 MB for the full network
-MAX_FUTURES = 8  # as many as are drawn in one batch
+MAX_FUTURES = 8  # as many as are generated in one batch
 _IDLE_NAMES = ("NOOP", "NONE", "NOTHING", "STAY", "IDLE", "WAIT")
 _ARROWS = {"LEFT": "ArrowLeft", "RIGHT": "ArrowRight", "UP": "ArrowUp", "DOWN": "ArrowDown"}
 
@@ -32,7 +32,7 @@ class Control:
 
 @dataclasses.dataclass(frozen=True)
 class Controls:
-    """All that a player of one game can do.
+    """All controls of one game.
 
     Fields:
         game: the game's name.
@@ -70,7 +70,7 @@ class Controls:
         """The action while nothing is pressed.
 
         For buttons 0. Otherwise the control named as doing nothing (`NOOP`, `STAY`, …), else the
-        first without keys, else `NO_ACTION`: such a game always does something.
+        first without keys, else `NO_ACTION`.
         """
         if self.encoding == "buttons":
             return 0
@@ -103,7 +103,7 @@ class Controls:
         return "+".join(control.name for control in self.held(action)) or "NOOP"
 
     def to_json(self) -> dict[str, Any]:
-        """What `metadata.json` says of the controls."""
+        """The fields of `metadata.json` that describe the controls."""
         return {
             "game": self.game,
             "num_actions": len(self.controls),
@@ -121,13 +121,13 @@ def procgen(game: str) -> Controls:
     return Controls(game, "one_hot", tuple(controls))
 
 
-def from_json(said: Mapping[str, Any], source: str | os.PathLike) -> Controls:
+def from_json(fields: Mapping[str, Any], source: str | os.PathLike) -> Controls:
     """The controls that a JSON object or a key map describes.
 
     Raises:
         UserError: naming the field of `source` that is wrong.
     """
-    actions = said.get("actions")
+    actions = fields.get("actions")
     if not isinstance(actions, list):
         raise UserError(
             f"{source}: `actions` must be a list of {{name, keys}}, or of names, not {actions!r}"
@@ -145,33 +145,33 @@ def from_json(said: Mapping[str, Any], source: str | os.PathLike) -> Controls:
     names = [control.name for control in controls]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{source}: {sorted(twice)[0]!r} is the name of two actions")
-    encoding = said.get("action_encoding", "one_hot")
-    return Controls(str(said.get("game", "game")), encoding, tuple(controls))
+    encoding = fields.get("action_encoding", "one_hot")
+    return Controls(str(fields.get("game", "game")), encoding, tuple(controls))
 
 
 def read(folder: str | os.PathLike) -> Controls:
-    """The controls of a data folder; CoinRun's where it has no metadata, or that tells nothing.
+    """The controls of a data folder; CoinRun's without metadata, or where it lists none.
 
     Raises:
-        UserError: its `metadata.json` is no JSON, or describes no controls.
+        UserError: `metadata.json` is not JSON, or its controls are not valid.
     """
     path = Path(folder) / METADATA
     try:
-        said = files.read_json_object(path)
+        fields = files.read_json_object(path)
     except FileNotFoundError:
-        said = {}
-    return from_json(said, path) if "actions" in said else _counted(said, path)
+        fields = {}
+    return from_json(fields, path) if "actions" in fields else _counted(fields, path)
 
 
-def _counted(said: Mapping[str, Any], source: Path) -> Controls:
-    """The controls where only their number is told, as by other recorders of this format."""
-    count = said.get("num_actions", coinrun.NUM_ACTIONS)
+def _counted(fields: Mapping[str, Any], source: Path) -> Controls:
+    """The controls where only their number is given, as by other recorders of this format."""
+    count = fields.get("num_actions", coinrun.NUM_ACTIONS)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise UserError(f"{source}: num_actions is {count!r}; it must be a whole number, 1 or more")
-    game = str(said.get("game") or said.get("env") or "coinrun")
+    game = str(fields.get("game") or fields.get("env") or "coinrun")
     words = re.split("[^a-z]+", game.lower())
     known = next((name for name in coinrun.GAMES if name in words), None)
-    if count == coinrun.NUM_ACTIONS and (known or "num_actions" not in said):
+    if count == coinrun.NUM_ACTIONS and (known or "num_actions" not in fields):
         return procgen(known or game)
-    encoding = said.get("action_encoding", "one_hot")
+    encoding = fields.get("action_encoding", "one_hot")
     return Controls(game, encoding, tuple(Control(str(number)) for number in range(count)))

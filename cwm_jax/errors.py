@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and how programs speak to people."""
+"""The exception for mistakes that a user can correct, and output that never fails."""
 
 import contextlib
 import os
@@ -8,25 +8,24 @@ from typing import Any, TextIO
 
 
 class UserError(Exception):
-    """A mistake of the person at the keyboard, or a fault in their files.
+    """A mistake of the user, or a fault in their files.
 
-    The message is all they will see: it names the file, field and value at fault and says what
-    would be right.
+    Only the message is shown: it names the file, field and wrong value, and what would be right.
     """
 
 
 def tell(text: str, *, file: TextIO | None = None) -> None:
-    """Prints to stderr, or to `file`. What cannot be written is dropped, and nothing stops."""
+    """Prints to stderr, or to `file`. Text that cannot be written is dropped without an error."""
     stream = _BestEffort(file or sys.stderr)
     stream.write(f"{text}\n")
     stream.flush()
 
 
 class _BestEffort:
-    """A text stream that never fails; it takes the place of stdout and stderr in programs.
+    """A text stream that never fails; programs use it as stdout and stderr.
 
-    Letters that the stream's encoding lacks are escaped. What cannot be written (a closed pipe,
-    a full disk, a terminal that has gone, no stream at all) is dropped.
+    Characters that the stream's encoding lacks are escaped. Text that cannot be written (closed
+    pipe, full disk, closed terminal, no stream) is dropped.
     """
 
     def __init__(self, stream: TextIO | None):
@@ -55,12 +54,11 @@ class _BestEffort:
 
 @contextlib.contextmanager
 def shown_to_user() -> Iterator[None]:
-    """What a program runs in, from its flags on.
+    """The context of a whole program, flags included.
 
-    A `UserError` becomes one clear message on stderr and exit code 2, without a traceback; Ctrl-C
-    ends the program as quietly, with exit code 130. Whatever is printed inside is printed as far
-    as it can be, and never ends the work. The exit code stands also where the last words cannot
-    be written.
+    A `UserError` becomes one message on stderr and exit code 2, Ctrl-C exit code 130, both without
+    a traceback. Output that cannot be written is dropped; it neither ends the program nor changes
+    its exit code.
     """
     try:
         with _best_effort_streams():
@@ -70,7 +68,7 @@ def shown_to_user() -> Iterator[None]:
                 tell(f"error: {error}")
                 raise SystemExit(2) from None
             except KeyboardInterrupt:
-                tell("\nbroken off")
+                tell("\ninterrupted")
                 raise SystemExit(130) from None
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -92,17 +90,17 @@ def _best_effort_streams() -> Iterator[None]:
 def _occupy_standard_descriptors() -> None:
     """Opens those of 0, 1 and 2 that are closed.
 
-    Otherwise the next file that is opened gets that number, and what a library prints lands in it.
+    Otherwise the next opened file gets that number, and the output of libraries is written to it.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
 
 
 def _drop_unwritable(stream: TextIO | None) -> None:
-    """Gives up what cannot be written: Python would try again at its end, and exit with 120."""
+    """Drops unwritten output: Python would try again at exit, and exit with 120."""
     if stream is None:
         return
     try:

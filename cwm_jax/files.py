@@ -1,7 +1,4 @@
-"""Files and folders of this machine: as people name, write and keep them.
-
-A file is written whole or not at all.
-"""
+"""Files and folders of this machine: paths, atomic writing, reading of text and JSON."""
 
 import argparse
 import codecs
@@ -19,7 +16,7 @@ from cwm_jax.errors import UserError
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-# What desktops, network drives and file systems put among anybody's files.
+# Files that desktops, network drives and file systems create.
 _NOT_THE_USERS = {
     *("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found"),
     *("$recycle.bin", "system volume information"),
@@ -28,11 +25,11 @@ _NOT_THE_USERS = {
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, and renames it to `path` when the block succeeds.
+    """Yields a temporary path beside `path`, and renames it to `path` when the block succeeds.
 
-    A reader sees the old file or the new one, never half of one; if the block raises, nothing is
-    left behind. Missing folders are made. The temporary name keeps the suffix of `path`, since
-    many writers go by it.
+    Readers see the old file or the whole new one; if the block raises, the temporary file is
+    deleted. Missing folders are created. The temporary name keeps the suffix of `path`, which
+    decides the format of many writers.
 
     Raises:
         UserError: `path` cannot be written.
@@ -56,18 +53,18 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def local_path(text: str, where: str) -> Path:
-    """A path as a person writes it: `~` is a home folder; an address is refused.
+    """A path as users write it: `~` is the home folder; URLs are refused.
 
     Args:
         where: the flag or setting that holds it, for the error.
 
     Raises:
-        UserError: it is an address such as gs://…, or of a user who does not exist.
+        UserError: it is a URL such as gs://…, or the home folder of an unknown user.
     """
     if _ADDRESS.match(text):
         raise UserError(
-            f"{where} {text}: addresses are not supported; name a file or folder of this machine, "
-            "on a mounted disk where it is to be elsewhere"
+            f"{where} {text}: URLs are not supported; name a file or folder of this machine, or "
+            "of a mounted disk"
         )
     expanded = os.path.expanduser(text)
     if text.startswith("~") and expanded == text:
@@ -86,24 +83,30 @@ def path_flag(text: str) -> Path:
 
 
 def is_visible(path: Path) -> bool:
-    """Whether a file or folder is a person's own, and no hidden one or one that a desktop made."""
+    """Whether a file or folder is the user's: neither hidden nor created by a desktop."""
     return not path.name.startswith(".") and path.name.lower() not in _NOT_THE_USERS
 
 
 def visible(folder: Path, pattern: str = "*") -> list[Path]:
-    """What lies in a folder and `is_visible`, in order of name."""
+    """The files and folders in a folder that are `is_visible`, sorted by name."""
     return sorted(path for path in folder.glob(pattern) if is_visible(path))
 
 
+def sha256(path: Path) -> str:
+    """A file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def place_digest(folder: Path) -> str:
-    """Tells one folder from another of the same name, without giving its path away."""
+    """Distinguishes folders of the same name without revealing their paths."""
     return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
 
 
 def read_text(path: Path) -> str:
-    """A text from outside, with all its line ends: UTF-8, or UTF-16 with its mark.
+    """A user's text file with its line ends: UTF-8, or UTF-16 with a byte order mark.
 
-    Spreadsheets, editors and shells begin a text with a byte order mark, which is left out.
+    A byte order mark, which spreadsheets, editors and shells write, is removed.
 
     Raises:
         OSError: it cannot be read.
@@ -115,27 +118,27 @@ def read_text(path: Path) -> str:
         return raw.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"byte {error.start} ({raw[error.start]:#04x}) is no {encoding}: save it as UTF-8"
+            f"byte {error.start} ({raw[error.start]:#04x}) is not {encoding}: save it as UTF-8"
         ) from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file from outside.
+    """The JSON object in a user's file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it cannot be read, or holds something else.
+        UserError: it cannot be read, or is not a JSON object.
     """
     try:
-        said = json.loads(read_text(path))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         fault = "it is empty" if _is_empty(path) else error
         raise UserError(f"{path} cannot be read as JSON: {fault}") from None
-    if not isinstance(said, dict):
-        raise UserError(f"{path} holds a {type(said).__name__}; it must be a JSON object")
-    return said
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}; it must be a JSON object")
+    return value
 
 
 def _is_empty(path: Path) -> bool:

@@ -6,12 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# Tiny networks take far longer to compile than to run, here and in the programs that tests start;
-# JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Programs that a test calls would have all later tests of its process read the user's compiled
-# programs, and reading one has crashed the process (in XLA for CPUs, jax 0.10.2).
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+import compiled_programs
+
+os.environ.update(compiled_programs.environment())
 
 import jax
 import numpy as np
@@ -24,6 +21,21 @@ from cwm_jax.data.shards import write_shard
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 
+_MANY_MAPS = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_memory_maps():
+    """Compiled programs are dropped before the process has as many memory maps as Linux allows.
+
+    A program compiled for a CPU takes several of the 65,530 maps that a process may have, and XLA
+    crashes where there are none left.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
+
 
 @pytest.fixture
 def marked_episode() -> Callable[[int, int], Episode]:
@@ -31,7 +43,7 @@ def marked_episode() -> Callable[[int, int], Episode]:
 
 
 def _marked_episode(number: int, length: int) -> Episode:
-    """An episode whose every frame and action tells where it is from.
+    """An episode whose frames and actions encode where they are from.
 
     Pixel (0, 0) of frame t is (number, t, 0) and action t is (7·number + t) mod 15.
     """
@@ -72,7 +84,7 @@ def tiny() -> DiTConfig:
 
 @pytest.fixture(scope="session")
 def tiny_params(tiny) -> dict[str, jax.Array]:
-    """Parameters that are all at work: fresh ones have zero gates, behind which much can hide."""
+    """Parameters without zeros: initial ones have zero gates, which would hide errors."""
     return _at_work(tiny)
 
 
@@ -82,7 +94,7 @@ def network_of(tiny, tiny_params) -> Callable[[int], tuple[DiTConfig, dict[str, 
 
     Its parameters are all at work, and without history its own.
     """
-    with_history = functools.cache(lambda n: dataclasses.replace(tiny, history=n, motion=n))
+    with_history = functools.cache(lambda n: dataclasses.replace(tiny, history=n, warp_reach=n))
     params_of = functools.cache(lambda n: _at_work(with_history(n)))
     return lambda n: (with_history(n), params_of(n)) if n else (tiny, tiny_params)
 
@@ -90,7 +102,7 @@ def network_of(tiny, tiny_params) -> Callable[[int], tuple[DiTConfig, dict[str, 
 def _at_work(network: DiTConfig) -> dict[str, jax.Array]:
     params = dit.init(network, 0)
     keys = jax.random.split(jax.random.key(1), len(params))
-    # Filters act on the last frame each time anew: large ones make of rounding another film.
+    # Filters are applied to every frame: large ones would amplify rounding errors.
     scale = lambda name: 0.02 if name.startswith("motion_out") else 0.1
     return {
         name: leaf + scale(name) * jax.random.normal(key, leaf.shape)

@@ -1,4 +1,4 @@
-"""Benchmarks run on small sizes, count right, and know the configs' sizes."""
+"""Benchmarks run on small sizes, count correctly, and have the configs' sizes."""
 
 import dataclasses
 import functools
@@ -14,9 +14,9 @@ import pytest
 from tiny_network import TINY
 
 from benchmarks import check_gpu, data, gpu, hlo, network, original, sample, sizes, trace, train
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.models import attention, flops
-from cwm_jax.training.train_step import StepConfig
+from cwm_jax.training.config import ComputeConfig
 
 PROGRAM = """HloModule made_up
 
@@ -50,17 +50,17 @@ def test_sizes_are_those_of_the_configs(name):
     assert {k: config[k] for k in known} == known
 
 
-def test_operations_of_a_pass():
+def test_operations_of_a_forward_pass():
     """By hand, for one block: 24 D² per token and half, attention over space and time, patches."""
     config = sizes.network("small")
     tokens, size = 64, 512
     linears = tokens * 6 * 2 * 24 * size**2
     patches = tokens * 2 * 2 * size * 192
     attention = tokens * 6 * 4 * size * (64 + 32)
-    assert sample.frame_flops(config, 32) == linears + patches + attention
-    plain = sample.drawn_frame_flops(config, 10, "plain", 32)
-    cached = sample.drawn_frame_flops(config, 10, "cached", 32)
-    assert 28 < plain / cached < 30  # 320 passes against 11, less what attention costs each
+    assert sample.forward_flops(config, 32) == linears + patches + attention
+    plain = sample.frame_flops(config, 10, "plain", 32)
+    cached = sample.frame_flops(config, 10, "cached", 32)
+    assert 28 < plain / cached < 30  # 320 forward passes against 11, minus the attention of each
 
 
 def test_the_sampling_benchmark_runs(tmp_path, monkeypatch, capsys):
@@ -93,14 +93,14 @@ def test_the_network_benchmark_runs(tmp_path, monkeypatch):
     words = f"network --size tiny --batch 2 --output {out}"
     monkeypatch.setattr(sys, "argv", words.split())
     network.main()
-    told = json.loads(out.read_text())
-    rows = [row for section in told.values() for row in section]
+    report = json.loads(out.read_text())
+    rows = [row for section in report.values() for row in section]
     assert [row for row in rows if "failed" in row] == []
-    assert {name: len(section) for name, section in told.items()} == {
+    assert {name: len(section) for name, section in report.items()} == {
         **dict(machine=1, parity=2, step=1, attention=2)
     }
-    assert all(row["within"] for row in told["parity"])
-    assert all(row["step_s"] > 0 for row in told["step"])
+    assert all(row["within"] for row in report["parity"])
+    assert all(row["step_s"] > 0 for row in report["step"])
 
 
 def test_the_check_of_a_gpu_runs_on_a_cpu(monkeypatch, capsys):
@@ -139,8 +139,8 @@ def test_a_check_that_fails_or_raises_or_takes_too_long_is_counted(capsys):
         raise RuntimeError("no such card")
 
     right, wrong = check_gpu.Verdict(True, "near"), check_gpu.Verdict(False, "far")
-    asked = [("a", lambda: right), ("b", lambda: wrong), ("c", raises), ("d", lambda: right)]
-    assert not check_gpu.run(asked, None)
+    parts = [("a", lambda: right), ("b", lambda: wrong), ("c", raises), ("d", lambda: right)]
+    assert not check_gpu.run(parts, None)
     assert capsys.readouterr().out.splitlines() == [
         "ok    a: near",
         "FAIL  b: far",
@@ -148,7 +148,7 @@ def test_a_check_that_fails_or_raises_or_takes_too_long_is_counted(capsys):
         "ok    d: near",
         "2 of 4 lines without a failure",
     ]
-    assert check_gpu.run(asked[:1], None)
+    assert check_gpu.run(parts[:1], None)
     assert not check_gpu.run([("slow", lambda: time.sleep(0.5) or right)], 0.01)
 
 
@@ -171,12 +171,12 @@ def test_updates_that_differ_are_wrong():
     assert check_gpu.compare(numbers, numbers, "float32").right
 
 
-def test_what_a_gpu_is_asked():
-    asked = gpu.parts("small", 128, "somewhere")
-    assert [part.name for part in asked] == [
+def test_the_parts_of_a_gpu_benchmark():
+    parts = gpu.parts("small", 128, "somewhere")
+    assert [part.name for part in parts] == [
         *("network", "sampler-one", "sampler-ways", "sampler-many", "original")
     ]
-    for part in asked[1:4]:
+    for part in parts[1:4]:
         args = sample._flags().parse_args([*part.words.split(), "numbers.json"])
         assert args.rows_only
         assert args.context == [32]
@@ -186,9 +186,9 @@ def test_what_a_gpu_is_asked():
 def test_parts_that_fail_or_are_cut_off_leave_their_rows(tmp_path, monkeypatch):
     write = "import sys, pathlib, time; pathlib.Path(sys.argv[1]).write_text({!r}); {}"
     parity = json.dumps({"parity": [{"dtype": "float32", "worst_v": 4e-6}, {"failed": "a | b"}]})
-    drawn = json.dumps({"rows": [{"B": 1, "ms/frame": 5.0}]})
+    printed = json.dumps({"rows": [{"B": 1, "ms/frame": 5.0}]})
     (tmp_path / "short.py").write_text(write.format(parity, "raise SystemExit('no such card')"))
-    (tmp_path / "endless.py").write_text(write.format(drawn, "time.sleep(60)"))
+    (tmp_path / "endless.py").write_text(write.format(printed, "time.sleep(60)"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     ended = {
         "network": gpu.run(gpu.Part("network", 1, "short", ""), 60, tmp_path),
@@ -332,7 +332,7 @@ def test_every_part_of_a_step_counts():
             TINY,
             clips=4,
             frames=5,
-            step=StepConfig(accumulate_steps=n),
+            step=ComputeConfig(accumulate_steps=n),
             steps=1,
             machine=machine,
         )

@@ -1,4 +1,4 @@
-"""A pad of buttons: bits of an action become inputs of the network, and reach every room."""
+"""A pad of buttons: bits of an action are inputs of the network, in all programs."""
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +33,15 @@ def test_a_sampler_takes_every_combination_and_no_other():
         for name, leaf in dit.shapes(PAD).items()
     }
     config = sampler.SamplerConfig(levels=(999,), window="cached")
-    drawer = sampler.Sampler(PAD, params, config)
-    start = lambda: drawer.start(np.zeros((8, 1, 64, 64, 3), np.uint8), np.full((8, 1), NO_ACTION))
-    _, frames = drawer.step(start(), np.arange(8), jax.random.key(0))
-    drawn = np.asarray(frames)
-    assert len({frame.tobytes() for frame in drawn}) == 8
+    generator = sampler.Sampler(PAD, params, config)
+    start = lambda: generator.start(
+        np.zeros((8, 1, 64, 64, 3), np.uint8), np.full((8, 1), NO_ACTION)
+    )
+    _, frames = generator.step(start(), np.arange(8), jax.random.key(0))
+    generated = np.asarray(frames)
+    assert len({frame.tobytes() for frame in generated}) == 8
     with pytest.raises(UserError, match=r"actions are 0…7"):
-        drawer.step(start(), np.arange(1, 9), jax.random.key(0))
+        generator.step(start(), np.arange(1, 9), jax.random.key(0))
 
 
 @pytest.mark.parametrize("changed", [{"action_encoding": "bits"}, {"num_actions": 9}])

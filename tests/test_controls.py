@@ -1,4 +1,4 @@
-"""A game's controls: what a data folder says of them, and what actions then mean."""
+"""A game's controls: read from a data folder, and the meaning of actions."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_buttons_are_bits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "fault"),
+    ("metadata", "fault"),
     [
         ("[1]", "JSON object"),
         ("{", "JSON"),
@@ -38,13 +38,13 @@ def test_buttons_are_bits(tmp_path):
         ('{"actions": []}', "at least 1"),
     ],
 )
-def test_wrong_metadata_is_named(tmp_path, said, fault):
-    (tmp_path / "metadata.json").write_text(said)
+def test_wrong_metadata_is_named(tmp_path, metadata, fault):
+    (tmp_path / "metadata.json").write_text(metadata)
     with pytest.raises(UserError, match=fault):
         controls.read(tmp_path)
 
 
-def test_what_is_done_while_nothing_is_pressed():
+def test_the_idle_action():
     def one_hot(*pairs):
         return Controls("game", "one_hot", tuple(Control(name, keys) for name, keys in pairs))
 
@@ -56,7 +56,7 @@ def test_what_is_done_while_nothing_is_pressed():
     assert one_hot(("LEFT", key), ("RIGHT", ("KeyD",))).idle == coinrun.NO_ACTION
 
 
-def test_the_futures_that_are_compared():
+def test_the_futures_of_what_if():
     assert controls.procgen("maze").futures == coinrun.MEANINGFUL_ACTIONS
     assert PAD.futures == (0, 1, 2, 4)
     full = Controls("pad", "buttons", tuple(Control(name) for name in "ABCDEFGH"))
@@ -68,7 +68,7 @@ def test_the_futures_that_are_compared():
 
 
 @pytest.mark.parametrize(
-    ("said", "count", "first"),
+    ("metadata", "count", "first"),
     [
         ({"env": "ALE/Pong-v5", "num_actions": 18, "num_episodes_train": 6}, 18, "0"),
         ({"env": "coinrun", "num_actions": 15}, 15, "LEFT+DOWN"),
@@ -79,8 +79,8 @@ def test_the_futures_that_are_compared():
         ({"game": "g", "actions": ["STAY", "GO"], "num_actions": 2}, 2, "STAY"),
     ],
 )
-def test_actions_that_are_only_counted_or_named_are_known(tmp_path, said, count, first):
-    (tmp_path / "metadata.json").write_text(json.dumps(said))
+def test_actions_that_are_only_counted_or_named_are_known(tmp_path, metadata, count, first):
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
     known = controls.read(tmp_path)
     assert (len(known.controls), known.controls[0].name) == (count, first)
     assert controls.from_json(known.to_json(), "copy") == known

@@ -1,4 +1,4 @@
-"""The pages say what is true: marked commands run, and every other has flags that exist."""
+"""The documentation is correct: marked commands run, and all others have existing flags."""
 
 import importlib
 import os
@@ -20,14 +20,21 @@ INDENTED = re.compile(r"^    (python .*)$", re.MULTILINE)
 SUBCOMMANDS = ("evaluate.py", "cwm_jax.tools.hub")
 ORDER = ("doctor", "get-data", "train", "sample", "share")
 
-# As the pages say, but short and small.
+# As in the documentation, but short and small.
 _NETWORK = ["hidden_size=16", "depth=1", "num_heads=1", "patch_size=32", "max_frames=4"]
-_REST = "max_steps=1 batch_size=2 data.clip_len=4 data.num_workers=1 val_batches=1 ddim_steps=1"
+_REST = [
+    "schedule.max_steps=1",
+    "data.batch_size=2",
+    "data.clip_len=4",
+    "data.num_workers=1",
+    "validation.batches=1",
+    "sampler.ddim_steps=1",
+    "rollouts.frames=2",
+    "rollouts.count=1",
+]
 SHORT = {
     "train.py": [f"--config.model.{size}" for size in _NETWORK]
-    + [
-        f"--config.{setting}" for setting in f"{_REST} rollout_frames=2 n_rollout_samples=1".split()
-    ],
+    + [f"--config.{setting}" for setting in _REST],
     "sample.py": ["--frames", "3", "--n-samples", "1", "--ddim-steps", "1"],
     "cwm_jax.tools.export": ["--ddim-steps", "1"],
 }
@@ -43,7 +50,7 @@ def commands(page, *, marked):
 
 
 def program(command):
-    """(what is run, its words) of a command; None where it is none of ours."""
+    """(program, arguments) of a command; None where it is not ours."""
     words = shlex.split(command, comments=True)
     while words and "=" in words[0] and not words[0].startswith("-"):
         words = words[1:]
@@ -54,7 +61,7 @@ def program(command):
 
 @pytest.mark.timeout(900)
 def test_marked_commands_run(tmp_path):
-    """In order, in a folder of their own; nothing is asked of the network."""
+    """In order, in a folder of their own, without network use."""
     for name in ("cwm_jax", "configs", "assets", "train.py", "sample.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "WANDB_MODE": "disabled"}
@@ -62,7 +69,7 @@ def test_marked_commands_run(tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     pages = [ROOT / "docs" / f"{name}.md" for name in ORDER]
     assert set(pages) >= {page for page in PAGES if any(commands(page, marked=True))}
-    said = ""
+    printed = ""
     for page in pages:
         for command in commands(page, marked=True):
             name, _ = program(command)
@@ -73,10 +80,10 @@ def test_marked_commands_run(tmp_path):
             )
             assert done.returncode == 0, f"{page.name}: {line}\n{done.stdout}\n{done.stderr}"
             assert "leaked" not in done.stderr, done.stderr  # shared memory of reading processes
-            said += done.stdout
+            printed += done.stdout
     for made in ("preview.html", "generated.mp4", "generated.png", "bundle.mp4"):
         assert (tmp_path / made).exists(), made
-    assert said.count("continuing from step 1 of 1") == 1  # the second training was a resumption
+    assert printed.count("resuming from step 1 of 1") == 1  # the second training was a resumption
 
 
 def help_text(name, words, monkeypatch, capsys):
@@ -123,7 +130,7 @@ def test_links_and_make_targets_lead_somewhere(page):
         assert f"\n{target}:" in makefile, target
 
 
-def test_the_checks_catch_what_is_wrong():
+def test_the_checks_detect_errors():
     assert exists_in_config("--config.model.num_actions")
     assert not exists_in_config("--config.model.no_such_thing")
     assert program("A=1 .venv/bin/python -m cwm_jax.tools.check x --jobs 2  # or 3") == (

@@ -1,4 +1,4 @@
-"""What a person sees when something is wrong: words, never a traceback."""
+"""Users see messages, never a traceback."""
 
 import io
 import os
@@ -12,17 +12,17 @@ from cwm_jax.errors import UserError, shown_to_user, tell
 
 
 @pytest.mark.parametrize(
-    ("raised", "told", "code"),
+    ("raised", "printed", "code"),
     [
         (UserError("runs/x is no folder"), "error: runs/x is no folder\n", 2),
-        (KeyboardInterrupt(), "\nbroken off\n", 130),
+        (KeyboardInterrupt(), "\ninterrupted\n", 130),
     ],
 )
-def test_a_mistake_and_ctrl_c_end_a_program_in_words(raised, told, code, capsys):
+def test_a_mistake_and_ctrl_c_end_a_program_with_one_message(raised, printed, code, capsys):
     with pytest.raises(SystemExit) as ended, shown_to_user():
         raise raised
     assert ended.value.code == code
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err == printed
 
 
 def test_our_own_faults_keep_their_traceback():
@@ -35,7 +35,7 @@ import sys, warnings
 from tqdm import tqdm
 from cwm_jax.errors import shown_to_user, tell
 with shown_to_user():
-    for _ in tqdm(range(3), desc="drawing"):
+    for _ in tqdm(range(3), desc="generating"):
         print("3 frames → a.mp4", flush=True)
     tell("„done“")
     warnings.warn("sehr schön")
@@ -47,7 +47,7 @@ with shown_to_user():
 
 
 def _run(tmp_path, shell: str, **environment: str) -> str:
-    """Runs `_PROGRAM` as `shell` has it; returns what it printed, after checking its work."""
+    """Runs `_PROGRAM` in the `shell` command; checks its work and returns its output."""
     words = [sys.executable, "-c", _PROGRAM, str(tmp_path / "work")]
     command = shell.format(" ".join(map(shlex.quote, words)))
     run = ["bash", "-c", f"set -o pipefail; {command}"]
@@ -67,7 +67,7 @@ def test_letters_that_a_terminal_lacks_are_escaped(encoding, tmp_path):
     "shell",
     ["{} | true", "{} 2>&1 | true", "{} >&-", "{} 2>&-", "{} <&- >&- 2>&-", "{} > /dev/full 2>&1"],
 )
-def test_a_stream_that_cannot_be_written_ends_no_work(shell, tmp_path):
+def test_a_stream_that_cannot_be_written_does_not_end_the_work(shell, tmp_path):
     _run(tmp_path, shell)
 
 
@@ -80,7 +80,7 @@ def test_the_programs_help_is_printed_in_ascii():
         assert "--" in done.stdout
 
 
-def test_words_are_told_also_outside_of_a_program(capsys):
+def test_messages_are_printed_also_outside_of_a_program(capsys):
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     tell("a → b", file=narrow)
     assert narrow.buffer.getvalue() == b"a \\u2192 b\n"

@@ -1,4 +1,4 @@
-"""A file is written whole or not at all."""
+"""Files are written atomically, and users' paths and texts are read."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_or_a_path_below_a_file_is_the_users_mistake(tmp_path):
+def test_a_folder_or_a_path_below_a_file_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"cannot write {path}"), written_whole(path):
@@ -44,12 +44,12 @@ def test_a_folder_or_a_path_below_a_file_is_the_users_mistake(tmp_path):
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/run", "s3://b/x", "hf://a/b", "file:///tmp/x"])
-def test_an_address_is_no_path(address):
-    with pytest.raises(UserError, match=rf"--output {address}: addresses are not supported"):
+def test_a_url_is_not_a_path(address):
+    with pytest.raises(UserError, match=rf"--output {address}: URLs are not supported"):
         files.local_path(address, "--output")
 
 
-def test_a_tilde_is_the_home_folder_and_other_names_stay(monkeypatch, tmp_path):
+def test_a_tilde_is_the_home_folder_and_other_names_are_unchanged(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files.local_path("~/runs/x", "--workdir") == tmp_path / "runs" / "x"
     for name in ("a~b/~", "a:b/c", "gs:/x", "./~"):
@@ -58,7 +58,7 @@ def test_a_tilde_is_the_home_folder_and_other_names_stay(monkeypatch, tmp_path):
         files.local_path("~nobody-here/x", "--workdir")
 
 
-def test_texts_from_outside_are_read_with_and_without_a_mark(tmp_path):
+def test_user_texts_are_read_with_and_without_a_byte_order_mark(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         (tmp_path / "a").write_bytes("größe\r\n跳".encode(encoding))
         assert files.read_text(tmp_path / "a") == "größe\r\n跳"

@@ -42,7 +42,7 @@ def compiled_as_users_do():
 
 
 def arrays(name):
-    """A golden file's arrays; noise is kept there in half precision, but stands for float32."""
+    """A golden file's arrays; noise is kept there in half precision, but represents float32."""
     with np.load(FOLDER / f"{name}.npz") as file:
         return {
             k: v.astype(np.float32) if k.endswith("noise") else v
@@ -131,13 +131,13 @@ def test_rollout(name, windows):
     for window in windows:
         levels = sampler.ddim_levels(int(golden["ddim_steps"]))
         config = sampler.SamplerConfig(levels=levels, window=window)
-        drawn = draw(config, golden["prompt"], actions, golden["noise"])
-        frames01 = (drawn.clip(-1, 1) + 1) / 2
+        generated = generate(config, golden["prompt"], actions, golden["noise"])
+        frames01 = (generated.clip(-1, 1) + 1) / 2
         worst = np.abs(frames01 - golden["frames01"][:, prompt:]).max()
         assert worst < 1e-5, f"{window}: off by {worst}"
 
 
-def draw(config, prompt, actions, noise_BFHWC):
+def generate(config, prompt, actions, noise_BFHWC):
     """A rollout from given noise, unclamped, [B, F, H, W, C]."""
 
     @jax.jit
@@ -147,9 +147,9 @@ def draw(config, prompt, actions, noise_BFHWC):
         return jax.lax.scan(step, state, (actions_FB, noise_FBHWC))[1]
 
     params = params_of("weights_step0")
-    drawer = sampler.Sampler(CONFIG, params, config)
+    generator = sampler.Sampler(CONFIG, params, config)
     given = prompt.shape[1]
-    state = drawer.start(prompt, actions[:, :given])
+    state = generator.start(prompt, actions[:, :given])
     tables = sampler.tabulate(denoiser.bind(CONFIG, params), config)
     frames = scan(params, tables, state, actions[:, given:].T, np.moveaxis(noise_BFHWC, 1, 0))
     return np.moveaxis(np.asarray(frames), 0, 1)

@@ -14,9 +14,9 @@ import train
 ROOT = Path(__file__).parents[1]
 SLURM, KUBERNETES = ROOT / "launch" / "slurm.sbatch", ROOT / "launch" / "kubernetes.yaml"
 
-# What the cluster's own programs do, as far as the script hears of it.
+# Stubs of the cluster's own programs.
 STUBS = {
-    "scontrol": 'case $1 in show) printf "node7\\nnode8\\n";; *) echo "$@" >> "$TOLD";; esac',
+    "scontrol": 'case $1 in show) printf "node7\\nnode8\\n";; *) echo "$@" >> "$CALLS";; esac',
     "srun": 'shift; SLURM_PROCID=1 exec "$@"',
     "python": 'printf "%s\\n" "$@" > "$ARGV"; exit "$CODE"',
 }
@@ -30,7 +30,7 @@ def parsed(monkeypatch):
         script, *rest = words
         assert script == "train.py"
         monkeypatch.setattr(sys, "argv", words)  # where a config's own flags are looked for
-        assert train.flags.FLAGS([script, *rest]) == [script]  # nothing is left that is no flag
+        assert train.flags.FLAGS([script, *rest]) == [script]  # all arguments are flags
         return train.flags.FLAGS
 
     with flagsaver.flagsaver():
@@ -52,7 +52,7 @@ def submitted(tmp_path, code, *words):
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHON": str(tmp_path / "python"),
         "ARGV": str(tmp_path / "argv"),
-        "TOLD": str(tmp_path / "told"),
+        "CALLS": str(tmp_path / "calls"),
         "CODE": str(code),
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_NODELIST": "node[7-8]",
@@ -73,15 +73,15 @@ def test_the_slurm_script_starts_the_training_program(tmp_path, parsed):
     known = parsed((tmp_path / "argv").read_text().splitlines())
     assert place(known) == ("flags", "node7:51234", 2, 1)
     assert known["workdir"].value == "runs/a b"
-    assert known["config"].value.lr > 0
-    assert not (tmp_path / "told").exists()
+    assert known["config"].value.optimizer.lr > 0
+    assert not (tmp_path / "calls").exists()
 
 
-@pytest.mark.parametrize(("code", "told"), [(75, "requeue 41\n"), (2, None)])
-def test_the_slurm_script_comes_back_after_a_preemption_alone(tmp_path, code, told):
+@pytest.mark.parametrize(("code", "calls"), [(75, "requeue 41\n"), (2, None)])
+def test_the_slurm_script_is_requeued_only_after_a_preemption(tmp_path, code, calls):
     assert submitted(tmp_path, code, "--config", "configs/small.py").returncode == code
-    found = tmp_path / "told"
-    assert (found.read_text() if found.exists() else None) == told
+    found = tmp_path / "calls"
+    assert (found.read_text() if found.exists() else None) == calls
 
 
 def test_the_kubernetes_job_starts_the_training_program(parsed):
@@ -98,6 +98,6 @@ def test_the_kubernetes_job_starts_the_training_program(parsed):
 
 
 @pytest.mark.parametrize("wrong", ["--num_procs=2", "--config.data.folder=x"])
-def test_a_flag_that_is_not_there_is_noticed(parsed, wrong):
+def test_an_unknown_flag_is_detected(parsed, wrong):
     with pytest.raises((train.flags.Error, AttributeError, KeyError), match=r"num_procs|folder"):
         parsed(["train.py", "--config=configs/small.py", wrong])

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "cwm_jax"
 # From the lowest up. A package (or a module beside them) imports only from lines above its own.
 PACKAGES = (
     ("errors", "coinrun"),
-    ("files",),
+    ("files", "config_group"),
     ("controls", "runtime"),
     ("data", "models", "rendering"),
     ("diffusion", "simulator"),
@@ -137,7 +137,7 @@ def test_imports_run_strictly_downward(name):
     assert not list(upward(tree_of(name), name))
 
 
-def test_what_is_no_exception_any_more_is_taken_out():
+def test_obsolete_exceptions_are_removed():
     found = {
         (dotted(here), dotted(there))
         for here in NAMES
@@ -147,7 +147,7 @@ def test_what_is_no_exception_any_more_is_taken_out():
     assert found == set(EXCEPTIONS)
 
 
-def test_no_imports_go_round_in_a_circle():
+def test_there_are_no_import_cycles():
     graph = {
         name: imports_of_ours(without_type_checking(tree_of(name)), MODULES) - {name}
         for name in NAMES
@@ -160,7 +160,7 @@ def test_the_package_itself_imports_nothing_of_its_own():
 
 
 @pytest.mark.parametrize("name", [TOP, *NAMES], ids=dotted)
-def test_the_package_never_sees_the_configs_library(name):
+def test_the_package_does_not_import_the_configs_library(name):
     used = {imported.split(".")[0] for imported in imports(tree_of(name))}
     assert "" not in used, "imports are absolute here"
     assert not used & {"ml_collections", "configs", "train", "sample", "evaluate", "tests"}
@@ -171,7 +171,7 @@ def test_importing_changes_nothing(name):
     assert not list(faults_of_import_time(tree_of(name)))
 
 
-def test_names_say_what_is_inside():
+def test_module_names_are_specific():
     vague = [dotted(name) for name in NAMES if VAGUE & set(name)]
     assert not vague
 

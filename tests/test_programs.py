@@ -1,4 +1,4 @@
-"""Programs tell a wrong flag at once, before they open a model."""
+"""Programs report a wrong flag at once, before they open a model."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ from cwm_jax.tools import (
 
 
 @pytest.mark.parametrize(
-    ("program", "words", "told"),
+    ("program", "words", "message"),
     [
         (sample, "--seed -1", "seed=-1: must be 0…4294967295"),
         (sample, "--seed 4294967296", "seed=4294967296: must be"),
@@ -45,17 +45,19 @@ from cwm_jax.tools import (
         (evaluate, "closed-loop --frames 4 --n-prompt 4", "4 of 4 frames given"),
     ],
 )
-def test_a_wrong_number_is_told_before_a_model_is_opened(program, words, told, monkeypatch, capsys):
+def test_a_wrong_number_is_reported_before_a_model_is_opened(
+    program, words, message, monkeypatch, capsys
+):
     for module, name in ((pretrained, "unless"), (formats, "open_sampler")):
-        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a model was asked for"))
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a model was opened"))
     monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *words.split()])
     with pytest.raises(SystemExit) as stopped:
         program.main()
     assert stopped.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_numbers_stand_though_no_report_can_be_made(tmp_path, monkeypatch, capsys):
+def test_numbers_are_written_even_if_the_report_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cwm_jax.evaluation.html_report", None)  # cannot be imported
     monkeypatch.delattr("cwm_jax.evaluation.html_report", raising=False)
     assert evaluate._write_report(tmp_path, None, None) == ""
@@ -89,11 +91,11 @@ def test_an_address_is_refused_for_every_file_and_folder(program, words, monkeyp
     with pytest.raises(SystemExit) as stopped:
         program.main()
     assert stopped.value.code == 2
-    assert "addresses are not supported" in capsys.readouterr().err
+    assert "URLs are not supported" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["data.dir", "init_from", "distil_from"])
-def test_settings_that_name_a_folder_take_a_tilde_and_no_address(name, monkeypatch, tmp_path):
+def test_settings_that_name_a_folder_take_a_tilde_and_no_url(name, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = debug.get_config()
     config.update_from_flattened_dict({name: "~/x", "ddim_steps": 1})
@@ -101,11 +103,11 @@ def test_settings_that_name_a_folder_take_a_tilde_and_no_address(name, monkeypat
     held = settings.data.dir if name == "data.dir" else getattr(settings, name)
     assert held == str(tmp_path / "x")
     config.update_from_flattened_dict({name: "gs://b/x"})
-    with pytest.raises(UserError, match=rf"config\.{name} gs://b/x: addresses"):
+    with pytest.raises(UserError, match=rf"config\.{name} gs://b/x: URLs"):
         Settings.from_config(config.to_dict())
 
 
-def test_training_makes_no_folder_named_as_an_address(tmp_path):
+def test_training_creates_no_folder_named_like_a_url(tmp_path):
     root = Path(__file__).parents[1]
     words = [str(root / "train.py"), f"--config={root}/configs/debug.py", "--workdir=s3://b/run"]
     environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
@@ -113,4 +115,4 @@ def test_training_makes_no_folder_named_as_an_address(tmp_path):
         [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
-    assert "--workdir s3://b/run: addresses are not supported" in done.stderr
+    assert "--workdir s3://b/run: URLs are not supported" in done.stderr

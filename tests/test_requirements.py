@@ -1,4 +1,4 @@
-"""The pinned versions are what `pyproject.toml` asks for, on every Python that is supported."""
+"""The pinned versions satisfy `pyproject.toml`, on every supported Python."""
 
 import tomllib
 from pathlib import Path
@@ -12,7 +12,7 @@ WANTED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
-def test_everything_asked_for_is_pinned_once_within_its_bounds(python):
+def test_every_requirement_is_pinned_once_within_its_bounds(python):
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]
     here = {"python_version": python, "python_full_version": f"{python}.0"}
@@ -21,7 +21,7 @@ def test_everything_asked_for_is_pinned_once_within_its_bounds(python):
     assert len(pinned) == len(valid)
     extras = WANTED["optional-dependencies"].values()
     for line in [*WANTED["dependencies"], *(line for extra in extras for line in extra)]:
-        asked = Requirement(line)
-        (pin,) = pinned[canonicalize_name(asked.name)]
+        requirement = Requirement(line)
+        (pin,) = pinned[canonicalize_name(requirement.name)]
         assert pin.operator == "==", pin
-        assert asked.specifier.contains(pin.version), (line, pin)
+        assert requirement.specifier.contains(pin.version), (line, pin)

@@ -1,1 +1,1 @@
-"""What a model is saved as and loaded from: runs, exports, bundles, PyTorch files."""
+"""Saving and loading models: runs, exports, bundles, PyTorch files."""

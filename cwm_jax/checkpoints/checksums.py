@@ -3,22 +3,22 @@
 cd FOLDER && sha256sum --check --quiet SHA256SUMS
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from cwm_jax import files
 from cwm_jax.files import written_whole
 
 NAME = "SHA256SUMS"
-_THREADS = 4  # hashing lets other threads run
+_THREADS = 4  # hashing releases the GIL
 
 
 def write(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Writes `SHA256SUMS` of the wanted files in and under `folder`, whole or not at all.
+    """Writes `SHA256SUMS` of the wanted files in and under `folder`, atomically.
 
     Args:
-        wanted: whether a file counts, by its path in the folder.
+        wanted: whether to include a file, by its path in the folder.
     """
     names = [name for name in _files(folder) if wanted(name)]
     lines = [f"{digest}  {name}\n" for name, digest in _digests(folder, names)]
@@ -27,12 +27,12 @@ def write(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> No
 
 
 def fault(folder: Path, *, within: tuple[str, ...] = ()) -> str | None:
-    """What is wrong with the folder's files first; None where all are as they were.
+    """The first fault of the folder's files; None where all checksums match.
 
-    A path in `SHA256SUMS` is only compared with those that the folder has, never opened.
+    A path in `SHA256SUMS` is only compared with the paths in the folder, never opened.
 
     Args:
-        within: look only at what lies under these names in the folder; at everything by default.
+        within: check only files under these names in the folder; all by default.
     """
     try:
         expected = _read(folder / NAME)
@@ -45,7 +45,7 @@ def fault(folder: Path, *, within: tuple[str, ...] = ()) -> str | None:
                 return f"{name} has changed since it was saved"
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
-    except ValueError:  # also a text that is no UTF-8
+    except ValueError:  # also a text that is not UTF-8
         return f"{NAME} is damaged"
     return None
 
@@ -69,9 +69,5 @@ def _files(folder: Path) -> list[str]:
 
 def _digests(folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digests = pool.map(lambda name: files.sha256(folder / name), names)
+        yield from zip(names, digests, strict=True)

@@ -1,4 +1,4 @@
-"""Opens whatever holds a model: a run, an export of one, or a bundle."""
+"""Opens models: a run, an export of one, or a bundle."""
 
 import dataclasses
 from pathlib import Path
@@ -6,23 +6,25 @@ from typing import Any, NamedTuple
 
 import jax
 
+from cwm_jax import config_group
 from cwm_jax.checkpoints import bundle, run_checkpoint, weights
-from cwm_jax.checkpoints.bundle import Bundle, Drawing, is_bundle
+from cwm_jax.checkpoints.bundle import Bundle, Generation, is_bundle
 from cwm_jax.checkpoints.run_checkpoint import Trained
 from cwm_jax.diffusion.schedule import NUM_LEVELS
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
+from cwm_jax.sampling.generator import Generator
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 
 _FREE = ("dtype", "attention", "norm", "max_frames")  # parameters fit any of these
 
 
 class Opened(NamedTuple):
-    """A model ready to draw, and what is known of it."""
+    """A model ready to generate, and its metadata."""
 
-    sampler: Sampler | Bundle
+    sampler: Generator
     network: DiTConfig
     params: Params  # float32
     config: dict[str, Any]  # the run's full config
@@ -30,33 +32,33 @@ class Opened(NamedTuple):
     path: Path
 
 
-def open_sampler(path: Path | str, *, step: int | None = None, **drawing: Any) -> Opened:
-    """Opens a model to draw with.
+def open_sampler(path: Path | str, *, step: int | None = None, **settings: Any) -> Opened:
+    """Opens a model to generate with.
 
     Args:
         path: a run's workdir, one of its checkpoints, an export (orbax or `.safetensors`), or a
             bundle's folder; or a folder with a `model.safetensors`.
         step: which checkpoint of a run; the newest by default.
-        drawing: fields of `SamplerConfig`. For those that are not given, a bundle draws as it was
-            made to, and any other model with its config's `ddim_steps`.
+        settings: fields of `SamplerConfig`. Defaults: a bundle's own settings; of other models
+            their config's `sampler.ddim_steps`.
 
     Raises:
-        UserError: there is no model at `path`, or a bundle draws in another way.
+        UserError: there is no model at `path`, or a bundle has other settings.
     """
     path = Path(path)
     if is_bundle(path):
         opened = Bundle(path)
-        _check_drawing(path, opened.config, drawing)
+        _check_settings(path, opened.config, settings)
         return Opened(opened, *_from_file(path / bundle.PARAMS)._replace(path=path))
     trained = load(path, step=step)
-    config = SamplerConfig(**{"levels": ddim_levels(usual_steps(trained))} | drawing)
+    config = SamplerConfig(**{"levels": ddim_levels(usual_steps(trained))} | settings)
     return Opened(Sampler(trained.network, trained.params, config), *trained)
 
 
 def load(path: Path | str, *, step: int | None = None) -> Trained:
-    """The network and its parameters in float32, of whatever `open_sampler` opens.
+    """The network and its parameters in float32, of any model that `open_sampler` opens.
 
-    A network trained with kernels for GPUs gets XLA's, which every device has.
+    Kernels for GPUs are replaced by XLA's, which run on every device.
 
     Raises:
         UserError: there is no model at `path`, or it is damaged.
@@ -70,7 +72,7 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
 
 def _load(path: Path, step: int | None) -> Trained:
     if is_bundle(path):
-        bundle.read_manifest(path)  # whose checksums must hold
+        bundle.read_manifest(path)  # checks its checksums
         return _from_file(path / bundle.PARAMS)
     if (path / weights.NAME).is_file() and not (path / run_checkpoint.FOLDER).is_dir():
         path = path / weights.NAME
@@ -78,52 +80,53 @@ def _load(path: Path, step: int | None) -> Trained:
         return run_checkpoint.load(path, step=step)
     trained = _from_file(path)
     if step not in (None, trained.step):
-        raise UserError(f"{path} holds step {trained.step} of a run, and no step {step}")
+        raise UserError(f"{path} holds step {trained.step} of a run, not step {step}")
     return trained
 
 
 def same_network(given: DiTConfig, wanted: DiTConfig) -> str | None:
-    """Why parameters of one network are not those of the other: "depth=2, and not 1"; or None."""
+    """The first difference of two networks whose parameters differ: "depth=2, not 1"; or None."""
     for field in dataclasses.fields(wanted):
         have, want = (getattr(network, field.name) for network in (given, wanted))
         if have != want and field.name not in _FREE:
-            return f"{field.name}={have!r}, and not {want!r}"
+            return f"{field.name}={have!r}, not {want!r}"
     return None
 
 
 def usual_steps(trained: Trained) -> int:
-    """The DDIM steps that a model's own config draws with; `SamplerConfig`'s where it tells none.
+    """The DDIM steps of a model's own config; `SamplerConfig`'s where it has none.
 
     Raises:
-        UserError: it tells what cannot be.
+        UserError: the config's number is not valid.
     """
-    steps = trained.config.get("ddim_steps", len(SamplerConfig.levels))
+    steps = trained.config.get("sampler", {}).get("ddim_steps", len(SamplerConfig.levels))
     try:
         ddim_levels(steps)
     except UserError as error:
-        raise UserError(f"{trained.path}: its config.{error}") from None
+        raise UserError(f"{trained.path}: its config.sampler.{error}") from None
     return steps
 
 
 def playable_steps(trained: Trained) -> tuple[int, ...] | None:
     """The numbers of denoising steps that the model's card lists as playable, rising.
 
-    The card is the field `playable_steps` of the config; None where a model has no card.
+    The card is the field `sampler.playable_steps` of the config; None where a model has no card.
 
     Raises:
         UserError: the field is not a list of whole numbers 1…1000.
     """
-    if "playable_steps" not in trained.config:
+    kept = trained.config.get("sampler", {})
+    if "playable_steps" not in kept:
         return None
-    found = trained.config["playable_steps"]
+    found = kept["playable_steps"]
     try:
         return check_playable_steps(found)
     except UserError as error:
-        raise UserError(f"{trained.path}: its config.playable_steps {error}") from None
+        raise UserError(f"{trained.path}: its config.sampler.playable_steps {error}") from None
 
 
 def check_playable_steps(found: Any) -> tuple[int, ...]:
-    """The numbers of steps of a card, sorted, each once; raises `UserError` where it is none."""
+    """The numbers of steps of a card, sorted, each once; raises `UserError` where it is not one."""
     whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= NUM_LEVELS
     if not (isinstance(found, list | tuple) and found and all(map(whole, found))):
         raise UserError(
@@ -136,18 +139,18 @@ def check_playable_steps(found: Any) -> tuple[int, ...]:
 def _from_file(path: Path) -> Trained:
     params, meta = weights.read(path)
     try:
-        network = DiTConfig(**meta["config"]["model"])
-    except TypeError as error:  # a size too many or too few
-        raise UserError(f"{path} is of a network unknown here: {error}") from None
+        network = config_group.build(DiTConfig, meta["config"]["model"])
+    except UserError as error:
+        raise UserError(f"{path} is of an unknown network: {error}") from None
     dit.check_params(network, params)
     params = jax.tree.map(lambda x: x.astype("float32"), params)
     return Trained(network, params, meta["config"], meta["step"], path)
 
 
-def _check_drawing(path: Path, fixed: Drawing, wanted: dict[str, Any]) -> None:
+def _check_settings(path: Path, fixed: Generation, wanted: dict[str, Any]) -> None:
     for name, value in fixed._asdict().items():
         if wanted.get(name, value) != value:
             raise UserError(
-                f"the bundle {path} draws with {name}={value}, not {wanted[name]}; "
+                f"the bundle {path} generates with {name}={value}, not {wanted[name]}; "
                 "export another, or open the run itself"
             )

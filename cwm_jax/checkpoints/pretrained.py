@@ -1,4 +1,4 @@
-"""The model that comes with the repository, used where no other is named."""
+"""The repository's own model, the default of the programs."""
 
 import sys
 from pathlib import Path
@@ -11,10 +11,10 @@ FILE = "model.safetensors"
 
 
 def unless(named: Path | None) -> Path:
-    """The model that the user named, or else the repository's own; which is said.
+    """The model that the user named, or else the repository's own, which is printed.
 
     Raises:
-        UserError: there is nothing at the place named, or this is no checkout with a model in it.
+        UserError: there is nothing at the named path, or this is not a checkout with the model.
     """
     if named is not None:
         if not named.exists():
@@ -25,8 +25,8 @@ def unless(named: Path | None) -> Path:
             f"no --checkpoint is named, and the repository's own is not at {FOLDER / FILE}. "
             f"Train one in minutes with\n"
             f"    python train.py --config configs/debug.py --workdir runs/debug\n"
-            f"and name it with --checkpoint runs/debug; play.py --demo shows the page without any"
+            f"and name it with --checkpoint runs/debug; play.py --demo needs no model"
         )
-    told = f"Using {NAME}, this repository's own model; --checkpoint names another"
-    tell(told, file=sys.stdout)
+    message = f"Using {NAME}, this repository's own model; --checkpoint names another"
+    tell(message, file=sys.stdout)
     return FOLDER

@@ -1,4 +1,4 @@
-"""Checkpoints by orbax: a run saved and continued, and a network loaded for sampling.
+"""Checkpoints with orbax: saving and resuming a run, and loading a network for sampling.
 
 DIR/checkpoints/STEP/params      the parameters, by name
 DIR/checkpoints/STEP/ema         their moving average, where the run keeps one
@@ -6,8 +6,8 @@ DIR/checkpoints/STEP/optimizer   the rest of the training state
 DIR/checkpoints/STEP/meta        JSON: step, position in the data, the full config
 DIR/checkpoints/STEP/SHA256SUMS  of all these files, checked when they are read
 
-A checkpoint gets its name when it is complete, checksums and all. One that is found damaged is
-renamed to STEP.damaged when a run continues from the one before it.
+A checkpoint gets its name when it is complete, checksums included. A damaged one is renamed to
+STEP.damaged when a run resumes from the one before it.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from cwm_jax.checkpoints import checksums
+from cwm_jax import config_group
+from cwm_jax.checkpoints import checksums, migration
 from cwm_jax.errors import UserError, tell
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
@@ -29,12 +30,12 @@ from cwm_jax.training.train_step import TrainState
 
 FOLDER = "checkpoints"
 _FORMAT = 2
-_METADATA = "_CHECKPOINT_METADATA"  # orbax writes the time of completion there at the very end
-_TELLTALES = ("meta", "metrics")  # small, and read from every checkpoint at the start
+_METADATA = "_CHECKPOINT_METADATA"  # orbax writes the time of completion to it last
+_QUICK_CHECK = ("meta", "metrics")  # small, and read from every checkpoint at the start
 
 
 class Trained(NamedTuple):
-    """What sampling needs to know of a run."""
+    """What sampling needs of a run."""
 
     network: DiTConfig
     params: Params  # the moving average where there is one
@@ -44,24 +45,24 @@ class Trained(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a checkpoint says beside its arrays."""
+    """The metadata of a checkpoint."""
 
     step: int
     data_position: str
     config: dict[str, Any]  # the run's full config
-    pause_due: bool  # validation and whatever else follows this step is still to be done
-    seconds: float = 0.0  # that the run had taken, see `clock`; older checkpoints lack it
+    pause_due: bool  # validation and other work due after this step is still to be done
+    seconds: float = 0.0  # the run's time so far, see `clock`; older checkpoints lack it
 
 
 class Retention(NamedTuple):
-    """Which checkpoints stay."""
+    """Which checkpoints to keep."""
 
     last: int  # the newest so many
-    every: int = 0  # those of steps that are multiples of this; 0: none for that reason
-    best: int = 0  # so many of lowest validation loss, among those that have one
+    every: int = 0  # those of steps that are multiples of this; 0: none
+    best: int = 0  # so many with the lowest validation loss, of those that have one
 
     def should_preserve(self, checkpoints, *, context=None) -> list[bool]:
-        """For each checkpoint, oldest first; as orbax asks a `PreservationPolicy`."""
+        """For each checkpoint, oldest first; the method of orbax's `PreservationPolicy`."""
         losses = {info.step: (info.metrics or {}).get("val_loss") for info in checkpoints}
         rated = sorted((step for step in losses if losses[step] is not None), key=losses.get)
         stay = {info.step for info in checkpoints[-self.last :]} | set(rated[: self.best])
@@ -72,9 +73,9 @@ class Retention(NamedTuple):
 
 
 class Checkpoints:
-    """A run's checkpoint folder; a context manager, which waits for the last save on leaving.
+    """A run's checkpoint folder; a context manager, which waits for the last save on exit.
 
-    A save that fails is told loudly, counted in `failures`, and leaves older checkpoints alone.
+    A failed save is logged prominently, counted in `failures`, and leaves older checkpoints alone.
     """
 
     def __init__(self, workdir: Path, *, retention: Retention):
@@ -82,7 +83,7 @@ class Checkpoints:
         check_name(root)
         self.failures = 0
         self._saving: int | None = None
-        self._went_well = True  # the last save, as far as it is known
+        self._succeeded = True  # the last save, as far as known
         self._root = root
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=retention,
@@ -107,7 +108,7 @@ class Checkpoints:
         self.settle()
         try:
             self._manager.close()
-        except Exception as error:  # what a failed save left behind; the save was told of
+        except Exception as error:  # left by a failed save, which was logged
             tell(f"warning: closing the checkpoints: {_first_line(error)}")
 
     def latest(self) -> int | None:
@@ -124,15 +125,15 @@ class Checkpoints:
         seconds: float = 0.0,
         val_loss: float | None = None,
     ) -> float:
-        """Starts to write the state in the background; a step that is saved already is left.
+        """Starts to write the state in the background; a step that is already saved is skipped.
 
         Returns:
-            The seconds this took from the caller: copying from the device, and waiting for the
-            save before it where that was not done yet.
+            The seconds that the caller waited: for copies from the device, and for the previous
+            save where it was not finished.
         """
         began = time.perf_counter()
         self.settle()
-        self._went_well = True
+        self._succeeded = True
         step = int(state.step)
         if step in self._manager.all_steps():
             return time.perf_counter() - began
@@ -142,19 +143,19 @@ class Checkpoints:
         self._saving = step
         try:
             if not self._manager.save(step, args=args, metrics={"val_loss": val_loss}):
-                raise UserError(f"orbax declined it: the newest one there is {self.latest()}")
-        except Exception as error:  # whatever it is, training is worth more than one save
+                raise UserError(f"orbax refused it: the newest checkpoint is {self.latest()}")
+        except Exception as error:  # of any kind: training must not end because of a failed save
             self._failed(error)
         return time.perf_counter() - began
 
     def settle(self, *, wait: bool = True) -> bool:
-        """Learns how the last save went; True where it did well or there was none.
+        """Finishes the last save; True where it succeeded or there was none.
 
         Args:
-            wait: False looks only where the outcome is known already.
+            wait: False does not wait for a save in progress.
         """
         if self._saving is None or not (wait or not self._manager.is_saving_in_progress()):
-            return self._went_well
+            return self._succeeded
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -164,37 +165,37 @@ class Checkpoints:
         return True
 
     def _failed(self, error: Exception) -> None:
-        step, self._saving, self._went_well = self._saving, None, False
+        step, self._saving, self._succeeded = self._saving, None, False
         self.failures += 1
-        _shout(
+        _warn(
             f"WARNING: the checkpoint of step {step} could not be saved.\n"
             f"  {_first_line(error)}\n"
-            f"Training goes on, and older checkpoints are as they were; the next save is tried as "
+            f"Training continues, and older checkpoints are unchanged; the next save is tried as "
             f"planned."
         )
-        if jax.process_index() == 0:  # what was written may be what fills the disk
+        if jax.process_index() == 0:  # the unfinished files may fill the disk
             for half in self._manager.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
         self._forget_failures()
 
     def _forget_failures(self) -> None:
-        """Errors of a failed save that are still in store, else they count against the next one."""
+        """Clears stored errors of a failed save, which the next save would otherwise raise."""
         for remains in (self._manager.wait_until_finished, self._manager.check_for_errors):
             with contextlib.suppress(Exception):
                 remains()
-        if jax.process_count() > 1:  # to begin anew, all processes would have to, and at once
+        if jax.process_count() > 1:  # a new manager would need all processes at once
             self._manager.reload()
             return
-        # Each item of a checkpoint may hold an error of its own, which only its next save tells.
+        # Each item of a checkpoint may hold an error of its own, which its next save would raise.
         with contextlib.suppress(Exception):
             self._manager.close()
         self._manager = ocp.CheckpointManager(self._root, options=self._options)
 
     def newest(self) -> Saved | None:
-        """What the newest whole checkpoint says; None where nothing was saved yet.
+        """The metadata of the newest whole checkpoint; None where nothing was saved yet.
 
         Raises:
-            UserError: its folder has another number than its step: orbax would decline to save
+            UserError: its folder has another number than its step: orbax would refuse to save
                 the steps between the two.
         """
         step = self.latest()
@@ -224,11 +225,11 @@ class Checkpoints:
 
 
 def check_name(folder: Path) -> None:
-    """Raises `UserError` for a path that orbax would take for a pattern, and then lose arrays."""
+    """Raises `UserError` for a path that orbax would read as a pattern, and then lose arrays."""
     if found := set("*?[") & set(str(folder.absolute())):
         raise UserError(
-            f"{folder}: a path of checkpoints must be without {' '.join(sorted(found))}, which "
-            f"orbax takes for a pattern of names: name another folder"
+            f"{folder}: a path of checkpoints must not contain {' '.join(sorted(found))}, which "
+            f"orbax reads as a pattern: name another folder"
         )
 
 
@@ -259,29 +260,29 @@ def _steps(root: Path) -> list[int]:
 
 
 def _set_damaged_aside(root: Path) -> None:
-    """Renames checkpoints that cannot be continued from, so that the newest of the rest is.
+    """Renames damaged checkpoints, so that the run resumes from the newest undamaged one.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
     """
     faults, whole = {}, None
     for step in _steps(root):
-        # Those older than the one to continue from are kept for other ends: a quick look will do.
-        fault = checksums.fault(root / str(step), within=_TELLTALES if whole is not None else ())
+        # Checkpoints older than the one to resume from get a quick check only.
+        fault = checksums.fault(root / str(step), within=_QUICK_CHECK if whole is not None else ())
         if fault:
             faults[step] = fault
         elif whole is None:
             whole = step
-    told = "\n".join(f"  {root / str(step)}: {fault}" for step, fault in faults.items())
+    listed = "\n".join(f"  {root / str(step)}: {fault}" for step, fault in faults.items())
     if faults and whole is None:
         raise UserError(
-            f"every checkpoint is damaged, so there is none to continue from:\n{told}\n"
-            f"Bring one back from a copy, or start anew in another workdir."
+            f"every checkpoint is damaged, so there is none to resume from:\n{listed}\n"
+            f"Restore one from a copy, or start a new run in another workdir."
         )
     if faults:
-        _shout(
-            f"WARNING: damaged checkpoints are set aside, and the newest whole one is that of step "
-            f"{whole}.\n{told}"
+        _warn(
+            f"WARNING: damaged checkpoints were renamed; the newest undamaged one is that of step "
+            f"{whole}.\n{listed}"
         )
     for step in faults:
         aside = root / f"{step}.damaged"
@@ -290,7 +291,7 @@ def _set_damaged_aside(root: Path) -> None:
 
 
 def meta_of(saved: Saved) -> dict[str, Any]:
-    """What goes into a checkpoint's `meta`, as JSON."""
+    """The JSON value of a checkpoint's `meta`."""
     return dict(format=_FORMAT, **saved._asdict())
 
 
@@ -302,6 +303,7 @@ def _meta(folder: Path) -> Saved:
         saved = Saved(**meta)
         if not (isinstance(saved.step, int) and isinstance(saved.config, dict)):
             raise ValueError("it does not hold a step and a config")
+        saved = saved._replace(config=migration.migrated(saved.config))
         if not isinstance(saved.seconds, (int, float)):
             raise ValueError(f"its seconds are {saved.seconds!r}")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -310,12 +312,12 @@ def _meta(folder: Path) -> Saved:
 
 
 def load(path: Path | str, *, step: int | None = None) -> Trained:
-    """Loads a network for sampling; nothing but the folder is needed to know its sizes.
+    """Loads a network for sampling; the folder alone holds its sizes.
 
     Args:
         path: a run's workdir, its `checkpoints` folder, or one checkpoint in it.
-        step: which checkpoint of a run. By default the newest whole one; that a newer one is
-            damaged is told.
+        step: which checkpoint of a run. By default the newest undamaged one; damaged newer
+            ones are logged.
 
     Raises:
         UserError: where there is no whole checkpoint at `path`, or it does not fit this network.
@@ -323,26 +325,28 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
     candidates = _find(Path(path).absolute(), step)
     for folder in candidates:
         item = "ema" if (folder / "ema").is_dir() else "params"
-        fault = checksums.fault(folder, within=("meta", "ema", item))  # an average may be lost
+        fault = checksums.fault(
+            folder, within=("meta", "ema", item)
+        )  # also finds a missing average
         if fault is None:
             return _loaded(folder, item)
-        told = f"{folder} is not a whole checkpoint: {fault}"
+        message = f"{folder} is not a whole checkpoint: {fault}"
         if folder == candidates[-1]:
-            raise UserError(told)
-        tell(f"warning: {told}; trying the one before it")
+            raise UserError(message)
+        tell(f"warning: {message}; trying the one before it")
     raise AssertionError("there is at least one candidate")
 
 
 def _loaded(folder: Path, item: str) -> Trained:
     saved = _meta(folder)
     try:
-        network = DiTConfig(**saved.config["model"])
+        network = config_group.build(DiTConfig, saved.config["model"])
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), dit.shapes(network)
         )
         params = _read(folder, {item: shapes})[item]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, UserError) as error:
         raise UserError(f"{folder} is not a whole checkpoint: {_first_line(error)}") from None
     return Trained(network, params, saved.config, saved.step, folder)
 
@@ -355,7 +359,7 @@ def load_state(folder: Path, like: TrainState) -> TrainState:
         like: as for `Checkpoints.restore`.
 
     Raises:
-        UserError: where it is damaged, or its arrays are not such.
+        UserError: where it is damaged, or its arrays are different.
     """
     if fault := checksums.fault(folder):
         raise UserError(f"{folder} is not a whole checkpoint: {fault}")
@@ -370,7 +374,7 @@ def _read(folder: Path, items: dict[str, Any]) -> ocp.args.Composite:
 
 
 def _find(path: Path, step: int | None) -> list[Path]:
-    """The folders of checkpoints to try in turn, from whatever the user named."""
+    """The checkpoint folders to try in turn, for a path that the user named."""
     if not path.is_dir():
         raise UserError(f"no checkpoint folder at {path}")
     if (path / "meta").is_dir():
@@ -379,15 +383,15 @@ def _find(path: Path, step: int | None) -> list[Path]:
     steps = _steps(root)
     if not steps:
         raise UserError(
-            f"no checkpoint in {path}: wanted a run's workdir, its {FOLDER} folder, or one of the "
-            f"numbered folders in it (an unfinished save does not count)"
+            f"no checkpoint in {path}: name a run's workdir, its {FOLDER} folder, or one of the "
+            f"numbered folders in it (unfinished saves do not count)"
         )
     if step is not None and step not in steps:
-        raise UserError(f"no checkpoint of step {step} in {root}: there are {steps[::-1]}")
+        raise UserError(f"no checkpoint of step {step} in {root}: available: {steps[::-1]}")
     return [root / str(step) for step in (steps if step is None else [step])]
 
 
-def _shout(text: str) -> None:
+def _warn(text: str) -> None:
     rule = "=" * 78
     tell(f"{rule}\n{text}\n{rule}")
 

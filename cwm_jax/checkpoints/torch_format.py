@@ -1,6 +1,6 @@
-"""The PyTorch original's parameter names and shapes, to ours and back (pure NumPy, no torch).
+"""Converts parameters of the PyTorch original to ours and back (NumPy only, no torch).
 
-Three things differ besides names. Linear weights are stored [out, in] there and [in, out] here.
+Besides names, three things differ. Linear weights are stored [out, in] there and [in, out] here.
 The patch embedding is a convolution [D, C, row, column] there and a linear over (row, column,
 channel) here. And the query and key columns of each head are reordered from interleaved to
 half-split planes (see `cwm_jax.models.rope`).
@@ -109,7 +109,7 @@ def _weight_out(name: str, value: np.ndarray, config: DiTConfig) -> np.ndarray:
 
 
 def infer_config(weights: Mapping[str, np.ndarray], **rest) -> DiTConfig:
-    """Reads the sizes off the original's weights; `rest` gives what they do not tell.
+    """Reads the sizes off the original's weights; `rest` gives all others.
 
     Raises:
         UserError: where the weights are not those of the original's network.
@@ -130,7 +130,7 @@ def from_original(weights: Mapping[str, np.ndarray], config: DiTConfig) -> dict[
     """The original's parameters as ours; its fixed RoPE frequencies are left out.
 
     Raises:
-        UserError: where a parameter is missing, or there is one that the network does not have.
+        UserError: a parameter is missing or unknown.
     """
     table = names(config.depth)
     given = {name for name in weights if not name.endswith("rotary_emb.freqs")}
@@ -150,12 +150,12 @@ def to_original(params: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str
     """Our parameters under the original's names and shapes, in its order.
 
     Raises:
-        UserError: the network is one that the original does not have.
+        UserError: the original does not have such a network.
     """
     if config.history:
         raise UserError(
-            f"config.model.history={config.history}: the original's network is shown no earlier "
-            f"frames beside the one it draws, so it cannot hold this model"
+            f"config.model.history={config.history}: the original's network takes no context "
+            f"frames beside the noisy one, so it cannot hold this model"
         )
     return {
         theirs: np.ascontiguousarray(_weight_out(ours, np.asarray(params[ours]), config))

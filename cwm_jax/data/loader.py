@@ -5,7 +5,6 @@ number. Global batch k is a run of `batch_size` clips of it, and process p of n 
 n equal runs of those, so the global batch is the same for every number of processes and workers.
 """
 
-import dataclasses
 import hashlib
 import math
 import multiprocessing
@@ -24,41 +23,14 @@ from cwm_jax import controls
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data import shared_memory
 from cwm_jax.data.clips import Batch, Clips, Episodes, cut
+from cwm_jax.data.config import DataConfig
 from cwm_jax.data.records import BadRecord
 from cwm_jax.data.shards import find_shards
 from cwm_jax.errors import UserError, tell
 from cwm_jax.runtime import process_memory
 
-ON_BAD_RECORD = ("stop", "skip")
 _WORKER_LIVES = 5  # how often reading processes that died are replaced between two good batches
 BAD = "bad_episodes"  # beside a batch on its way to the caller: numbers of episodes passed over
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where clips come from and how they are read (`config.data`)."""
-
-    dir: str = "assets/coinrun"  # holds train/, val/ and test/ with *.array_record files
-    clip_len: int = 32  # frames
-    stride: int = 8  # frames between the starts of neighbouring clips
-    num_threads: int = 4  # in each reading process; each prepares one batch ahead
-    num_workers: int = 0  # processes that read for training; 0: threads of the calling process do
-    on_device: int = 0  # frames kept in device memory, see `device_data`; 0: none
-    on_bad_record: str = "stop"  # or "skip": clips of the next good record take their place
-    max_bad_records: int = 100  # with "skip": one more in a split stops the run
-
-    def __post_init__(self):
-        if self.on_bad_record not in ON_BAD_RECORD:
-            raise UserError(
-                f"data.on_bad_record is {self.on_bad_record!r}; it must be one of "
-                f"{', '.join(ON_BAD_RECORD)}"
-            )
-        least = {"clip_len": 1, "stride": 1, "num_threads": 1, "num_workers": 0, "on_device": 0}
-        least["max_bad_records"] = 0
-        for field, minimum in least.items():
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < minimum:
-                raise UserError(f"data.{field} is {value!r}; it must be a whole number ≥ {minimum}")
 
 
 class _Loader:
@@ -133,7 +105,7 @@ class _Tally:
 
 _ON_OTHER_DEVICES = (
     " batch_size counts clips over all devices: on another number of devices, set "
-    "config.global_batch_size to the old batch_size."
+    "config.data.global_batch_size to the old batch_size."
 )
 
 

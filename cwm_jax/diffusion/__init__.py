@@ -1,1 +1,1 @@
-"""Diffusion: the noise schedule, residual samples, and the warp of the last frame."""
+"""Diffusion: noise schedule, residual samples, and warps of the last frame."""

@@ -1,9 +1,9 @@
-"""The denoiser: what a network's outputs mean for a noisy sample.
+"""The denoiser: turns a network's outputs into predictions for noisy samples.
 
-The network (`cwm_jax.models.dit`) knows nothing of noise. `Denoiser` owns the rest: what the sample
-of a frame is (`cwm_jax.diffusion.residual`), how the last frame is warped, and how a noisy sample
-and the outputs become a velocity, a clean frame and a loss. Training, evaluation, the sampler, the
-KV cache and self-generated context all go through it.
+The network (`cwm_jax.models.dit`) does not depend on the noise schedule. `Denoiser` defines the
+rest: the sample of a frame (`cwm_jax.diffusion.residual`), the warp of the last frame, and the
+velocity and clean frame from a noisy sample and the outputs. Training, evaluation, the sampler, the
+KV cache and self-generated context all use it.
 """
 
 import jax
@@ -14,11 +14,11 @@ from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import DiT, Outputs, Params
 
-STAY = 0.1  # what a pixel of displacement costs in logits before anything is learned
+STAY = 0.1  # logit penalty per pixel of displacement; an untrained network displaces nothing
 
 
 class Denoiser:
-    """A network with its parameters, cheap to make anew inside each jitted function."""
+    """A network with its parameters, cheap to create inside each jitted function."""
 
     def __init__(self, net: DiT):
         self.net = net
@@ -37,11 +37,11 @@ class Denoiser:
         return residual.earlier(self.config, frames_BTHWC)
 
     def to_sample(self, frames: jax.Array, earlier: jax.Array | None) -> jax.Array:
-        """What is noised and denoised of frames [..., H, W, 3], given the frames before them."""
+        """The samples, to be noised, of frames [..., H, W, 3], given the frames before them."""
         return residual.to_sample(self.config, frames, earlier)
 
     def to_frame(self, sample: jax.Array, earlier: jax.Array | None) -> jax.Array:
-        """The frames of clean samples; undoes `to_sample`."""
+        """The frames of clean samples; the inverse of `to_sample`."""
         return residual.to_frame(self.config, sample, earlier)
 
     def __call__(self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None) -> jax.Array:
@@ -57,7 +57,7 @@ class Denoiser:
         return self.velocity(outputs, sample_BTHWC, alpha_bar(t_BT), earlier_BTHWC)
 
     def frames(self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None) -> jax.Array:
-        """The clean frames that one pass predicts from noisy samples, float32 [B, T, H, W, C]."""
+        """The clean frames predicted from noisy samples in one step, float32 [B, T, H, W, C]."""
         velocity = self(sample_BTHWC, t_BT, action_BT, earlier_BTHWC)
         clean = schedule.predict_clean(sample_BTHWC, velocity, t_BT)
         return self.to_frame(clean, earlier_BTHWC)
@@ -72,13 +72,13 @@ class Denoiser:
     ) -> jax.Array:
         """The velocity of noisy samples, float32 [B, T, H, W, C].
 
-        The sample, the share of signal in it (`alpha_bar`, [B, T] or []) and the earlier frames
-        count only where the last frame is warped: by the displacements given, or the likeliest.
+        The sample, its share of signal (`alpha_bar`, [B, T] or []) and the earlier frames are used
+        only where the last frame is warped: by the given displacements, or the likeliest ones.
         """
         if outputs.log_variance is None:
             return self.net.pixels(outputs.residual)
         last = earlier_BTHWC[..., :3].astype(jnp.float32)
-        warped = self._warped(outputs, last, displacements_BThw) / self.config.change_scale
+        warped = self._warped(outputs, last, displacements_BThw) / self.config.residual_scale
         velocity = warp.velocity(
             self.net.patches(sample_BTHWC),
             warped,
@@ -89,17 +89,19 @@ class Denoiser:
         return self.net.pixels(velocity)
 
     def _warped(self, outputs: Outputs, last, displacements_BThw) -> jax.Array:
-        """How much the warped last frame differs from it, in patches [B, T, S, P · P · C]."""
+        """The warped last frame minus the last frame, in patches [B, T, S, P · P · C]."""
         config = self.config
-        if config.motion:
-            return warp.change(last, outputs.filters, reach=config.motion, patch=config.patch_size)
+        if config.warp_reach:
+            return warp.residual(
+                last, outputs.filters, reach=config.warp_reach, patch=config.patch_size
+            )
         if displacements_BThw is None:
             displacements_BThw = jnp.argmax(self.logits(outputs), axis=-1)
         warped = displacement.warp(last, displacements_BThw, config.reach)
         return self.net.patches(warped - last)
 
     def logits(self, outputs: Outputs) -> jax.Array:
-        """Of the displacements of each small patch, float32 [B, T, h, w, K]."""
+        """Logits of the displacements of each small patch, float32 [B, T, h, w, K]."""
         reach = self.config.reach
         logits = displacement.to_grid(outputs.displacements, self.config.grid, reach)
         return logits - STAY * displacement.distances(reach)

@@ -1,9 +1,9 @@
-"""Discrete displacements: each small patch of the next frame copied from one place of the last.
+"""Discrete displacements: each small patch of the next frame is copied from the last frame.
 
-Averages of displaced pixels blur, and the blur adds up frame by frame; a copy of whole pixels stays
-sharp however often it is repeated. So a network can predict, for each small patch, a categorical
-distribution over all whole-pixel displacements within reach. It is learned by cross-entropy against
-the displacements that explain the frame that is shown, and generation takes the likeliest.
+Averaging displaced pixels blurs them, and the blur accumulates over frames; copies of whole pixels
+stay sharp. So a network can predict, for each small patch, a categorical distribution over all
+whole-pixel displacements within reach. It is trained by cross-entropy against the displacements
+that explain the true frame; generation uses the likeliest.
 
 Displacement number k moves by k // (2 · across + 1) − down rows and k % (2 · across + 1) − across
 columns: pixel (y, x) of the warped frame is pixel (y + rows, x + columns) of the last frame, whose
@@ -19,7 +19,7 @@ from cwm_jax.models.config import Reach
 _TEMPERATURE = (
     0.05  # of the targets, in units of a patch's summed squared error, colours in [-1, 1]
 )
-_TIE = 0.002  # error per pixel of displacement: of equally good ones the least is the target
+_TIE = 0.002  # error per pixel of displacement: among equally good ones the smallest is the target
 
 
 def distances(reach: Reach) -> np.ndarray:
@@ -42,25 +42,25 @@ def errors(last: jax.Array, target: jax.Array, reach: Reach) -> jax.Array:
     padded = jnp.pad(last, edge, mode="edge")
     pool = np.kron(np.eye(W // p), np.ones((p * C, 1))).astype(np.float32)  # [W · C, W / p]
 
-    def moved_down(row: jax.Array) -> jax.Array:
+    def displaced_down(row: jax.Array) -> jax.Array:
         rows = jax.lax.dynamic_slice_in_dim(padded, row, H, axis=1)
-        moved = jnp.stack([rows[:, :, x : x + W] for x in range(columns)])
-        squared = jnp.square((moved - target).astype(jnp.float32))
+        displaced = jnp.stack([rows[:, :, x : x + W] for x in range(columns)])
+        squared = jnp.square((displaced - target).astype(jnp.float32))
         summed = squared.reshape(columns, -1, H // p, p, W * C).sum(3)
-        # Their order matters, their sixth digit does not.
+        # Only their order matters, so reduced precision suffices.
         return jnp.einsum("xnhi,iw->nhwx", summed, pool, precision=jax.lax.Precision.HIGH)
 
-    by_row = jax.lax.map(moved_down, jnp.arange(2 * reach.down + 1))
+    by_row = jax.lax.map(displaced_down, jnp.arange(2 * reach.down + 1))
     return jnp.moveaxis(by_row, 0, -2).reshape(*batch, H // p, W // p, reach.count)
 
 
 def targets(errors_K: jax.Array, reach: Reach) -> jax.Array:
-    """What the cross-entropy learns: softmax(−error / 0.05) with ties broken, float32 [..., K]."""
+    """Targets of the cross-entropy: softmax(−error / 0.05) with ties broken, float32 [..., K]."""
     return jax.nn.softmax(-(errors_K + _TIE * distances(reach)) / _TEMPERATURE, axis=-1)
 
 
 def best(errors_K: jax.Array, reach: Reach) -> jax.Array:
-    """The displacement of least error, of equal ones the least, int32 [...]."""
+    """The displacement of least error, among equal ones the smallest, int32 [...]."""
     return jnp.argmin(errors_K + _TIE * distances(reach), axis=-1).astype(jnp.int32)
 
 
@@ -78,7 +78,7 @@ def warp(last: jax.Array, chosen: jax.Array, reach: Reach) -> jax.Array:
 
 
 def to_grid(logits_BTSF: jax.Array, grid: int, reach: Reach) -> jax.Array:
-    """Logits as tokens hold them, [B, T, S, F], to one distribution a patch, [B, T, h, w, K]."""
+    """Logits by token, [B, T, S, F], to logits by patch, [B, T, h, w, K]."""
     B, T, _, F = logits_BTSF.shape
     side = round((F // reach.count) ** 0.5)
     logits = logits_BTSF.reshape(B, T, grid, grid, side, side, reach.count).swapaxes(3, 4)

@@ -1,17 +1,16 @@
-"""What is drawn of a frame: all of it, or its change from the frame before.
+"""Samples of frames: the frame itself, or its residual from the previous frame.
 
-Most of a frame stands in the frame before it. With `config.model.history` the network is shown the
-last frames beside the one that it draws, as in DIAMOND (Alonso et al. 2024,
-https://arxiv.org/abs/2405.12399), and the sample that is noised and drawn is the difference, scaled
-to unit variance as Karras et al. 2022 advise (https://arxiv.org/abs/2206.00364, §5):
+Consecutive frames are similar. With `config.model.history` the network gets the last frames as
+additional input, as in DIAMOND (Alonso et al. 2024, https://arxiv.org/abs/2405.12399), and the
+sample that is noised and denoised is the residual, scaled to unit variance as in Karras et al. 2022
+(https://arxiv.org/abs/2206.00364, §5):
 
-    z = (frame − frame before) / change_scale
+    z = (frame − previous frame) / residual_scale
 
-So a network that has learned nothing yet draws the last frame again, and noise that it fails to
-remove reaches the picture only on the scale of a change. Without history the sample is the frame,
-as in the original.
+So an untrained network repeats the last frame, and remaining noise is scaled by `residual_scale`.
+Without history the sample is the frame, as in the original.
 
-Frames are float in [-1, 1]. Where there is no earlier frame, the first stands for it.
+Frames are float in [-1, 1]. Before the first frame, the first frame is repeated.
 """
 
 import jax
@@ -32,21 +31,22 @@ def earlier(config: DiTConfig, frames_BTHWC: jax.Array) -> jax.Array | None:
 
 
 def counted(config: DiTConfig) -> slice:
-    """The frames of a clip that are trained and judged: not the first, where changes are drawn."""
+    """The frames of a clip that count in losses: with residuals, all but the first."""
     return slice(1 if config.history else 0, None)
 
 
 def to_sample(config: DiTConfig, frames: jax.Array, earlier: jax.Array | None) -> jax.Array:
-    """What is to be drawn of frames [..., H, W, 3], given the frames before them."""
+    """The samples of frames [..., H, W, 3], given the frames before them."""
     if earlier is None:
         return frames
-    return (frames - earlier[..., :3]) / config.change_scale
+    return (frames - earlier[..., :3]) / config.residual_scale
 
 
 def to_frame(config: DiTConfig, sample: jax.Array, earlier: jax.Array | None) -> jax.Array:
-    """The frames [..., H, W, 3] of samples; clamped to [-1, 1] where they are made of changes,
-    so that what a long rollout builds on stays a picture. Undoes `to_sample`.
+    """The frames [..., H, W, 3] of samples; the inverse of `to_sample`.
+
+    Frames from residuals are clamped to [-1, 1], so that errors stay bounded in long rollouts.
     """
     if earlier is None:
         return sample
-    return jnp.clip(earlier[..., :3] + config.change_scale * sample, -1, 1)
+    return jnp.clip(earlier[..., :3] + config.residual_scale * sample, -1, 1)

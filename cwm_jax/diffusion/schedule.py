@@ -1,7 +1,7 @@
-"""The noise: its schedule, the noised sample, the velocity target, and back.
+"""Noise: the schedule, noised samples, velocity targets, and their inverses.
 
 v-parameterisation after Salimans & Ho 2022 (https://arxiv.org/abs/2202.00512, §4); sigmoid
-schedule after Jabri et al. 2022 (https://arxiv.org/abs/2212.11972, algorithm 1); a noise label of
+schedule after Jabri et al. 2022 (https://arxiv.org/abs/2212.11972, algorithm 1); a noise level of
 its own for every frame after Chen et al. 2024 (https://arxiv.org/abs/2407.01392).
 
 `alpha_bar` is the share of signal in a noised sample: x_t = √ᾱ x0 + √(1−ᾱ) ε.
@@ -15,7 +15,7 @@ import numpy as np
 
 from cwm_jax.runtime import random_numbers
 
-NUM_LEVELS = 1000  # noise labels are 0 (almost clean) … 999 (almost noise)
+NUM_LEVELS = 1000  # noise levels are 0 (almost clean) … 999 (almost noise)
 _START, _END, _TAU = -3.0, 3.0, 1.0
 
 
@@ -31,19 +31,20 @@ def betas() -> np.ndarray:
 
 
 def alpha_bars() -> np.ndarray:
-    """Share of signal at each noise label, float32 [1000], falling.
+    """Share of signal at each noise level, float32 [1000], falling.
 
-    The factors 1 − β are float32, as in the original; their product is kept in float64, as
+    The factors 1 − β are float32, as in the original; their product is computed in float64, as
     its `cumprod` does, and rounded once.
     """
     factors = 1 - betas().astype(np.float32)
     return np.cumprod(factors, dtype=np.float64).astype(np.float32)
 
 
-def step_label(number, steps):
-    """Where the last `number` of so many steps begin: linspace(−1, 999, steps + 1), cut to int.
+def step_level(number, steps):
+    """The noise level at which the last `number` of so many steps begin.
 
-    −1, where none is left, is the clean sample. Whole numbers, or arrays of them.
+    Entry `number` of linspace(−1, 999, steps + 1), truncated; −1, for number 0, is the clean
+    sample. Takes whole numbers or arrays of them.
     """
     return NUM_LEVELS * number // steps - 1
 
@@ -60,7 +61,7 @@ def _per_frame(alpha_bar: jax.Array) -> jax.Array:
 
 
 def noised(x0_BTHWC: jax.Array, t_BT: jax.Array, noise_BTHWC: jax.Array) -> Noised:
-    """Noises clean frames in [-1, 1] to labels t (0…999) with noise ~ N(0, 1)."""
+    """Noises clean frames in [-1, 1] to levels t (0…999) with noise ~ N(0, 1)."""
     alpha_bar = _per_frame(jnp.asarray(alpha_bars())[t_BT])
     signal, sigma = jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
     return Noised(
@@ -80,17 +81,17 @@ def epsilon(x: jax.Array, x0: jax.Array, alpha_bar: jax.Array) -> jax.Array:
 
 
 def predict_clean(x_BTHWC, velocity_BTHWC, t_BT) -> jax.Array:
-    """Single-step estimate of the clean frames from a velocity predicted at labels t."""
+    """Single-step estimate of the clean frames from a velocity predicted at levels t."""
     return clean(x_BTHWC, velocity_BTHWC, _per_frame(jnp.asarray(alpha_bars())[t_BT]))
 
 
-def draw(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Noise labels int32 [B, T] ~ U{0…999} and noise float32 [B, T, H, W, C] ~ N(0, 1)."""
-    label_key, noise_key = jax.random.split(key)
-    t_BT = random_numbers.integers(label_key, shape[:2], 0, NUM_LEVELS)
+def sample(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Noise levels int32 [B, T] ~ U{0…999} and noise float32 [B, T, H, W, C] ~ N(0, 1)."""
+    level_key, noise_key = jax.random.split(key)
+    t_BT = random_numbers.integers(level_key, shape[:2], 0, NUM_LEVELS)
     return t_BT, random_numbers.normal(noise_key, shape)
 
 
 def loss(predicted: jax.Array, velocity: jax.Array, weights: jax.Array | float = 1.0) -> jax.Array:
-    """Mean squared error of the velocity, float32; `weights`, 1 on the mean, broadcast."""
+    """Mean squared error of the velocity, float32; `weights`, with mean 1, broadcast."""
     return (weights * jnp.square(predicted.astype(jnp.float32) - velocity)).mean()

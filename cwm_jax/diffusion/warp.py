@@ -1,59 +1,63 @@
-"""Pixels that move: the last frame seen through two filters at each patch, down and across.
+"""Warps: the last frame filtered by two one-dimensional filters at each patch, down and across.
 
-From one frame of a game to the next most pixels only move. So a network that draws changes may say
-them in two parts: whence the pixels come, and what is left to draw. The first part is adaptive
-separable convolution (Niklaus et al. 2017, https://arxiv.org/abs/1708.01692), used to predict as in
-Finn et al. 2016 (https://arxiv.org/abs/1605.07157), with one pair of filters for a whole patch. A
-filter is a softmax, so it can point at one place: what is moved exactly stays sharp, however often
-it is moved.
+From one frame of a game to the next most pixels are only displaced. So a network that generates
+residuals can predict them in two parts: a warp of the last frame, and the remaining residual. The
+warp is adaptive separable convolution (Niklaus et al. 2017, https://arxiv.org/abs/1708.01692), used
+for prediction as in Finn et al. 2016 (https://arxiv.org/abs/1605.07157), with one pair of filters
+per patch. A filter is a softmax, so it can select a single pixel: exact displacements stay sharp,
+however often they are repeated.
 
-Beside them each patch says how far the truth may be from what they find, and so how much the
-noised sample is to be heeded: the more, the less is known, and the less noise is left in it.
+Each patch also predicts a log-variance, of the true frame around the warped one. It weighs the
+noisy sample against the warp: more, the larger the variance and the lower the noise level.
 """
 
 import jax
 import jax.numpy as jnp
 
-LOG_VARIANCES = -5.0, 1.0  # logarithms of the least and the largest variance
-STAY = 4.0  # what the middle of a filter has before anything is learned: three quarters stay
+LOG_VARIANCES = -5.0, 1.0  # the smallest and the largest
+STAY = 4.0  # initial logit of a filter's middle: an untrained filter has 3/4 of its weight there
 
 
 def velocity(
-    sample: jax.Array, moved: jax.Array, doubt: jax.Array, rest: jax.Array, alpha_bar: jax.Array
+    sample: jax.Array,
+    warped: jax.Array,
+    log_variance: jax.Array,
+    rest: jax.Array,
+    alpha_bar: jax.Array,
 ) -> jax.Array:
-    """The velocity of samples x = √ᾱ z + √(1−ᾱ) ε, of whose z a guess is known; all broadcast.
+    """The velocity of samples x = √ᾱ z + √(1−ᾱ) ε, given a prediction of z; all broadcast.
 
-    If z ~ N(moved, s²), where s² = e^doubt, then of v = √ᾱ ε − √(1−ᾱ) z there is known
+    If z ~ N(warped, s²), where s² = e^log_variance, then v = √ᾱ ε − √(1−ᾱ) z has the mean
 
-        E[v | x] = (√ᾱ √(1−ᾱ) (1 − s²) x − √(1−ᾱ) moved) / (ᾱ s² + 1 − ᾱ)
+        E[v | x] = (√ᾱ √(1−ᾱ) (1 − s²) x − √(1−ᾱ) warped) / (ᾱ s² + 1 − ᾱ)
 
-    and what is not has the deviation s / √(ᾱ s² + 1 − ᾱ), the unit of `rest`: the preconditioning
-    of Karras et al. 2022 (https://arxiv.org/abs/2206.00364, §5), for a guess that is not 0, and a
-    deviation that is not the data's but each patch's own. With doubt 0 it is rest − √(1−ᾱ) moved.
+    and the standard deviation s / √(ᾱ s² + 1 − ᾱ), which is the unit of `rest`. This is the
+    preconditioning of Karras et al. 2022 (https://arxiv.org/abs/2206.00364, §5), with a mean that
+    is not 0 and a deviation for each patch. With log_variance 0 it is rest − √(1−ᾱ) warped.
     """
-    variance = jnp.exp(jnp.clip(doubt, *LOG_VARIANCES))
-    whole = alpha_bar * variance + 1 - alpha_bar
+    variance = jnp.exp(jnp.clip(log_variance, *LOG_VARIANCES))
+    total = alpha_bar * variance + 1 - alpha_bar
     sigma = jnp.sqrt(1 - alpha_bar)
-    known = jnp.sqrt(alpha_bar) * sigma * (1 - variance) * sample - sigma * moved
-    return known / whole + jnp.sqrt(variance / whole) * rest
+    mean = jnp.sqrt(alpha_bar) * sigma * (1 - variance) * sample - sigma * warped
+    return mean / total + jnp.sqrt(variance / total) * rest
 
 
-def change(last_BTHWC: jax.Array, scores_BTSF: jax.Array, *, reach: int, patch: int) -> jax.Array:
-    """What the filters change of each patch of `patch` pixels, float32 [B, T, S, P · P · C].
+def residual(last_BTHWC: jax.Array, scores_BTSF: jax.Array, *, reach: int, patch: int) -> jax.Array:
+    """The warped frames minus the frames, by patch of `patch` pixels, float32 [B, T, S, P · P · C].
 
     Args:
-        last_BTHWC: the frames that are seen, float; beyond its edge a frame repeats it.
-        scores_BTSF: of the filter down, then of the one across, the logits of `DiTConfig.taps`
-            weights for pixels −reach … reach away. 0: most of a pixel stays.
+        last_BTHWC: the frames to warp, float; beyond its edge a frame repeats it.
+        scores_BTSF: logits of the filter down, then of the one across, each `DiTConfig.taps`
+            numbers for pixels −reach … reach away. All 0: most of the weight is in the middle.
         reach: at most `patch`.
     """
     last = last_BTHWC.astype(jnp.float32)
     scores = scores_BTSF.astype(jnp.float32)
     around, inner = _around(last, reach, patch), slice(reach, reach + patch)
     down, across = jnp.split(scores, 2, axis=-1)
-    seen = _filtered("...yr,...rsc->...ysc", _weights(down, reach), around, patch)
-    seen = _filtered("...xs,...ysc->...yxc", _weights(across, reach), seen, patch)
-    return (seen - around[..., inner, inner, :]).reshape(*scores.shape[:3], -1)
+    warped = _filtered("...yr,...rsc->...ysc", _weights(down, reach), around, patch)
+    warped = _filtered("...xs,...ysc->...yxc", _weights(across, reach), warped, patch)
+    return (warped - around[..., inner, inner, :]).reshape(*scores.shape[:3], -1)
 
 
 def _weights(scores, reach: int) -> jax.Array:
@@ -61,9 +65,9 @@ def _weights(scores, reach: int) -> jax.Array:
 
 
 def _filtered(axes: str, filter_, around, patch: int) -> jax.Array:
-    """`around` through the filter at each of `patch` places, as the product with a band matrix."""
+    """Applies the filter at each of `patch` positions, as the product with a band matrix."""
     length = filter_.shape[-1] + patch - 1
-    # Row i is the filter, moved right by i: rows of length + 1, read as rows of length.
+    # Row i is the filter shifted right by i: rows of length + 1, reshaped to rows of length.
     padded = jnp.pad(filter_, [(0, 0)] * (filter_.ndim - 1) + [(0, patch)])
     rows = jnp.concatenate([padded] * patch, axis=-1)[..., : patch * length]
     band = rows.reshape(*filter_.shape[:-1], patch, length)

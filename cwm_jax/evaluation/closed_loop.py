@@ -11,7 +11,7 @@ from cwm_jax.coinrun import NO_ACTION, NUM_ACTIONS
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import rollout_quality
 from cwm_jax.evaluation.frame_scores import Scores, score
-from cwm_jax.evaluation.generation import Draw
+from cwm_jax.evaluation.generation import Generate
 from cwm_jax.rendering import contact_sheet
 from cwm_jax.rendering.arrow_keys import ACCENT, BACKDROP, BRIGHT, DIM, LINE, font
 from cwm_jax.runtime import random_numbers
@@ -49,7 +49,13 @@ def random_keys(count: int, frames: int, *, seed: int) -> np.ndarray:
 
 
 def play(
-    draw: Draw, replay: Replay, levels: Sequence[int], keys: np.ndarray, *, n_prompt: int, seed: int
+    generate: Generate,
+    replay: Replay,
+    levels: Sequence[int],
+    keys: np.ndarray,
+    *,
+    n_prompt: int,
+    seed: int,
 ) -> Loop:
     """Plays `keys` [B, T − 1] in each level, in the game and, after `n_prompt` frames, the model.
 
@@ -71,7 +77,7 @@ def play(
     real = np.stack([played[i] for i in lasting])
     actions = np.pad(keys[lasting], ((0, 0), (1, 0)), constant_values=NO_ACTION)
     prompt = real[:, :n_prompt]
-    drawn = np.asarray(jax.device_get(draw(prompt, actions, random_numbers.key(seed))))
+    drawn = np.asarray(jax.device_get(generate(prompt, actions, random_numbers.key(seed))))
     return Loop(
         [int(levels[i]) for i in lasting],
         real,

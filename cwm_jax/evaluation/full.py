@@ -11,10 +11,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from cwm_jax.checkpoints.bundle import Bundle
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data import loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import (
     controllability,
@@ -36,7 +35,8 @@ from cwm_jax.files import written_whole
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.runtime import sharding
-from cwm_jax.sampling.sampler import Sampler, check_seed
+from cwm_jax.sampling.generator import Generator
+from cwm_jax.sampling.sampler import check_seed
 
 PROBED = 31  # frames whose actions are read back: what fits the window of the original
 
@@ -92,7 +92,7 @@ class Measured(NamedTuple):
 def measure(
     network: DiTConfig,
     params: Params,
-    sampler: Sampler | Bundle,
+    sampler: Generator,
     config: DataConfig,
     plan: Plan,
     *,
@@ -168,14 +168,14 @@ def _whole_batch(size: int) -> int:
 
 
 def draw_all(
-    draw: generation.Draw, clips: HeldOut, plan: Plan, *, watched: bool = False
+    generate: generation.Generate, clips: HeldOut, plan: Plan, *, watched: bool = False
 ) -> Rollouts:
     """Draws everything that a plan needs: the longest rollout of each kind, once."""
 
     def batches(actions, given: int, label: str):
         settings = dict(seed=plan.seed, batch_size=plan.batch_size)
         prompt, label = clips.frames[:, :given], label if watched else ""
-        return generation.in_batches(draw, prompt, actions, label=label, **settings)
+        return generation.in_batches(generate, prompt, actions, label=label, **settings)
 
     true = {
         given: batches(

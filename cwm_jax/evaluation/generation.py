@@ -6,15 +6,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax.checkpoints.bundle import Bundle
 from cwm_jax.coinrun import IMAGE_SIZE, NUM_ACTIONS
 from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import random_numbers
-from cwm_jax.sampling.sampler import Sampler
+from cwm_jax.sampling.generator import Generator
 
 
-class Draw(Protocol):
+class Generate(Protocol):
     """What is measured. A model to be compared needs to be no more than such a function."""
 
     def __call__(self, prompt_BPHWC, actions_BT, key: jax.Array) -> jax.Array | np.ndarray:
@@ -42,14 +41,14 @@ def check_game(network: DiTConfig) -> None:
         )
 
 
-def by_sampler(sampler: Sampler | Bundle) -> Draw:
+def by_sampler(sampler: Generator) -> Generate:
     """Draws with a sampler or a bundle: all frames of a batch in one call of the device.
 
     Raises:
         UserError: (when called) where a frame is not finite; pixels would hide it.
     """
 
-    def draw(prompt_BPHWC, actions_BT, key):
+    def generate(prompt_BPHWC, actions_BT, key):
         given = prompt_BPHWC.shape[1]
         state = sampler.start(prompt_BPHWC, actions_BT[:, :given])
         state, frames = sampler.rollout(state, actions_BT[:, given:], key)
@@ -61,11 +60,11 @@ def by_sampler(sampler: Sampler | Bundle) -> Draw:
             )
         return frames
 
-    return draw
+    return generate
 
 
 def in_batches(
-    draw: Draw, prompt_BPHWC, actions_BT, *, seed: int, batch_size: int, label: str = ""
+    generate: Generate, prompt_BPHWC, actions_BT, *, seed: int, batch_size: int, label: str = ""
 ) -> np.ndarray:
     """Draws many clips, `batch_size` at a time: uint8 [B, T − P, H, W, C].
 
@@ -81,6 +80,6 @@ def in_batches(
     for index in tqdm(range(0, total, batch_size), desc=label, unit="batch", disable=not label):
         rows = np.minimum(np.arange(index, index + min(batch_size, total)), total - 1)
         key = jax.random.fold_in(random_numbers.key(seed), index // batch_size)
-        frames = draw(prompt_BPHWC[rows], actions_BT[rows], key)
+        frames = generate(prompt_BPHWC[rows], actions_BT[rows], key)
         drawn.append(np.asarray(jax.device_get(frames)))
     return np.concatenate(drawn)[:total]

@@ -111,7 +111,9 @@ def write(file: Path, found: Answer) -> None:
     """Puts the steps into the config that a safetensors file holds; all else stays as it is."""
     params, meta = weights.read(file)
     steps = {"ddim_steps": found.ddim_steps, "playable_steps": list(found.playable_steps)}
-    weights.write(file, params, meta | {"config": meta["config"] | steps})
+    config = meta["config"]
+    config |= {"sampler": config.get("sampler", {}) | steps}
+    weights.write(file, params, meta | {"config": config})
 
 
 def _faults(one: Setting, longest: float):

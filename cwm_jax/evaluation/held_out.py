@@ -8,7 +8,7 @@ import numpy as np
 from cwm_jax.coinrun import NUM_ACTIONS
 from cwm_jax.data import loader
 from cwm_jax.data.clips import Episodes
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 
 

@@ -23,12 +23,12 @@ from tqdm import tqdm
 from cwm_jax import files
 from cwm_jax.coinrun import CHANNELS, MEANINGFUL_ACTIONS, NUM_ACTIONS, action_keys, to_model
 from cwm_jax.data import loader, npz
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import held_out, probe_features
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.probe_features import Sight
-from cwm_jax.runtime import random_numbers, user_cache
+from cwm_jax.runtime import random_numbers
 
 _VERSION = 2  # of all that follows: a cached probe of another version is not used
 _EPOCHS, _BATCH, _RATE, _DECAY = 8, 128, 1e-3, 1e-3
@@ -177,11 +177,6 @@ def cached_on(clips: HeldOut, folder: Path | None) -> Probe:
     if path:
         _keep(probe, path)
     return probe
-
-
-def cache_folder() -> Path | None:
-    """Where probes are kept by default: the user's cache folder; None where there is none."""
-    return user_cache.folder()
 
 
 def _kept(path: Path) -> nnx.State | None:

@@ -6,14 +6,12 @@ import subprocess
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 
 import cwm_jax
-from cwm_jax.checkpoints.bundle import Drawing
+from cwm_jax.checkpoints.bundle import Generation
 from cwm_jax.evaluation import rollout_quality
 from cwm_jax.evaluation.held_out import HeldOut
-from cwm_jax.models.dit import Params
 from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling.sampler import SamplerConfig
 
@@ -45,7 +43,7 @@ class Protocol:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
 
-def of(clips: HeldOut, sampler: SamplerConfig | Drawing, **others) -> Protocol:
+def of(clips: HeldOut, sampler: SamplerConfig | Generation, **others) -> Protocol:
     """The protocol of a measurement; `others` are the fields that neither argument knows."""
     return Protocol(
         version=VERSION,
@@ -87,16 +85,6 @@ def differences(a: Mapping, b: Mapping, *, across: Collection[str] = ()) -> list
 def _unknown(name: str, a: Mapping, b: Mapping) -> bool:
     """Whether it is a condition that an older measurement does not record."""
     return name == "noise" and not (a.get(name) and b.get(name))
-
-
-def fingerprint(params: Params) -> str:
-    """SHA-256 of parameters by name and value, the first 16 hexadecimal digits."""
-    content = hashlib.sha256()
-    for name in sorted(params):
-        array = np.asarray(jax.device_get(params[name]))
-        content.update(f"{name} {array.dtype} {array.shape}".encode())
-        content.update(np.ascontiguousarray(array).view(np.uint8))
-    return content.hexdigest()[:16]
 
 
 def code_version() -> str:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from cwm_jax.data import loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.evaluation import controllability, generation, held_out, rollout_quality
 from cwm_jax.evaluation.frame_scores import Scores, score
-from cwm_jax.evaluation.generation import Draw
+from cwm_jax.evaluation.generation import Generate
 from cwm_jax.evaluation.lpips import Lpips
 
 
@@ -59,12 +59,12 @@ def prepare(
     return Quick(real, actions, random, floor, seed, lpips)
 
 
-def run(draw: Draw, quick: Quick) -> Iterator[tuple[str, float]]:
+def run(generate: Generate, quick: Quick) -> Iterator[tuple[str, float]]:
     """Yields means over clips and frames: PSNR (dB), SSIM, motion's PSNR, LPIPS, ΔPSNR, floors."""
 
     def scored(actions, lpips: Lpips | None = None) -> Scores:
         batch = dict(seed=quick.seed, batch_size=len(actions))
-        frames = generation.in_batches(draw, quick.frames[:, :1], actions, **batch)
+        frames = generation.in_batches(generate, quick.frames[:, :1], actions, **batch)
         return score(frames, quick.frames[:, 1:], quick.frames[:, 0], lpips=lpips)
 
     true, random = scored(quick.actions, quick.lpips), scored(quick.random_actions)

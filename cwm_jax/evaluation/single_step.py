@@ -26,7 +26,7 @@ def _sums(params, batch, key, *, network: DiTConfig) -> dict[str, jax.Array]:
     frames, bound = to_model(batch["frames"]), bind(network, params)
     earlier = bound.earlier(frames)
     x0 = bound.to_sample(frames, earlier)
-    t_BT, noise = schedule.draw(key, x0.shape)
+    t_BT, noise = schedule.sample(key, x0.shape)
     sample = schedule.noised(x0, t_BT, noise)
     velocity = bound(sample.x, t_BT, batch["actions"], earlier)
     predicted = schedule.predict_clean(sample.x, velocity, t_BT)

@@ -1,11 +1,11 @@
-"""The time that a run has taken so far, over all its starts, and the minutes that it has."""
+"""The training time of a run so far, over all its starts, and its limit in minutes."""
 
 import time
 from collections.abc import Callable
 
 
 class Clock:
-    """Counts seconds from its creation; the time in which a run does not run is not counted.
+    """Counts seconds from its creation; time between starts of a run is not counted.
 
     Args:
         minutes: of the whole run; 0: no limit.
@@ -20,17 +20,17 @@ class Clock:
         self._now, self._began = now, now()
 
     def resume(self, seconds: float) -> None:
-        """Adds what earlier starts of the run took."""
+        """Adds the seconds of earlier starts of the run."""
         self._began -= seconds
 
     @property
     def seconds(self) -> float:
-        """Of training so far, pauses for validation and compilation included."""
+        """Training time so far, including validation and compilation."""
         return self._now() - self._began
 
     @property
     def share(self) -> float:
-        """Of the minutes that have passed, 0…1; 0 without a limit."""
+        """The share of the minutes that has passed, 0…1; 0 without a limit."""
         return min(1.0, self.seconds / self._limit) if self._limit else 0.0
 
     @property
@@ -39,6 +39,6 @@ class Clock:
 
     @property
     def rate(self) -> float:
-        """By what the learning rate is multiplied, 0…1."""
+        """The factor of the learning rate, 0…1."""
         left = 1 - self.share
         return left / self._decay_share if left < self._decay_share else 1.0

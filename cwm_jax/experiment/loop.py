@@ -1,4 +1,4 @@
-"""The training loop: batches to steps, and at their times logs, validation, rollouts, saves."""
+"""The training loop: training steps, and periodic logs, validation, rollouts and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -19,6 +19,7 @@ from cwm_jax.errors import UserError, tell
 from cwm_jax.evaluation import generation, lpips_weights, quick, single_step
 from cwm_jax.experiment import (
     clock,
+    dry_run,
     metrics_file,
     progress,
     reporters,
@@ -29,7 +30,14 @@ from cwm_jax.experiment import (
 from cwm_jax.experiment.settings import Settings
 from cwm_jax.models import kernel_choice
 from cwm_jax.rendering import contact_sheet, video
-from cwm_jax.runtime import hosts, preemption, process_memory, random_numbers, sharding
+from cwm_jax.runtime import (
+    device_speed,
+    hosts,
+    preemption,
+    process_memory,
+    random_numbers,
+    sharding,
+)
 from cwm_jax.sampling import rollouts
 from cwm_jax.sampling.sampler import Sampler
 from cwm_jax.training import train_step
@@ -40,7 +48,7 @@ Result = TypeVar("Result")
 
 
 def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
-    """Trains until `epochs`, `max_steps` or `minutes` are done, from the workdir's last checkpoint.
+    """Trains for `epochs`, `max_steps` or `minutes`; resumes from the workdir's last checkpoint.
 
     Args:
         workdir: gets `checkpoints/`, `rollouts/`, `metrics.jsonl`, `config.json`, and
@@ -48,26 +56,28 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
         config: the full config as a plain dict, kept with every checkpoint.
 
     Raises:
-        UserError: for settings, data or a workdir that cannot be used, or a run gone wrong.
-        preemption.Preempted: a signal asked it to stop; everything done so far is saved.
+        UserError: settings, data or workdir cannot be used, or training failed.
+        preemption.Preempted: a signal stopped it; everything so far is saved.
     """
     run = _Run(settings, workdir, config)
     run_directory.make(workdir)
     is_first = jax.process_index() == 0
-    alone = run_directory.held(workdir) if is_first else contextlib.nullcontext()
-    with alone, contextlib.closing(run.batches), _memory_named(settings):
+    lock = run_directory.held(workdir) if is_first else contextlib.nullcontext()
+    with lock, contextlib.closing(run.batches), _memory_named(settings):
         return run.train()
 
 
 class _Run:
     def __init__(self, settings: Settings, workdir: Path, config: dict):
         self.settings, self.workdir, self.config = settings, workdir, config
-        self.clock = clock.Clock(settings.minutes, settings.decay_share)
+        self.clock = clock.Clock(settings.schedule.minutes, settings.schedule.decay_share)
         self.saved_seconds = 0.0  # of the clock, at the last save
-        self._check_alone()
-        self.mesh = sharding.make_mesh(settings.fsdp)
+        self._check_one_process()
+        self.mesh = sharding.make_mesh(settings.compute.fsdp)
         self.batch_size = sharding.global_batch_size(
-            settings.batch_size, settings.global_batch_size, parts=settings.accumulate_steps
+            settings.data.batch_size,
+            settings.data.global_batch_size,
+            parts=settings.compute.accumulate_steps,
         )
         self.shared = dict(
             process_index=jax.process_index(),
@@ -81,28 +91,29 @@ class _Run:
             make=self._kind_of_batches(),
             **self.shared,
         )
-        self.validation = self._val_batches(limit=settings.val_batches * self.batch_size)
+        self.validation = self._val_batches(limit=settings.validation.batches * self.batch_size)
         self.whole_validation = self._val_batches(limit=None)
-        # Hosts may have copies of their own, of which one may be incomplete.
+        # Hosts may have their own copies of the data, and one may be incomplete.
         val = {"clips": self.whole_validation.num_clips}
         hosts.check_same({"data": {"train": self.batches.get_state(), "val": val}})
-        self.script = self._script() if settings.rollout_every_steps else None
-        self.quick = self._quick() if settings.eval_every_steps else None
-        total = settings.epochs * self.batches.per_epoch
-        self.total_steps = min(total, settings.max_steps or total)
-        if settings.decay_steps and self.total_steps < settings.max_steps:
+        self.script = self._script() if settings.rollouts.every_steps else None
+        self.quick = self._quick() if settings.evaluation.every_steps else None
+        plan = settings.schedule
+        total = plan.epochs * self.batches.per_epoch
+        self.total_steps = min(total, plan.max_steps or total)
+        if settings.optimizer.decay_steps and self.total_steps < plan.max_steps:
             raise UserError(
-                f"config.epochs={settings.epochs} end after {total} updates, before "
-                f"config.max_steps={settings.max_steps} to which config.decay_steps brings the "
-                f"learning rate down: raise epochs or lower max_steps"
+                f"config.schedule.epochs={plan.epochs} end after {total} updates, before "
+                f"config.schedule.max_steps={plan.max_steps}, at which decay_steps "
+                f"bring the learning rate to 0: raise epochs or lower max_steps"
             )
 
-    def _check_alone(self) -> None:
-        """Of several processes, each has a clock and a memory of its own."""
+    def _check_one_process(self) -> None:
+        """Refuses settings for one process only: each process has its own clock and memory."""
         settings = self.settings
         for name, value in (
-            ("minutes", settings.minutes),
-            ("ckpt_every_minutes", settings.ckpt_every_minutes),
+            ("schedule.minutes", settings.schedule.minutes),
+            ("checkpoints.every_minutes", settings.checkpoints.every_minutes),
             ("data.on_device", settings.data.on_device),
         ):
             if value and jax.process_count() > 1:
@@ -122,27 +133,27 @@ class _Run:
         )
 
     def _script(self) -> rollouts.Script:
-        """The same clips each time, so that rollouts show the progress."""
+        """The same clips each time, so that rollouts are comparable."""
         settings = self.settings
-        with _setting_named("rollout_frames", settings.rollout_frames):
+        with _setting_named("rollouts.frames", settings.rollouts.frames):
             return rollouts.write_script(
                 settings.data,
                 "val",
-                count=settings.n_rollout_samples,
-                frames=settings.rollout_frames,
-                n_prompt=settings.n_prompt,
+                count=settings.rollouts.count,
+                frames=settings.rollouts.frames,
+                n_prompt=settings.rollouts.n_prompt,
                 num_actions=settings.model.action_values,
                 seed=settings.seed,
             )
 
     def _quick(self) -> quick.Quick:
         settings = self.settings
-        with _setting_named("eval_frames", settings.eval_frames):
+        with _setting_named("evaluation.frames", settings.evaluation.frames):
             return quick.prepare(
                 settings.data,
                 "val",
-                clips=settings.eval_clips,
-                frames=settings.eval_frames,
+                clips=settings.evaluation.clips,
+                frames=settings.evaluation.frames,
                 num_actions=settings.model.action_values,
                 seed=settings.seed,
                 lpips=None if jax.process_index() else lpips_weights.available(),
@@ -151,14 +162,14 @@ class _Run:
     def train(self) -> TrainState:
         settings = self.settings
         key = random_numbers.key(settings.seed)
-        # With the kernels of this device; what is saved with checkpoints is the config as it is.
+        # With the kernels for this device; checkpoints keep the config unchanged.
         self.network = kernel_choice.measured(
             settings.model,
-            clips=self.batch_size // jax.device_count() // settings.accumulate_steps,
+            clips=self.batch_size // jax.device_count() // settings.compute.accumulate_steps,
             frames=settings.data.clip_len,
         )
         setup = dataclasses.replace(settings.setup(self.mesh), network=self.network)
-        updates = stages.Stages(settings.noises, setup, self._teacher())
+        updates = stages.Stages(settings.stages, setup, self._teacher(), self._memory_check())
         with (
             contextlib.closing(updates),
             preemption.Stop() as stop,
@@ -170,15 +181,15 @@ class _Run:
                 if pause_due:
                     state = self._pause(first, state, stop)
                 for step in range(first + 1, self.total_steps + 1):
-                    if stop.asked(step - 1):
+                    if stop.requested(step - 1):
                         break
                     batch = sharding.to_devices(next(self.batches), self.mesh)
                     state, metrics = updates.update(
                         self._share(step), state, batch, key, **self._rate()
                     )
                     metrics |= self._keep_time(step)
-                    told = step % settings.log_every_steps == 0 or step == self.total_steps
-                    late.after(step, metrics, told=told)
+                    reported = step % settings.logging.every_steps == 0 or step == self.total_steps
+                    late.after(step, metrics, reported=reported)
                     self.checkpoints.settle(wait=False)
                     if self._is_pause(step):
                         late.catch_up()
@@ -190,24 +201,32 @@ class _Run:
                 self._finish(state, stop)
         return state
 
+    def _memory_check(self) -> Callable | None:
+        """Of the compiled step; None where the device does not report its memory, as a CPU."""
+        if device_speed.memory_limit() is None:
+            return None
+        return functools.partial(
+            dry_run.check_memory, dataclasses.replace(self.settings, model=self.network)
+        )
+
     def _share(self, step: int) -> float:
-        """Of the run that is done before this step."""
-        return self.clock.share if self.settings.minutes else (step - 1) / self.total_steps
+        """The share of the run before this step."""
+        return self.clock.share if self.settings.schedule.minutes else (step - 1) / self.total_steps
 
     def _rate(self) -> dict[str, np.float32]:
-        """What multiplies the learning rate of a run that has minutes."""
-        return {"rate": np.float32(self.clock.rate)} if self.settings.minutes else {}
+        """The factor of the learning rate of a run with `minutes`."""
+        return {"rate": np.float32(self.clock.rate)} if self.settings.schedule.minutes else {}
 
     def _keep_time(self, step: int) -> dict[str, float]:
-        """Makes a step the last one if the minutes are over; returns what to log of them."""
-        minutes = self.settings.minutes
+        """Makes a step the last one if the minutes are over; returns the minutes to log."""
+        minutes = self.settings.schedule.minutes
         if not minutes:
             return {}
         seconds = self.clock.seconds
         if self.clock.is_over:
             if step == 1:
                 raise UserError(
-                    f"config.minutes={minutes:g}: they were over after one update, which was there "
+                    f"config.schedule.minutes={minutes:g} ended with the first update, "
                     f"{seconds:.0f} s after the start, compilation included; nothing was saved. "
                     f"Set it higher."
                 )
@@ -217,14 +236,16 @@ class _Run:
     def _checkpoints(self) -> run_checkpoint.Checkpoints:
         settings = self.settings
         retention = run_checkpoint.Retention(
-            settings.keep_checkpoints, settings.keep_every_steps, settings.keep_best
+            settings.checkpoints.keep,
+            settings.checkpoints.keep_every_steps,
+            settings.checkpoints.keep_best,
         )
         return run_checkpoint.Checkpoints(self.workdir, retention=retention)
 
     def _start(self) -> tuple[int, TrainState, bool]:
-        """A fresh state, or the last one saved, with the data put in its place.
+        """The steps done, a new state or the last saved one, and whether a pause is due.
 
-        Also the steps done, and whether a pause after the last of them was put off.
+        Also restores the position in the data.
         """
         settings = self.settings
         begin = functools.partial(
@@ -248,14 +269,14 @@ class _Run:
             make = jax.jit(begin, out_shardings=sharding.placement(shapes, self.mesh))
             return 0, make(given), False
         state = self.checkpoints.restore(sharding.abstract(shapes, self.mesh))
-        told = [f"continuing from step {self._place(saved.step)} in {self.workdir}"]
-        told += [f"  with another setting than before: {line}" for line in differing]
-        tell("\n".join(told), file=sys.stdout)
+        lines = [f"resuming from step {self._place(saved.step)} in {self.workdir}"]
+        lines += [f"  changed setting: {line}" for line in differing]
+        tell("\n".join(lines), file=sys.stdout)
         return saved.step, state, saved.pause_due
 
     def _place(self, step: int) -> str:
         """A step of the run, for messages."""
-        minutes = self.settings.minutes
+        minutes = self.settings.schedule.minutes
         if not minutes:
             return f"{step} of {self.total_steps}"
         return f"{step} ({min(self.clock.seconds / 60, minutes):.1f} of {minutes:g} minutes)"
@@ -265,7 +286,7 @@ class _Run:
         path = self.settings.init_from
         if not path:
             return None
-        tell(f"beginning with the parameters of {path}", file=sys.stdout)
+        tell(f"starting from the parameters of {path}", file=sys.stdout)
         return self._params_of("init_from", path)
 
     def _teacher(self) -> Teacher | None:
@@ -273,9 +294,9 @@ class _Run:
         if not path:
             return None
         params = self._params_of("distil_from", path)
-        tell(f"learning to draw as {path} does in twice as many steps", file=sys.stdout)
+        tell(f"distilling {path} to half of its denoising steps", file=sys.stdout)
         make = functools.partial(
-            train_step.init_teacher, self.settings.model, steps=self.settings.ddim_steps
+            train_step.init_teacher, self.settings.model, steps=self.settings.sampler.ddim_steps
         )
         shapes = jax.eval_shape(make, params)
         return jax.jit(make, out_shardings=sharding.placement(shapes, self.mesh))(params)
@@ -293,14 +314,14 @@ class _Run:
         return jax.tree.map(np.asarray, given.params)
 
     def _progress(self, first: int, state: TrainState) -> progress.Progress:
-        ahead = self.batches.get_state()["batches_taken"] - first  # not 0 where a run was imported
+        ahead = self.batches.get_state()["batches_taken"] - first  # not 0 if the run was imported
         return progress.Progress(
             self.reporter,
             self.workdir,
             lambda step: self.batches.origins(step - 1 + ahead),
             frames_per_step=self.batch_size * self.settings.data.clip_len,
             skipped=int(state.skipped),
-            max_skipped=self.settings.max_skipped_updates,
+            max_skipped=self.settings.optimizer.max_skipped_updates,
             kernels={
                 "attention": self.network.attention_kernel,
                 "norm": self.network.norm_kernel,
@@ -310,8 +331,8 @@ class _Run:
     def _reporter(self, first: int) -> reporters.Reporter:
         return reporters.open_reporter(
             self.workdir,
-            total_steps=None if self.settings.minutes else self.total_steps,
-            wandb=self.settings.wandb,
+            total_steps=None if self.settings.schedule.minutes else self.total_steps,
+            wandb=self.settings.logging.wandb,
             run_config=self.config,
             resume_step=first or None,
             enabled=jax.process_index() == 0,
@@ -324,50 +345,50 @@ class _Run:
         """Whether something other than training happens after this step."""
         settings = self.settings
         cadences = (
-            settings.val_every_steps,
-            settings.eval_every_steps,
-            settings.rollout_every_steps,
+            settings.validation.every_steps,
+            settings.evaluation.every_steps,
+            settings.rollouts.every_steps,
         )
         return any(_is_due(step, every) for every in cadences) or self._saves(step)
 
     def _saves(self, step: int) -> bool:
-        minutes = self.settings.ckpt_every_minutes
+        minutes = self.settings.checkpoints.every_minutes
         return (
-            _is_due(step, self.settings.ckpt_every_steps)
+            _is_due(step, self.settings.checkpoints.every_steps)
             or bool(minutes and self.clock.seconds - self.saved_seconds >= 60 * minutes)
             or self._ends_epoch(step)
             or step == self.total_steps
         )
 
     def _pause(self, step: int, state: TrainState, stop: preemption.Stop) -> TrainState:
-        """What follows a step; put off to the next start of the run where a stop is asked for."""
+        """Work after a step; postponed to the next start of the run if a stop is requested."""
         try:
-            state = self._look_and_save(step, state, stop)
+            state = self._evaluate_and_save(step, state, stop)
             process_memory.release_freed()
             return state
-        except preemption.StopAsked:
+        except preemption.StopRequested:
             self._save(state, pause_due=True)
             self._leave(step, stop)
 
-    def _look_and_save(self, step: int, state: TrainState, stop: preemption.Stop) -> TrainState:
+    def _evaluate_and_save(self, step: int, state: TrainState, stop: preemption.Stop) -> TrainState:
         settings = self.settings
         weights = train_step.weights_to_sample(state)
         val_loss = None
-        if _is_due(step, settings.val_every_steps):
+        if _is_due(step, settings.validation.every_steps):
             batches = stop.until(self.validation)
             val_loss = _attempt("validate", lambda: self._validate(step, weights, batches))
-        scores = _is_due(step, settings.eval_every_steps)
-        films = _is_due(step, settings.rollout_every_steps)
-        films |= bool(settings.rollout_every_steps) and step == self.total_steps
-        if scores or films:
-            self._roll_out(step, weights, scores=scores, films=films)
+        scores = _is_due(step, settings.evaluation.every_steps)
+        videos = _is_due(step, settings.rollouts.every_steps)
+        videos |= bool(settings.rollouts.every_steps) and step == self.total_steps
+        if scores or videos:
+            self._roll_out(step, weights, scores=scores, videos=videos)
         if self._ends_epoch(step):
             batches = stop.until(self.whole_validation)
             _attempt("measure the epoch", lambda: self._measure_epoch(step, state, batches))
             state = state._replace(epoch_loss=state.epoch_loss * 0)
         if self._saves(step):
             self._save(state, val_loss=val_loss)
-            _attempt("draw curves.png", self._draw_curves, alone=True)
+            _attempt("plot curves.png", self._plot_curves, alone=True)
         return state
 
     def _validate(self, step: int, weights, batches) -> float:
@@ -381,16 +402,18 @@ class _Run:
         loss_sum, count = sharding.local(sharding.whole(state.epoch_loss, self.mesh))
         self.reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
 
-    def _roll_out(self, step: int, weights, *, scores: bool, films: bool) -> None:
-        """In the first process alone; every process must come by here."""
+    def _roll_out(self, step: int, weights, *, scores: bool, videos: bool) -> None:
+        """Runs rollouts in the first process; every process must call it."""
         weights = sharding.whole(weights, self.mesh)
         if jax.process_index():
             return
         sampler = _attempt("prepare rollouts", lambda: self._sampler(weights), alone=True)
         if scores and sampler:
             _attempt("score rollouts", lambda: self._evaluate(step, sampler), alone=True)
-        if films and sampler:
-            _attempt("draw a rollout", lambda: self._draw(step, sampler), alone=True)
+        if videos and sampler:
+            _attempt(
+                "write a rollout video", lambda: self._write_rollout(step, sampler), alone=True
+            )
 
     def _save(self, state: TrainState, **details) -> None:
         position = json.dumps(self.batches.get_state())
@@ -400,7 +423,7 @@ class _Run:
         self.reporter.scalars(int(state.step), {"perf/save_seconds": seconds})
 
     def _finish(self, state: TrainState, stop: preemption.Stop) -> None:
-        """Makes sure of the last checkpoint; leaves by `Preempted` where a stop was asked for."""
+        """Ensures that the last checkpoint is saved; raises `Preempted` after a stop request."""
         step = int(state.step)
         if step < self.total_steps:
             self._save(state)
@@ -408,48 +431,48 @@ class _Run:
         if not self.checkpoints.settle():
             raise UserError(
                 f"training is done, but its last checkpoint could not be saved in {self.workdir}: "
-                f"make room there and start it again, it goes on from the checkpoint before"
+                f"free disk space and start it again; it resumes from the previous checkpoint"
             )
 
     def _leave(self, step: int, stop: preemption.Stop) -> None:
-        went_well = self.checkpoints.settle()
+        saved = self.checkpoints.settle()
         raise preemption.Preempted(
             f"stopped by {stop.signal} after step {self._place(step)}, "
-            + (f"saved in {self.workdir}" if went_well else "WHICH COULD NOT BE SAVED")
-            + ". Start it again with the same command to go on."
+            + (f"saved in {self.workdir}" if saved else "WHICH COULD NOT BE SAVED")
+            + ". Run the same command again to resume."
         )
 
-    def _draw_curves(self) -> None:
-        from cwm_jax.rendering import plots  # Matplotlib, which training can do without
+    def _plot_curves(self) -> None:
+        from cwm_jax.rendering import plots  # imports Matplotlib, which training does not need
 
         if jax.process_index() == 0:
             series = metrics_file.read_series(self.workdir / reporters.METRICS_FILE)
-            if any(name.endswith("loss") for name in series):  # not so before the first log
+            if any(name.endswith("loss") for name in series):  # there are none before the first log
                 plots.curves(series, self.workdir / "curves.png")
 
     def _sampler(self, weights) -> Sampler:
-        return Sampler(self.settings.model, sharding.local(weights), self.settings.sampler)
+        return Sampler(self.settings.model, sharding.local(weights), self.settings.rollout_sampler)
 
     def _evaluate(self, step: int, sampler: Sampler) -> None:
-        """The quick form of the evaluation."""
+        """Runs the quick evaluation."""
         self.reporter.scalars(step, dict(quick.run(generation.by_sampler(sampler), self.quick)))
 
-    def _draw(self, step: int, sampler: Sampler) -> None:
-        """A rollout from validation clips, as a film and a sheet."""
+    def _write_rollout(self, step: int, sampler: Sampler) -> None:
+        """Writes rollouts from validation clips, as a video and a contact sheet."""
         settings, name = self.settings, f"rollout_{step:07d}"
         mp4 = self.workdir / "rollouts" / f"{name}.mp4"
         key = random_numbers.key(settings.seed)
         frames = rollouts.write(sampler, self.script, mp4, key=key)
         png = mp4.with_suffix(".png")
         video.write_png(
-            png, contact_sheet.grid(self.script.real, frames, n_prompt=settings.n_prompt)
+            png, contact_sheet.grid(self.script.real, frames, n_prompt=settings.rollouts.n_prompt)
         )
         self.reporter.video(step, "rollout/video", mp4)
         self.reporter.image(step, "rollout/grid", png)
 
 
 def _is_due(step: int, every: int) -> bool:
-    """Whether it is the turn of what is done every so many steps; 0: never."""
+    """Whether something is due that happens every so many steps; 0: never."""
     return bool(every) and step % every == 0
 
 
@@ -464,35 +487,36 @@ def _setting_named(name: str, value: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _memory_named(settings: Settings) -> Iterator[None]:
-    """Names the setting that fills the memory of the device, where data is kept there."""
+    """Names what to change in an error about exhausted device memory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        frames = settings.data.on_device
-        if not frames or "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(
+        frames = settings.data.on_device
+        cause = (
             f"config.data.on_device={frames} leaves too little of the device's memory for "
-            f"training: set it lower ({str(error).splitlines()[0][:200]})"
-        ) from None
+            f"training: set it lower"
+            if frames
+            else "the device's memory is exhausted: --dry-run reports what fits"
+        )
+        raise UserError(f"{cause} ({str(error).splitlines()[0][:200]})") from None
 
 
 def _attempt(what: str, action: Callable[[], Result], *, alone: bool = False) -> Result | None:
-    """Does what training can do without, such as a video on a disk that may be full.
-
-    Whatever it raises is logged, and None returned.
+    """Runs an optional action, such as writing a video; its errors are logged, and None returned.
 
     Args:
-        alone: it computes nothing together with other processes. Those would wait for one that
-            fails, so what they do together is only given up in a run of one process.
+        alone: the action involves no other process. With others, errors are raised, since the
+            other processes would wait for the one that failed.
     """
     try:
         return action()
-    except preemption.StopAsked:
+    except preemption.StopRequested:
         raise
     except Exception as error:
         if jax.process_count() > 1 and not alone:
             raise
         name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        tell(f"WARNING: cannot {what}: {name}{error}; training goes on")
+        tell(f"WARNING: cannot {what}: {name}{error}; training continues")
         return None

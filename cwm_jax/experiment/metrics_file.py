@@ -1,8 +1,8 @@
-"""`metrics.jsonl`: a run's numbers, one JSON object a line, `{"step": 100, "train/loss": 0.12}`.
+"""`metrics.jsonl`: a run's metrics, one JSON object per line, `{"step": 100, "train/loss": 0.12}`.
 
-Steps never go down, and no step has the same name twice; what is reported at different moments of
-one step (training, then validation) stands on lines of its own. JSON has no NaN and no infinity:
-such a value is written as null. Pictures and films are there by path.
+Steps never decrease, and no step has the same name twice; values reported at different times of
+one step (training, then validation) have lines of their own. NaN and infinity, which JSON lacks,
+are written as null. Pictures and videos are given by path.
 """
 
 import json
@@ -18,17 +18,16 @@ from cwm_jax.files import written_whole
 
 
 class MetricsFile:
-    """Appends to a metrics file; each line is with the operating system once written.
+    """Appends to a metrics file, unbuffered.
 
-    While the disk is full, lines wait in memory and are written, in order, when it no longer is.
-    What the file says of `resume_step` under some name is not said again.
+    While the disk is full, lines are kept in memory; they are written in order as soon as possible.
+    Names that the file already has at `resume_step` are not written again for it.
 
     Args:
-        path: the file; made if it is not there.
-        resume_step: the last step that still counts. Lines of later steps are what a run did
-            between its last checkpoint and its end; it will do those steps again, so they are
-            taken out, all at once, as is a last line that was cut short. None: the run starts
-            afresh, and no earlier line counts.
+        path: the file; created if missing.
+        resume_step: the step of the checkpoint. Lines of later steps are removed, since the run
+            repeats these steps, and also a truncated last line, in one atomic write. None: a new
+            run, and all earlier lines are removed.
 
     Raises:
         UserError: the file cannot be read or written.
@@ -69,14 +68,14 @@ class MetricsFile:
             line = json.dumps({"step": step, **fresh}, allow_nan=False) + "\n"
             self._waiting += line.encode()
         try:
-            while self._waiting:  # the system may take part of a line, and the rest later
+            while self._waiting:  # a write may be partial
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
             self._warned = False
         except OSError as error:
             if not self._warned:
                 tell(
-                    f"WARNING: cannot write {self._path} ({error.strerror}); its lines wait in "
-                    f"memory until it can be written again",
+                    f"WARNING: cannot write {self._path} ({error.strerror}); its lines are "
+                    f"kept in memory until it can be written again",
                 )
             self._warned = True
 
@@ -84,7 +83,7 @@ class MetricsFile:
 def read_series(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The numbers of a metrics file by name: float64 steps [n] and values [n] (NaN for null).
 
-    A last line cut short is passed over, so a file can be read while a run writes it.
+    A truncated last line is skipped, so a file can be read while a run writes it.
 
     Raises:
         UserError: the file cannot be read.
@@ -108,7 +107,7 @@ def _lines_up_to(step: int, text: bytes, path: Path) -> Iterator[bytes]:
 
 
 def _records(text: bytes, path: Path) -> Iterator[tuple[bytes, dict]]:
-    """Each whole line with what it says; names every other line that is no record."""
+    """Each valid line with its record; logs every other line."""
     lines = text.split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
@@ -116,7 +115,7 @@ def _records(text: bytes, path: Path) -> Iterator[tuple[bytes, dict]]:
         except ValueError:
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            if line.strip() and number < len(lines):  # the last has no newline: it was cut short
-                tell(f"warning: {path}, line {number} is no record; left out")
+            if line.strip() and number < len(lines):  # the last has no newline: it is truncated
+                tell(f"warning: {path}, line {number} is not a record and is ignored")
             continue
         yield line, record

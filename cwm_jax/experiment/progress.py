@@ -1,4 +1,4 @@
-"""Steps in progress: their metrics and pace, and what is done about one that went wrong."""
+"""Metrics and speed of training steps, and the handling of updates that are not finite."""
 
 import json
 import math
@@ -16,15 +16,15 @@ FOLDER = "post-mortem"
 
 
 class Progress:
-    """Looks at each step's metrics when the next step is under way: the device never waits for us.
+    """Reads each step's metrics while the next step runs, so that the device never waits.
 
     Args:
-        workdir: gets `post-mortem/step_0000123.json` for every update that was passed over
+        workdir: gets `post-mortem/step_0000123.json` for every update that was skipped
             because its loss or gradient was not finite.
-        clips_of: where the clips of a step's batch lie in the files.
+        clips_of: the locations in the data of the clips of a step's batch.
         frames_per_step: for the frame rate.
-        skipped: updates passed over before; more than `max_skipped` stop the run.
-        kernels: those of the network in use, by setting, such as {"attention": "fused"}.
+        skipped: updates skipped before; more than `max_skipped` stop the run.
+        kernels: the network's kernels by setting, such as {"attention": "fused"}.
     """
 
     def __init__(
@@ -44,51 +44,52 @@ class Progress:
         self._kernels = kernels or {}
         self._waiting = None
 
-    def after(self, step: int, metrics: dict[str, jax.Array], *, told: bool) -> None:
-        """Takes the metrics of a step just begun; those with `told` are reported.
+    def after(self, step: int, metrics: dict[str, jax.Array], *, reported: bool) -> None:
+        """Adds the metrics of a step just started; with `reported` they are reported later.
 
-        Raises `UserError` if the step before was one unsound update too many.
+        Raises `UserError` if the previous step exceeded the number of updates to skip.
         """
         self.catch_up()
-        self._waiting = step, metrics, told
+        self._waiting = step, metrics, reported
 
     def catch_up(self) -> None:
         """Waits for the last step; raises `UserError` as `after` does."""
         if self._waiting is None:
             return
-        (step, metrics, told), self._waiting = self._waiting, None
+        (step, metrics, reported), self._waiting = self._waiting, None
         skipped = int(metrics["train/skipped"])
         if skipped > self._skipped:
             self._skipped = skipped
-            self._unsound(step, jax.device_get(metrics))
-        if told:
+            self._handle_skipped(step, jax.device_get(metrics))
+        if reported:
             self._reporter.scalars(step, jax.device_get(metrics) | self._pace.since_last(step))
 
     def restart(self, step: int) -> None:
-        """Leaves the time since the last step out of the pace."""
+        """Excludes the time since the last step from the speed."""
         self._pace.restart(step)
 
-    def _unsound(self, step: int, metrics: dict) -> None:
+    def _handle_skipped(self, step: int, metrics: dict) -> None:
         path = self._workdir / FOLDER / f"step_{step:07d}.json"
         loss = float(metrics["train/loss"])
         if jax.process_index() == 0:
             self._write_record(path, step, metrics)
         what = f"loss {loss}" if not math.isfinite(loss) else "an infinite gradient"
-        told = f"step {step} has {what}; its update was passed over, and its clips are in {path}"
+        message = f"step {step} has {what}; its update was skipped, and its clips are in {path}"
         if self._kernels:
             used = ", ".join(f"{name}={kernel}" for name, kernel in self._kernels.items())
-            told += f"; the step was computed with {used}"
+            message += f"; the step was computed with {used}"
         if self._skipped > self._max_skipped:
             raise UserError(
-                f"{told}\nStopped, as config.max_skipped_updates={self._max_skipped}. The last "
-                f"checkpoint is sound. A lower config.lr may help, or allow some such updates."
+                f"{message}\nStopped, as config.optimizer.max_skipped_updates={self._max_skipped}. "
+                f"The last checkpoint is finite. A lower config.optimizer.lr may help, or a larger "
+                f"max_skipped_updates."
                 f"{self._other_kernels()}"
             )
         count = f"{self._skipped} of at most {self._max_skipped}"
-        tell(f"warning: {told} ({count})")
+        tell(f"warning: {message} ({count})")
 
     def _write_record(self, path: Path, step: int, metrics: dict) -> None:
-        """What there is to look at afterwards; training goes on without it."""
+        """Writes a record for later analysis; a failure is only logged."""
         values = {name: repr(float(value)) for name, value in metrics.items()}
         try:
             record = {"step": step, "metrics": values, "clips": self._clips_of(step)}
@@ -98,18 +99,18 @@ class Progress:
             tell(f"warning: {path} could not be written: {error}")
 
     def _other_kernels(self) -> str:
-        """How to rule out the kernels, where they are not XLA's already."""
+        """How to exclude the kernels as the cause, if they are not XLA's already."""
         if set(self._kernels.values()) <= {"xla"}:
             return ""
         flags = " ".join(f"--config.model.{name}=xla" for name in self._kernels)
         return (
-            "\nTo rule out a fault of these kernels, repeat the command with XLA's, which goes on "
+            "\nTo exclude a fault of these kernels, repeat the command with XLA's, which resumes "
             f"from the same checkpoint: {flags}"
         )
 
 
 class _Pace:
-    """How fast training goes, its pauses not counted."""
+    """Training speed without pauses."""
 
     def __init__(self, frames_per_step: int):
         self._frames = frames_per_step
@@ -119,7 +120,7 @@ class _Pace:
         self._step, self._time = step, time.perf_counter()
 
     def since_last(self, step: int) -> dict[str, float]:
-        """Rates since the last call or `restart`; none before there is one (that time compiles)."""
+        """Rates since the last call or `restart`; none on the first call (that step compiles)."""
         last, then = self._step, self._time
         self.restart(step)
         if last is None or last == step:

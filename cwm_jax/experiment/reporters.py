@@ -1,4 +1,4 @@
-"""Reports what a run does: to the terminal, to `metrics.jsonl`, and to W&B."""
+"""Reports a run's metrics and media: to the terminal, to `metrics.jsonl`, and to W&B."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Sink(Protocol):
-    """Somewhere a report goes."""
+    """A destination of reports."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -30,16 +30,15 @@ class Sink(Protocol):
 
 
 class Reporter:
-    """Hands every number and picture to each of its sinks; a context manager.
+    """Passes every number and picture to each of its sinks; a context manager.
 
-    A sink that fails is left out from then on, which is logged.
+    A sink that fails is removed, which is logged.
 
-    Steps may not go back. What has been reported under a name at a step is not reported again
-    at that step: the first word stands.
+    Steps may not decrease. A name is reported once per step: the first value counts.
 
     Args:
         workdir: where pictures given as arrays are written, under `media/`.
-        sinks: where reports go; with none, reporting does nothing.
+        sinks: destinations of reports; with none, reporting does nothing.
     """
 
     def __init__(self, workdir: str | os.PathLike, sinks: Sequence[Sink]):
@@ -49,13 +48,13 @@ class Reporter:
         self._names: set[str] = set()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Reports numbers (anything `float` takes, such as a JAX scalar, which it waits for)."""
+        """Reports numbers (anything `float` accepts; it waits for JAX scalars)."""
         if not self._sinks:
             return
         fresh = self._fresh(step, values)
         numbers = {name: float(values[name]) for name in fresh}
         if numbers:
-            self._hand_out(lambda sink: sink.scalars(step, numbers))
+            self._send(lambda sink: sink.scalars(step, numbers))
 
     def video(self, step: int, name: str, path: str | os.PathLike) -> None:
         """Reports an mp4 that has been written to `path`."""
@@ -73,8 +72,8 @@ class Reporter:
         self._media(step, name, path, "image")
 
     def close(self, *, failed: bool = False) -> None:
-        """Closes every sink, whatever becomes of the others; `failed` marks a run that broke."""
-        self._hand_out(lambda sink: sink.close(failed=failed))
+        """Closes every sink, even if others fail; `failed` marks a run that ended with an error."""
+        self._send(lambda sink: sink.close(failed=failed))
         self._sinks = ()
 
     def __enter__(self) -> "Reporter":
@@ -85,17 +84,17 @@ class Reporter:
 
     def _media(self, step: int, name: str, path: Path, kind: str) -> None:
         if self._sinks and self._fresh(step, [name]):
-            self._hand_out(lambda sink: sink.media(step, name, path, kind))
+            self._send(lambda sink: sink.media(step, name, path, kind))
 
-    def _hand_out(self, give: Callable[[Sink], None]) -> None:
-        """A sink that fails is left out from then on: training can do without it."""
+    def _send(self, give: Callable[[Sink], None]) -> None:
+        """Calls every sink; a sink that fails is removed: training does not need it."""
         for sink in self._sinks:
             try:
                 give(sink)
             except Exception as error:
                 self._sinks = tuple(other for other in self._sinks if other is not sink)
                 name = type(sink).__name__
-                tell(f"WARNING: {name} failed and gets no more: {type(error).__name__}: {error}")
+                tell(f"WARNING: {name} failed and is disabled: {type(error).__name__}: {error}")
 
     def _fresh(self, step: int, names: Sequence[str] | Mapping) -> list[str]:
         if step < self._step:
@@ -120,10 +119,10 @@ def open_reporter(
 
     Args:
         workdir: the run's folder; gets `metrics.jsonl`, `wandb_run_id.txt`, `media/`, `wandb/`.
-        total_steps: where the progress bar ends; None where that is not known.
+        total_steps: the end of the progress bar; None where unknown.
         wandb: whether and where to show the run on the web.
-        run_config: the run's settings, a plain nested dict, shown there with it.
-        resume_step: the step of the checkpoint that training goes on from; None for a new run.
+        run_config: the run's settings, a plain nested dict, sent to W&B.
+        resume_step: the step of the checkpoint that training resumes from; None for a new run.
         enabled: False in every process but the first, which then report nothing.
 
     Raises:
@@ -142,7 +141,7 @@ def open_reporter(
 class Terminal:
     """A progress bar with the training loss, and a line for every other result.
 
-    Where the stream is no terminal but a log file, there is no bar, and a line for every report.
+    Without a terminal, such as in a log file, there is no bar, and a line for every report.
     """
 
     def __init__(
@@ -162,7 +161,7 @@ class Terminal:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         in_training = "train/loss" in values
         if in_training and not self._bar.disable:
-            with contextlib.suppress(OSError):  # as in _say
+            with contextlib.suppress(OSError):  # as in _write
                 self._bar.set_postfix_str(f"loss {values['train/loss']:.4f}", refresh=False)
                 self._bar.update(step - self._bar.n)
             return
@@ -170,16 +169,16 @@ class Terminal:
         pace = values.get("perf/steps_per_sec", 0)
         if in_training and pace > 0 and self._total and step < self._total:
             words.append(f"{tqdm.format_interval((self._total - step) / pace)} left")
-        self._say(step, "  ".join(words))
+        self._write(step, "  ".join(words))
 
     def media(self, step: int, name: str, path: Path, kind: str) -> None:
-        self._say(step, f"{name} → {path}")
+        self._write(step, f"{name} → {path}")
 
     def close(self, *, failed: bool = False) -> None:
         self._bar.close()
 
-    def _say(self, step: int, words: str) -> None:
+    def _write(self, step: int, words: str) -> None:
         total = f"/{self._total}" if self._total else ""
         width = len(total) - 1 if total else 0
-        with contextlib.suppress(OSError):  # a log on a full disk: training goes on
+        with contextlib.suppress(OSError):  # such as a log on a full disk
             tqdm.write(f"step {step:>{width}}{total}  {words}", file=self._stream)

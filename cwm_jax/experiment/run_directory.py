@@ -1,4 +1,4 @@
-"""A run's workdir: made, free of links, and held by one run at a time."""
+"""A run's workdir: created, checked for links, and locked by one run at a time."""
 
 import contextlib
 import fcntl
@@ -8,32 +8,32 @@ from pathlib import Path
 
 from cwm_jax.errors import UserError
 
-LEAVING_SECONDS = 60  # so long a run may take to stop where it is begun again meanwhile
+LEAVING_SECONDS = 60  # time for a previous run to stop when it is started again
 
 
 def make(workdir: Path) -> None:
-    """Makes the folder. Raises `UserError` where it cannot be, or where links lead out of it."""
+    """Creates the folder. Raises `UserError` where that fails, or where links lead out of it."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write the workdir {workdir}: {error.strerror}") from None
-    for path in workdir.rglob("*"):  # W&B makes links of its own
+    for path in workdir.rglob("*"):  # W&B creates links of its own
         if path.is_symlink() and workdir / "wandb" not in path.parents:
             raise UserError(
-                f"{path} is a link, and a run writes only inside its workdir: put what it points "
-                f"at in its place, or take it away"
+                f"{path} is a link, and a run writes only inside its workdir: replace it by its "
+                f"target, or remove it"
             )
 
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out while the block lasts: they would delete what this one is saving.
+    """Excludes other runs during the block: they would delete checkpoints that this one saves.
 
-    By a lock on `.lock`, which the system takes away from a process that ends, however it ends. On
-    a disk without locks nobody is kept out.
+    Uses a lock on `.lock`, which the system releases when the process ends. On a disk without
+    locks, other runs are not excluded.
 
     Raises:
-        UserError: another run is there, after `LEAVING_SECONDS` still, or nothing can be written.
+        UserError: another run holds the lock for `LEAVING_SECONDS`, or nothing can be written.
     """
     try:
         lock = (workdir / ".lock").open("w", encoding="utf-8")
@@ -52,9 +52,9 @@ def _wait_for(lock, workdir: Path) -> None:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise UserError(
-                    f"another run is at work in {workdir}, since {LEAVING_SECONDS} seconds at "
-                    f"least: stop it, or name another --workdir"
+                    f"another run has been using {workdir} for at least {LEAVING_SECONDS} "
+                    f"seconds: stop it, or name another --workdir"
                 ) from None
             time.sleep(0.2)
-        except OSError:  # no locks here
+        except OSError:  # the disk has no locks
             return None

@@ -1,4 +1,7 @@
-"""A config file's settings, checked once at the start and frozen."""
+"""All settings of a run, checked once at the start and frozen.
+
+`python -m cwm_jax.experiment.settings` prints their list, `docs/settings.md`.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,221 +9,347 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from cwm_jax import config_group
+from cwm_jax.checkpoints import migration
 from cwm_jax.coinrun import NUM_ACTIONS
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.config_group import ConfigGroup, group, setting
+from cwm_jax.data.config import DataConfig
 from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
 from cwm_jax.experiment.wandb_run import WandbConfig
 from cwm_jax.files import local_path
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
-from cwm_jax.training.examples import NoiseConfig
-from cwm_jax.training.train_step import OptimizerConfig, StepConfig, TrainSetup
+from cwm_jax.training.config import (
+    AugmentConfig,
+    ComputeConfig,
+    ContextConfig,
+    ExampleConfig,
+    LossConfig,
+    NoiseLevelConfig,
+    OptimizerConfig,
+)
+from cwm_jax.training.train_step import TrainSetup
+
+_GROUP = dict(frozen=True, kw_only=True)
+STAGED = tuple(field.name for field in dataclasses.fields(ExampleConfig))  # a stage may change them
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """All settings of a run; `configs/base.py` says what each means."""
+@dataclasses.dataclass(**_GROUP)
+class ScheduleConfig(ConfigGroup):
+    """How long a run lasts, and what changes in its course; `config.schedule`."""
 
-    seed: int
-    init_from: str
-    distil_from: str
-    model: DiTConfig
-    data: DataConfig
-    noise: NoiseConfig
-    wandb: WandbConfig
+    PATH = "config.schedule"
 
-    batch_size: int
-    global_batch_size: int
-    accumulate_steps: int
-    remat: str
-    fsdp: int
-    epochs: int
-    max_steps: int
-    minutes: float
-    decay_share: float
-    stages: tuple
-    lr: float
-    weight_decay: float
-    warmup_steps: int
-    decay_steps: int
-    grad_clip: float
-    ema_decay: float
+    epochs: int = setting(10, "passes through all clips", least=1)
+    max_steps: int = setting(0, "stop after so many updates; 0: after `epochs`", least=0)
+    minutes: float = setting(
+        0.0, "stop after so many minutes, compilation included; 0: no limit", least=0, most=1e6
+    )
+    decay_share: float = setting(
+        0.45,
+        "with `minutes`: the last share of them brings the learning rate down to 0",
+        least=0,
+        most=1,
+    )
+    stages: tuple = setting(
+        (),
+        "(share of the run, {setting: value, …}), …: changes of `noise_levels`, `context`, "
+        '`augment` and `loss`, such as `((0.5, {"context.steps": 2}),)`; the run is `minutes` '
+        "where they are set, else its updates",
+    )
 
-    log_every_steps: int
-    val_every_steps: int
-    val_batches: int
-    eval_every_steps: int
-    eval_clips: int
-    eval_frames: int
-    rollout_every_steps: int
-    ckpt_every_steps: int
-    ckpt_every_minutes: float
-    keep_checkpoints: int
-    keep_every_steps: int
-    keep_best: int
-    max_skipped_updates: int
 
-    ddim_steps: int
-    n_prompt: int
-    rollout_frames: int
-    n_rollout_samples: int
+@dataclasses.dataclass(**_GROUP)
+class DefaultSampler(ConfigGroup):
+    """How a model generates where nothing else is asked for; `config.sampler`."""
+
+    PATH = "config.sampler"
+
+    ddim_steps: int = setting(
+        10, "denoising steps for each frame", least=1, most=schedule.NUM_LEVELS
+    )
+
+
+@dataclasses.dataclass(**_GROUP)
+class LoggingConfig(ConfigGroup):
+    """What is logged, and where; `config.logging`."""
+
+    PATH = "config.logging"
+
+    every_steps: int = setting(50, "steps between two lines of metrics", least=1)
+    wandb: WandbConfig = group(WandbConfig)
+
+
+@dataclasses.dataclass(**_GROUP)
+class ValidationConfig(ConfigGroup):
+    """Validation loss; `config.validation`."""
+
+    PATH = "config.validation"
+
+    every_steps: int = setting(5000, "steps between two validations; 0: none", least=0)
+    batches: int = setting(50, "batches of each, with the same noise each time", least=1)
+
+
+@dataclasses.dataclass(**_GROUP)
+class QuickEvaluationConfig(ConfigGroup):
+    """Short rollouts on validation clips, scored (`eval/…`); `config.evaluation`."""
+
+    PATH = "config.evaluation"
+
+    every_steps: int = setting(1000, "steps between two evaluations; 0: none", least=0)
+    clips: int = setting(16, "validation clips", least=1)
+    frames: int = setting(16, "generated after one given frame", least=1)
+
+
+@dataclasses.dataclass(**_GROUP)
+class RolloutConfig(ConfigGroup):
+    """Videos of rollouts during training; `config.rollouts`."""
+
+    PATH = "config.rollouts"
+
+    every_steps: int = setting(1000, "steps between two rollouts; 0: none", least=0)
+    n_prompt: int = setting(1, "real frames that a rollout starts from", least=1)
+    frames: int = setting(16, "frames in all, the real ones included", least=1)
+    count: int = setting(4, "rollouts in a video", least=1)
+
+
+@dataclasses.dataclass(**_GROUP)
+class CheckpointConfig(ConfigGroup):
+    """When checkpoints are saved, and which stay; `config.checkpoints`."""
+
+    PATH = "config.checkpoints"
+
+    every_steps: int = setting(10_000, "steps between two checkpoints", least=1)
+    every_minutes: float = setting(
+        0.0, "a checkpoint also after so many minutes; 0: only by steps", least=0, most=1e6
+    )
+    keep: int = setting(3, "the newest so many stay …", least=1)
+    keep_every_steps: int = setting(
+        0, "… and those of steps that are multiples of this; 0: none", least=0
+    )
+    keep_best: int = setting(
+        1, "… and so many of lowest `val/loss`, of those validated at their step", least=0
+    )
+
+
+@dataclasses.dataclass(**_GROUP)
+class Settings(ConfigGroup):
+    """All settings of a run; the defaults are the PyTorch original's where it has them."""
+
+    PATH = "config"
+
+    seed: int = setting(0, "of the parameters, the order of the data, and all noise", least=0)
+    init_from: str = setting(
+        "", "run or export whose parameters a new run begins with; empty: random ones"
+    )
+    distil_from: str = setting(
+        "",
+        "model whose generation in twice `sampler.ddim_steps` steps is learned; empty: none",
+    )
+    model: DiTConfig = group(DiTConfig)
+    data: DataConfig = group(DataConfig)
+    noise_levels: NoiseLevelConfig = group(NoiseLevelConfig)
+    context: ContextConfig = group(ContextConfig)
+    augment: AugmentConfig = group(AugmentConfig)
+    loss: LossConfig = group(LossConfig)
+    optimizer: OptimizerConfig = group(OptimizerConfig)
+    schedule: ScheduleConfig = group(ScheduleConfig)
+    compute: ComputeConfig = group(ComputeConfig)
+    sampler: DefaultSampler = group(DefaultSampler)
+    validation: ValidationConfig = group(ValidationConfig)
+    evaluation: QuickEvaluationConfig = group(QuickEvaluationConfig)
+    rollouts: RolloutConfig = group(RolloutConfig)
+    checkpoints: CheckpointConfig = group(CheckpointConfig)
+    logging: LoggingConfig = group(LoggingConfig)
 
     def __post_init__(self):
-        zero_allowed = ("seed", "global_batch_size", "max_steps", "warmup_steps", "decay_steps")
-        zero_allowed += ("keep_every_steps", "keep_best", "max_skipped_updates")
-        zero_allowed += ("val_every_steps", "eval_every_steps", "rollout_every_steps")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in zero_allowed else 1
-            if field.type is int and value < least:
-                raise UserError(f"config.{field.name}={value}: must be {least} or more")
-        if not self.n_prompt < self.rollout_frames:
+        super().__post_init__()
+        self._check_lengths()
+        self._check_learning()
+        self._check_schedule()
+        _ = self.stages  # checks them
+
+    def _check_lengths(self) -> None:
+        rollouts, clip_len = self.rollouts, self.data.clip_len
+        if not rollouts.n_prompt < rollouts.frames:
             raise UserError(
-                f"config.rollout_frames={self.rollout_frames} counts the prompt too, so it must be "
-                f"more than config.n_prompt={self.n_prompt}"
+                f"config.rollouts.frames={rollouts.frames} counts the prompt too, so it must be "
+                f"more than config.rollouts.n_prompt={rollouts.n_prompt}"
             )
-        for name, frames in (("data.clip_len", self.data.clip_len), ("n_prompt", self.n_prompt)):
+        for name, frames in (("data.clip_len", clip_len), ("rollouts.n_prompt", rollouts.n_prompt)):
             if frames > self.model.max_frames:
                 raise UserError(
                     f"config.{name}={frames} is more than the network's window, "
                     f"config.model.max_frames={self.model.max_frames}"
                 )
-        if self.model.history and self.data.clip_len < 2:
+        if self.model.history and clip_len < 2:
             raise UserError(
-                f"config.data.clip_len={self.data.clip_len} must be 2 or more where changes are "
-                f"drawn (config.model.history={self.model.history}): one frame shows none"
+                f"config.data.clip_len={clip_len} must be 2 or more where residuals are "
+                f"generated (config.model.history={self.model.history}): one frame has none"
             )
-        if self.distil_from and self.ddim_steps > schedule.NUM_LEVELS // 2:
+
+    def _check_learning(self) -> None:
+        steps, most = self.sampler.ddim_steps, schedule.NUM_LEVELS // 2
+        if self.distil_from and steps > most:
             raise UserError(
-                f"config.ddim_steps={self.ddim_steps} must be at most {schedule.NUM_LEVELS // 2} "
+                f"config.sampler.ddim_steps={steps} must be at most {most} "
                 f"with config.distil_from: the teacher takes twice as many steps"
             )
-        if self.noise.own_share and not self.model.history:
+        if self.context.share and not self.model.history:
             raise UserError(
-                f"config.noise.own_share={self.noise.own_share} needs config.model.history ≥ 1: "
-                f"it shows the network earlier frames of its own drawing"
+                f"config.context.share={self.context.share} needs config.model.history ≥ 1: "
+                f"it shows the network context frames that it generated itself"
             )
-        if self.noise.mirror_share and not self.model.has_coinrun_actions:
+        if self.augment.mirror_share and not self.model.has_coinrun_actions:
             raise UserError(
-                f"config.noise.mirror_share={self.noise.mirror_share} needs CoinRun's actions "
+                f"config.augment.mirror_share={self.augment.mirror_share} needs CoinRun's actions "
                 f"(config.model.num_actions={NUM_ACTIONS}, action_encoding='one_hot'): of others "
-                f"it is not known which exchange left and right"
+                f"it is unknown which exchange left and right"
             )
-        self._check_clock()
-        _ = self.optimizer, self.step, self.sampler, self.noises  # these check their own fields
 
-    def _check_clock(self) -> None:
-        most = {"minutes": 1e6, "ckpt_every_minutes": 1e6, "decay_share": 1}
-        for name, high in most.items():
-            if not 0 <= getattr(self, name) <= high:
-                raise UserError(f"config.{name}={getattr(self, name)}: must be 0…{high:g}")
-        if self.minutes and self.decay_steps:
+    def _check_schedule(self) -> None:
+        minutes, decay = self.schedule.minutes, self.optimizer.decay_steps
+        if minutes and decay:
             raise UserError(
-                f"config.decay_steps={self.decay_steps} and config.minutes={self.minutes:g}: with "
-                f"minutes the learning rate falls in the last config.decay_share of them; set "
-                f"decay_steps to 0"
+                f"config.optimizer.decay_steps={decay} and config.schedule.minutes={minutes:g}: "
+                f"with minutes the learning rate falls in the last config.schedule.decay_share of "
+                f"them; set decay_steps to 0"
+            )
+        if decay and not self.schedule.max_steps:
+            raise UserError(
+                f"config.optimizer.decay_steps={decay} needs config.schedule.max_steps, the "
+                f"updates of the whole run, of which these are the last"
             )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
-        """Settings from a config's plain nested dict.
+        """Settings from a config's plain nested dict, of this version or an earlier one.
 
         Raises:
             UserError: for a key that is missing or does not exist, or a value out of range.
         """
-        sections = {"model": DiTConfig, "data": DataConfig, "noise": NoiseConfig}
-        sections |= {"wandb": WandbConfig}
-        values = dict(config)
-        for name, section in sections.items():
-            values[name] = _build(section, values.get(name, {}), f"config.{name}.")
-        settings = _build(cls, values, "config.")
+        settings = config_group.build(cls, migration.migrated(config))
         models = {
             name: _local(getattr(settings, name), name) for name in ("init_from", "distil_from")
         }
         data = dataclasses.replace(settings.data, dir=_local(settings.data.dir, "data.dir"))
         return dataclasses.replace(settings, data=data, **models)
 
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        names = (field.name for field in dataclasses.fields(OptimizerConfig))
-        return OptimizerConfig(**{name: getattr(self, name) for name in names})
+    def to_config(self) -> dict[str, Any]:
+        """The plain nested dict."""
+        return dataclasses.asdict(self)
 
     @property
-    def step(self) -> StepConfig:
-        return StepConfig(remat=self.remat, accumulate_steps=self.accumulate_steps)
+    def examples(self) -> ExampleConfig:
+        """The example settings of the first stage."""
+        return ExampleConfig(**{name: getattr(self, name) for name in STAGED})
 
     def setup(self, mesh: Mesh | None) -> TrainSetup:
-        """What the training step of the first stage is compiled for."""
-        how = dict(step=self.step, noise=self.noise, mesh=mesh)
-        return TrainSetup(network=self.model, optim=self.optimizer, **how)
+        """The setup of the first stage's training step; runs of any length share its program."""
+        decays = bool(self.optimizer.decay_steps)
+        return TrainSetup(
+            network=self.model,
+            optim=self.optimizer,
+            compute=self.compute,
+            examples=self.examples,
+            max_steps=self.schedule.max_steps if decays else 0,
+            mesh=mesh,
+        )
 
     @property
-    def noises(self) -> list[tuple[float, NoiseConfig]]:
-        """Of each stage the share of the run with which it begins, and its settings of noise.
+    def stages(self) -> list[tuple[float, ExampleConfig]]:
+        """For each stage, the share of the run at which it begins, and its settings.
 
-        A stage keeps what the ones before have set.
+        A stage keeps the settings of earlier stages.
 
         Raises:
-            UserError: `stages` are not as `configs/base.py` describes them.
+            UserError: `schedule.stages` is not valid.
         """
-        found = [(0.0, self.noise)]
-        for stage in self.stages:
-            try:
-                begin, changes = stage
-                begin, changes = float(begin), dict(changes)
-            except (TypeError, ValueError):
-                raise UserError(
-                    f"config.stages holds {stage!r}; a stage is (share of the run, settings), "
-                    f"such as (0.5, {{'noise.own_passes': 4}})"
-                ) from None
+        found = [(0.0, self.examples)]
+        for stage in self.schedule.stages:
+            begin, changes = _stage(stage)
             if not found[-1][0] < begin < 1:
                 raise UserError(
-                    f"config.stages: a stage begins at {begin:g}; shares of the run must rise, "
-                    f"between 0 and 1"
+                    f"config.schedule.stages: a stage begins at {begin:g}; shares of the run must "
+                    f"rise, between 0 and 1"
                 )
-            if other := [name for name in changes if not name.startswith("noise.")]:
-                raise UserError(
-                    f"config.stages sets {other[0]!r}; a stage may only set config.noise.…"
-                )
-            values = {name.removeprefix("noise."): value for name, value in changes.items()}
-            values = dataclasses.asdict(found[-1][1]) | values
-            found.append((begin, _build(NoiseConfig, values, "config.noise.")))
+            found.append((begin, _changed(found[-1][1], changes)))
         return found
 
     @property
     def more_passes(self) -> int:
-        """Forward passes of an update beside the one that is learned from."""
-        noise = self.noise
-        of_context = noise.own_steps + 1 if noise.own_steps else noise.own_passes
-        return of_context * bool(noise.own_share) + 2 * bool(self.distil_from)
+        """Forward passes of an update besides the one with gradients."""
+        context = self.context
+        for_context = context.steps + 1 if context.steps else context.rounds
+        return for_context * bool(context.share) + 2 * bool(self.distil_from)
 
     @property
-    def sampler(self) -> SamplerConfig:
-        """How rollouts during training are drawn: exactly as the reference does."""
-        return SamplerConfig(levels=ddim_levels(self.ddim_steps), window="exact")
+    def rollout_sampler(self) -> SamplerConfig:
+        """How rollouts during training are generated: exactly as the reference does."""
+        return SamplerConfig(levels=ddim_levels(self.sampler.ddim_steps), window="exact")
+
+
+def _stage(stage: Any) -> tuple[float, dict[str, Any]]:
+    try:
+        begin, changes = stage
+        return float(begin), dict(changes)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"config.schedule.stages holds {stage!r}; a stage is (share of the run, settings), "
+            f"such as (0.5, {{'context.steps': 2}})"
+        ) from None
+
+
+def _changed(examples: ExampleConfig, changes: Mapping[str, Any]) -> ExampleConfig:
+    if other := [name for name in changes if name.partition(".")[0] not in STAGED]:
+        raise UserError(
+            f"config.schedule.stages sets {other[0]!r}; a stage may only set "
+            f"{', '.join(f'{name}.…' for name in STAGED)}"
+        )
+    return examples.changed(changes)
 
 
 def _local(path: str, name: str) -> str:
     return str(local_path(path, f"config.{name}")) if path else path
 
 
-def _build(cls, values: Mapping[str, Any], prefix: str):
-    """`cls(**values)`, where an error names the key that is unknown, missing or mistyped."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - set(fields)):
-        raise UserError(f"there is no setting {prefix}{unknown[0]}; see configs/base.py for all")
-    if missing := sorted(set(fields) - set(values)):
-        raise UserError(f"the config lacks {prefix}{missing[0]}; see configs/base.py")
-    checked = {
-        name: _typed(values[name], field.type, prefix + name) for name, field in fields.items()
-    }
-    return cls(**checked)
+def reference() -> str:
+    """The list of all settings as a page in Markdown."""
+    plain = [f for f in dataclasses.fields(Settings) if not config_group.is_group(f.type)]
+    lines = [_REFERENCE_HEAD, *(_row((field.name, field)) for field in plain)]
+    for field in dataclasses.fields(Settings):
+        if config_group.is_group(field.type):
+            lines += ["", f"## {field.name}", "", field.type.__doc__.splitlines()[0], ""]
+            lines += [*_TABLE_HEAD, *map(_row, config_group.listed(field.type))]
+    return "\n".join(lines) + "\n"
 
 
-def _typed(value, wanted, name: str):
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if wanted in (int, float, str) and (not isinstance(value, wanted) or isinstance(value, bool)):
-        raise UserError(f"{name} must be {wanted.__name__}, not {value!r}")
-    return value
+_TABLE_HEAD = ("| Setting | Default | Meaning |", "|---|---|---|")
+_REFERENCE_HEAD = "\n".join(
+    (
+        "# Settings",
+        "",
+        "Every setting of `train.py`, with its default, from which `configs/*.py` depart. Any can "
+        "be given on the",
+        "command line: `python train.py --config configs/small.py --config.optimizer.lr=3e-4`. "
+        "This page is made by",
+        "`python -m cwm_jax.experiment.settings > docs/settings.md`.",
+        "",
+        *_TABLE_HEAD,
+    )
+)
+
+
+def _row(named: tuple[str, dataclasses.Field]) -> str:
+    name, field = named
+    rule = field.metadata
+    default = f"`{field.default!r}`" if isinstance(field.default, str) else f"{field.default!r}"
+    choices = f" (one of {', '.join(f'`{each}`' for each in rule['choices'])})" * bool(
+        rule["choices"]
+    )
+    return f"| `{name.removeprefix('config.')}` | {default} | {rule['meaning']}{choices} |"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,4 +1,4 @@
-"""Weights & Biases: the same numbers and pictures, on the web."""
+"""Reports metrics and media to Weights & Biases."""
 
 import dataclasses
 import secrets
@@ -6,48 +6,44 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cwm_jax.errors import UserError, tell
+from cwm_jax.config_group import ConfigGroup, setting
+from cwm_jax.errors import tell
 from cwm_jax.files import written_whole
 
 MODES = ("auto", "online", "offline", "disabled")
 PROJECT = "coinrun-world-model"
 RUN_ID_FILE = "wandb_run_id.txt"
-_INIT_SECONDS = 30  # how long an unreachable server may hold up the start of training …
-_FINISH_SECONDS = 120  # … and its end; what is not sent by then stays on disk for `wandb sync`
+_INIT_SECONDS = 30  # longest delay of the start of training by an unreachable server …
+_FINISH_SECONDS = 120  # … and of its end; unsent data stays on disk for `wandb sync`
 
 
-@dataclasses.dataclass(frozen=True)
-class WandbConfig:
-    """Where a run is shown.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WandbConfig(ConfigGroup):
+    """Weights & Biases; `config.logging.wandb`."""
 
-    Fields:
-        project: the W&B project; empty for that of W&B's own settings, else `PROJECT`.
-        entity: the user or team; None for the default of the account.
-        mode: "online", "offline" (kept in the workdir, to `wandb sync` later), "disabled", or
-            "auto": what W&B's own settings say (WANDB_MODE, `wandb offline`, `wandb disabled`);
-            where they say nothing, online if W&B finds credentials, else disabled.
-    """
+    PATH = "config.logging.wandb"
 
-    project: str = ""
-    entity: str | None = None
-    mode: str = "auto"
-
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise UserError(f"wandb.mode is {self.mode!r}; use one of {', '.join(MODES)}")
+    project: str = setting("", f"empty: that of W&B's own settings, else `{PROJECT}`")
+    entity: str = setting("", "user or team; empty: the default of the account")
+    mode: str = setting(
+        "auto",
+        "`offline` keeps the run in the workdir, for `wandb sync`; `auto`: what W&B's own settings "
+        "say, else online where W&B finds credentials",
+        choices=MODES,
+    )
 
 
 class WandbRun:
-    """One W&B run. Its failures are told once, loudly, and never reach the training.
+    """One W&B run. A failure is logged once, prominently, and never ends the training.
 
-    When a run is resumed, W&B still has the steps between the last checkpoint and the crash, and
-    takes none twice: they are passed over until the run is past them.
+    When a run resumes, W&B already has the steps between the last checkpoint and the crash, and
+    accepts none twice: they are skipped until the run is past them.
     """
 
     def __init__(self, run: Any):
         self._run = run
         self._first_step = run.step
-        self._well = True
+        self._works = True
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._send(step, lambda: dict(values))
@@ -71,11 +67,11 @@ class WandbRun:
             self._try(lambda: self._run.log(content(), step=step))
 
     def _try(self, action: Callable[[], Any]) -> None:
-        if self._well:
+        if self._works:
             try:
                 action()
             except Exception as error:
-                self._well = False
+                self._works = False
                 _warn(error)
 
 
@@ -85,13 +81,13 @@ def open_wandb(
     """Starts a run, or continues the workdir's own when `resuming`.
 
     Args:
-        config: where.
+        config: project, entity and mode.
         workdir: holds the run's id in `wandb_run_id.txt`, and W&B's local files.
         run_config: the settings to show with the run; a plain nested dict.
-        resuming: whether training goes on from a checkpoint of this workdir.
+        resuming: whether training resumes from a checkpoint of this workdir.
 
     Returns:
-        The run; None where W&B is disabled or could not be started (which is then said).
+        The run; None where W&B is disabled, or could not be started, which is logged.
     """
     mode = resolved_mode(config.mode)
     if mode == "disabled":
@@ -104,31 +100,31 @@ def open_wandb(
 
 
 def _init(config: WandbConfig, mode: str, workdir: Path, run_config: Mapping, resuming: bool):
-    """Starts W&B's run. What its own settings say, such as WANDB_DIR, is left to them."""
+    """Starts W&B's run. W&B's own settings, such as WANDB_DIR, take precedence."""
     import wandb  # slow to import, and not everyone uses it
 
     own = _own_settings()
-    said = own.model_fields_set
+    already_set = own.model_fields_set
     limits = dict(init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS)
     return wandb.init(
         project=config.project or own.project or PROJECT,
         entity=config.entity or None,
-        mode=None if config.mode == "auto" and "mode" in said else mode,
-        dir=None if "root_dir" in said else workdir,
+        mode=None if config.mode == "auto" and "mode" in already_set else mode,
+        dir=None if "root_dir" in already_set else workdir,
         config=dict(run_config),
         id=own.run_id or _run_id(workdir / RUN_ID_FILE, resuming),
         resume=own.resume or "allow",
-        settings=wandb.Settings(**{k: v for k, v in limits.items() if k not in said}),
+        settings=wandb.Settings(**{k: v for k, v in limits.items() if k not in already_set}),
     )
 
 
 def resolved_mode(mode: str) -> str:
-    """What "auto" comes to here: "online", "offline" or "disabled"; other modes stay."""
+    """The mode of "auto": "online", "offline" or "disabled"; other modes are unchanged."""
     if mode != "auto":
         return mode
     try:
         return _own_mode()
-    except Exception as error:  # no home folder, or a word in WANDB_… that W&B does not know
+    except Exception as error:  # no home folder, or an unknown value in WANDB_…
         tell(
             f"warning: W&B cannot read its settings, so the run is kept on this machine: "
             f"{type(error).__name__}: {error}"
@@ -146,25 +142,25 @@ def _own_mode() -> str:
 
 
 def _own_settings():
-    """W&B's settings as it reads them: variables, `wandb/settings`, and the user's own file."""
-    from wandb.sdk import wandb_setup  # of `wandb.setup()` the part that starts no process
+    """W&B's settings: variables, `wandb/settings`, and the user's own file."""
+    from wandb.sdk import wandb_setup  # the part of `wandb.setup()` that starts no process
 
     return wandb_setup.singleton().settings
 
 
 def has_api_key() -> bool:
-    """Whether W&B finds credentials for its server. Nothing is sent, and nobody is asked.
+    """Whether W&B finds credentials for its server, without network use or prompts.
 
-    Raises what W&B raises where it cannot look, or finds what is no key.
+    Raises W&B's errors where it cannot search, or finds an invalid key.
     """
     from wandb.sdk.lib import wbauth
 
-    look = dict(source="cwm_jax", prompt=False, update_session=False)
-    return wbauth.authenticate_session(host=_own_settings().base_url, **look) is not None
+    options = dict(source="cwm_jax", prompt=False, update_session=False)
+    return wbauth.authenticate_session(host=_own_settings().base_url, **options) is not None
 
 
 def _run_id(file: Path, resuming: bool) -> str:
-    """The id kept in the workdir where there is one to continue, else a new one, then kept."""
+    """The id in the workdir of a run to resume, else a new one, which is stored there."""
     if resuming and file.exists() and (kept := file.read_text(encoding="utf-8").strip()):
         return kept
     run_id = secrets.token_hex(4)
@@ -176,7 +172,7 @@ def _run_id(file: Path, resuming: bool) -> str:
 def _warn(error: Exception) -> None:
     rule = "=" * 78
     tell(
-        f"{rule}\nWARNING: W&B failed and is off for the rest of this run.\n"
+        f"{rule}\nWARNING: W&B failed and is disabled for the rest of this run.\n"
         f"  {type(error).__name__}: {error}\n"
-        f"Training goes on, and metrics.jsonl keeps every number.\n{rule}"
+        f"Training continues, and metrics.jsonl has every number.\n{rule}"
     )

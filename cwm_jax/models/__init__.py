@@ -1,1 +1,1 @@
-"""The network: arrays in, raw outputs out; nothing here knows of data or of a loss."""
+"""The network: from arrays to raw outputs, independent of data and loss."""

@@ -1,6 +1,6 @@
-"""The three ways in which tokens look at each other; softmax in float32 throughout.
+"""Spatial, causal temporal and cached attention; softmax in float32 throughout.
 
-Within clips, attention starts at the output of the qkv projection, q | k | v of N heads in one axis
+Over clips, attention starts from the output of the qkv projection, q | k | v of N heads in one axis
 of 3 · D: `along_space` and `along_time` rotate, attend and join the heads.
 """
 
@@ -16,7 +16,7 @@ KERNELS = ("auto", "xla", "cudnn", "fused")
 
 
 def check(kernel: str, dtype: str) -> None:
-    """Raises a UserError where `config.model.attention` is nothing we have, or does not fit."""
+    """Raises a UserError where `config.model.attention` is unknown or does not fit the dtype."""
     if kernel not in KERNELS:
         raise UserError(f"config.model.attention must be {', '.join(KERNELS)}, not {kernel!r}")
     if kernel in ("cudnn", "fused") and dtype == "float32":
@@ -27,16 +27,16 @@ def check(kernel: str, dtype: str) -> None:
 
 
 def check_device(kernel: str) -> None:
-    """Raises a UserError where `config.model.attention` asks for a GPU that is not here."""
+    """Raises a UserError where `config.model.attention` needs a GPU that is missing."""
     if kernel in ("cudnn", "fused") and not fuses():
         raise UserError(
             f"config.model.attention={kernel} needs an NVIDIA GPU of compute capability 8 or "
-            f"newer, and here is {jax.devices()[0].device_kind}: use auto or xla"
+            f"newer, not {jax.devices()[0].device_kind}: use auto or xla"
         )
 
 
 def candidates(dtype: jnp.dtype, head_size: int, *, lengths: tuple[int, ...]) -> tuple[str, ...]:
-    """Of `KERNELS`, those that take such numbers on a GPU that `fuses`; XLA's is the first.
+    """The `KERNELS` that support these sizes on a GPU that `fuses`; XLA's is the first.
 
     Args:
         lengths: of all sequences that attend.
@@ -52,7 +52,7 @@ def candidates(dtype: jnp.dtype, head_size: int, *, lengths: tuple[int, ...]) ->
 def fuses() -> bool:
     """Whether the device is an NVIDIA GPU of compute capability 8 or newer."""
     device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))  # AMD's names are no numbers
+    capability = str(getattr(device, "compute_capability", ""))  # not a number on AMD
     return device.platform == "gpu" and capability[:1].isdigit() and float(capability) >= 8
 
 
@@ -68,9 +68,9 @@ def along_space(qkv_BTSC, angles_SJ, *, num_heads: int, implementation: str = "x
 
     Args:
         qkv_BTSC: the projection's output, [B, T, S, 3 · D].
-        angles_SJ: of each token, float32 [S, K/2], known when a program is compiled.
+        angles_SJ: of each token, float32 [S, K/2], known at compile time.
         num_heads: N.
-        implementation: one of `KERNELS`, but for auto.
+        implementation: one of `KERNELS` except auto.
     """
     if _takes(implementation, qkv_BTSC.shape[2], qkv_BTSC, num_heads):
         frames = qkv_BTSC.reshape(-1, qkv_BTSC.shape[2], 1, qkv_BTSC.shape[-1])
@@ -82,9 +82,9 @@ def along_space(qkv_BTSC, angles_SJ, *, num_heads: int, implementation: str = "x
 
 
 def along_time(qkv_BTSC, angles_TJ, *, num_heads: int, implementation: str = "xla") -> jax.Array:
-    """Causal attention over the frames, each token place on its own → [B, T, S, D].
+    """Causal attention over the frames, separately at each token position → [B, T, S, D].
 
-    The arguments are those of `along_space`, but for the angles, which are of each frame.
+    The arguments are those of `along_space`, except the angles, which are of each frame.
     """
     if _takes(implementation, qkv_BTSC.shape[1], qkv_BTSC, num_heads):
         return _fused(qkv_BTSC, angles_TJ, num_heads, causal=True)
@@ -106,14 +106,14 @@ def _fused(qkv_RLMC, angles_LJ, num_heads: int, *, causal: bool) -> jax.Array:
 
 
 def _kernels():
-    """Imported where it is used: not every jaxlib has Pallas for GPUs."""
+    """Imported on use: not every jaxlib has Pallas for GPUs."""
     from cwm_jax.models.kernels import rotary_attention
 
     return rotary_attention
 
 
 def _without(implementation: str) -> str:
-    """What attends where the fused kernel does not fit."""
+    """The implementation where the fused kernel does not fit."""
     return "xla" if implementation == "fused" else implementation
 
 
@@ -132,9 +132,9 @@ def over_space(q_BTSNK, k_BTSNK, v_BTSNK, *, implementation: str = "xla") -> jax
 
 
 def over_time(q_BTSNK, k_BTSNK, v_BTSNK, *, implementation: str = "xla") -> jax.Array:
-    """Causal attention over the frames, each token place on its own → [B, T, S, N, K].
+    """Causal attention over the frames, separately at each token position → [B, T, S, N, K].
 
-    Token places are folded into the heads, so nothing is transposed.
+    Token positions are folded into the heads, so nothing is transposed.
     """
     fold = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
     folded = fold(q_BTSNK), fold(k_BTSNK), fold(v_BTSNK)
@@ -144,7 +144,7 @@ def over_time(q_BTSNK, k_BTSNK, v_BTSNK, *, implementation: str = "xla") -> jax.
 
 
 def _exact(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
-    """float32 has to mean float32: left alone, a GPU would multiply in TF32."""
+    """Full float32 precision: by default a GPU would multiply in TF32."""
     if dtype != jnp.float32:
         return contextlib.nullcontext()
     return jax.default_matmul_precision("highest")
@@ -153,8 +153,8 @@ def _exact(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
 def over_past(q_BSNK, k_BSNK, v_BSNK, past_k_BSNMK, past_v_BSNMK, visible_BM) -> jax.Array:
     """One new frame attends to itself and to the visible past → [B, S, N, K].
 
-    The same sum as `over_time` for the last frame, in two parts, so that the past is read where
-    it lies instead of being copied next to the new frame.
+    The same sum as `over_time` for the last frame, in two parts, so that the past is read in place
+    instead of copied next to the new frame.
     """
     scale = q_BSNK.shape[-1] ** -0.5
     exact = dict(preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)

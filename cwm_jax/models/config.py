@@ -1,4 +1,4 @@
-"""What a network is before it has any numbers: its sizes, and what it is shown and draws."""
+"""Sizes, inputs and outputs of the network."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,14 +8,13 @@ import jax.numpy as jnp
 
 from cwm_jax import controls
 from cwm_jax.coinrun import NUM_ACTIONS
+from cwm_jax.config_group import ConfigGroup, setting
 from cwm_jax.errors import UserError
 from cwm_jax.models import attention
 
-_MAY_BE_ZERO = ("history", "motion", "displacement_down", "displacement_across")
-
 
 class Reach(NamedTuple):
-    """How far a patch of `patch` × `patch` pixels may move, in pixels."""
+    """How far a patch of `patch` × `patch` pixels may be displaced, in pixels."""
 
     down: int
     across: int
@@ -28,65 +27,86 @@ class Reach(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiTConfig:
-    """Sizes of the network; `config.model` of a config file."""
+class DiTConfig(ConfigGroup):
+    """The network; `config.model` of a config file.
 
-    hidden_size: int  # D
-    depth: int  # blocks, each a spatial and a temporal half
-    num_heads: int  # N
-    patch_size: int  # pixels on a side
-    image_size: int  # pixels on a side
-    num_actions: int  # actions, or buttons; see `action_encoding`
-    max_frames: int  # window of the temporal attention
-    dtype: str  # of the matmuls: float32, bfloat16, or auto (bfloat16 on a GPU or TPU)
-    # one_hot: an action is a number; buttons: its bit i is button i, and any may be held together.
-    # The default is for checkpoints older than the setting.
-    action_encoding: str = "one_hot"
-    # Over clips: xla, cudnn, fused, or auto (see `kernel_choice`); older checkpoints lack it.
-    attention: str = "auto"
-    # Earlier frames shown beside each frame, of which then the change is drawn in units of
-    # `change_scale`; see `cwm_jax.diffusion.residual`. 0: none, the original's network. Not in the
-    # repr, from which share codes know a network: codes older than this must go on to work.
-    history: int = dataclasses.field(default=0, repr=False)
-    change_scale: float = dataclasses.field(default=0.2, repr=False)
-    # What adds the output of a half block and takes the next norm, see `layers.add_and_norm`: xla,
-    # triton (NVIDIA GPUs), or auto (see `kernel_choice`).
-    norm: str = dataclasses.field(default="auto", repr=False)
-    # Pixels by which the last frame's may move, see `cwm_jax.diffusion.warp`. 0: none are moved.
-    motion: int = dataclasses.field(default=0, repr=False)
-    # Largest displacement of a patch of `displacement_patch` pixels, down or up and across, see
-    # `cwm_jax.diffusion.displacement`. 0: none.
-    displacement_down: int = dataclasses.field(default=0, repr=False)
-    displacement_across: int = dataclasses.field(default=0, repr=False)
-    displacement_patch: int = dataclasses.field(default=4, repr=False)
-    qk_norm: bool = dataclasses.field(default=False, repr=False)  # queries and keys of RMS 1
+    Fields with `repr=False` are not in the text that share codes identify a network by: codes from
+    before these settings existed must stay readable.
+    """
+
+    PATH = "config.model"
+
+    hidden_size: int = setting(512, "D, a multiple of 4 · `num_heads`", least=1)
+    depth: int = setting(6, "blocks, each a spatial and a temporal half", least=1)
+    num_heads: int = setting(8, "attention heads, N", least=1)
+    patch_size: int = setting(8, "pixels on a side; 64 tokens a frame", least=1)
+    image_size: int = setting(64, "pixels on a side", least=1)
+    num_actions: int = setting(15, "actions, or buttons (see `action_encoding`)", least=1)
+    max_frames: int = setting(32, "frames in the window of the temporal attention", least=1)
+    dtype: str = setting(
+        "auto",
+        "of the matrix products; `auto`: bfloat16 on a GPU or TPU, else float32",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    action_encoding: str = setting(
+        "one_hot",
+        "`one_hot`: an action is a number; `buttons`: its bit i is button i, any held together",
+        choices=controls.ENCODINGS,
+    )
+    attention: str = setting(
+        "auto",
+        "kernel of the attention over clips; `fused`, `cudnn`: bfloat16 on NVIDIA; "
+        "`auto`: the fastest right one, measured",
+        choices=attention.KERNELS,
+    )
+    history: int = setting(
+        0,
+        "context frames shown beside each frame, whose residual is then generated; 0: none",
+        least=0,
+        repr=False,
+    )
+    residual_scale: float = setting(
+        0.2,
+        "with `history`: the unit of residuals (their standard deviation in CoinRun)",
+        least=1e-3,
+        most=2,
+        repr=False,
+    )
+    norm: str = setting(
+        "auto",
+        "kernel of residual addition and norm; `triton`: NVIDIA; `auto`: measured",
+        choices=("auto", "xla", "triton"),
+        repr=False,
+    )
+    warp_reach: int = setting(
+        0,
+        "with `history`: pixels by which softmax filters may warp the last frame, at most "
+        "`patch_size`; 0: no warp",
+        least=0,
+        repr=False,
+    )
+    displacement_down: int = setting(
+        0, "with `history`: largest displacement of a patch in rows …", least=0, repr=False
+    )
+    displacement_across: int = setting(
+        0, "… and in columns; both 0: no displacements", least=0, repr=False
+    )
+    displacement_patch: int = setting(
+        4, "pixels on a side that are displaced as one; divides `patch_size`", least=1, repr=False
+    )
+    qk_norm: bool = setting(False, "whether queries and keys are scaled to RMS 1", repr=False)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in _MAY_BE_ZERO else 1
-            if field.type is int and (not isinstance(value, int) or value < least):
-                raise UserError(
-                    f"config.model.{field.name} must be a whole number ≥ {least}, not {value!r}"
-                )
+        super().__post_init__()
         if self.hidden_size % (4 * self.num_heads):
             raise UserError(
                 f"config.model.hidden_size={self.hidden_size} must be a multiple of 4 · num_heads "
-                f"= {4 * self.num_heads}: a head turns half of its planes by row, half by column"
+                f"= {4 * self.num_heads}: a head rotates half of its planes by row, half by column"
             )
         if self.image_size % self.patch_size:
             raise UserError(
                 f"config.model.image_size={self.image_size} must be a multiple of "
                 f"patch_size={self.patch_size}"
-            )
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise UserError(
-                f"config.model.dtype must be auto, float32 or bfloat16, not {self.dtype!r}"
-            )
-        if self.action_encoding not in controls.ENCODINGS:
-            raise UserError(
-                f"config.model.action_encoding must be one of {', '.join(controls.ENCODINGS)}, "
-                f"not {self.action_encoding!r}"
             )
         if self.action_encoding == "buttons" and self.num_actions > controls.MAX_BUTTONS:
             raise UserError(
@@ -94,26 +114,21 @@ class DiTConfig:
                 f"{controls.MAX_BUTTONS} buttons"
             )
         attention.check(self.attention, self.dtype)
-        if self.norm not in ("auto", "xla", "triton"):
-            raise UserError(f"config.model.norm must be auto, xla or triton, not {self.norm!r}")
         if self.history >= self.max_frames:
             raise UserError(
                 f"config.model.history={self.history} must be less than the window, "
                 f"config.model.max_frames={self.max_frames}"
             )
-        if not 1e-3 <= self.change_scale <= 2:
-            raise UserError(f"config.model.change_scale={self.change_scale}: must be 0.001…2")
-        if self.motion and not self.history:
+        if self.warp_reach and not self.history:
             raise UserError(
-                f"config.model.motion={self.motion} needs config.model.history ≥ 1: what moves are "
-                f"the pixels of the last frame"
+                f"config.model.warp_reach={self.warp_reach} needs config.model.history ≥ 1: it "
+                f"warps the last frame"
             )
-        if self.motion > self.patch_size:
+        if self.warp_reach > self.patch_size:
             raise UserError(
-                f"config.model.motion={self.motion} must be at most "
+                f"config.model.warp_reach={self.warp_reach} must be at most "
                 f"config.model.patch_size={self.patch_size}"
             )
-
         self._check_displacement()
 
     def _check_displacement(self) -> None:
@@ -129,10 +144,10 @@ class DiTConfig:
                 raise UserError(
                     f"config.model.{name}={value} must be less than image_size={self.image_size}"
                 )
-        if not self.history or self.motion:
+        if not self.history or self.warp_reach:
             raise UserError(
                 f"config.model.displacement_down={down} and displacement_across={across} need "
-                f"config.model.history ≥ 1, of which they displace the last frame, and motion=0"
+                f"config.model.history ≥ 1, of which they displace the last frame, and warp_reach=0"
             )
         if self.patch_size % patch:
             raise UserError(
@@ -141,15 +156,15 @@ class DiTConfig:
 
     @property
     def reach(self) -> Reach | None:
-        """Of discrete displacements; None where there are none."""
+        """The reach of discrete displacements; None where there are none."""
         if not (self.displacement_down or self.displacement_across):
             return None
         return Reach(self.displacement_down, self.displacement_across, self.displacement_patch)
 
     @property
     def taps(self) -> int:
-        """Numbers of one softmax filter, which looks `motion` pixels to either side."""
-        return 2 * self.motion + 1
+        """Weights of one softmax filter, which reaches `warp_reach` pixels to either side."""
+        return 2 * self.warp_reach + 1
 
     @property
     def action_values(self) -> int:
@@ -158,7 +173,7 @@ class DiTConfig:
 
     @property
     def has_coinrun_actions(self) -> bool:
-        """Whether action 7 is RIGHT, and so on, as `cwm_jax.coinrun` has them."""
+        """Whether the actions are those of `cwm_jax.coinrun`."""
         return (self.num_actions, self.action_encoding) == (NUM_ACTIONS, "one_hot")
 
     @property

@@ -1,13 +1,12 @@
 """The network: a diffusion transformer whose blocks attend over space, then over time.
 
 Architecture: DiT with adaLN-zero (Peebles & Xie 2022, https://arxiv.org/abs/2212.09748), made
-spatio-temporal as in Latte (https://arxiv.org/abs/2401.03048), with a noise label for every frame
+spatio-temporal as in Latte (https://arxiv.org/abs/2401.03048), with a noise level for every frame
 as in Diffusion Forcing (Chen et al. 2024, https://arxiv.org/abs/2407.01392).
 
-The pieces are cut where sampling needs them. What a frame's noise label and action say reaches
-the tokens only through `Modulations`, which can be tabulated; and time is the only way in which
-frames touch each other, so a frame's temporal keys and values (`FrameKV`) are all that later
-frames need to know of it.
+It is split as sampling needs it. A frame's noise level and action act on its tokens only through
+`Modulations`, which can be tabulated. Frames interact only through temporal attention, so later
+frames depend on a frame only through its temporal keys and values (`FrameKV`).
 """
 
 import functools
@@ -37,20 +36,20 @@ Params = dict[str, jax.Array]  # the parameters by name, such as "blocks.0.spati
 
 SINUSOID = 256  # width of the timestep features
 MLP_RATIO = 4
-REMAT = ("none", "gelu_norm", "layer")  # what the backward pass computes again, see `DiT.clip`
+REMAT = ("none", "gelu_norm", "layer")  # what the backward pass recomputes, see `DiT.clip`
 
 
 class Modulations(NamedTuple):
-    """Everything a frame's noise label and action say to its tokens."""
+    """Conditioning of a frame's tokens on its noise level and action."""
 
     layers: jax.Array  # [..., 2 · depth, 6, D]: shift, scale, gate of attention, then of MLP
     final: jax.Array  # [..., 2, D]: shift, scale before the last linear
 
 
 class Outputs(NamedTuple):
-    """What the last layers return, float32; the last three where the network has them.
+    """Outputs of the last layers, float32; the last three where the network has them.
 
-    `cwm_jax.diffusion.denoiser` says what they mean.
+    `cwm_jax.diffusion.denoiser` defines their meaning.
     """
 
     residual: jax.Array  # [B, T, S, P · P · C], each patch's pixels
@@ -67,22 +66,22 @@ class FrameKV(NamedTuple):
 
 
 class Past(NamedTuple):
-    """Frames that a new frame looks back on: M slots of rotated keys and values for each block."""
+    """The context of a new frame: M slots of rotated keys and values for each block."""
 
     kv: FrameKV  # each [B, S, N, M, K]
     visible_BM: jax.Array  # bool: slots that hold a frame of the window
-    position_B: jax.Array  # the new frame's own place in time, int32
+    position_B: jax.Array  # the new frame's position, int32
 
 
 def _kept(function):
-    """Stands where `jax.checkpoint` might: the backward pass finds all that it needs stored."""
+    """In place of `jax.checkpoint`: everything is stored for the backward pass."""
     return function
 
 
 def sinusoid(t: jax.Array) -> jax.Array:
-    """Features of noise labels [...], float32 [..., 256]: cos, then sin, of t · 10⁴^(−i/128)."""
+    """Features of noise levels [...], float32 [..., 256]: cos, then sin, of t · 10⁴^(−i/128)."""
     half = SINUSOID // 2
-    # Rounded as in the original: labels reach 999, so one rounding moves an angle by 6e-5 rad.
+    # Rounded as in the original: levels reach 999, so one rounding changes an angle by 6e-5 rad.
     exponents = np.float32(-np.log(10_000)) * np.arange(half, dtype=np.float32) / half
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = t.astype(jnp.float32)[..., None] * frequencies
@@ -105,7 +104,7 @@ class Stream(NamedTuple):
 
 
 class AxialLayer(nnx.Module):
-    """Half a block: attention along one axis, then an MLP, each under its adaLN."""
+    """Half a block: attention along one axis, then an MLP, each with adaLN."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         size = config.hidden_size
@@ -121,7 +120,7 @@ class AxialLayer(nnx.Module):
     def project(self, stream: Stream, modulation_BT6D, *, cheap=_kept):
         """The stream, and queries, keys and values of its normed tokens, [B, T, S, 3 · D].
 
-        `cheap` wraps what costs little to compute again, here and in `finish`.
+        `cheap` wraps functions that cost little to recompute, here and in `finish`.
         """
         shift, scale = modulation_BT6D[:, :, 0], modulation_BT6D[:, :, 1]
         x_BTSD, normed = self._add_and_norm(stream, shift, scale, cheap)
@@ -129,7 +128,7 @@ class AxialLayer(nnx.Module):
         return x_BTSD, unit_rms(qkv, self.num_heads) if self.qk_norm else qkv
 
     def finish(self, x_BTSD, attended_BTSD, modulation_BT6D, *, cheap=_kept) -> Stream:
-        """Adds what attention found, then what the MLP makes of it, each through its gate."""
+        """Adds the outputs of attention and then of the MLP, each through its gate."""
         gate, shift, scale, mlp_gate = (modulation_BT6D[:, :, i] for i in (2, 3, 4, 5))
         attended = product(self.out, attended_BTSD)
         stream = Stream(x_BTSD, Update(attended, self.out.bias[...], gate))
@@ -144,7 +143,7 @@ class AxialLayer(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention over the tokens of a frame, then over the frames at each token's place."""
+    """Attention over the tokens of a frame, then over the frames at each token position."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.spatial = AxialLayer(config, rngs=rngs)
@@ -169,17 +168,17 @@ class DiT(nnx.Module):
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
         self.final_modulation = zeros_linear(config, size, 2 * size, rngs=rngs)
         self.patch_out = zeros_linear(config, size, pixels, rngs=rngs)
-        if config.motion:
+        if config.warp_reach:
             self.motion_out = zeros_linear(config, size, 2 * config.taps, rngs=rngs)
         if config.reach:
             per_token = (config.patch_size // config.displacement_patch) ** 2
             logits = per_token * config.reach.count
             self.displacement_out = zeros_linear(config, size, logits, rngs=rngs)
-        if config.motion or config.reach:
+        if config.warp_reach or config.reach:
             self.doubt_out = zeros_linear(config, size, 1, rngs=rngs)
 
     def modulations(self, t_BT: jax.Array, action_BT: jax.Array) -> Modulations:
-        """What noise labels 0…999 and actions (−1: none) say to each frame."""
+        """The modulations of each frame, from noise levels 0…999 and actions (−1: none)."""
         c = self.time_out(jax.nn.silu(self.time_in(sinusoid(t_BT))))
         c = jax.nn.silu(c + self.action(action_vectors(self.config, action_BT)))
         layers = [half.modulation(c) for b in self.blocks for half in (b.spatial, b.temporal)]
@@ -204,67 +203,67 @@ class DiT(nnx.Module):
         return patches.reshape(*frames, grid * grid, -1)
 
     def outputs(self, stream: Stream, modulations: Modulations) -> Outputs:
-        """What the last layers make of the stream after the last block."""
+        """The outputs of the last layers for the stream after the last block."""
         config = self.config
         shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
         _, modulated = add_and_norm(*stream, shift, scale, kernel=config.norm_kernel)
         exact = lambda layer: layer(modulated).astype(jnp.float32)
         return Outputs(
             residual=exact(self.patch_out),
-            log_variance=exact(self.doubt_out) if config.motion or config.reach else None,
-            filters=exact(self.motion_out) if config.motion else None,
+            log_variance=exact(self.doubt_out) if config.warp_reach or config.reach else None,
+            filters=exact(self.motion_out) if config.warp_reach else None,
             displacements=exact(self.displacement_out) if config.reach else None,
         )
 
     def pixels(self, patches_BTSX: jax.Array) -> jax.Array:
-        """Patches [B, T, S, P · P · C] to frames [B, T, H, W, C]; undoes `patches`."""
+        """Patches [B, T, S, P · P · C] to frames [B, T, H, W, C]; the inverse of `patches`."""
         frames, grid, size = patches_BTSX.shape[:2], self.config.grid, self.config.patch_size
         rows = patches_BTSX.reshape(*frames, grid, grid, size, size, 3).swapaxes(3, 4)
         return rows.reshape(*frames, grid * size, grid * size, 3)
 
     @property
-    def _how(self) -> dict:
-        """What attention over clips has to know of the network."""
+    def _attention_options(self) -> dict:
+        """Arguments of attention over clips."""
         return dict(num_heads=self.config.num_heads, implementation=self.config.attention_kernel)
 
     def _spatial(self, block: Block, stream: Stream, modulation_BT6D, *, cheap=_kept) -> Stream:
         angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)
         x_BTSD, qkv = block.spatial.project(stream, modulation_BT6D, cheap=cheap)
-        attended = attention.along_space(qkv, angles_SK, **self._how)
+        attended = attention.along_space(qkv, angles_SK, **self._attention_options)
         return block.spatial.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap)
 
     def _temporal(self, block: Block, stream: Stream, modulation_BT6D, *, cheap=_kept):
         frames = np.arange(stream.x_BTSD.shape[1])
         angles_TK = rope.temporal_angles(frames, self.config.head_size)
         x_BTSD, qkv = block.temporal.project(stream, modulation_BT6D, cheap=cheap)
-        attended = attention.along_time(qkv, angles_TK, **self._how)
+        attended = attention.along_time(qkv, angles_TK, **self._attention_options)
         _, k, v = attention.split(qkv, self.config.num_heads)
         return block.temporal.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap), k, v
 
     def clip(
         self, x_BTSD: jax.Array, modulations: Modulations, *, remat: str = "none"
     ) -> tuple[Stream, FrameKV]:
-        """All frames of a clip at once, at places 0 … T−1; also their keys [B, T, S, N, K].
+        """All frames of a clip at once, at positions 0 … T−1; also their keys [B, T, S, N, K].
 
-        `remat` is one of `REMAT`, what a backward pass computes again to save memory:
-        "gelu_norm" the norms and GELUs (no matmul), "layer" all but the input of each half block.
+        `remat` is one of `REMAT`, what a backward pass recomputes to save memory: "gelu_norm" the
+        norms and GELUs (no matmul), "layer" all but the input of each half block.
         """
         cheap = jax.checkpoint if remat == "gelu_norm" else _kept
         whole = jax.checkpoint if remat == "layer" else _kept
-        # An update that is not yet added would be a second array to store for each half block.
-        settled = (lambda x: Stream(add(*x))) if remat == "layer" else _kept
+        # A pending update would be a second array to store for each half block.
+        added = (lambda x: Stream(add(*x))) if remat == "layer" else _kept
         stream, keys, values = Stream(x_BTSD), [], []
         for i, block in enumerate(self.blocks):
             spatial = whole(functools.partial(self._spatial, block, cheap=cheap))
             temporal = whole(functools.partial(self._temporal, block, cheap=cheap))
-            stream = spatial(settled(stream), modulations.layers[:, :, 2 * i])
-            stream, k, v = temporal(settled(stream), modulations.layers[:, :, 2 * i + 1])
+            stream = spatial(added(stream), modulations.layers[:, :, 2 * i])
+            stream, k, v = temporal(added(stream), modulations.layers[:, :, 2 * i + 1])
             keys.append(k)
             values.append(v)
         return stream, FrameKV(tuple(keys), tuple(values))
 
     def frame(self, x_B1SD: jax.Array, modulations: Modulations, past: Past):
-        """One frame after a known past; also its own keys and values, each [B, S, N, K]."""
+        """One frame after its cached context; also its own keys and values, each [B, S, N, K]."""
         angles_B11K = rope.temporal_angles(past.position_B, self.config.head_size)[:, None, None]
         stream, keys, values = Stream(x_B1SD), [], []
         for i, block in enumerate(self.blocks):
@@ -284,7 +283,7 @@ class DiT(nnx.Module):
     def frame_outputs(
         self, sample_B1HWC, modulations: Modulations, past: Past, earlier_B1HWC=None
     ) -> tuple[Outputs, FrameKV]:
-        """The outputs for one frame after a known past; also its own keys and values."""
+        """The outputs for one frame after its cached context; also its own keys and values."""
         stream, kv = self.frame(self.tokens(sample_B1HWC, earlier_B1HWC), modulations, past)
         return self.outputs(stream, modulations), kv
 
@@ -307,7 +306,7 @@ class DiT(nnx.Module):
 
 @functools.lru_cache
 def _skeleton(config: DiTConfig) -> tuple[nnx.GraphDef, dict[str, tuple], dict[str, nnx.Param]]:
-    """The network without its numbers: its graph, and each parameter's path and shape by name."""
+    """The network's graph, and each parameter's path and shape by name."""
     abstract = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(random_numbers.key(0))))
     graph, state = nnx.split(abstract, nnx.Param)
     flat = nnx.to_flat_state(state)
@@ -326,12 +325,12 @@ def init(config: DiTConfig, seed: int) -> Params:
 
 
 def shapes(config: DiTConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name, shape and dtype of every parameter, without making any."""
+    """Name, shape and dtype of every parameter, without allocating any."""
     return jax.eval_shape(lambda: init(config, 0))
 
 
 def bind(config: DiTConfig, params: Params) -> DiT:
-    """The network with these parameters; cheap, made anew inside each jitted function."""
+    """The network with these parameters; cheap to create inside each jitted function."""
     graph, paths, leaves = _skeleton(config)
     return nnx.merge(
         graph, nnx.from_flat_state([(paths[n], leaves[n].replace(params[n])) for n in paths])

@@ -1,9 +1,9 @@
-"""What `config.model.attention=auto` and `config.model.norm=auto` mean in a run: measured.
+"""Chooses the kernels of `config.model.attention=auto` and `config.model.norm=auto` by measuring.
 
 On an NVIDIA GPU each available kernel computes values and gradients on small arrays, which are
 compared with a float32 formula, and is timed forward and backward on the run's own shapes. The
-fastest one that is right is taken. Outcomes are kept in `kernels.json` in the folder of compiled
-programs. On other devices, and without a run, auto is XLA's.
+fastest correct one is chosen. Results are kept in `kernels.json` in the folder of compiled
+programs. On other devices, and outside training, auto is XLA's.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ KERNELS = {"attention": ("xla", "fused", "cudnn"), "norm": ("xla", "triton")}
 
 
 def measured(network: DiTConfig, *, clips: int, frames: int) -> DiTConfig:
-    """The network with the kernels that auto means on this device; all processes must call.
+    """The network with the kernels chosen for auto on this device; all processes must call it.
 
-    Nothing that fails here ends the run: the kernel that fails is not taken.
+    A failure never ends the run: a kernel that fails is not chosen.
 
     Args:
-        clips: that a device goes through at once.
+        clips: that a device processes at once.
         frames: of a clip.
     """
     if "auto" not in (network.attention, network.norm) or not attention.fuses():
@@ -55,36 +55,36 @@ def measured(network: DiTConfig, *, clips: int, frames: int) -> DiTConfig:
 
 
 def fastest(found: Found) -> str:
-    """The candidate that takes the least time; XLA's where none has a time."""
+    """The fastest candidate; XLA's where none has a time."""
     times = {name: value for name, value in found.items() if not isinstance(value, str)}
     return min(times, key=times.get, default=FALLBACK)
 
 
 def _outcomes(network: DiTConfig, clips: int, frames: int) -> dict[str, tuple[Found, str]]:
-    """What was found for each setting that is auto, and a remark; nothing of one that failed."""
+    """Results for each setting that is auto, and a remark; none for a setting that failed."""
     outcomes: dict[str, tuple[Found, str]] = {}
     try:
         key, kept = _key(network, clips, frames), _read()
         for trial in kernel_trials.trials(network, clips=clips, frames=frames):
             found = kept.get(key, {}).get(trial.setting)
-            if _answers(found, trial):
+            if _is_result_of(found, trial):
                 outcomes[trial.setting] = found, ", measured before"
                 continue
             found = measure(trial)
             outcomes[trial.setting] = found, ""
             if all(map(is_final, found.values())):
                 _keep(key, trial.setting, found)
-    except Exception as error:  # a convenience: the run goes on with XLA's kernels
+    except Exception as error:  # optional: the run continues with XLA's kernels
         tell(f"warning: kernels could not be measured: {one_line(error)}")
     return outcomes
 
 
 def _agreed(setting: str, found: Found) -> Found:
-    """The longest time of any process for each candidate that is right at all of them."""
+    """For each candidate that is correct in all processes, its longest time."""
     if jax.process_count() == 1:
         return found
     names = KERNELS[setting]
-    # A process that could not measure rules out all but XLA's.
+    # A process without measurements excludes all but XLA's.
     times = [found.get(name, 1e9 if name == FALLBACK else math.inf) for name in names]
     mine = np.array([math.inf if isinstance(x, str) else x for x in times], np.float32)
     longest = multihost_utils.process_allgather(mine).max(0)
@@ -92,7 +92,7 @@ def _agreed(setting: str, found: Found) -> Found:
 
 
 def _key(network: DiTConfig, clips: int, frames: int) -> str:
-    """All that an outcome depends on."""
+    """Everything that the results depend on."""
     device = jax.devices()[0]
     return json.dumps(
         {
@@ -111,7 +111,7 @@ def _key(network: DiTConfig, clips: int, frames: int) -> str:
 
 
 def _code_version() -> str:
-    """Of the kernels, and of how they are measured."""
+    """A hash of the code of the kernels and of their measurement."""
     folder = Path(kernels.__file__).parent
     modules = [attention, kernel_measure, kernel_trials, layers]
     sources = [*sorted(folder.glob("*.py")), *(Path(module.__file__) for module in modules)]
@@ -125,12 +125,12 @@ def _path() -> Path | None:
 
 
 def _read() -> dict[str, dict[str, Found]]:
-    """All outcomes that are kept, by key and setting; none where the file is damaged."""
+    """All stored results, by key and setting; none where the file is damaged."""
     path = _path()
     try:
         kept = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
         if not all(isinstance(value, dict) for value in (kept, *kept.values())):
-            raise ValueError("it does not hold what was measured")
+            raise ValueError("it does not hold measurements")
     except (OSError, ValueError, AttributeError) as error:
         tell(f"warning: {path} cannot be used and is ignored: {one_line(error)}")
         return {}
@@ -147,11 +147,11 @@ def _keep(key: str, setting: str, found: Found) -> None:
         with files.written_whole(path) as temporary:
             temporary.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     except (OSError, UserError) as error:
-        tell(f"warning: what was measured of kernels is not kept: {one_line(error)}")
+        tell(f"warning: measurements of kernels could not be saved: {one_line(error)}")
 
 
-def _answers(found: object, trial: Trial) -> bool:
-    """Whether this is an outcome of the trial."""
+def _is_result_of(found: object, trial: Trial) -> bool:
+    """Whether these are results of the trial."""
     if not isinstance(found, Mapping) or set(found) != set(trial.candidates):
         return False
     return all(isinstance(value, (int, float, str)) for value in found.values())

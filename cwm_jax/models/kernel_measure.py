@@ -1,4 +1,4 @@
-"""Checks and times the candidates of a trial on the device that is here."""
+"""Checks and times the candidates of a trial on this machine's device."""
 
 import functools
 import math
@@ -12,21 +12,21 @@ import numpy as np
 from cwm_jax.models.kernel_trials import Check, Function, Timing, Trial
 from cwm_jax.runtime import device_speed
 
-_COMPILE_SECONDS = 120  # for all programs of a trial; what is not ready then is not taken
-_WRONG = "wrong: "  # begins the reason of a candidate that ran, and would do so again
+_COMPILE_SECONDS = 120  # for all programs of a trial; slower ones are not chosen
+_WRONG = "wrong: "  # prefix of a reason that holds for every run, unlike an error
 
-Found = dict[str, float | str]  # of each candidate: milliseconds, or why it cannot be taken
+Found = dict[str, float | str]  # of each candidate: milliseconds, or why it cannot be chosen
 
 
 def errors(trial: Trial, name: str) -> dict[str, float]:
-    """Of a candidate, by the name of the check; NaN where something is not finite."""
+    """Errors of a candidate by the name of the check; NaN where something is not finite."""
     programs, _ = _compile(trial._replace(timings=()), name)
     wanted = [_wanted(check, trial.dtype) for check in trial.checks]
     return dict(_errors(trial, programs, wanted))
 
 
 def measure(trial: Trial) -> Found:
-    """Milliseconds of each candidate that is right, and why each of the others cannot be taken."""
+    """Milliseconds of each correct candidate, and why each of the others cannot be chosen."""
     if len(trial.candidates) == 1:
         return {trial.candidates[0]: 0.0}
     pool = futures.ThreadPoolExecutor(len(trial.candidates))
@@ -37,7 +37,7 @@ def measure(trial: Trial) -> Found:
 
 
 def _measure(trial: Trial, pool: futures.Executor) -> Found:
-    # Compiling tries kernels on the device, which would disturb what is timed: all of it first.
+    # Compilation also runs kernels on the device, which would disturb timings: all of it first.
     programs = {name: pool.submit(_compile, trial, name) for name in trial.candidates}
     futures.wait(programs.values(), timeout=_COMPILE_SECONDS)
     wanted = [_wanted(check, trial.dtype) for check in trial.checks]
@@ -50,7 +50,7 @@ def _measure(trial: Trial, pool: futures.Executor) -> Found:
                 1e3 * _seconds(program, timing.make(name), timing, trial.dtype)
                 for program, timing in zip(timings, trial.timings, strict=True)
             )
-        except Exception as error:  # of any library; the candidate is not taken
+        except Exception as error:  # of any library; the candidate is not chosen
             found[name] = one_line(error)
     return found
 
@@ -70,7 +70,7 @@ def _compiled(function: Function, shapes: Sequence[tuple[int, ...]], dtype):
 
 
 def _both(function: Function, arguments, grads):
-    """What a function returns, and the gradients at its arguments."""
+    """The results of a function, and the gradients of its arguments."""
     results, pull = jax.vjp(function, *arguments)
     return results, pull(grads)
 
@@ -87,7 +87,7 @@ def _wanted(check: Check, dtype):
 
 
 def _fault(trial: Trial, programs, wanted) -> str | None:
-    """What is wrong with a candidate's results; None where they are right."""
+    """The fault of a candidate's results; None where they are correct."""
     found = _errors(trial, programs, wanted)
     for check, (name, error) in zip(trial.checks, found, strict=True):
         if not error <= check.near:
@@ -105,7 +105,7 @@ def _errors(trial: Trial, programs, wanted) -> Iterator[tuple[str, float]]:
 
 
 def largest_error(found, wanted) -> float:
-    """Of all arrays of a tree, relative to its root mean square; NaN where one is not finite."""
+    """The largest error of the arrays of a tree, relative to its norm; NaN if not finite."""
     errors = []
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -131,7 +131,7 @@ def _random(shapes, dtype):
 
 
 def is_final(value: float | str) -> bool:
-    """False for an error, which may be gone at the next start of a run."""
+    """False for an error, which may not occur at the next start of a run."""
     return not isinstance(value, str) or value.startswith(_WRONG)
 
 

@@ -1,7 +1,7 @@
-"""What a kernel must compute before a run may use it, and on which shapes it is timed.
+"""Trials of kernels: the checks that a kernel must pass, and the shapes it is timed on.
 
-A trial belongs to one setting of the network. Its checks have small arrays: random numbers, and
-numbers on which kernels are known to fail. Its timings have the shapes of the run.
+A trial belongs to one setting of the network. Its checks use small arrays: random numbers, and
+numbers on which kernels are known to fail. Its timings use the shapes of the run.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ Function = Callable[..., object]  # of arrays, to an array or several
 
 _CLIPS = 3  # of a check; one for each logsumexp
 _LOGSUMEXP = (-150.0, 0.0, 250.0)
-# Errors relative to the root mean square, of random and of extreme numbers.
+# Allowed errors relative to the root mean square, for random and for extreme numbers.
 _NEAR = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 5e-2)}
 
 
@@ -41,7 +41,7 @@ class Timing(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """All that is asked of the candidates for one setting."""
+    """All checks and timings of the candidates for one setting."""
 
     setting: str
     candidates: tuple[str, ...]
@@ -51,10 +51,10 @@ class Trial(NamedTuple):
 
 
 def trials(network: DiTConfig, *, clips: int, frames: int) -> Iterator[Trial]:
-    """Those of the settings that are auto, where there is a choice.
+    """The trials of the settings that are auto.
 
     Args:
-        clips: that a device goes through at once.
+        clips: that a device processes at once.
         frames: of a clip.
     """
     if network.attention == "auto":
@@ -100,7 +100,7 @@ def _attention(network: DiTConfig, clips: int, frames: int) -> Trial:
         turn, still = axis.angles_LJ, np.zeros_like(axis.angles_LJ)
         for name, angles, qkv, most in (
             ("random numbers", turn, _normal(0, _CLIPS, *row), near),
-            # Not rotated: rounded after that, scores of 250 would be off by more than 1.
+            # Not rotated: rounding after rotation would change scores of 250 by more than 1.
             ("extreme scores", still, _extreme(axis, (_CLIPS, *row), size), near_extreme),
         ):
             make = lambda name, axis=axis, angles=angles: axis.by(name, heads, angles)

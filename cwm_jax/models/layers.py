@@ -1,7 +1,7 @@
-"""The layers that blocks are made of, with the backward passes that cost least.
+"""The layers of blocks, with efficient backward passes.
 
-All compute what the textbook says; the autodiff of the plain formulas finds the same gradients
-through more passes over memory.
+All compute the textbook formulas; autodiff of these gives the same gradients with more memory
+traffic.
 """
 
 import functools
@@ -20,7 +20,7 @@ _SQRT_2_OVER_PI = 0.7978845608028654
 
 def linear(config: DiTConfig, inputs: int, outputs: int, *, rngs, **kwargs) -> nnx.Linear:
     """A linear layer in the compute dtype, its parameters in float32; Xavier uniform by default."""
-    # float32 has to mean float32: without `precision` a GPU would multiply in TF32.
+    # Without `precision` a GPU would multiply float32 in TF32.
     precision = jax.lax.Precision.HIGHEST if config.compute_dtype == jnp.float32 else None
     kwargs = {"kernel_init": nnx.initializers.xavier_uniform()} | kwargs
     return nnx.Linear(
@@ -64,14 +64,14 @@ def unit_rms(qkv_BTSC: jax.Array, num_heads: int) -> jax.Array:
 
 
 def product(layer: nnx.Linear, x: jax.Array) -> jax.Array:
-    """What `layer` makes of x [..., I] before its bias is added."""
+    """The output of `layer` for x [..., I] without its bias."""
     contracted = (((x.ndim - 1,), (0,)), ((), ()))
     kernel = layer.kernel[...].astype(layer.dtype)
     return _matrix_product(x.astype(layer.dtype), kernel, contracted, precision=layer.precision)
 
 
 class Update(NamedTuple):
-    """What a half block adds to the residual stream: gate · (product + bias)."""
+    """An update of the residual stream by a half block: gate · (product + bias)."""
 
     product_BTSD: jax.Array
     bias_D: jax.Array
@@ -96,8 +96,8 @@ def add_and_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """The residual stream with an update, and its modulated norm.
 
-    `kernel` is "xla" or "triton", one pass over memory on NVIDIA GPUs; shapes that do not fit it
-    are left to XLA.
+    `kernel` is "xla" or "triton", a fused kernel for NVIDIA GPUs; XLA computes shapes that it does
+    not support.
     """
     if kernel == "triton" and norm.fits(x_BTSD):
         return _one_pass(x_BTSD, update, shift_BTD, scale_BTD)
@@ -125,7 +125,7 @@ def _one_pass_backward(kept, grads):
     back = lambda x, like: x.reshape(like.shape).astype(like.dtype)
     of_update = None
     if update is not None:
-        # The bias has the gradient of its frames' products, summed over their tokens already.
+        # The gradient of the bias is that of the products, which is already summed over tokens.
         of_bias = (flat[1].gate_BTD.astype(jnp.float32) * sums[3]).sum(0)
         of_update = Update(
             back(of_product, added_BTSD),
@@ -167,7 +167,7 @@ def _norm_backward(kept, grad_BTSD):
     """With n = LayerNorm(x) and g the gradient at n: dx = (g − mean(g) − n · mean(g · n)) / σ."""
     x_BTSD, shift_BTD, scale_BTD = kept
     x, grad = x_BTSD.astype(jnp.float32), grad_BTSD.astype(jnp.float32)
-    # A kernel of their own: else XLA on GPU has the normed x written in float32 for `of_scale`.
+    # A separate kernel: otherwise XLA on GPU writes the normed x in float32 for `of_scale`.
     mean, inverse = jax.lax.optimization_barrier(_statistics(x))
     normed = (x - mean) * inverse
     of_normed = grad * (1 + scale_BTD[:, :, None])
@@ -188,7 +188,7 @@ modulated_norm.defvjp(lambda *args: (modulated_norm(*args), args), _norm_backwar
 def gelu(x: jax.Array) -> jax.Array:
     """GELU by tanh (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415) in the dtype of x.
 
-    Its backward pass reads x and nothing else of the forward pass.
+    Its backward pass needs only x from the forward pass.
     """
     return jax.nn.gelu(x, approximate=True)
 

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
 
-A head's K numbers are K/2 planes; position p turns plane i by an angle p · ω_i. The planes pair
+A head's K numbers are K/2 planes; position p rotates plane i by an angle p · ω_i. The planes pair
 dimension i with dimension i + K/2 ("half-split"). The PyTorch original pairs 2i with 2i + 1;
 `cwm_jax.tools.convert_torch` reorders the columns of its query and key weights to match, which
 leaves every score, and so the model, unchanged.
@@ -14,7 +14,7 @@ import numpy as np
 def temporal_angles(positions, head_size: int) -> jax.Array | np.ndarray:
     """Angles for frames: p · 10⁴^(−2i/K), float32 [..., K/2], for positions [...] (whole, ≥ 0).
 
-    Positions that are no jax array are known when a program is compiled, and so are their angles.
+    Positions that are not a jax array are compile-time constants, and so are their angles.
     """
     numpy = jnp if isinstance(positions, jax.Array) else np
     return numpy.asarray(positions, np.float32)[..., None] * temporal_frequencies(head_size)
@@ -34,7 +34,7 @@ def spatial_frequencies(head_size: int) -> np.ndarray:
 def spatial_angles(grid: int, head_size: int) -> np.ndarray:
     """Angles for the tokens of a frame, float32 [grid · grid, K/2], row by row.
 
-    The first K/4 planes turn by the row, the others by the column ("pixel" frequencies: π · 1 …
+    The first K/4 planes rotate by the row, the others by the column ("pixel" frequencies: π · 1 …
     π · 128 over positions −1 … 1, so neighbours differ even in the slowest plane).
     """
     line = _linspace(-1, 1, grid)[:, None] * spatial_frequencies(head_size)
@@ -46,7 +46,7 @@ def spatial_angles(grid: int, head_size: int) -> np.ndarray:
 def _linspace(first: float, last: float, count: int) -> np.ndarray:
     """float32 linspace as the original rounds it: a float32 step, taken from the nearer end.
 
-    Angles reach 400 rad, where one rounding more or less moves a plane by 3e-5 rad.
+    Angles reach 400 rad, where one rounding changes the angle by 3e-5 rad.
     """
     step = np.float64(np.float32((last - first) / max(count - 1, 1)))
     index = np.arange(count)
@@ -55,7 +55,7 @@ def _linspace(first: float, last: float, count: int) -> np.ndarray:
 
 
 def rotate(x: jax.Array, angles) -> jax.Array:
-    """Turns the planes of x [..., K] by angles [..., K/2] (broadcast); keeps the dtype of x."""
+    """Rotates the planes of x [..., K] by angles [..., K/2] (broadcast); keeps the dtype of x."""
     cos, sin = cos_sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -63,7 +63,7 @@ def rotate(x: jax.Array, angles) -> jax.Array:
 
 
 def cos_sin(angles):
-    """Cosines and sines of angles, float32; constants where the angles are."""
+    """Cosines and sines of angles, float32; constants if the angles are constants."""
     if isinstance(angles, np.ndarray):
         exact = angles.astype(np.float64)
         return np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)

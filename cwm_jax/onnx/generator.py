@@ -106,7 +106,7 @@ class Graphs:
         sample = "frames"
         if config.history:
             residual = nodes("Sub", "frames", self._last(nodes))
-            sample = nodes("Div", residual, np.float32(config.change_scale))
+            sample = nodes("Div", residual, np.float32(config.residual_scale))
         _, kv = net.blocks(net.tokens(sample, self._earlier), kv_alone=True)
         shape = ("T", config.tokens, config.num_heads, config.head_size)
         names = [f"new_{name}" for name in self._kv_names]
@@ -164,7 +164,7 @@ class Graphs:
         config = self._config
         frame = sample
         if config.history:
-            residual = nodes.mul(sample, np.float32(config.change_scale))
+            residual = nodes.mul(sample, np.float32(config.residual_scale))
             frame = nodes.add(self._last(nodes), residual)
             frame = nodes("Clip", frame, np.float32(-1), np.float32(1))
         shape = ("T", config.image_size, config.image_size, 3)

@@ -25,17 +25,17 @@ class Prediction:
         pixels = config.patch_size**2 * 3
         part = lambda start, stop: nodes.slice(outputs, 2, start, stop)
         self._residual = part(0, pixels)
-        if config.motion or config.reach:
+        if config.warp_reach or config.reach:
             self._log_variance = part(pixels, pixels + 1)
             self._logits = part(pixels + 1, np.iinfo(np.int32).max)
 
     def velocity(self, sample: str, last: str | None, alpha_bar) -> str:
         """The velocity of noisy samples in patches; see `Denoiser.velocity`."""
-        if not (self._config.motion or self._config.reach):
+        if not (self._config.warp_reach or self._config.reach):
             return self._residual
         nodes, one = self._nodes, np.float32(1)
-        guess = self._filtered(last) if self._config.motion else self._displaced(last)
-        guess = nodes("Div", guess, np.float32(self._config.change_scale))
+        guess = self._filtered(last) if self._config.warp_reach else self._displaced(last)
+        guess = nodes("Div", guess, np.float32(self._config.residual_scale))
         variance = nodes(
             "Exp", nodes("Clip", self._log_variance, *map(np.float32, warp.LOG_VARIANCES))
         )
@@ -81,7 +81,7 @@ class Prediction:
     def _filtered(self, last: str) -> str:
         """How each patch, seen through its two filters, differs from `last`; see `warp.change`."""
         nodes, config = self._nodes, self._config
-        reach, patch, size = config.motion, config.patch_size, config.image_size
+        reach, patch, size = config.warp_reach, config.patch_size, config.image_size
         wide = patch + 2 * reach
         starts = np.arange(0, size, patch)
         line = np.clip(starts[:, None] + np.arange(-reach, patch + reach), 0, size - 1)

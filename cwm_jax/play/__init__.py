@@ -1,1 +1,1 @@
-"""Playing inside the model: sessions, the device they share, and the page in the browser."""
+"""Interactive play: sessions, the device that they share, and the page in the browser."""

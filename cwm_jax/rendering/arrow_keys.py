@@ -1,4 +1,4 @@
-"""The small picture of the arrow keys an action holds down, and the colours all pictures share."""
+"""Renders the arrow keys that an action holds, and defines the colours of all pictures."""
 
 import functools
 
@@ -16,7 +16,7 @@ BRIGHT = (226, 230, 238)
 ACCENT = (247, 185, 66)  # the gold of the coin
 
 MIN_WIDTH = 64
-_OVERSAMPLING = 8  # shapes are drawn this much larger, then reduced: smooth edges at any size
+_OVERSAMPLING = 8  # shapes are rendered this much larger, then reduced: smooth edges at any size
 _PLACES = {"up": (1, 0), "left": (0, 1), "down": (1, 1), "right": (2, 1)}  # column, row
 _ARROWS = {  # triangles in a key's unit square
     "up": ((0.5, 0.32), (0.7, 0.64), (0.3, 0.64)),
@@ -28,7 +28,7 @@ _ARROWS = {  # triangles in a key's unit square
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own scalable font, so that no system font is needed; `size` in pixels."""
+    """Pillow's own scalable font, so no system font is needed; `size` in pixels."""
     return ImageFont.load_default(size=size)
 
 
@@ -37,7 +37,7 @@ def keyboard_panel(action: int, *, width: int = 128) -> np.ndarray:
     """The arrow keys with the held ones lit, and the action's name beneath.
 
     Args:
-        action: 0…14; anything else, such as `NO_ACTION`, lights nothing and reads as a dash.
+        action: 0…14; anything else, such as `NO_ACTION`, lights nothing and is shown as a dash.
         width: pixels, at least 64.
 
     Returns:
@@ -64,12 +64,12 @@ def keyboard_panel(action: int, *, width: int = 128) -> np.ndarray:
 
 
 def shown_name(action: int) -> str:
-    """The action's name in letters that the font has: it has no dash."""
+    """The action's name in characters of the font, which has no dash."""
     return coinrun.action_name(action).replace("–", "-")
 
 
 def panel_height(width: int) -> int:
-    """Pixels a `keyboard_panel` of this width is high; always even."""
+    """The height of a `keyboard_panel` of this width in pixels; always even."""
     key, gap, text_size = _sizes(width)
     height = gap + 2 * key + gap + round(1.9 * text_size)
     return height + height % 2
@@ -85,12 +85,12 @@ def _arrow_keys(held: coinrun.Keys, key: int, gap: int) -> Image.Image:
     pitch = key + gap
     size = (2 * pitch + key, pitch + key)
     big = Image.new("RGB", tuple(side * _OVERSAMPLING for side in size), BACKDROP)
-    draw = ImageDraw.Draw(big)
+    canvas = ImageDraw.Draw(big)
     for name, (column, row) in _PLACES.items():
         lit = getattr(held, name)
         left, top = column * pitch * _OVERSAMPLING, row * pitch * _OVERSAMPLING
         side = key * _OVERSAMPLING
-        draw.rounded_rectangle(
+        canvas.rounded_rectangle(
             (left, top, left + side - 1, top + side - 1),
             radius=side * 0.22,
             fill=ACCENT if lit else KEY_FACE,
@@ -98,5 +98,5 @@ def _arrow_keys(held: coinrun.Keys, key: int, gap: int) -> Image.Image:
             width=_OVERSAMPLING,
         )
         arrow = [(left + x * side, top + y * side) for x, y in _ARROWS[name]]
-        draw.polygon(arrow, fill=BACKDROP if lit else DIM)
+        canvas.polygon(arrow, fill=BACKDROP if lit else DIM)
     return big.resize(size, Image.Resampling.BOX)

@@ -1,4 +1,4 @@
-"""Real and generated frames laid out side by side: for film, with the keys, and as stills."""
+"""Real and generated frames side by side: images of a video with keys, and contact sheets."""
 
 import dataclasses
 import functools
@@ -15,19 +15,19 @@ from cwm_jax.errors import UserError
 from cwm_jax.rendering import key_panel
 from cwm_jax.rendering.arrow_keys import ACCENT, BACKDROP, BRIGHT, DIM, LINE, font
 
-GAP = 6  # pixels around every picture; the border that marks a prompt frame is drawn in it
+GAP = 6  # pixels around every picture, also for the border that marks a prompt frame
 BORDER = 2
 GUTTER = 22  # the strip at the left that holds the words "real" and "generated"
 FOOTER = 28
-MAX_SIDE = 4096  # pixels; hardware decoders of H.264 commonly stop here
-FEW = 8  # up to so many samples stand in one row
+MAX_SIDE = 4096  # pixels; the usual limit of hardware decoders of H.264
+FEW = 8  # up to so many samples are in one row
 _TEXT = 12
 _COINRUN = controls.procgen("coinrun")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """Where everything stands in one frame of a film of several samples.
+    """Layout of a video image of several samples.
 
     Each sample is a column: the real frame (where there is one) over the generated frame over
     the keys. More than a few samples wrap into a grid of rows.
@@ -38,7 +38,7 @@ class Sheet:
         with_real: whether real frames are shown.
         scale: whole number by which frames are enlarged.
         columns: samples in one row of the grid.
-        known: what the game is played with, whose keys are shown.
+        known: the game's controls, whose keys are shown.
     """
 
     samples: int
@@ -58,7 +58,7 @@ class Sheet:
         scale: int = 3,
         known: Controls = _COINRUN,
     ) -> "Sheet":
-        """The sheet for so many samples, at `scale` or as much less as `MAX_SIDE` demands.
+        """The sheet for so many samples, at `scale` or the largest smaller scale within `MAX_SIDE`.
 
         Raises:
             UserError: they do not fit even unscaled.
@@ -74,19 +74,19 @@ class Sheet:
             if max(sheet.shape[:2]) <= MAX_SIDE:
                 return sheet
         raise UserError(
-            f"{samples} samples do not fit in one film of {MAX_SIDE}×{MAX_SIDE} pixels; "
+            f"{samples} samples do not fit in one video of {MAX_SIDE}×{MAX_SIDE} pixels; "
             "write fewer samples to a file"
         )
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[height, width, 3] of one film frame; both sides are even, as yuv420p wants."""
+        """[height, width, 3] of a video image; both sides are even, as yuv420p needs."""
         tile_height, tile_width = self._tile
         height = GAP + math.ceil(self.samples / self.columns) * tile_height + FOOTER
         width = GUTTER + self.columns * tile_width
         return height + height % 2, width + width % 2, 3
 
-    def draw(
+    def render(
         self,
         generated_BHWC: np.ndarray,
         actions_B: np.ndarray,
@@ -95,37 +95,37 @@ class Sheet:
         given: bool = False,
         caption: str = "",
     ) -> np.ndarray:
-        """One film frame.
+        """One video image.
 
         Args:
             generated_BHWC: uint8 frames, one a sample.
             actions_B: the action that led into each frame; -1 for none.
             real_BHWC: uint8 frames as they really were, where the sheet is `with_real`.
-            given: these frames are the prompt, not the model's work: they get a border.
+            given: the frames are from the prompt, not generated: they get a border.
             caption: shown at the bottom.
 
         Returns:
             uint8 [*shape].
         """
-        film = self._background.copy()
+        page = self._background.copy()
         frame_height, frame_width = (side * self.scale for side in self.frame_shape)
         for sample in range(self.samples):
             y, x = self._corner(sample)
             if self.with_real:
-                _paste(film, enlarged(real_BHWC[sample], self.scale), y, x)
+                _paste(page, enlarged(real_BHWC[sample], self.scale), y, x)
                 y += frame_height + GAP
             if given:
-                _border(film, y, x, frame_height, frame_width)
-            _paste(film, enlarged(generated_BHWC[sample], self.scale), y, x)
+                _border(page, y, x, frame_height, frame_width)
+            _paste(page, enlarged(generated_BHWC[sample], self.scale), y, x)
             action = int(actions_B[sample])
-            panel = key_panel.draw(self.known, action, width=max(frame_width, 64))
-            _paste(film, panel, y + frame_height + GAP, x)
-        _paste(film, _footer(film.shape[1], caption, given), film.shape[0] - FOOTER, 0)
-        return film
+            panel = key_panel.render(self.known, action, width=max(frame_width, 64))
+            _paste(page, panel, y + frame_height + GAP, x)
+        _paste(page, _footer(page.shape[1], caption, given), page.shape[0] - FOOTER, 0)
+        return page
 
     @property
     def _tile(self) -> tuple[int, int]:
-        """Height and width one sample takes, with the gaps after it."""
+        """Height and width of one sample, with the gaps after it."""
         height, width = (side * self.scale for side in self.frame_shape)
         panel = key_panel.height(self.known, max(width, 64))
         return (height + GAP) * (1 + self.with_real) + panel + GAP, max(width, 64) + GAP
@@ -137,20 +137,20 @@ class Sheet:
 
     @functools.cached_property
     def _background(self) -> np.ndarray:
-        """What stays the same in every frame: the words at the left and the thin lines."""
-        film = Image.new("RGB", self.shape[1::-1], BACKDROP)
+        """The constant part of every image: the words at the left and the thin lines."""
+        page = Image.new("RGB", self.shape[1::-1], BACKDROP)
         frame_height = self.frame_shape[0] * self.scale
         tile_height = self._tile[0]
-        draw = ImageDraw.Draw(film)
+        canvas = ImageDraw.Draw(page)
         words = ("real", "generated") if self.with_real else ("generated",)
         for row in range(math.ceil(self.samples / self.columns)):
             top = GAP + row * tile_height
             for word in words:
-                _write_upright(film, word, top, frame_height)
+                _write_upright(page, word, top, frame_height)
                 top += frame_height + GAP
             bottom = GAP + (row + 1) * tile_height - GAP // 2 - 1
-            draw.line((GUTTER, bottom, film.width - GAP - 1, bottom), fill=LINE)
-        return np.array(film)
+            canvas.line((GUTTER, bottom, page.width - GAP - 1, bottom), fill=LINE)
+        return np.array(page)
 
 
 def side_by_side(
@@ -161,28 +161,28 @@ def side_by_side(
     n_prompt: int = 0,
     scale: int = 3,
 ) -> Iterator[np.ndarray]:
-    """Film frames, drawn one at a time as they are asked for.
+    """Video images, rendered one at a time on demand.
 
     Args:
         real: uint8 [B, T, H, W, 3], or None to show generated frames alone.
-        generated: uint8 [B, T, H, W, 3]; its first `n_prompt` frames are those that were given.
+        generated: uint8 [B, T, H, W, 3]; its first `n_prompt` frames were given.
         actions: int [B, T], the action that led into each frame; -1 for none.
         n_prompt: how many frames were given rather than generated; they get a border.
-        scale: whole number by which frames are enlarged, if so many samples fit at it.
+        scale: whole number by which frames are enlarged, if the samples fit.
 
     Returns:
         An iterator of T uint8 images [H', W', 3] with even sides, for `write_mp4`.
 
     Raises:
-        UserError: shapes or dtypes disagree, or there are too many samples for one film.
+        UserError: shapes or dtypes disagree, or there are too many samples for one video.
     """
     _checked(real, generated)
     samples, length = generated.shape[:2]
     if actions.shape != (samples, length):
-        raise UserError(f"actions are {actions.shape}; one a frame would be {(samples, length)}")
+        raise UserError(f"actions are {actions.shape}; they must be {(samples, length)}")
     sheet = Sheet.fitting(samples, generated.shape[2:4], with_real=real is not None, scale=scale)
     return (
-        sheet.draw(
+        sheet.render(
             generated[:, t],
             actions[:, t],
             real_BHWC=None if real is None else real[:, t],
@@ -201,13 +201,12 @@ def grid(
     scale: int = 2,
     max_columns: int = 12,
 ) -> np.ndarray:
-    """A sheet of stills: for each sample a row of real frames over a row of generated ones.
+    """A contact sheet: for each sample a row of real frames over a row of generated ones.
 
     Args:
         real, generated, n_prompt: as for `side_by_side`.
         scale: whole number by which frames are enlarged.
-        max_columns: when there are more frames than this, so many of them evenly spaced, the
-            first and the last among them.
+        max_columns: of more frames, so many are shown, evenly spaced from the first to the last.
 
     Returns:
         uint8 image [H', W', 3]; the numbers above the columns count frames from 1.
@@ -239,12 +238,12 @@ def grid(
 
 
 def enlarged(frame: np.ndarray, scale: int) -> np.ndarray:
-    """Every pixel of [H, W, 3] as a square of `scale` × `scale`: pixel art stays crisp."""
+    """Enlarges [H, W, 3] by repeating pixels: pixel art stays sharp."""
     return repeat(frame, "h w c -> (h down) (w across) c", down=scale, across=scale)
 
 
 def _checked(real, generated) -> list[tuple[str, np.ndarray]]:
-    """The rows of pictures there are, by name, once they are known to fit each other."""
+    """The rows of pictures by name, after checking that their shapes match."""
     kinds = (
         [("generated", generated)] if real is None else [("real", real), ("generated", generated)]
     )
@@ -257,7 +256,7 @@ def _checked(real, generated) -> list[tuple[str, np.ndarray]]:
         ):
             raise UserError(
                 f"{name} frames are {frames.dtype} {frames.shape}; "
-                "they would have to be uint8 [samples, time, height, width, 3]"
+                "they must be uint8 [samples, time, height, width, 3]"
             )
     if real is not None and real.shape != generated.shape:
         raise UserError(f"real frames are {real.shape} and generated ones {generated.shape}")
@@ -270,12 +269,12 @@ def _paste(canvas: np.ndarray, picture: np.ndarray, y: int, x: int) -> None:
 
 
 def _border(canvas: np.ndarray, y: int, x: int, height: int, width: int) -> None:
-    """An accent border around where a picture of this size will be pasted."""
+    """Paints a border around the place of a picture of this size."""
     canvas[y - BORDER : y + height + BORDER, x - BORDER : x + width + BORDER] = ACCENT
 
 
 def _write_upright(canvas: Image.Image, word: str, top: int, height: int) -> None:
-    """A word in the gutter, read from below, centred beside a picture."""
+    """Writes a vertical word in the gutter, centred beside a picture."""
     strip = Image.new("RGB", (height, GUTTER - BORDER), BACKDROP)
     place = (height / 2, strip.height / 2)
     ImageDraw.Draw(strip).text(place, word, DIM, font(_TEXT), anchor="mm")
@@ -284,9 +283,9 @@ def _write_upright(canvas: Image.Image, word: str, top: int, height: int) -> Non
 
 def _footer(width: int, caption: str, given: bool) -> np.ndarray:
     footer = Image.new("RGB", (width, FOOTER), BACKDROP)
-    draw = ImageDraw.Draw(footer)
-    draw.text((GUTTER, FOOTER / 2), caption, BRIGHT, font(_TEXT), anchor="lm")
+    canvas = ImageDraw.Draw(footer)
+    canvas.text((GUTTER, FOOTER / 2), caption, BRIGHT, font(_TEXT), anchor="lm")
     if given:
         after = GUTTER + font(_TEXT).getlength(caption + "  ")
-        draw.text((after, FOOTER / 2), "given", ACCENT, font(_TEXT), anchor="lm")
+        canvas.text((after, FOOTER / 2), "given", ACCENT, font(_TEXT), anchor="lm")
     return np.array(footer)

@@ -1,4 +1,4 @@
-"""The picture of what is pressed in any game: arrow keys for Procgen's, else every key by name."""
+"""Renders the pressed keys of any game: arrow keys for Procgen's, else every key by name."""
 
 import functools
 
@@ -14,11 +14,11 @@ _NAME = 30  # height of the line with the action's name
 
 
 @functools.lru_cache(maxsize=1024)
-def draw(known: Controls, action: int, *, width: int) -> np.ndarray:
+def render(known: Controls, action: int, *, width: int) -> np.ndarray:
     """A game's keys with the held ones lit, and the action's name beneath.
 
     Args:
-        action: as the data has it; `NO_ACTION` lights nothing.
+        action: as in the data; `NO_ACTION` lights nothing.
         width: pixels, at least 64.
 
     Returns:
@@ -36,23 +36,23 @@ def draw(known: Controls, action: int, *, width: int) -> np.ndarray:
             ink = arrow_keys.BACKDROP if lit else arrow_keys.DIM
             picture.rounded_rectangle((left, top, right, top + _CAP), 4, face, arrow_keys.KEY_EDGE)
             spot = ((left + right) / 2, top + _CAP / 2)
-            text.draw(picture, spot, control.name, ink, 11, most=right - left - 4)
+            text.render(picture, spot, control.name, ink, 11, most=right - left - 4)
     spot = (width / 2, panel.height - 12)
-    text.draw(picture, spot, known.name(action), arrow_keys.BRIGHT, 13, most=width - 8)
+    text.render(picture, spot, known.name(action), arrow_keys.BRIGHT, 13, most=width - 8)
     pixels = np.array(panel)
     pixels.setflags(write=False)  # the cache hands the same array to every caller
     return pixels
 
 
 def height(known: Controls, width: int) -> int:
-    """Pixels that a panel of this width is high; always even."""
+    """The height of a panel of this width in pixels; always even."""
     if known.is_procgen:
         return arrow_keys.panel_height(width)
     return len(_lines(known, width)) * _PITCH + _NAME
 
 
 def _lines(known: Controls, width: int) -> list[list[tuple[float, float, Control]]]:
-    """Where each key stands, left and right, in lines as wide as the panel."""
+    """The left and right edges of each key, in lines as wide as the panel."""
     lines, left = [[]], 4.0
     for control in known.controls:
         right = left + text.width(control.name, 11) + 12

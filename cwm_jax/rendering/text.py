@@ -1,7 +1,7 @@
-"""Words on pictures in any script: no two letters look the same for want of a font.
+"""Renders text of any script on pictures.
 
-Pillow's own font comes first, then matplotlib's, then one of the system's. A letter that none of
-them has is written as its Unicode number, such as 8DF3.
+The fonts are Pillow's own, then matplotlib's, then the system's. A character that none of them has
+is rendered as its Unicode number, such as 8DF3, so that names stay distinct.
 """
 
 import functools
@@ -14,23 +14,25 @@ from pathlib import Path
 from PIL import ImageDraw, ImageFont
 
 _SMALLEST = 6  # pixels; smaller text cannot be read
-_IN_NO_FONT = "\U0010ffff"  # no character, so it is drawn as fonts draw what they lack
-_SECONDS = 10  # for the system to list its fonts
+_IN_NO_FONT = "\U0010ffff"  # not a character: rendered like any character that a font lacks
+_SECONDS = 10  # limit for the system to list its fonts
 
 
 def width(words: str, size: int) -> float:
-    """Pixels that words take at this size."""
+    """The width of a text at this size in pixels."""
     return sum(font.getlength(run) for font, run in _runs(words, size))
 
 
-def draw(picture: ImageDraw.ImageDraw, spot, words: str, ink, size: int, *, anchor="mm", most=None):
-    """Writes words.
+def render(
+    picture: ImageDraw.ImageDraw, spot, words: str, ink, size: int, *, anchor="mm", most=None
+):
+    """Renders a text.
 
     Args:
         spot: x and y of the anchor.
         size: in pixels.
-        anchor: "mm", the middle of the words, or "lm", the middle of their left side.
-        most: pixels that there are; longer words are written smaller.
+        anchor: "mm", the middle of the text, or "lm", the middle of its left side.
+        most: available pixels; longer text is rendered smaller.
     """
     while most is not None and size > _SMALLEST and width(words, size) > most:
         size -= 1
@@ -45,7 +47,7 @@ def draw(picture: ImageDraw.ImageDraw, spot, words: str, ink, size: int, *, anch
 
 
 def _runs(words: str, size: int) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
-    """The words in pieces that one font can write."""
+    """Splits the words into runs of one font."""
     font, run = _usual(size), ""
     for letter in unicodedata.normalize("NFC", words):
         able, shown = _written(letter, size)
@@ -58,8 +60,8 @@ def _runs(words: str, size: int) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]
 
 @functools.lru_cache(maxsize=4096)
 def _written(letter: str, size: int) -> tuple[ImageFont.FreeTypeFont, str]:
-    """A font that has the letter, and the letter; else the usual font, and the letter's number."""
-    if unicodedata.category(letter)[0] != "C":  # control characters and the like draw nothing
+    """A font that has the letter, and the letter; else the default font and its number."""
+    if unicodedata.category(letter)[0] != "C":  # control characters have no shape
         for font in _fonts(letter, size):
             if letter.isspace() or _has(font, letter):
                 return font, letter
@@ -77,13 +79,13 @@ def _fonts(letter: str, size: int) -> Iterator[ImageFont.FreeTypeFont]:
     for path in _of_system(letter):
         try:
             yield ImageFont.truetype(path, size)
-        except OSError:  # pictures of one size, as colour emoji are
+        except OSError:  # fonts of one size only, such as colour emoji
             continue
 
 
 @functools.cache
 def _of_matplotlib(size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib  # only where it is wanted: most names need Pillow's own font alone
+    import matplotlib  # imported on use: most names need only Pillow's font
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     return ImageFont.truetype(path, size)
@@ -91,7 +93,7 @@ def _of_matplotlib(size: int) -> ImageFont.FreeTypeFont:
 
 @functools.cache
 def _of_system(letter: str) -> tuple[str, ...]:
-    """Files of the system's fonts that should have the letter; none where it cannot list them."""
+    """Font files of the system with the letter; none where it cannot list them."""
     if not (program := shutil.which("fc-list")):
         return ()
     command = [program, "--format", "%{file}\n", f":charset={ord(letter):x}"]

@@ -1,4 +1,4 @@
-"""Pictures to files and back: films (mp4, GIF) and stills (PNG)."""
+"""Writes and reads videos (mp4, GIF) and pictures (PNG)."""
 
 import os
 from collections.abc import Iterable
@@ -14,13 +14,13 @@ _BT709 = {"dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
 
 
 def write_mp4(path: str | os.PathLike, frames: Iterable[np.ndarray], *, fps: int) -> None:
-    """Writes H.264 that plays in browsers and on telephones, whole or not at all.
+    """Writes an H.264 video for browsers and phones, atomically.
 
-    Frames are encoded as they come, so that whoever makes them need not keep them; near-lossless
-    (CRF 17), yuv420p, BT.709, with the index at the front of the file.
+    Frames are encoded one by one, so they need not be kept; near-lossless (CRF 17), yuv420p,
+    BT.709, with the index at the front of the file.
 
     Args:
-        path: where to write; folders are made.
+        path: where to write; folders are created.
         frames: uint8 images [H, W, 3], all of one size, both sides even; at least one.
         fps: frames a second.
 
@@ -31,7 +31,7 @@ def write_mp4(path: str | os.PathLike, frames: Iterable[np.ndarray], *, fps: int
     av = _pyav()
     with (
         written_whole(path) as temporary,
-        av.open(_no_address(temporary), "w", format="mp4", options=_INDEX_FIRST) as container,
+        av.open(_absolute(temporary), "w", format="mp4", options=_INDEX_FIRST) as container,
     ):
         stream = None
         for frame in frames:
@@ -39,30 +39,30 @@ def write_mp4(path: str | os.PathLike, frames: Iterable[np.ndarray], *, fps: int
                 stream = _h264_stream(av, container, frame, fps)
             if frame.shape != (stream.height, stream.width, 3) or frame.dtype != np.uint8:
                 raise UserError(
-                    f"{path}: a frame is {frame.dtype} {frame.shape} in a film of "
+                    f"{path}: a frame is {frame.dtype} {frame.shape} in a video of "
                     f"uint8 {(stream.height, stream.width, 3)}"
                 )
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(stream.encode(picture.reformat(format="yuv420p", **_BT709)))
         if stream is None:
-            raise UserError(f"{path}: there are no frames to write; a film has at least one")
+            raise UserError(f"{path}: there are no frames to write; a video has at least one")
         container.mux(stream.encode(None))
 
 
-def write_film(path: str | os.PathLike, frames: Iterable[np.ndarray], *, fps: int) -> None:
+def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], *, fps: int) -> None:
     """`write_gif` where the path ends in .gif, else `write_mp4`."""
     write = write_gif if os.fspath(path).lower().endswith(".gif") else write_mp4
     write(path, frames, fps=fps)
 
 
 def write_gif(path: str | os.PathLike, frames: Iterable[np.ndarray], *, fps: int) -> None:
-    """Writes an animated picture that repeats for ever, whole or not at all.
+    """Writes an endlessly repeating GIF, atomically.
 
-    256 colours, the same for all frames; a frame stands for a whole number of 10 ms, so the film
-    runs at 14.3 frames a second where 15 are asked for, and at no more than 50.
+    256 colours, the same for all frames; a frame lasts a whole number of 10 ms, so the video has
+    14.3 frames a second for `fps` 15, and at most 50.
 
     Args:
-        path: where to write; folders are made.
+        path: where to write; folders are created.
         frames: uint8 images [H, W, 3], all of one size; at least one.
         fps: frames a second.
 
@@ -72,7 +72,7 @@ def write_gif(path: str | os.PathLike, frames: Iterable[np.ndarray], *, fps: int
     with written_whole(path) as temporary:
         images = [Image.fromarray(frame) for frame in frames]
         if not images:
-            raise UserError(f"{path}: there are no frames to write; a film has at least one")
+            raise UserError(f"{path}: there are no frames to write; a video has at least one")
         shown = np.concatenate([np.asarray(image) for image in images[:: len(images) // 16 + 1]])
         palette = Image.fromarray(shown).quantize(256)
         first, *rest = (im.quantize(palette=palette, dither=Image.Dither.NONE) for im in images)
@@ -88,21 +88,21 @@ def write_gif(path: str | os.PathLike, frames: Iterable[np.ndarray], *, fps: int
 
 
 def read_mp4(path: str | os.PathLike) -> np.ndarray:
-    """All frames of a film, uint8 [T, H, W, 3].
+    """All frames of a video, uint8 [T, H, W, 3].
 
     Raises:
-        UserError: there is no film to read at `path`.
+        UserError: there is no readable video at `path`.
     """
     av = _pyav()
     try:
-        with av.open(_no_address(path)) as container:
+        with av.open(_absolute(path)) as container:
             return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
     except (av.FFmpegError, OSError, IndexError, ValueError) as error:
-        raise UserError(f"cannot read a film from {path}: {error}") from error
+        raise UserError(f"cannot read a video from {path}: {error}") from error
 
 
 def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes a uint8 image [H, W, 3], whole or not at all.
+    """Writes a uint8 image [H, W, 3], atomically.
 
     Raises:
         UserError: `path` cannot be written.
@@ -112,7 +112,7 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
 
 
 def _pyav():
-    """PyAV, imported only for videos: training on a machine without it is no mistake."""
+    """PyAV, imported only for videos: training does not need it."""
     try:
         import av
     except ImportError:
@@ -120,15 +120,15 @@ def _pyav():
     return av
 
 
-def _no_address(path: str | os.PathLike) -> str:
-    """An absolute path: libav takes `12:30.mp4` for an address of the protocol `12`."""
+def _absolute(path: str | os.PathLike) -> str:
+    """An absolute path: libav reads `12:30.mp4` as a URL with the protocol `12`."""
     return os.path.abspath(path)
 
 
 def _h264_stream(av, container, frame: np.ndarray, fps: int):
     height, width = frame.shape[:2]
     if height % 2 or width % 2:
-        raise UserError(f"film frames of {height}×{width} pixels; both sides must be even")
+        raise UserError(f"video frames of {height}×{width} pixels; both sides must be even")
     try:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
     except (av.codec.codec.UnknownCodecError, av.FFmpegError) as error:
@@ -136,7 +136,7 @@ def _h264_stream(av, container, frame: np.ndarray, fps: int):
             "this build of PyAV has no libx264 encoder; install one that has: pip install av"
         ) from error
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-    # Untagged films are guessed at by players, and the colours then depend on the size.
+    # Players guess the colour space of untagged videos by their size.
     codec = stream.codec_context
     codec.colorspace, codec.color_range = 1, 1  # BT.709, limited range
     codec.color_primaries, codec.color_trc = 1, 1

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that the second start of a run need not compile."""
+"""Compiled programs cached on disk, so that later starts need not compile."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ import jax
 from cwm_jax.errors import tell
 from cwm_jax.runtime import user_cache
 
-VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # JAX's own; it wins over the default
+VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # JAX's own; it overrides the default
 _QUICKEST = "jax_persistent_cache_min_compile_time_secs"
 
 
@@ -23,10 +23,10 @@ def enable(folder: str = "auto", *, everything: bool = False) -> None:
     """Keeps compiled programs in `folder`; "auto" is `default_folder`, "" keeps none.
 
     Where `JAX_COMPILATION_CACHE_DIR` is set, "auto" leaves JAX's choice as it is. A folder that
-    cannot be written is logged, and none are kept.
+    cannot be written is logged, and nothing is kept.
 
     Args:
-        everything: also programs that compile quickly, unless JAX was told otherwise.
+        everything: also programs that compile quickly, unless JAX's own variable is set.
     """
     if everything and _QUICKEST.upper() not in os.environ:
         jax.config.update(_QUICKEST, 0.0)
@@ -55,7 +55,7 @@ def _usable(folder: Path | str | None) -> str | None:
         except OSError as error:
             reason = f"{folder} cannot be written ({error.strerror})"
     tell(
-        f"warning: {reason}, so compiled programs are not kept and the next start compiles them "
-        f"anew; {VARIABLE} names another folder"
+        f"warning: {reason}, so compiled programs are not kept and the next start compiles "
+        f"again; {VARIABLE} names another folder"
     )
     return None

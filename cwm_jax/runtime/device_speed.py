@@ -1,4 +1,4 @@
-"""What the machine can do at best: how fast a device multiplies matrices and copies memory."""
+"""Peak speed of a device: matrix products and memory copies, measured."""
 
 import time
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def matmul_flops(dtype: jnp.dtype) -> float:
     size = 1024 if _on_cpu() else 8192
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=exact))
-    # Random numbers: a chip that multiplies zeros runs cooler and faster than it ever will again.
+    # Random numbers: chips multiply zeros faster, as they need less power for them.
     a, b = (jax.random.normal(jax.random.key(i), (size, size)).astype(dtype) for i in range(2))
     return 2 * size**3 / best_time(product, a, b)
 
@@ -42,5 +42,5 @@ def copy_bytes() -> float:
 
 
 def memory_limit() -> int | None:
-    """Bytes that a program may use on one device, or None where the device does not say."""
+    """Bytes that a program may use on one device, or None where it is unknown."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -1,4 +1,4 @@
-"""Whether JAX has the device that it is asked for."""
+"""Whether JAX has the requested device."""
 
 import os
 
@@ -17,7 +17,7 @@ def check() -> None:
     if fault := missing():
         raise UserError(
             f"{fault}: unset JAX_PLATFORMS or set it to cpu to compute on the CPU, or install the "
-            f"JAX build for the device. `python -m cwm_jax.tools.doctor` looks the machine over"
+            f"JAX build for the device. `python -m cwm_jax.tools.doctor` checks the machine"
         )
 
 
@@ -25,9 +25,9 @@ def missing() -> str:
     """Why JAX has no devices; empty where it has some."""
     try:
         jax.devices()
-    except Exception as error:  # a RuntimeError, or an AssertionError without a word
+    except Exception as error:  # a RuntimeError, or an AssertionError without a message
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
-        what = f"JAX_PLATFORMS={asked} asks for what JAX does not have" if asked else "no devices"
+        requested = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+        what = f"JAX has no device for JAX_PLATFORMS={requested}" if requested else "no devices"
         return f"{what} ({reason})"
     return ""

@@ -1,6 +1,6 @@
-"""Settings of the network in the environment: which of them no program can use.
+"""Network settings of the environment, and which of them cannot be used.
 
-Nothing here shows a value: proxies hold passwords.
+No message holds a value: proxies hold passwords.
 """
 
 import contextlib
@@ -16,19 +16,19 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _SCHEMES = ("http", "https", "socks5", "socks5h")
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 _WANTED = (
-    "wanted http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, where a password has %23 for #, "
+    "use http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, where a password has %23 for #, "
     "%40 for @, %3A for : and %2F for /"
 )
 
 
 def proxies() -> list[str]:
-    """The variables that name a proxy, or hosts to be reached without one."""
+    """The variables that name a proxy, or hosts to reach without one."""
     names = (*_PROXIES, "no_proxy")
     return [name for name, value in os.environ.items() if name.lower() in names and value]
 
 
 def faults() -> list[str]:
-    """What is wrong, a sentence for each variable at fault."""
+    """A sentence for each variable that cannot be used."""
     found = [_proxy_fault(name) for name in proxies() if name.lower() in _PROXIES]
     for name in _CERTIFICATES:
         if (path := os.environ.get(name)) and not os.path.exists(path):
@@ -42,9 +42,9 @@ def _proxy_fault(name: str) -> str:
         parts = urlsplit(value if "://" in value else f"http://{value}")
         sound = parts.hostname and parts.port != 0 and not (parts.query or parts.fragment)
     except ValueError:
-        return f"{name} is no address of a proxy: {_WANTED}"
+        return f"{name} is not a proxy address: {_WANTED}"
     if not sound or "@" in parts.path or parts.scheme.lower() not in _SCHEMES:
-        return f"{name} is no address of a proxy: {_WANTED}"
+        return f"{name} is not a proxy address: {_WANTED}"
     if parts.scheme.lower().startswith("socks") and importlib.util.find_spec("socksio") is None:
         return f"{name} is a SOCKS proxy, which needs a package: pip install socksio"
     return ""
@@ -52,7 +52,7 @@ def _proxy_fault(name: str) -> str:
 
 @contextlib.contextmanager
 def hub_settings_read() -> Iterator[None]:
-    """Around the import of `huggingface_hub`, which reads its variables then.
+    """The context for importing `huggingface_hub`, which then reads its variables.
 
     Raises:
         UserError: one of them has a value that the library cannot read.
@@ -65,7 +65,7 @@ def hub_settings_read() -> Iterator[None]:
             for name in _hub_variables_in(error)
         ]
         raise UserError(
-            f"the hub's library cannot read {', '.join(shown) or 'one of the HF_ variables'}: "
+            f"huggingface_hub cannot read {', '.join(shown) or 'one of the HF_ variables'}: "
             f"times and counts are whole numbers, such as 30, and HF_ENDPOINT an address"
         ) from None
 
@@ -81,24 +81,24 @@ def _hub_variables_in(error: ValueError) -> list[str]:
 
 
 def without_unusable() -> None:
-    """Takes settings out of this process's environment that no HTTP client can be made with.
+    """Removes settings from this process's environment with which no HTTP client can be created.
 
-    For programs that need no network, but a library that makes a client when it is imported.
+    For programs without network use whose libraries create a client when imported.
     """
     try:
         import huggingface_hub.constants  # noqa: F401 (reads its variables)
     except ValueError as error:
-        _ignore(_hub_variables_in(error), "the hub's library cannot read it")
+        _ignore(_hub_variables_in(error), "huggingface_hub cannot read it")
     import httpx
 
     try:
         httpx.Client().close()
-    except Exception as error:  # whatever it is, its words may hold a password
+    except Exception as error:  # of any kind; its message may hold a password
         names = [*proxies(), *(name for name in _CERTIFICATES if name in os.environ)]
         _ignore(names, "; ".join(faults()) or type(error).__name__)
 
 
 def _ignore(names: list[str], reason: str) -> None:
-    tell(f"warning: {', '.join(names)} cannot be used and is ignored here: {reason}")
+    tell(f"warning: {', '.join(names)} cannot be used and is ignored: {reason}")
     for name in names:
         del os.environ[name]

@@ -1,4 +1,4 @@
-"""Being asked to stop: by a scheduler's SIGTERM, by Ctrl-C, or by a terminal that closes."""
+"""Stop requests: a scheduler's SIGTERM, Ctrl-C, or a terminal that closes."""
 
 import signal
 from collections.abc import Iterable, Iterator
@@ -9,28 +9,28 @@ from jax.experimental import multihost_utils
 
 from cwm_jax.errors import tell
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: no failure, start it again
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not a failure; start the program again
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 Item = TypeVar("Item")
 
 
 class Preempted(Exception):  # noqa: N818 (nothing went wrong)
-    """A run was asked to stop and has stopped in good order; its message says where."""
+    """A run received a stop request and ended cleanly; the message names the step."""
 
 
-class StopAsked(Exception):  # noqa: N818 (nothing went wrong)
-    """Raised between the items of `Stop.until` once a stop is asked for."""
+class StopRequested(Exception):  # noqa: N818 (nothing went wrong)
+    """Raised between the items of `Stop.until` after a stop request."""
 
 
 class Stop:
-    """Notes the first SIGTERM, SIGINT or SIGHUP; a second SIGTERM or SIGINT ends it at once.
+    """Records the first SIGTERM, SIGINT or SIGHUP; a second SIGTERM or SIGINT ends the process.
 
-    A context manager, for the main thread; on leaving, signals mean what they meant before. A
-    SIGHUP that the process was started to ignore, by `nohup`, stays ignored.
+    A context manager for the main thread, which restores the signal handlers on exit. A SIGHUP
+    that `nohup` ignores stays ignored.
 
     Several processes of one run must stop after the same step. There the runtime of
-    `jax.distributed` notes SIGTERM and chooses that step. A SIGHUP is handed on to it as SIGTERM;
-    Ctrl-C is left as it is.
+    `jax.distributed` receives SIGTERM and chooses that step. A SIGHUP is forwarded to it as
+    SIGTERM; Ctrl-C keeps its handler.
     """
 
     def __init__(self):
@@ -51,25 +51,25 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop after `step`; to be asked once after each step, by every process."""
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`; every process calls it once after each step."""
         if self._together and multihost_utils.reached_preemption_sync_point(step):
             self.signal = "SIGTERM"
         return self.signal is not None
 
     def until(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Passes items on; raises `StopAsked` between them, except where processes must agree."""
+        """Yields the items; raises `StopRequested` between them in a run of one process."""
         for item in items:
             if self.signal and not self._together:
-                raise StopAsked
+                raise StopRequested
             yield item
 
     def _note(self, number: int, _) -> None:
         self.signal = signal.Signals(number).name
-        for each in self._before:  # the system itself ends the process, even amid a compilation
+        for each in self._before:  # then the system ends the process, even during compilation
             signal.signal(each, signal.SIG_DFL)
-        if signal.SIGHUP in self._before:  # a terminal that closes, and its shell, send one each
+        if signal.SIGHUP in self._before:  # a closing terminal and its shell send one each
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         tell(
-            f"\n{self.signal}: finishing this step, then saving. Once more stops at once.",
+            f"\n{self.signal}: finishing this step, then saving. Send it again to stop at once.",
         )

@@ -1,7 +1,7 @@
-"""Random numbers that the key and the shape alone decide, whatever JAX's settings are.
+"""Random numbers that depend only on key and shape, not on JAX's settings.
 
-`JAX_ENABLE_X64` and `JAX_DEFAULT_PRNG_IMPL` change what `jax.random` gives for the same seed,
-unless type and generator are named. They are named here, once.
+`JAX_ENABLE_X64` and `JAX_DEFAULT_PRNG_IMPL` change the results of `jax.random` unless type and
+generator are given, as they are here.
 """
 
 import jax
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 
 def key(seed) -> jax.Array:
-    """A key of the generator that all noise of this project comes from."""
+    """A key of the generator that all noise of this project uses."""
     return jax.random.key(seed, impl="threefry2x32")
 
 
 def wrap_key(data: jax.Array) -> jax.Array:
-    """The key that `jax.random.key_data` took apart."""
+    """The inverse of `jax.random.key_data`."""
     return jax.random.wrap_key_data(data, impl="threefry2x32")
 
 
@@ -29,5 +29,5 @@ def integers(key: jax.Array, shape: tuple[int, ...], low, high) -> jax.Array:
 
 
 def happens(key: jax.Array, shape: tuple[int, ...], share: float) -> jax.Array:
-    """True for about this share, bool."""
+    """True with this probability, bool."""
     return jax.random.bernoulli(key, jnp.float32(share), shape)

@@ -1,8 +1,7 @@
-"""Devices: the mesh, where batches and parameters lie on it, and how gradients are summed.
+"""The device mesh, how batches and parameters are sharded over it, and how gradients are summed.
 
-Two axes share a batch: `data`, along which every device holds what the others hold, and `fsdp`,
-along which they hold a part each of parameters and optimizer state ("fully sharded data
-parallel", after ZeRO, Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054).
+A batch is split over two axes: along `data` parameters and optimizer state are replicated, along
+`fsdp` they are sharded ("fully sharded data parallel", after ZeRO, Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054).
 """
 
 from collections.abc import Callable
@@ -27,10 +26,10 @@ def make_mesh(fsdp: int = 1) -> Mesh:
     devices = jax.device_count()
     if devices % fsdp:
         raise UserError(
-            f"config.fsdp={fsdp} does not divide the {devices} devices that are here: use one of "
-            f"{[n for n in range(1, devices + 1) if devices % n == 0]}"
+            f"config.compute.fsdp={fsdp} does not divide the {devices} devices: use "
+            f"one of {[n for n in range(1, devices + 1) if devices % n == 0]}"
         )
-    # Neighbours lie on one host, where the traffic of `fsdp`, which is the heavier, is fast.
+    # Neighbours are on one host: `fsdp` has more traffic, which is fast there.
     return jax.make_mesh((devices // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
@@ -38,26 +37,26 @@ def global_batch_size(per_device: int, total: int, *, parts: int = 1) -> int:
     """Clips a step over all devices: `per_device` on each, or `total` where that is not 0.
 
     Raises:
-        UserError: where the clips cannot be shared out evenly, or a device cannot go through its
-            own in `parts` equal parts.
+        UserError: where the clips cannot be split evenly over devices, or those of a device not
+            into `parts` equal parts.
     """
     devices = jax.device_count()
     if total and total % devices:
         raise UserError(
-            f"config.global_batch_size={total} cannot be shared out over {devices} devices: "
-            f"use a multiple of {devices}, or config.batch_size (clips per device)"
+            f"config.data.global_batch_size={total} cannot be split over {devices} devices: "
+            f"use a multiple of {devices}, or config.data.batch_size (clips per device)"
         )
     share = total // devices if total else per_device
     if share % parts:
         raise UserError(
-            f"config.accumulate_steps={parts} does not divide the {share} clips of a device: "
-            f"use a divisor of {share}"
+            f"config.compute.accumulate_steps={parts} does not divide the {share} clips of a "
+            f"device: use a divisor of {share}"
         )
     return share * devices
 
 
 def _spec(shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Along which axis an array is cut for `fsdp`: the longest that can be; else it is whole."""
+    """Shards an array for `fsdp` along its longest divisible axis; without one it is replicated."""
     parts = mesh.shape["fsdp"]
     cuttable = [axis for axis, size in enumerate(shape) if size % parts == 0]
     if parts == 1 or not cuttable:
@@ -71,20 +70,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def by_clip(mesh: Mesh) -> NamedSharding:
-    """Where the arrays of a batch lie: split by clip over all devices."""
+    """The sharding of a batch: by clip over all devices."""
     return NamedSharding(mesh, P(AXES))
 
 
 def placement(shapes, mesh: Mesh):
-    """Where each array of a training state lies, for a tree of arrays or shapes."""
+    """The sharding of each array of a training state, for a tree of arrays or shapes."""
     return jax.tree.map(lambda x: NamedSharding(mesh, _spec(x.shape, mesh)), shapes)
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a global batch, as arrays split over all devices by clip.
 
-    Returns at once; the copying goes on while the devices are still at the step before. A batch
-    that is on the devices is returned as it is.
+    Returns at once; copying overlaps with the step before. A batch that is on the devices is
+    returned unchanged.
     """
     if all(isinstance(v, jax.Array) for v in batch.values()):
         return batch
@@ -93,32 +92,32 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
 
 def abstract(shapes, mesh: Mesh):
-    """Shapes with their place on the mesh, for restoring a checkpoint onto it."""
+    """Shapes with their shardings, for restoring a checkpoint onto the mesh."""
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(place, shapes, placement(shapes, mesh))
 
 
 def whole(tree, mesh: Mesh):
-    """The arrays put together from their parts, whole on every device; all processes must call."""
+    """The arrays replicated on every device; all processes must call it."""
     if mesh.shape["fsdp"] == 1:
         return tree
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
 
 
 def local(tree):
-    """This process's own copy of replicated arrays, on its first device; nothing is moved."""
+    """This process's own copy of replicated arrays, on its first device; nothing is copied."""
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
 def mean_over_devices(value_and_grad: Callable, mesh: Mesh) -> Callable:
-    """`value_and_grad(params, teacher, example)` → the same on all devices, each at its own clips.
+    """Computes `value_and_grad(params, teacher, example)` on all devices, each on its own clips.
 
     All arrays of `example` have the clips as their first axis.
 
-    Parameters, and those of a teacher where there is one, are put together from their parts
-    before, in the dtype that they come in; losses and gradients, which must be means over clips,
-    are summed in float32, and each device keeps its part of the gradients. Left to itself, XLA
-    would sum bfloat16 gradients in bfloat16, and lose more of them the more devices there are.
+    Parameters, and those of a teacher if any, are gathered first, in their own dtype; losses and
+    gradients, which must be means over clips, are summed in float32, and each device keeps its
+    shard of the gradients. By default XLA would sum bfloat16 gradients in bfloat16, with an error
+    that grows with the number of devices.
     """
 
     def everywhere(params, teacher, example):
@@ -135,7 +134,7 @@ def mean_over_devices(value_and_grad: Callable, mesh: Mesh) -> Callable:
             mesh=mesh,
             in_specs=(specs, of_teacher, P(AXES)),
             out_specs=(P(), specs),
-            check_vma=False,  # else autodiff adds sums of its own, of gradients not yet float32
+            check_vma=False,  # otherwise autodiff adds sums of gradients that are not yet float32
         )(params, teacher, example)
 
     return everywhere
@@ -148,6 +147,6 @@ def _gather(x: jax.Array, spec: P) -> jax.Array:
 def _sum(x: jax.Array, spec: P) -> jax.Array:
     if not spec:
         return jax.lax.psum(x, AXES)
-    # First the parts among neighbours, so that only a part of each goes between hosts.
+    # Reduce-scatter among neighbours first, so that only a shard of each is sent between hosts.
     part = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=len(spec) - 1, tiled=True)
     return jax.lax.psum(part, "data")

@@ -1,4 +1,4 @@
-"""Where what can be made again is kept for this user."""
+"""The cache folder of this user, for files that can be computed again."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 def folder() -> Path | None:
     """The project's folder in the user's cache (`XDG_CACHE_HOME`, or `~/.cache`).
 
-    None where there is no home folder: in a container, for a user id that no file knows.
+    None without a home folder: in a container, for a user id without an account.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(given):

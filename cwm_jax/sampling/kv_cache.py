@@ -1,17 +1,17 @@
-"""A world in progress: the last frames, the actions that led into them, and the temporal cache.
+"""State of a rollout: the last frames, the actions that led into them, and the KV cache.
 
-A context frame's inputs never change while later frames are drawn (clean pixels, one fixed noise
-label, its action), and temporal attention is causal. So its keys and values are constants, as long
-as the frames that it looked back on are still in the window. What to do once the window slides is
-the `window` mode:
+A context frame's inputs are constant while later frames are generated (clean pixels, one fixed
+noise level, its action), and temporal attention is causal. So its keys and values are constant as
+long as the frames that it attended to are still in the window. The `window` mode decides what
+happens when the window slides:
 
-    exact   encode the whole window anew for each frame: the reference's result at every length
-    cached  keep the old keys and values: constant cost, but they remember frames that have left
-    hop     keep them until the window is full, then drop its older half and encode the rest anew:
-            every window is one that training has seen
+    exact   encode the whole window again for each frame: the reference's result at every length
+    cached  keep the old keys and values: constant cost, but they depend on frames that have left
+    hop     keep them until the window is full, then drop its older half and encode the rest again:
+            every window is as in training
 
-Memory is a ring of M = max_frames − 1 slots; frame j lives in slot j mod M. Keys are stored before
-rotation, so a frame's place in time may change while its slot does not.
+The cache is a ring buffer of M = max_frames − 1 slots; frame j is in slot j mod M. Keys are stored
+before rotation, so a frame's position may change while its slot does not.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ Window = Literal["exact", "cached", "hop"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class World:
-    """State of B worlds that are equally old."""
+    """State of B worlds with the same number of frames."""
 
-    frames_BMHWC: jax.Array  # float32, clean pixels, [-1, 1] for a prompt, unclamped if drawn
+    frames_BMHWC: jax.Array  # float32, clean pixels, [-1, 1] for a prompt, unclamped if generated
     actions_BM: jax.Array  # int32, the action that led into each of these frames, −1 for none
     kv: FrameKV  # [B, S, N, M, K] in the compute dtype, one pair for each block
-    first: jax.Array  # int32 [], number of the oldest frame that is still seen
+    first: jax.Array  # int32 [], number of the oldest visible frame
     count: jax.Array  # int32 [], frames so far, the prompt's included
 
     @property
@@ -52,7 +52,7 @@ def start(denoiser: Denoiser, context: Modulations, frames_BMHWC, actions_BM, co
 
 
 def past(denoiser: Denoiser, world: World) -> Past:
-    """What the next frame looks back on, keys rotated to their present places in time."""
+    """The keys and values that the next frame attends to, keys rotated to their positions."""
     newest = world.count - 1
     frame_M = newest - (newest - jnp.arange(world.slots)) % world.slots  # which frame a slot holds
     angles_MK = rope.temporal_angles(frame_M - world.first, denoiser.config.head_size)
@@ -75,26 +75,26 @@ def earlier(denoiser: Denoiser, world: World) -> jax.Array | None:
 def advance(
     denoiser: Denoiser, context: Modulations, world: World, frame_BHWC, action_B, window: Window
 ):
-    """The world one frame older: the frame and its action enter the ring, then the cache follows.
+    """The world after one more frame: stores the frame and its action, and updates the cache.
 
     `context` holds the modulations of a clean frame for each action, [A + 1, ...]; −1 is the last.
     """
     slot = world.count % world.slots
-    older = dataclasses.replace(
+    following = dataclasses.replace(
         world,
         frames_BMHWC=world.frames_BMHWC.at[:, slot].set(frame_BHWC),
         actions_BM=world.actions_BM.at[:, slot].set(action_B),
     )
-    append = lambda: _append(denoiser, context, world, older, frame_BHWC, action_B)
+    append = lambda: _append(denoiser, context, world, following, frame_BHWC, action_B)
     if window == "cached":
         return append()
     full = world.count - world.first == world.slots
     keep = world.slots if window == "exact" else (world.slots + 1) // 2
-    return jax.lax.cond(full, lambda: _reencode(denoiser, context, older, keep), append)
+    return jax.lax.cond(full, lambda: _reencode(denoiser, context, following, keep), append)
 
 
-def _append(denoiser, context, world, older, frame_BHWC, action_B) -> World:
-    """One pass over the new frame alone; where the ring is full its oldest frame makes room."""
+def _append(denoiser, context, world, following, frame_BHWC, action_B) -> World:
+    """Encodes the new frame alone; in a full ring buffer it replaces the oldest frame."""
     modulations = jax.tree.map(lambda table: table[action_B][:, None], context)
     tokens = _tokens(denoiser, frame_BHWC[:, None], _earlier_or_itself(denoiser, world, frame_BHWC))
     _, new = denoiser.net.frame(tokens, modulations, past(denoiser, world))
@@ -102,22 +102,24 @@ def _append(denoiser, context, world, older, frame_BHWC, action_B) -> World:
     kv = jax.tree.map(lambda ring, kv: ring.at[:, :, :, slot].set(kv), world.kv, new)
     count = world.count + 1
     first = jnp.maximum(world.first, count - world.slots)
-    return dataclasses.replace(older, kv=kv, first=first, count=count)
+    return dataclasses.replace(following, kv=kv, first=first, count=count)
 
 
-def _reencode(denoiser, context, older: World, keep: int) -> World:
-    """One pass over the newest `keep` frames, which then are all that is seen."""
-    count = older.count + 1
+def _reencode(denoiser, context, following: World, keep: int) -> World:
+    """Encodes the newest `keep` frames again; only they are visible then."""
+    count = following.count + 1
     first = count - keep
-    slots_T = (first + jnp.arange(keep)) % older.slots
-    kv = _encode(denoiser, context, older.frames_BMHWC[:, slots_T], older.actions_BM[:, slots_T])
-    pad = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, older.slots - keep), (0, 0)])
-    kv = jax.tree.map(lambda x: jnp.roll(pad(x), first % older.slots, axis=3), kv)
-    return dataclasses.replace(older, kv=kv, first=first, count=count)
+    slots_T = (first + jnp.arange(keep)) % following.slots
+    kv = _encode(
+        denoiser, context, following.frames_BMHWC[:, slots_T], following.actions_BM[:, slots_T]
+    )
+    pad = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, following.slots - keep), (0, 0)])
+    kv = jax.tree.map(lambda x: jnp.roll(pad(x), first % following.slots, axis=3), kv)
+    return dataclasses.replace(following, kv=kv, first=first, count=count)
 
 
 def _encode(denoiser: Denoiser, context: Modulations, frames_BTHWC, actions_BT) -> FrameKV:
-    """Keys and values of clean frames at places 0 … T−1, each [B, S, N, T, K]."""
+    """Keys and values of clean frames at positions 0 … T−1, each [B, S, N, T, K]."""
     modulations = jax.tree.map(lambda table: table[actions_BT], context)
     tokens = _tokens(denoiser, frames_BTHWC, denoiser.earlier(frames_BTHWC))
     _, kv = denoiser.net.clip(tokens, modulations)
@@ -129,7 +131,7 @@ def _tokens(denoiser: Denoiser, frames_BTHWC, earlier_BTHWC) -> jax.Array:
 
 
 def _earlier_or_itself(denoiser: Denoiser, world: World, frame_BHWC) -> jax.Array | None:
-    """`earlier` of a frame about to enter, [B, 1, ...]; a world's very first frame repeated."""
+    """`earlier` of a new frame, [B, 1, ...]; a world's first frame is repeated instead."""
     if not denoiser.config.history:
         return None
     itself = jnp.concatenate([frame_BHWC] * denoiser.config.history, axis=-1)

@@ -1,4 +1,4 @@
-"""What a world is asked: prompt frames and actions, checked against the sizes of the network."""
+"""Prompt frames and actions, checked against the sizes of the network."""
 
 from typing import Protocol
 
@@ -9,7 +9,7 @@ from cwm_jax.errors import UserError
 
 
 class Sizes(Protocol):
-    """What must be known of a network."""
+    """The sizes of a network that are needed here."""
 
     image_size: int
     max_frames: int
@@ -17,7 +17,7 @@ class Sizes(Protocol):
 
 
 def padded(sizes: Sizes, frames_BPHWC, actions_BP) -> tuple[np.ndarray, np.ndarray, np.int32]:
-    """A prompt's newest frames in as many slots as a world has, and how many they are.
+    """A prompt's newest frames and actions, padded to a world's slots, and their number.
 
     Args:
         frames_BPHWC: uint8, 1 ≤ P ≤ `max_frames`.
@@ -38,7 +38,7 @@ def padded(sizes: Sizes, frames_BPHWC, actions_BP) -> tuple[np.ndarray, np.ndarr
 
 
 def next_actions(sizes: Sizes, actions_BF, worlds: int) -> np.ndarray:
-    """The actions of frames to draw, int32 [B, F].
+    """The actions of frames to generate, int32 [B, F].
 
     Raises:
         UserError: for an action that does not exist, or a wrong number of worlds.
@@ -46,7 +46,7 @@ def next_actions(sizes: Sizes, actions_BF, worlds: int) -> np.ndarray:
     actions_BF = np.asarray(actions_BF)
     if actions_BF.ndim != 2 or len(actions_BF) != worlds:
         raise UserError(
-            f"actions of shape {actions_BF.shape} for {worlds} worlds: wanted [worlds, frames]"
+            f"actions of shape {actions_BF.shape} for {worlds} worlds must be [worlds, frames]"
         )
     _check_actions(sizes, actions_BF, lowest=0)
     return actions_BF.astype(np.int32)
@@ -56,7 +56,7 @@ def _check(sizes: Sizes, frames_BPHWC: np.ndarray, actions_BP: np.ndarray) -> No
     size, shape = sizes.image_size, frames_BPHWC.shape
     if frames_BPHWC.dtype != np.uint8 or len(shape) != 5 or shape[2:] != (size, size, 3):
         raise UserError(
-            f"prompt frames are {frames_BPHWC.dtype} {shape}: wanted uint8 "
+            f"prompt frames are {frames_BPHWC.dtype} {shape}: they must be uint8 "
             f"[worlds, frames, {size}, {size}, 3]"
         )
     if not 1 <= shape[1] <= sizes.max_frames:
@@ -79,5 +79,5 @@ def _check_actions(sizes: Sizes, actions: np.ndarray, *, lowest: int) -> None:
     if wrong.size:
         raise UserError(
             f"action {wrong[0]}: actions are 0…{sizes.action_values - 1}"
-            + ("" if lowest else "; −1 (none) may stand only before the first frame")
+            + ("" if lowest else "; −1 (none) is allowed only for the first frame")
         )

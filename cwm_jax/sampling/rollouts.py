@@ -1,4 +1,4 @@
-"""Rollouts on paper: which clips they start from, which keys are pressed, and films of them."""
+"""Rollouts from clips: their prompts and actions, the generated frames, and videos of them."""
 
 import math
 import sys
@@ -15,22 +15,22 @@ from cwm_jax import controls
 from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
 from cwm_jax.data import loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, tell
 from cwm_jax.rendering import contact_sheet, video
-from cwm_jax.sampling.sampler import Sampler
+from cwm_jax.sampling.generator import Generator
 
 ACTION_SOURCES = ("gt", "random", "pattern")
-_CHUNK = 16  # frames drawn in one call of the device; progress is shown after each
+_CHUNK = 16  # frames generated in one device call; progress is shown after each
 
 
 class Script(NamedTuple):
-    """What rollouts are to show: B clips of T frames, the first `n_prompt` of them given."""
+    """Inputs of rollouts: B clips of T frames, the first `n_prompt` of them given."""
 
     real: np.ndarray | None  # uint8 [B, T, H, W, C]; None where the records are shorter than T
     prompt: np.ndarray  # uint8 [B, n_prompt, H, W, C]
     actions: np.ndarray  # int32 [B, T], the action that leads into each frame
-    known: Controls  # what the game is played with
+    known: Controls  # of the game
 
     @property
     def n_prompt(self) -> int:
@@ -49,20 +49,20 @@ def write_script(
     pattern: Sequence[int] = (),
     seed: int = 0,
 ) -> Script:
-    """Picks `count` different episodes of a split, and the actions to take after their prompt.
+    """Chooses `count` different episodes of a split, and the actions after their prompt.
 
-    There are fewer where the split has no more that long, which is told, or where bad records are
-    skipped.
+    There are fewer where the split has fewer long enough episodes, which is logged, or where bad
+    records are skipped.
 
     Args:
-        source: "gt", those really taken; "random", uniform; "pattern", `pattern` over and over.
+        source: "gt", the recorded ones; "random", uniform; "pattern", `pattern` repeated.
 
     Raises:
-        UserError: where there is no episode that long, or an action does not exist.
+        UserError: no episode is long enough, or an action does not exist.
     """
     if not 1 <= n_prompt < frames:
         raise UserError(
-            f"{frames} frames with {n_prompt} given leave none to draw: need 1 ≤ given < frames"
+            f"{frames} frames with {n_prompt} given leave none to generate: need 1 ≤ given < frames"
         )
     episodes = loader.open_episodes(config, split, num_actions=num_actions)
     whole = episodes.lengths >= frames
@@ -93,8 +93,8 @@ def _at_most(
     if count <= there:
         return count
     tell(
-        f"{config.dir}/{split} has {there} records of {length} frames: so many rollouts are drawn "
-        f"instead of {count}"
+        f"{config.dir}/{split} has {there} records of {length} frames: generating so many "
+        f"rollouts instead of {count}"
     )
     return there
 
@@ -112,17 +112,17 @@ def _chosen(source: str, shape, pattern, num_actions: int, seed: int) -> np.ndar
     return np.broadcast_to(np.resize(np.int32(pattern), shape[1]), shape)
 
 
-def draw(sampler: Sampler, script: Script, *, key) -> Iterator[np.ndarray]:
+def generate(sampler: Generator, script: Script, *, key) -> Iterator[np.ndarray]:
     """Yields uint8 [B, H, W, C] for each of the T frames, those of the prompt first.
 
-    The device draws the next frames while the caller is busy with the last ones. All its calls
-    have one size, so they share one compiled program; what the last draws too much is dropped.
+    The device generates the next frames while the caller processes the last ones. All calls have
+    one size, so they share one compiled program; surplus frames of the last call are dropped.
 
     Args:
         key: PRNG key of all noise.
 
     Raises:
-        UserError: where prompt or actions do not fit the network.
+        UserError: prompt or actions do not fit the network.
     """
     wanted = script.actions.shape[1] - script.n_prompt
     size = _call_size(wanted)
@@ -142,19 +142,19 @@ def draw(sampler: Sampler, script: Script, *, key) -> Iterator[np.ndarray]:
 
 
 def _call_size(wanted: int) -> int:
-    """Frames in each of the fewest equal calls that draw `wanted` frames, `_CHUNK` at most."""
+    """Frames per call when `wanted` frames take the fewest equal calls of at most `_CHUNK`."""
     return math.ceil(wanted / math.ceil(wanted / _CHUNK))
 
 
-def film(script: Script, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Film images for `video.write_film`: real on top, drawn below, the pressed keys under each."""
+def video_images(script: Script, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Images for `video.write_video`: real frames above generated ones, with the pressed keys."""
     samples, length = script.actions.shape
     shape = script.prompt.shape[2:4]
     page = contact_sheet.Sheet.fitting(
         samples, shape, with_real=script.real is not None, known=script.known
     )
     for t, frame_BHWC in enumerate(frames):
-        yield page.draw(
+        yield page.render(
             frame_BHWC,
             script.actions[:, t],
             real_BHWC=None if script.real is None else script.real[:, t],
@@ -164,14 +164,14 @@ def film(script: Script, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def write(
-    sampler: Sampler, script: Script, path: Path, *, key, fps: int = FPS, watched: bool = False
+    sampler: Generator, script: Script, path: Path, *, key, fps: int = FPS, watched: bool = False
 ) -> np.ndarray:
-    """Draws a script and films it while it is drawn; returns all frames, uint8 [B, T, H, W, C].
+    """Generates a script's frames and writes their video; returns them, uint8 [B, T, H, W, C].
 
     Args:
-        path: of the film, mp4 or GIF by its ending.
+        path: of the video, mp4 or GIF by its suffix.
         key: PRNG key of all noise.
-        watched: somebody waits at a terminal: show a progress bar, then frames/s.
+        watched: show a progress bar, then frames/s.
     """
     kept = []
 
@@ -180,26 +180,26 @@ def write(
             kept.append(frame)
             yield frame
 
-    frames = keeping(draw(sampler, script, key=key))
-    shown = film(script, _watched(frames, script) if watched else frames)
-    video.write_film(path, shown, fps=fps)
+    frames = keeping(generate(sampler, script, key=key))
+    images = video_images(script, _watched(frames, script) if watched else frames)
+    video.write_video(path, images, fps=fps)
     return np.stack(kept, axis=1)
 
 
 def _watched(frames: Iterator[np.ndarray], script: Script) -> Iterator[np.ndarray]:
-    """Passes frames on under a progress bar; then says how fast they were drawn."""
+    """Yields the frames under a progress bar; then prints how fast they were generated."""
     samples, length = script.actions.shape
     wanted = length - script.n_prompt
     began, compiled = time.perf_counter(), 0.0
-    for t, frame in enumerate(tqdm(frames, total=length, unit=" frames", desc="drawing")):
-        if t == script.n_prompt:  # the first call of the device is over, which had to compile
+    for t, frame in enumerate(tqdm(frames, total=length, unit=" frames", desc="generating")):
+        if t == script.n_prompt:  # the first device call, which compiled, is over
             compiled = time.perf_counter()
         yield frame
     seconds = time.perf_counter() - began
     later = samples * (wanted - _call_size(wanted))
     rate = later / (time.perf_counter() - compiled)
     tell(
-        f"{samples} × {wanted} frames in {seconds:.1f} s, compiling included"
-        + (f"; {rate:.1f} frames/s once compiled" if later else ""),
+        f"{samples} × {wanted} frames in {seconds:.1f} s, including compilation"
+        + (f"; {rate:.1f} frames/s after compilation" if later else ""),
         file=sys.stdout,
     )

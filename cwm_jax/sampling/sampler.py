@@ -1,9 +1,9 @@
-"""Drawing frames: DDIM on one frame, a step of a world, a rollout by `lax.scan`.
+"""Generating frames: DDIM on one frame, a step of a world, a rollout by `lax.scan`.
 
 DDIM: Song et al. 2021, https://arxiv.org/abs/2010.02502, equations 12 and 16. Context frames stay
-clean and carry a small noise label ("stabilisation", Chen et al. 2024,
+clean and get a small noise level ("stabilisation", Chen et al. 2024,
 https://arxiv.org/abs/2407.01392). A frame starts as N(0, 1) clipped to ±20 and stays unclamped as
-context; what leaves the device is clamped to [-1, 1]. Networks with history draw changes
+context; returned frames are clamped to [-1, 1]. With history, residuals are generated
 (`cwm_jax.diffusion.residual`), whose frames are clamped at once.
 """
 
@@ -31,30 +31,32 @@ WINDOWS = ("exact", "cached", "hop")
 
 
 def ddim_levels(steps: int) -> tuple[int, ...]:
-    """Noise labels of S steps, from the top: linspace(−1, 999, S + 1) without its −1, cut to int.
+    """Noise levels of S steps, falling: linspace(−1, 999, S + 1) without its −1, truncated.
 
     Raises:
-        UserError: where `steps` is no whole number 1…1000.
+        UserError: `steps` is not a whole number 1…1000.
     """
     if not isinstance(steps, int) or not 1 <= steps <= schedule.NUM_LEVELS:
         raise UserError(f"ddim_steps must be 1…{schedule.NUM_LEVELS}, not {steps!r}")
-    return tuple(schedule.step_label(number, steps) for number in range(steps, 0, -1))
+    return tuple(schedule.step_level(number, steps) for number in range(steps, 0, -1))
 
 
 def check_seed(seed: int) -> None:
-    """Raises `UserError` for a seed of noise that is not 0…2³² − 1: JAX would cut it to these."""
+    """Raises `UserError` for a seed that is not 0…2³² − 1: JAX would truncate it."""
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed}: must be 0…{2**32 - 1}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How frames are drawn."""
+    """How frames are generated."""
 
-    levels: tuple[int, ...] = ddim_levels(10)  # falling noise labels, 0…999; one pass for each
-    window: Window = "exact"  # what happens past the window, see `cwm_jax.sampling.kv_cache`
+    levels: tuple[int, ...] = ddim_levels(
+        10
+    )  # falling noise levels, 0…999; one denoising step for each
+    window: Window = "exact"  # how the window slides, see `cwm_jax.sampling.kv_cache`
     eta: float = 0.0  # 0: deterministic DDIM, 1: as random as DDPM
-    context_level: int = 14  # noise label of the clean context frames
+    context_level: int = 14  # noise level of the clean context frames
 
     def __post_init__(self):
         levels = tuple(self.levels)
@@ -70,23 +72,23 @@ class SamplerConfig:
 
 
 class Tables(NamedTuple):
-    """All that conditioning can say: modulations by (noise label, action), see `tabulate`."""
+    """Modulations of all (noise level, action) pairs, see `tabulate`."""
 
     steps: Modulations  # [steps, A + 1, ...]
     context: Modulations  # [A + 1, ...]
 
 
 def tabulate(denoiser: Denoiser, config: SamplerConfig) -> Tables:
-    """The modulations for each label of `config` and each action; the last action is NO_ACTION.
+    """The modulations for each noise level of `config` and each action; the last is NO_ACTION.
 
-    A frame's conditioning depends on nothing else, so this is exact, and takes a third of the
-    weights out of every pass.
+    A frame's conditioning depends on nothing else, so this is exact, and removes a third of the
+    weights from every forward pass.
     """
     actions_A = jnp.array([*range(denoiser.config.action_values), NO_ACTION])
-    labels_S = jnp.array([*config.levels, config.context_level])
-    shape = len(labels_S), len(actions_A)
+    levels_S = jnp.array([*config.levels, config.context_level])
+    shape = len(levels_S), len(actions_A)
     table = denoiser.net.modulations(
-        jnp.broadcast_to(labels_S[:, None], shape), jnp.broadcast_to(actions_A, shape)
+        jnp.broadcast_to(levels_S[:, None], shape), jnp.broadcast_to(actions_A, shape)
     )
     return Tables(jax.tree.map(lambda x: x[:-1], table), jax.tree.map(lambda x: x[-1], table))
 
@@ -96,7 +98,7 @@ class _Step(NamedTuple):
 
     modulations: Modulations  # [A + 1, ...]
     alpha_bar: jax.Array
-    alpha_bar_next: jax.Array  # 1 after the last step, which so returns x0
+    alpha_bar_next: jax.Array  # 1 after the last step, which then returns x0
     sigma: jax.Array
 
 
@@ -107,12 +109,14 @@ def _steps(tables: Tables, config: SamplerConfig) -> _Step:
     return _Step(tables.steps, *map(jnp.asarray, (now, after, sigma.astype(np.float32))))
 
 
-def draw_frame(denoiser: Denoiser, tables: Tables, state: World, action_B, noise_BHWC, key, config):
+def generate_frame(
+    denoiser: Denoiser, tables: Tables, state: World, action_B, noise_BHWC, key, config
+):
     """The next frame, float32 [B, H, W, C], unclamped.
 
     Args:
         action_B: the action that leads into the frame, int32.
-        noise_BHWC: what the frame starts from, N(0, 1).
+        noise_BHWC: the initial noise, N(0, 1).
         key: PRNG key for the noise of stochastic steps; unused where `config.eta` is 0.
     """
     past, earlier = kv_cache.past(denoiser, state), kv_cache.earlier(denoiser, state)
@@ -139,14 +143,14 @@ def draw_frame(denoiser: Denoiser, tables: Tables, state: World, action_B, noise
 
 
 def step(denoiser: Denoiser, tables: Tables, state: World, action_B, noise_BHWC, key, config):
-    """One frame on: (the older world, the frame it ends with, float32 [B, H, W, C], unclamped)."""
-    frame = draw_frame(denoiser, tables, state, action_B, noise_BHWC, key, config)
-    older = kv_cache.advance(denoiser, tables.context, state, frame, action_B, config.window)
-    return older, frame
+    """Generates one frame: (the next world, the frame, float32 [B, H, W, C], unclamped)."""
+    frame = generate_frame(denoiser, tables, state, action_B, noise_BHWC, key, config)
+    following = kv_cache.advance(denoiser, tables.context, state, frame, action_B, config.window)
+    return following, frame
 
 
 def frame_noise(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """What a frame starts from, and a key for its stochastic steps."""
+    """The initial noise of a frame, and a key for its stochastic steps."""
     start_key, step_key = jax.random.split(key)
     return random_numbers.normal(start_key, shape), step_key
 
@@ -154,10 +158,10 @@ def frame_noise(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.
 def rollout(
     denoiser: Denoiser, tables: Tables, state: World, actions_BF, key, config: SamplerConfig
 ):
-    """F frames on: (the older world, uint8 frames [B, F, H, W, C]).
+    """Generates F frames: (the next world, uint8 frames [B, F, H, W, C]).
 
-    Each frame's noise comes from `key` and the frame's number alone, so cutting a rollout in two
-    does not change it.
+    Each frame's noise depends on `key` and the frame's number alone, so splitting a rollout does
+    not change it.
     """
     shape = state.frames_BMHWC[:, 0].shape
 
@@ -174,7 +178,8 @@ _STATIC = ("network", "config")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _tabulate(params, *, network, config):
+def tables(params, *, network, config):
+    """`tabulate` as a compiled program."""
     return tabulate(bind(network, params), config)
 
 
@@ -190,10 +195,10 @@ def _rollout(params, tables, state, actions_BF, key, *, network, config):
 
 
 class Sampler:
-    """A trained network, ready to draw: tables made, parameters cast, programs compiled once.
+    """A trained network, ready to generate: with tables, cast parameters and compiled programs.
 
-    A prompt of any length runs in the same compiled program, and so does every step of a world
-    whatever its age; only another number of players or of frames per call compiles anew.
+    Prompts of any length share one compiled program, as do all steps of a world; only another
+    number of worlds or of frames per call needs another compilation.
     """
 
     def __init__(self, network: DiTConfig, params: Params, config: SamplerConfig):
@@ -201,7 +206,7 @@ class Sampler:
             raise UserError(f"max_frames={network.max_frames}: a world needs a window of 2 or more")
         self.network, self.config = network, config
         self._static = dict(network=network, config=config)
-        self._tables = _tabulate(params, **self._static)
+        self._tables = tables(params, **self._static)
         self._params = jax.tree.map(lambda x: x.astype(network.compute_dtype), params)
 
     def start(self, frames_BPHWC, actions_BP) -> World:
@@ -219,9 +224,9 @@ class Sampler:
         return _start(*args, **self._static)
 
     def rollout(self, state: World, actions_BF, key: jax.Array) -> tuple[World, jax.Array]:
-        """Draws one frame for each action: (the older world, uint8 frames [B, F, H, W, C]).
+        """Generates one frame for each action: (the next world, uint8 frames [B, F, H, W, C]).
 
-        `state` is used up (its memory becomes the new world's).
+        `state` is donated: its buffers become the next world's.
 
         Raises:
             UserError: for an action outside 0…A − 1, or a wrong number of worlds.
@@ -231,6 +236,6 @@ class Sampler:
         return _rollout(*args, **self._static)
 
     def step(self, state: World, action_B, key: jax.Array) -> tuple[World, jax.Array]:
-        """Draws one frame: (the older world, uint8 [B, H, W, C]). `state` is used up."""
+        """Generates one frame: (the next world, uint8 [B, H, W, C]). `state` is donated."""
         state, frames = self.rollout(state, np.asarray(action_B)[:, None], key)
         return state, frames[:, 0]

@@ -25,33 +25,34 @@ import numpy as np
 import optax
 
 from cwm_jax import files
-from cwm_jax.checkpoints import run_checkpoint, torch_format
+from cwm_jax.checkpoints import migration, run_checkpoint, torch_format
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.files import path_flag
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import devices
 from cwm_jax.training import train_step
-from cwm_jax.training.train_step import OptimizerConfig, TrainState
+from cwm_jax.training.config import OptimizerConfig
+from cwm_jax.training.train_step import TrainState
 
 _ONE = run_checkpoint.Retention(1)
 _KEYS = ("model", "optimizer", "scheduler", "epoch", "step", "config")
-_SETTINGS = {  # the original's names for what both projects have, where they differ
-    "ckpt_every_steps": "ckpt_every_steps",
-    "n_prompt_frames": "n_prompt",
-    "rollout_frames": "rollout_frames",
-    "n_rollout_samples": "n_rollout_samples",
-    "rollout_every_steps": "rollout_every_steps",
-    "val_every_steps": "val_every_steps",
-    "val_subset_batches": "val_batches",
-    "log_every_steps": "log_every_steps",
-    "ddim_steps": "ddim_steps",
-    "epochs": "epochs",
-    "batch_size": "batch_size",
-    "lr": "lr",
-    "weight_decay": "weight_decay",
-    "warmup_steps": "warmup_steps",
-    "grad_clip": "grad_clip",
+_SETTINGS = {  # the original's names, and ours, of what both projects have
+    "ckpt_every_steps": "checkpoints.every_steps",
+    "n_prompt_frames": "rollouts.n_prompt",
+    "rollout_frames": "rollouts.frames",
+    "n_rollout_samples": "rollouts.count",
+    "rollout_every_steps": "rollouts.every_steps",
+    "val_every_steps": "validation.every_steps",
+    "val_subset_batches": "validation.batches",
+    "log_every_steps": "logging.every_steps",
+    "ddim_steps": "sampler.ddim_steps",
+    "epochs": "schedule.epochs",
+    "batch_size": "data.batch_size",
+    "lr": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "warmup_steps": "optimizer.warmup_steps",
+    "grad_clip": "optimizer.grad_clip",
 }
 
 
@@ -123,7 +124,8 @@ def settings_of(loaded: dict[str, Any], network: DiTConfig) -> dict[str, Any]:
     theirs = loaded["config"]
     ours = {name: theirs[key] for key, name in _SETTINGS.items() if key in theirs}
     model_section = {k: getattr(network, k) for k in DiTConfig.__dataclass_fields__}
-    return ours | {"model": model_section, "imported_epoch": loaded["epoch"]}
+    config = migration.nested(ours | {"imported_epoch": loaded["epoch"]})
+    return config | {"model": model_section}
 
 
 def to_original(state: TrainState, network: DiTConfig, config: dict[str, Any]) -> dict[str, Any]:
@@ -147,13 +149,15 @@ def to_original(state: TrainState, network: DiTConfig, config: dict[str, Any]) -
         for number, name in enumerate(listed)
         if name in moments["exp_avg"] and step
     }
-    schedule = _schedule(config, step)
+    optim = config["optimizer"]
+    schedule = _schedule(optim, step)
     group = {
-        **_adamw_defaults(torch, lr=schedule["_last_lr"][0], decay=config["weight_decay"]),
-        "initial_lr": config["lr"],
+        **_adamw_defaults(torch, lr=schedule["_last_lr"][0], decay=optim["weight_decay"]),
+        "initial_lr": optim["lr"],
         "params": list(range(len(listed))),
     }
-    theirs = {key: config[ours] for key, ours in _SETTINGS.items() if ours in config}
+    flat = dict(migration.flattened(config))
+    theirs = {key: flat[ours] for key, ours in _SETTINGS.items() if ours in flat}
     return {
         "model": weights,
         "optimizer": {"state": per_parameter, "param_groups": [group]},
@@ -172,9 +176,9 @@ def _adamw_defaults(torch, *, lr: float, decay: float) -> dict[str, Any]:
     return group
 
 
-def _schedule(config: dict[str, Any], step: int) -> dict[str, Any]:
+def _schedule(optim: dict[str, Any], step: int) -> dict[str, Any]:
     """The state of the original's LinearLR after `step` updates."""
-    warmup, lr = max(1, config["warmup_steps"]), config["lr"]
+    warmup, lr = max(1, optim["warmup_steps"]), optim["lr"]
     factor = 1 / warmup + (1 - 1 / warmup) * min(step / warmup, 1)
     return {
         "start_factor": 1 / warmup,
@@ -259,7 +263,9 @@ def convert_back(workdir: Path, path: Path, *, ema: bool) -> None:
 
 def _optimizer_of(config: dict[str, Any], *, ema: bool) -> OptimizerConfig:
     names = ("lr", "weight_decay", "warmup_steps", "grad_clip")
-    return OptimizerConfig(**{name: config[name] for name in names}, ema_decay=0.5 if ema else 0)
+    return OptimizerConfig(
+        **{name: config["optimizer"][name] for name in names}, ema_decay=0.5 if ema else 0.0
+    )
 
 
 def _torch():

@@ -28,11 +28,12 @@ import orbax.checkpoint as ocp
 from jax import ShapeDtypeStruct
 from tqdm import tqdm
 
-from cwm_jax import __version__
+from cwm_jax import __version__, files
 from cwm_jax.checkpoints import bundle, checksums, formats, run_checkpoint, weights
 from cwm_jax.checkpoints.run_checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
 from cwm_jax.data import loader
+from cwm_jax.data.config import DataConfig
 from cwm_jax.diffusion import schedule
 from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.errors import UserError, shown_to_user
@@ -114,7 +115,7 @@ def programs(network: DiTConfig, config: SamplerConfig) -> dict[str, Callable]:
         key = jax.random.fold_in(random_numbers.wrap_key(key_data), state.count)
         noise, step_key = sampler.frame_noise(key, state.frames_BMHWC[:, 0].shape)
         both = Tables(**{name: Modulations(**table) for name, table in tables.items()})
-        return sampler.draw_frame(bound, both, state, action_B, noise, step_key, config)
+        return sampler.generate_frame(bound, both, state, action_B, noise, step_key, config)
 
     def append(params, tables, fields, action_B, frame_BHWC):
         bound, context = bind(network, params), Modulations(**tables["context"])
@@ -184,7 +185,7 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
             (folder / f"{name}.stablehlo").write_bytes(program)
         weights.write(folder / bundle.PARAMS, params, _meta(trained))
         np.savez_compressed(folder / bundle.EXAMPLE, **example)
-        drawing = {name: getattr(config, name) for name in bundle.Drawing._fields}
+        drawing = {name: getattr(config, name) for name in bundle.Generation._fields}
         sizes = {f.name: getattr(network, f.name) for f in dataclasses.fields(bundle.Network)}
         manifest = {
             "format": bundle.FORMAT,
@@ -196,7 +197,7 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
             "network": sizes,
             "drawing": drawing,
             "config": trained.config,
-            "files": {p.name: bundle.digest(p) for p in sorted(folder.iterdir())},
+            "files": {p.name: files.sha256(p) for p in sorted(folder.iterdir())},
         }
         (folder / bundle.MANIFEST).write_text(
             json.dumps(manifest, indent=1) + "\n", encoding="utf-8"
@@ -205,7 +206,7 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
 
 def _example(network: DiTConfig, params: Params, config: SamplerConfig, dir: str) -> dict:
     """A real frame, real actions, and what the model draws after them with the key of seed 0."""
-    shape = loader.DataConfig(dir=dir)
+    shape = DataConfig(dir=dir)
     episodes = loader.open_episodes(shape, "val", num_actions=network.action_values)
     (number,) = loader.pick_episodes(episodes, count=1, length=_EXAMPLE_FRAMES + 1)
     clip = loader.load_clips(episodes, [number], length=_EXAMPLE_FRAMES + 1)
@@ -279,7 +280,8 @@ def _with_card(trained: Trained, playable_steps: str | None) -> Trained:
     """
     if playable_steps is not None:
         steps = _numbers("--playable-steps", playable_steps)
-        trained = trained._replace(config=trained.config | {"playable_steps": steps})
+        sampling = trained.config.get("sampler", {}) | {"playable_steps": steps}
+        trained = trained._replace(config=trained.config | {"sampler": sampling})
     formats.playable_steps(trained)
     return trained
 

@@ -22,7 +22,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from tqdm import tqdm
 
-from cwm_jax.checkpoints import bundle, run_checkpoint, weights
+from cwm_jax import files
+from cwm_jax.checkpoints import bundle, migration, run_checkpoint, weights
 from cwm_jax.data import shards
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.files import path_flag, written_whole
@@ -135,7 +136,7 @@ def _is_whole(path: Path, file: RepoFile) -> bool:
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     if file.lfs is not None:
-        return bundle.digest(path) == file.lfs.sha256
+        return files.sha256(path) == file.lfs.sha256
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.blob_id
 
@@ -233,8 +234,9 @@ def _last_metrics(path: Path) -> dict[str, float]:
 
 def model_card(repo: str, prefix: str, meta: dict[str, Any], numbers: dict[str, float]) -> str:
     """A README with the front matter that the hub reads, filled from config and metrics."""
-    network, rest = meta["config"].get("model", {}), meta["config"]
-    plain = {k: v for k, v in rest.items() if not isinstance(v, dict)}
+    network = meta["config"].get("model", {})
+    rest = {name: group for name, group in meta["config"].items() if name != "model"}
+    plain = dict(migration.flattened(rest))
     table = lambda rows: "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     rounded = {name: f"{value:.5g}" for name, value in numbers.items() if "perf/" not in name}
     where = f" --folder {prefix.rstrip('/')}" if prefix else ""

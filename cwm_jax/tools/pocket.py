@@ -176,12 +176,13 @@ def _free_disk(folder: Path) -> int:
 
 def train_words(args: argparse.Namespace, device: Device, more: Sequence[str]) -> list[str]:
     """The arguments of Python that start training."""
-    settings = {"minutes": args.minutes, "data.dir": args.data}
+    settings = {"schedule.minutes": args.minutes, "data.dir": args.data}
     if device.is_gpu:
-        settings |= {"batch_size": _GPU_BATCH, "global_batch_size": _GPU_BATCH}
+        settings |= {"data.batch_size": _GPU_BATCH, "data.global_batch_size": _GPU_BATCH}
         settings |= {"data.on_device": args.frames}
         # Each would compile a program of its own, which takes a minute of the few there are.
-        settings |= {"val_every_steps": 0, "eval_every_steps": 0, "rollout_every_steps": 0}
+        settings |= {"validation.every_steps": 0, "evaluation.every_steps": 0}
+        settings |= {"rollouts.every_steps": 0}
     if device.has_kernels:
         settings |= {"model.attention": "fused", "model.norm": "triton"}
     words = [str(ROOT / "train.py"), "--config", str(ROOT / "configs" / "pocket.py")]

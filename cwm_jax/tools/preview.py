@@ -74,7 +74,7 @@ def _film_image(episode: Episode, t: int, known: Controls, place: str, scale: in
     header = Image.new("RGB", (width, _HEADER), arrow_keys.BACKDROP)
     spot = (width / 2, _HEADER / 2)
     ImageDraw.Draw(header).text(spot, place, arrow_keys.BRIGHT, arrow_keys.font(14), anchor="mm")
-    panel = key_panel.draw(known, int(episode.actions[t]), width=width)
+    panel = key_panel.render(known, int(episode.actions[t]), width=width)
     return np.concatenate([np.array(header), picture, panel])
 
 
@@ -104,7 +104,7 @@ def _still(episode: Episode, t: int, known: Controls, scale: int) -> np.ndarray:
     tile.paste(Image.fromarray(picture), (3, 0))
     words = f"{t + 1} {known.name(int(episode.actions[t]))}"
     spot = (tile.width / 2, tile.height - 10)
-    text.draw(ImageDraw.Draw(tile), spot, words, arrow_keys.DIM, 10, most=tile.width)
+    text.render(ImageDraw.Draw(tile), spot, words, arrow_keys.DIM, 10, most=tile.width)
     return np.array(tile)
 
 

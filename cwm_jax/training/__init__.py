@@ -1,1 +1,1 @@
-"""One training step: examples, loss, gradients, and the update of the parameters."""
+"""One training step: examples, loss, gradients, and the parameter update."""

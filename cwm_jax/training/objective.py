@@ -1,7 +1,7 @@
-"""The loss of training examples: how wrong the predicted velocities are.
+"""The loss of training examples.
 
 The plain objective is the original's, the mean square error of velocities. With a `Teacher`, its
-velocities are learned instead of the data's; with discrete displacements their cross-entropy is
+velocities are the targets instead of the data's; with discrete displacements their cross-entropy is
 added.
 """
 
@@ -14,9 +14,10 @@ from cwm_jax.diffusion import displacement, schedule
 from cwm_jax.diffusion.denoiser import alpha_bar, bind
 from cwm_jax.models.config import DiTConfig, Reach
 from cwm_jax.training import distillation, self_generated
-from cwm_jax.training.examples import Example, NoiseConfig, Teacher
+from cwm_jax.training.config import ExampleConfig
+from cwm_jax.training.examples import Example, Teacher
 
-_PLAIN = NoiseConfig()
+_PLAIN = ExampleConfig()
 
 
 def clip_loss(
@@ -25,54 +26,54 @@ def clip_loss(
     *,
     network: DiTConfig,
     remat="none",
-    noise: NoiseConfig = _PLAIN,
+    config: ExampleConfig = _PLAIN,
     teacher: Teacher | None = None,
 ):
     """Diffusion loss of clips, float32 [].
 
-    With history the first frame of a clip, of which there is no residual, does not count. With
-    `middle_weight` other than 1 it is a mean in which the pixels of the middle weigh so much. A
-    `teacher` says what is learned instead of the clips' own velocities. With discrete
-    displacements their cross-entropy is added, and in half of the clips the last frame is warped
-    by the best of them instead of the likeliest, so that the residual is learned from both.
+    With history the first frame of a clip, which has no residual, does not count. With a
+    `middle_weight` other than 1 the pixels of the middle have that weight. With a `teacher` the
+    targets are its velocities. With discrete displacements their cross-entropy is added, and in
+    half of the clips the last frame is warped by the best displacements instead of the likeliest,
+    so that the residual is learned for both.
     """
     denoiser, frames = bind(network, params), to_model(jnp.asarray(example.frames_BTHWC))
-    seen, t_BT, actions_BT = frames, example.t_BT, example.actions_BT
+    context_frames, t_BT, actions_BT = frames, example.t_BT, example.actions_BT
     if example.context is not None:
-        given = frames, actions_BT, t_BT, example.context, noise
-        seen, t_BT = self_generated.shown(params, network, *given)
-    earlier, errors = denoiser.earlier(seen), None
+        given = frames, actions_BT, t_BT, example.context, config.context
+        context_frames, t_BT = self_generated.with_generated(params, network, *given)
+    earlier, errors = denoiser.earlier(context_frames), None
     if network.reach:
         errors = displacement.errors(earlier[..., :3], frames, network.reach)
-        if example.context is not None and noise.persist_above:
-            which = self_generated.places(len(frames), noise.own_share)
+        if example.context is not None and config.context.persist_above:
+            which = self_generated.places(len(frames), config.context.share)
             free = ~_middle(errors.shape[2])
-            part = frames[which], earlier[which], errors[which], free, noise.persist_above
+            part = frames[which], earlier[which], errors[which], free, config.context.persist_above
             targets, found = self_generated.persistent(denoiser, *part)
             frames, errors = frames.at[which].set(targets), errors.at[which].set(found)
     sample = schedule.noised(denoiser.to_sample(frames, earlier), t_BT, example.noise_BTHWC)
     outputs = denoiser.net(sample.x, t_BT, actions_BT, earlier, remat=remat)
-    counted, middle, chosen, added = denoiser.counted, noise.middle_weight, None, 0.0
+    counted, middle, chosen, added = denoiser.counted, config.loss.middle_weight, None, 0.0
     if errors is not None:
         logits = denoiser.logits(outputs)
-        # Noise of the first frame, which does not count: the same whatever device has the clip.
+        # Noise of the first frame, which is unused otherwise: the same on any device.
         is_best = example.noise_BTHWC[:, 0, 0, 0, 0] > 0
         chosen = _chosen(logits, errors, is_best, network.reach)
         entropy = _cross_entropy(logits, errors, network.reach)[:, counted]
         weights = _weights(errors.shape[2], middle)[..., 0]
-        added = noise.displacement_weight * (weights * entropy).mean()
+        added = config.loss.displacement_weight * (weights * entropy).mean()
     predicted = denoiser.velocity(outputs, sample.x, alpha_bar(t_BT), earlier, chosen)
-    wanted = sample.velocity
+    target = sample.velocity
     if teacher is not None:
         taught = bind(network, teacher.params)
         predict = lambda x, t: taught(x, t, actions_BT, earlier)
-        wanted = distillation.velocity(predict, sample.x, t_BT, teacher.steps)
+        target = distillation.velocity(predict, sample.x, t_BT, teacher.steps)
     weights = 1.0 if middle == 1 else _weights(network.image_size, middle)
-    return schedule.loss(predicted[:, counted], wanted[:, counted], weights) + added
+    return schedule.loss(predicted[:, counted], target[:, counted], weights) + added
 
 
 def _chosen(logits_BThwK, errors_BThwK, is_best_B, reach: Reach) -> jax.Array:
-    """Displacements that the last frame is warped by, int32 [B, T, h, w]."""
+    """The displacements to warp the last frame by, int32 [B, T, h, w]."""
     likeliest, best = jnp.argmax(logits_BThwK, -1), displacement.best(errors_BThwK, reach)
     return jnp.where(is_best_B[:, None, None, None], best, likeliest)
 
@@ -86,7 +87,7 @@ def _cross_entropy(logits_BThwK, errors_BThwK, reach: Reach) -> jax.Array:
 def _middle(size: int) -> np.ndarray:
     """Which of size × size pixels or patches are the middle, bool: a quarter of each side.
 
-    CoinRun keeps the player there, who is a tenth of the picture's height and width.
+    CoinRun shows the player there, who has a tenth of the frame's height and width.
     """
     inside = np.zeros((size, size), bool)
     inside[3 * size // 8 : 5 * size // 8, 3 * size // 8 : 5 * size // 8] = True
@@ -94,6 +95,6 @@ def _middle(size: int) -> np.ndarray:
 
 
 def _weights(size: int, middle_weight: float) -> np.ndarray:
-    """What each pixel or patch counts, float32 [size, size, 1], 1 on the mean."""
+    """The weight of each pixel or patch, float32 [size, size, 1], with mean 1."""
     weights = np.where(_middle(size), middle_weight, 1.0).astype(np.float32)[..., None]
     return weights / weights.mean()

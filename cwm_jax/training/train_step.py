@@ -1,8 +1,8 @@
-"""One training step: make examples, find their gradients, update parameters and their average.
+"""One training step: examples, their gradients, and the update of parameters and their average.
 
-AdamW: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. Everything that a step needs is
-in its arguments: noise levels and noise come from a key and the step's number, so a resumed run
-has the examples that an uninterrupted one would have had, on any number of devices.
+AdamW: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101. A step depends only on its
+arguments: noise levels and noise are computed from a key and the step's number, so a resumed run
+has the same examples as an uninterrupted one, on any number of devices.
 """
 
 import dataclasses
@@ -14,116 +14,69 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from cwm_jax.errors import UserError
+from cwm_jax.config_group import group
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.runtime import sharding
 from cwm_jax.training import examples, objective
-from cwm_jax.training.examples import Example, NoiseConfig, Teacher
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """How parameters are updated."""
-
-    lr: float
-    weight_decay: float  # on every parameter
-    warmup_steps: int
-    grad_clip: float  # by global norm
-    ema_decay: float  # 0: no moving average is kept
-    max_steps: int = 0  # 0: not known
-    decay_steps: int = 0  # the last so many of `max_steps`, or all, bring the rate down to 0
-
-    def __post_init__(self):
-        for name, low, high in (
-            ("lr", 0, 1),
-            ("weight_decay", 0, 1),
-            ("warmup_steps", 0, 10**9),
-            ("grad_clip", 1e-12, 1e12),
-            ("ema_decay", 0, 0.999999),
-            ("decay_steps", 0, 10**9),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"config.{name}={getattr(self, name)}: must be {low}…{high}")
-        if self.decay_steps and not self.max_steps:
-            raise UserError(
-                f"config.decay_steps={self.decay_steps} needs config.max_steps, the updates of the "
-                f"whole run, of which these are the last"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepConfig:
-    """How an update is computed: this changes memory and speed, not the result."""
-
-    remat: str = "none"  # what the backward pass computes again, see `dit.DiT.clip`
-    accumulate_steps: int = 1  # parts in which a device goes through its clips, one by one
-
-    def __post_init__(self):
-        if self.remat not in dit.REMAT:
-            raise UserError(
-                f"config.remat must be one of {', '.join(dit.REMAT)}, not {self.remat!r}"
-            )
-        if self.accumulate_steps < 1:
-            raise UserError(f"config.accumulate_steps={self.accumulate_steps}: must be 1 or more")
-
-
-_PLAIN = NoiseConfig()
+from cwm_jax.training.config import ComputeConfig, ExampleConfig, OptimizerConfig
+from cwm_jax.training.examples import Example, Teacher
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSetup:
-    """What a compiled training step is made for; hashable, a static argument of `jax.jit`."""
+    """Everything that a compiled training step depends on; a static argument of `jax.jit`."""
 
     network: DiTConfig
     optim: OptimizerConfig
-    step: StepConfig = StepConfig()
-    noise: NoiseConfig = _PLAIN
-    mesh: Mesh | None = None  # where state and batch lie, as `sharding` places them; None: 1 device
+    compute: ComputeConfig = group(ComputeConfig)
+    examples: ExampleConfig = group(ExampleConfig)
+    max_steps: int = 0  # updates of the whole run; the last `optim.decay_steps` decay
+    mesh: Mesh | None = None  # of the shardings of state and batch; None: 1 device
 
 
 class TrainState(NamedTuple):
-    """What a run is, but for its place in the data."""
+    """The state of a run, except its position in the data."""
 
     step: jax.Array  # int32 [], updates so far
     params: Params
     opt_state: optax.OptState
     ema: Params | None  # moving average of params
     epoch_loss: jax.Array  # float32 [2], sum and number of this epoch's losses
-    skipped: jax.Array  # int32 [], updates passed over so far, as `update` says
+    skipped: jax.Array  # int32 [], updates skipped so far, see `update`
 
 
-def learning_rate(config: OptimizerConfig):
+def learning_rate(config: OptimizerConfig, max_steps: int = 0):
     """lr · (1/W + (1 − 1/W) · min(k/W, 1)) for update k = 0, 1, …; constant where W is 0.
 
-    The last `decay_steps` of `max_steps` updates multiply it by what is left of them: warm-up,
-    stable, decay (Hägele et al. 2024, https://arxiv.org/abs/2405.18392), so a run can be
-    lengthened before its decay begins.
+    In the last `decay_steps` of `max_steps` updates it falls linearly to 0: warm-up, stable, decay
+    (Hägele et al. 2024, https://arxiv.org/abs/2405.18392), so a run can be extended before its
+    decay begins.
     """
     warmed = lambda count: config.lr
     if config.warmup_steps:
-        first = 1 / config.warmup_steps  # summed up from it: optax's own schedule cancels digits
+        first = 1 / config.warmup_steps  # added to it: optax's own schedule cancels digits
         warmed = lambda count: (
             config.lr * (first + (1 - first) * jnp.minimum(count / config.warmup_steps, 1))
         )
     if not config.decay_steps:
         return warmed
-    last = min(config.decay_steps, config.max_steps)
-    left = lambda count: jnp.clip((config.max_steps - count) / last, 0, 1)
+    last = min(config.decay_steps, max_steps)
+    left = lambda count: jnp.clip((max_steps - count) / last, 0, 1)
     return lambda count: warmed(count) * left(count)
 
 
-def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def optimizer(config: OptimizerConfig, max_steps: int = 0) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW (0.9, 0.999, 1e-8) with warm-up."""
     return optax.chain(
         optax.stateless(lambda grads, _: _clip(grads, config.grad_clip)),
-        optax.adamw(learning_rate(config), weight_decay=config.weight_decay),
+        optax.adamw(learning_rate(config, max_steps), weight_decay=config.weight_decay),
     )
 
 
 def _clip(grads, most: float):
-    """Gradients whose norm is at most so much."""
+    """Gradients scaled to a norm of at most `most`."""
     norm = _norm(grads)
     return jax.tree.map(lambda x: jnp.where(norm < most, x, x / norm * most), grads)
 
@@ -131,11 +84,11 @@ def _clip(grads, most: float):
 def _norm(tree) -> jax.Array:
     """Euclidean norm of all numbers of a tree.
 
-    First over all axes of an array but its last, then over what is left of all arrays at once: on
-    a GPU about one kernel an array, where a sum for each array by itself takes two or three.
+    Summed over all axes of each array but its last, then over all arrays at once: on a GPU about
+    one kernel per array, where a separate sum for each array takes two or three.
     """
     parts = [jnp.square(x).reshape(-1, x.shape[-1]).sum(0) for x in jax.tree.leaves(tree)]
-    # Else XLA would turn the sum of what is joined into a sum for each part again.
+    # Otherwise XLA would split the sum of the concatenation into sums of its parts again.
     joined = jax.lax.optimization_barrier(jnp.concatenate(parts))
     return jnp.sqrt(joined.sum())
 
@@ -156,7 +109,7 @@ def init_state(
 
 
 def init_teacher(network: DiTConfig, params: Params, steps: int) -> Teacher:
-    """A teacher for a student of so many steps: never updated, so in the compute dtype for good."""
+    """A teacher for a student of so many steps; never updated, so kept in the compute dtype."""
     return Teacher(_cast(params, network), jnp.int32(steps))
 
 
@@ -169,11 +122,11 @@ def _value_and_grad(params, teacher, example: Example, *, setup: TrainSetup):
     loss = functools.partial(
         objective.clip_loss,
         network=setup.network,
-        remat=setup.step.remat,
-        noise=setup.noise,
+        remat=setup.compute.remat,
+        config=setup.examples,
         teacher=teacher,
     )
-    parts = setup.step.accumulate_steps
+    parts = setup.compute.accumulate_steps
     if parts == 1:
         return jax.value_and_grad(loss)(params, example)
 
@@ -189,7 +142,7 @@ def _value_and_grad(params, teacher, example: Example, *, setup: TrainSetup):
 def gradients(params, example: Example, setup: TrainSetup, teacher: Teacher | None = None):
     """Loss and float32 gradients of examples: (loss, gradients).
 
-    Parameters are cast to the compute dtype once, here, and not again by each matmul.
+    Parameters are cast to the compute dtype once, here, instead of in each matmul.
     """
     function = functools.partial(_value_and_grad, setup=setup)
     if setup.mesh is not None:
@@ -207,19 +160,21 @@ def update(
 ):
     """One AdamW update on given examples: (next state, metrics).
 
-    Where the loss or the gradient is not finite, the update is passed over: only `step` and
-    `skipped` count on, so no state is ever poisoned, however late somebody looks at the metrics.
-    `rate` multiplies the learning rate: AdamW's update is proportional to it, decay included.
+    Where the loss or the gradient is not finite, the update is skipped: only `step` and `skipped`
+    increase, so the state stays finite, however late the metrics are read. `rate` multiplies the
+    learning rate: AdamW's update is proportional to it, decay included.
     """
     optim = setup.optim
     loss, grads = gradients(state.params, example, setup, teacher)
-    updates, opt_state = optimizer(optim).update(grads, state.opt_state, state.params)
-    lr = learning_rate(optim)(state.step - state.skipped)
+    updates, opt_state = optimizer(optim, setup.max_steps).update(
+        grads, state.opt_state, state.params
+    )
+    lr = learning_rate(optim, setup.max_steps)(state.step - state.skipped)
     if rate is not None:
         lr, updates = lr * rate, jax.tree.map(lambda x: x * rate, updates)
     params = optax.apply_updates(state.params, updates)
     grad_norm = _norm(grads)  # before clipping
-    sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     following = TrainState(
         state.step + 1,
         params,
@@ -228,8 +183,8 @@ def update(
         state.epoch_loss + jnp.array([1.0, 0.0]) * loss + jnp.array([0.0, 1.0]),
         state.skipped,
     )
-    passed_over = state._replace(step=state.step + 1, skipped=state.skipped + 1)
-    following = jax.tree.map(functools.partial(jnp.where, sound), following, passed_over)
+    unchanged = state._replace(step=state.step + 1, skipped=state.skipped + 1)
+    following = jax.tree.map(functools.partial(jnp.where, is_finite), following, unchanged)
     metrics = {
         "train/loss": loss,
         "train/grad_norm": grad_norm,
@@ -240,7 +195,7 @@ def update(
 
 
 def _average(state: TrainState, params: Params, decay: float) -> Params | None:
-    """Moving average whose first steps forget faster, so that it soon leaves the random start."""
+    """Moving average with faster decay in the first steps, to soon forget the random start."""
     if state.ema is None:
         return None
     step = state.step.astype(jnp.float32)
@@ -261,14 +216,14 @@ def train_step(
     """One update on a batch of uint8 clips: (next state, metrics as device scalars).
 
     Args:
-        state: used up; its memory becomes the next state's.
+        state: donated; its buffers become the next state's.
         batch: `{"frames": uint8 [B, T, H, W, 3], "actions": int32 [B, T]}`.
         key: the run's PRNG key; the step's number is folded in here.
-        teacher: whose generation is learned, from `init_teacher`; it lies as the state does.
+        teacher: to be distilled, from `init_teacher`; sharded like the state.
         rate: float32 [], multiplies the learning rate of `setup.optim`; None: 1.
     """
-    # Made as one array over all devices, so that no clip's noise depends on where it lies.
-    example = examples.make(jax.random.fold_in(key, state.step), batch, setup.noise, teacher)
+    # Created as one array over all devices, so that noise does not depend on the sharding.
+    example = examples.make(jax.random.fold_in(key, state.step), batch, setup.examples, teacher)
     following, metrics = update(state, example, setup, teacher, rate)
     if setup.mesh is not None:
         placement = sharding.placement(following, setup.mesh)

@@ -1,4 +1,4 @@
-"""The model that comes with the repository: whole, described, used, and worth playing."""
+"""The repository's own model: complete, documented, used by default, and useful."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import sample
 from configs import pocket as config
 from cwm_jax.checkpoints import formats, pretrained, weights
 from cwm_jax.data import loader
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import image_metrics
 from cwm_jax.models import dit
@@ -25,22 +26,22 @@ def trained():
     return formats.load(pretrained.FOLDER)
 
 
-def test_it_is_small_and_what_its_config_says(trained):
+def test_it_is_small_and_matches_its_config(trained):
     held = sum(file.stat().st_size for file in pretrained.FOLDER.iterdir())
     assert held <= 24 * 2**20
-    how = dict(dtype="auto", attention="auto", norm="auto")  # of no influence on what it is
+    how = dict(dtype="auto", attention="auto", norm="auto")  # without influence on the parameters
     wanted = DiTConfig(**config.get_config().model)
     assert dataclasses.replace(trained.network, **how) == dataclasses.replace(wanted, **how)
     assert trained.path == pretrained.FOLDER / weights.NAME
 
 
-def test_it_tells_of_no_machine(trained):
+def test_it_names_no_machine(trained):
     """Paths in its config and card are those of any checkout."""
-    for told in (json.dumps(trained.config), (pretrained.FOLDER / "README.md").read_text()):
-        assert not re.search(r"(?<![\w.])/(home|root|work|tmp|mnt|data|Users)\b", told)
+    for text in (json.dumps(trained.config), (pretrained.FOLDER / "README.md").read_text()):
+        assert not re.search(r"(?<![\w.])/(home|root|work|tmp|mnt|data|Users)\b", text)
 
 
-def test_its_card_is_of_this_very_model(trained):
+def test_its_card_describes_this_model(trained):
     card = (pretrained.FOLDER / "README.md").read_text()
     assert f"{dit.parameter_count(trained.params):,} parameters" in card
     assert f"{trained.step:,} steps" in card
@@ -48,40 +49,40 @@ def test_its_card_is_of_this_very_model(trained):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_it_does_better_than_the_last_frame(trained, steps):
-    """On embedded clips of levels that it was not trained on, four frames on from four given."""
-    embedded = loader.DataConfig(dir="assets/coinrun")
+    """On embedded clips of levels that it was not trained on, four frames after four given."""
+    embedded = DataConfig(dir="assets/coinrun")
     episodes = loader.open_episodes(embedded, "test", num_actions=15)
     picked = loader.pick_episodes(episodes, count=6, length=24)
     clips = loader.load_clips(episodes, picked, length=24)
     given, shown = 20, dict(levels=ddim_levels(steps), window="hop")
-    drawer = formats.open_sampler(pretrained.FOLDER, **shown).sampler
+    generator = formats.open_sampler(pretrained.FOLDER, **shown).sampler
     seen = slice(given - 4, given)
-    state = drawer.start(clips["frames"][:, seen], clips["actions"][:, seen])
-    _, drawn = drawer.rollout(state, clips["actions"][:, given:], jax.random.key(0))
+    state = generator.start(clips["frames"][:, seen], clips["actions"][:, seen])
+    _, generated = generator.rollout(state, clips["actions"][:, given:], jax.random.key(0))
     real = clips["frames"][:, given:] / np.float32(255)
-    error = image_metrics.mse(np.asarray(drawn) / np.float32(255), real).mean()
+    error = image_metrics.mse(np.asarray(generated) / np.float32(255), real).mean()
     still = image_metrics.mse(clips["frames"][:, given - 1 : given] / np.float32(255), real).mean()
     assert error < 0.9 * still
 
 
-def test_it_draws_where_no_other_is_named(tmp_path, monkeypatch, capsys):
-    film = tmp_path / "film.gif"
-    words = f"sample.py --frames 4 --n-samples 1 --ddim-steps 1 --output {film}".split()
+def test_it_is_used_where_no_other_is_named(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "video.gif"
+    words = f"sample.py --frames 4 --n-samples 1 --ddim-steps 1 --output {output}".split()
     monkeypatch.setattr(sys, "argv", words)
     sample.main()
-    told = capsys.readouterr().out
-    assert "Using checkpoints/pocket, this repository's own model" in told
-    assert film.stat().st_size > 1000
+    text = capsys.readouterr().out
+    assert "Using checkpoints/pocket, this repository's own model" in text
+    assert output.stat().st_size > 1000
 
 
-def test_a_named_checkpoint_goes_first(tmp_path, capsys):
+def test_a_named_checkpoint_takes_precedence(tmp_path, capsys):
     assert pretrained.unless(tmp_path) == tmp_path
     assert not capsys.readouterr().out
     with pytest.raises(UserError, match=r"no checkpoint at .*nowhere"):
         pretrained.unless(tmp_path / "nowhere")
 
 
-def test_where_it_is_missing_the_way_to_another_is_told(tmp_path, monkeypatch):
+def test_the_error_for_a_missing_model_explains_how_to_train_one(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "FOLDER", tmp_path)  # there, but empty
     with pytest.raises(UserError, match=r"(?s)no --checkpoint is named.*configs/debug\.py"):
         pretrained.unless(None)
@@ -89,5 +90,5 @@ def test_where_it_is_missing_the_way_to_another_is_told(tmp_path, monkeypatch):
 
 def test_a_step_that_it_does_not_hold_is_named(trained):
     assert formats.load(pretrained.FOLDER, step=trained.step).step == trained.step
-    with pytest.raises(UserError, match=rf"holds step {trained.step} of a run, and no step 7"):
+    with pytest.raises(UserError, match=rf"holds step {trained.step} of a run, not step 7"):
         formats.load(pretrained.FOLDER, step=7)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole, exact, and recognised when they are not."""
+"""Checkpoints: complete, exact, and damage is detected."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_network import TINY
 
-from cwm_jax.checkpoints import checksums, run_checkpoint
+from cwm_jax.checkpoints import checksums, migration, run_checkpoint
 from cwm_jax.checkpoints.run_checkpoint import Checkpoints, Retention
 from cwm_jax.errors import UserError
 from cwm_jax.training import train_step
@@ -40,7 +40,7 @@ def run(tmp_path):
 def test_state_and_position_come_back_exactly(run):
     with Checkpoints(run, retention=Retention(2)) as saved:
         assert saved.latest() == 11
-        assert saved.newest() == (11, "place 11", CONFIG, False, 5.5)
+        assert saved.newest() == (11, "place 11", migration.migrated(CONFIG), False, 5.5)
         state = saved.restore(jax.eval_shape(lambda: state_at(0)))
     same = jax.tree.map(
         lambda a, b: a.dtype == b.dtype and bool((a == b).all()), state, state_at(11)
@@ -48,7 +48,7 @@ def test_state_and_position_come_back_exactly(run):
     assert jax.tree.all(same)
 
 
-def test_old_ones_go(run):
+def test_old_checkpoints_are_deleted(run):
     names = {p.name for p in (run / "checkpoints").iterdir()}
     assert {"7", "11"} <= names
     assert "3" not in names
@@ -59,7 +59,7 @@ def test_loading_needs_the_folder_alone(run):
         trained = run_checkpoint.load(path)
         assert trained.network == TINY
         assert trained.step == 11
-        assert trained.config == CONFIG
+        assert trained.config == migration.migrated(CONFIG)
         assert all((trained.params[k] == v).all() for k, v in state_at(11).ema.items())
     assert run_checkpoint.load(run, step=7).step == 7
 
@@ -72,16 +72,16 @@ def test_without_an_average_the_parameters_are_loaded(tmp_path):
     assert all((loaded[k] == v).all() for k, v in state.params.items())
 
 
-def test_what_is_no_checkpoint_is_named(run, tmp_path):
+def test_paths_without_a_checkpoint_are_named(run, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     half = run / "checkpoints" / "13.orbax-checkpoint-tmp"
     shutil.copytree(run / "checkpoints" / "11", half)
-    for path, told in (
+    for path, message in (
         (run / "nowhere", "no checkpoint folder at"),
         (empty, "no checkpoint in"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             run_checkpoint.load(path)
     assert run_checkpoint.load(run).step == 11  # an unfinished save does not count
     with pytest.raises(UserError, match="no checkpoint of step 5"):
@@ -120,7 +120,7 @@ def test_another_network_does_not_continue_it(run):
         saved.restore(like)
 
 
-def test_one_checkpoint_is_read_whole_and_its_run_stays_as_it_is(run):
+def test_one_checkpoint_is_read_whole_and_its_run_is_unchanged(run):
     kept = run / "checkpoints"
     (kept / "13.orbax-checkpoint-tmp").mkdir()
     (kept / "11" / "meta" / "metadata").write_text("damaged")
@@ -148,23 +148,23 @@ def test_sha256sum_agrees(run):
     folder = run / "checkpoints" / "11"
     listed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    late = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # say when it was complete, no more
+    late = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # hold only the time of completion
     assert present - listed == {"SHA256SUMS"} | late
     command = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
     assert subprocess.run(command, cwd=folder, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("part", ["params", "optimizer", "meta"])
-def test_a_flipped_bit_is_found_and_the_one_before_goes_on(run, part, capsys):
+def test_a_flipped_bit_is_found_and_the_run_resumes_from_the_previous_checkpoint(run, part, capsys):
     root = run / "checkpoints"
     flip(max((root / "11" / part).rglob("*"), key=lambda p: p.is_file() and p.stat().st_size))
     with Checkpoints(run, retention=Retention(2)) as saved:
         assert saved.newest().step == 7
         state = saved.restore(jax.eval_shape(lambda: state_at(0)))
         assert int(state.step) == 7
-        told = capsys.readouterr().err
-        assert f"{root / '11'}: {part}/" in told
-        saved.save(state_at(11), data_position="again", config=CONFIG)  # its place is free
+        message = capsys.readouterr().err
+        assert f"{root / '11'}: {part}/" in message
+        saved.save(state_at(11), data_position="again", config=CONFIG)  # its name is free
     assert run_checkpoint.load(run).step == 11
     assert (root / "11.damaged").is_dir()
 
@@ -173,14 +173,14 @@ def test_a_missing_file_and_missing_sums_are_found(run):
     root = run / "checkpoints"
     (root / "11" / "SHA256SUMS").unlink()
     next((root / "7" / "params").rglob("manifest.ocdbt")).unlink()
-    with pytest.raises(UserError, match="every checkpoint is damaged") as told:
+    with pytest.raises(UserError, match="every checkpoint is damaged") as raised:
         Checkpoints(run, retention=Retention(2))
-    assert "SHA256SUMS" in str(told.value)
-    assert "manifest.ocdbt is missing" in str(told.value)
+    assert "SHA256SUMS" in str(raised.value)
+    assert "manifest.ocdbt is missing" in str(raised.value)
     assert {"7", "11"} <= {p.name for p in root.iterdir()}  # nothing is taken away
 
 
-def test_sampling_takes_the_one_before_and_says_so(run, capsys):
+def test_sampling_uses_the_previous_checkpoint_and_reports_it(run, capsys):
     flip(run / "checkpoints" / "11" / "ema" / "manifest.ocdbt")
     assert run_checkpoint.load(run).step == 7
     assert "11 is not a whole checkpoint: ema/manifest.ocdbt" in capsys.readouterr().err
@@ -188,7 +188,7 @@ def test_sampling_takes_the_one_before_and_says_so(run, capsys):
         run_checkpoint.load(run, step=11)
 
 
-def test_hostile_sums_open_nothing(run):
+def test_malicious_checksum_paths_are_never_opened(run):
     folder = run / "checkpoints" / "11"
     for line in ("../../../secret", "/etc/passwd", "params/../../secret"):
         (folder / "SHA256SUMS").write_text(f"{'0' * 64}  {line}\n")
@@ -209,7 +209,7 @@ def test_retention(tmp_path):
     assert kept == {"4", "16"}
 
 
-def test_a_save_that_fails_is_told_and_leaves_the_others(run, monkeypatch, capsys):
+def test_a_failed_save_is_reported_and_leaves_the_others(run, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -224,15 +224,15 @@ def test_a_save_that_fails_is_told_and_leaves_the_others(run, monkeypatch, capsy
         assert sorted(p.name for p in root.iterdir()) == ["11", "7"]
         saved.save(state_at(17), data_position="", config=CONFIG)
         assert saved.settle()
-    told = capsys.readouterr().err
-    assert "step 13 could not be saved" in told
-    assert "No space left on device" in told
+    message = capsys.readouterr().err
+    assert "step 13 could not be saved" in message
+    assert "No space left on device" in message
     assert sorted(p.name for p in root.iterdir()) == ["11", "17"]
     assert run_checkpoint.load(run).step == 17
 
 
-def test_a_save_that_fails_before_it_begins_is_no_success(run, monkeypatch):
-    """A full disk may refuse the first folder: the end of a run must not take that for saved."""
+def test_a_save_that_fails_before_it_begins_counts_as_failed(run, monkeypatch):
+    """A full disk may refuse the first folder: this must not count as saved."""
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -247,7 +247,7 @@ def test_a_save_that_fails_before_it_begins_is_no_success(run, monkeypatch):
         assert saved.settle()
 
 
-def test_a_save_that_orbax_declines_is_a_failed_one(run, capsys):
+def test_a_save_that_orbax_refuses_counts_as_failed(run, capsys):
     with Checkpoints(run, retention=Retention(2)) as saved:
         saved.save(state_at(9), data_position="", config=CONFIG)
         assert not saved.settle()
@@ -272,7 +272,7 @@ def test_a_checkpoint_under_another_number_is_named(run):
 )
 def test_a_name_keeps_all_arrays_or_is_refused(tmp_path, name, fits):
     if not fits:
-        with pytest.raises(UserError, match="pattern of names: name another folder"):
+        with pytest.raises(UserError, match="as a pattern: name another folder"):
             Checkpoints(tmp_path / name, retention=Retention(2))
         return
     with Checkpoints(tmp_path / name, retention=Retention(2)) as saved:

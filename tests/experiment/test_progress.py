@@ -1,4 +1,4 @@
-"""Metrics are looked at when the next step is under way, so that the device never waits."""
+"""Metrics are read while the next step runs, so that the device never waits."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.experiment import progress
 
 
-class Told:
+class Recorder:
     def __init__(self):
         self.steps = []
 
@@ -20,30 +20,30 @@ def metrics(loss, skipped=0):
     return {name: np.float32(value) for name, value in numbers.items()}
 
 
-def made(told, workdir, max_skipped=0, **kernels):
+def made(recorder, workdir, max_skipped=0, **kernels):
     counts = dict(frames_per_step=6, skipped=0, max_skipped=max_skipped, kernels=kernels)
-    return progress.Progress(told, workdir, lambda step: [{"clip": step}], **counts)
+    return progress.Progress(recorder, workdir, lambda step: [{"clip": step}], **counts)
 
 
-def test_metrics_are_told_a_step_late(tmp_path):
-    told = Told()
-    late = made(told, tmp_path)
-    late.after(1, metrics(0.5), told=True)
-    assert told.steps == []
-    late.after(2, metrics(0.4), told=False)
-    assert told.steps == [(1, 0.5)]
-    late.after(3, metrics(0.25), told=True)
+def test_metrics_are_reported_a_step_late(tmp_path):
+    recorder = Recorder()
+    late = made(recorder, tmp_path)
+    late.after(1, metrics(0.5), reported=True)
+    assert recorder.steps == []
+    late.after(2, metrics(0.4), reported=False)
+    assert recorder.steps == [(1, 0.5)]
+    late.after(3, metrics(0.25), reported=True)
     late.catch_up()
     late.catch_up()
-    assert told.steps == [(1, 0.5), (3, 0.25)]
+    assert recorder.steps == [(1, 0.5), (3, 0.25)]
 
 
 def test_one_skipped_update_too_many_stops_the_run_a_step_late(tmp_path):
-    late = made(Told(), tmp_path, max_skipped=1)
-    late.after(1, metrics(np.nan, skipped=1), told=False)
-    late.after(2, metrics(np.inf, skipped=2), told=False)  # one is allowed
+    late = made(Recorder(), tmp_path, max_skipped=1)
+    late.after(1, metrics(np.nan, skipped=1), reported=False)
+    late.after(2, metrics(np.inf, skipped=2), reported=False)  # one is allowed
     with pytest.raises(UserError, match=r"step 2 has loss inf.*\n.*max_skipped_updates=1"):
-        late.after(3, metrics(0.4, skipped=2), told=False)
+        late.after(3, metrics(0.4, skipped=2), reported=False)
     assert sorted(path.name for path in (tmp_path / progress.FOLDER).iterdir()) == [
         "step_0000001.json",
         "step_0000002.json",
@@ -51,18 +51,18 @@ def test_one_skipped_update_too_many_stops_the_run_a_step_late(tmp_path):
 
 
 @pytest.mark.parametrize("norm", ["triton", "xla"])
-def test_an_unsound_update_names_the_kernels_and_how_to_go_on_without_them(tmp_path, norm):
-    late = made(Told(), tmp_path, attention="fused", norm=norm)
-    late.after(1, metrics(0.5, skipped=1), told=False)
-    told = rf"(?s)computed with attention=fused, norm={norm}.*"
-    told += r"--config\.model\.attention=xla --config\.model\.norm=xla"
-    with pytest.raises(UserError, match=told):
+def test_a_skipped_update_names_the_kernels_and_how_to_resume_without_them(tmp_path, norm):
+    late = made(Recorder(), tmp_path, attention="fused", norm=norm)
+    late.after(1, metrics(0.5, skipped=1), reported=False)
+    message = rf"(?s)computed with attention=fused, norm={norm}.*"
+    message += r"--config\.model\.attention=xla --config\.model\.norm=xla"
+    with pytest.raises(UserError, match=message):
         late.catch_up()
 
 
-def test_of_xlas_own_kernels_no_other_are_advised(tmp_path, capsys):
-    late = made(Told(), tmp_path, attention="xla", norm="xla")
-    late.after(1, metrics(np.nan, skipped=1), told=False)
+def test_with_xlas_kernels_no_others_are_suggested(tmp_path, capsys):
+    late = made(Recorder(), tmp_path, attention="xla", norm="xla")
+    late.after(1, metrics(np.nan, skipped=1), reported=False)
     with pytest.raises(UserError, match=r"computed with attention=xla, norm=xla") as stopped:
         late.catch_up()
     assert "--config" not in str(stopped.value)

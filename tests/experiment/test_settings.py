@@ -1,14 +1,16 @@
-"""Configs: each is whole, and a mistake in one is named."""
+"""Configs: each is complete, and mistakes are named."""
 
 import importlib
 import json
 from pathlib import Path
 
 import pytest
+from changed_config import changed
 
+from cwm_jax.checkpoints import migration
 from cwm_jax.errors import UserError
 from cwm_jax.experiment import resume_check
-from cwm_jax.experiment.settings import Settings
+from cwm_jax.experiment.settings import Settings, reference
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
@@ -23,85 +25,86 @@ def test_every_config_is_whole(name):
     Settings.from_config(config_of(name))
 
 
+def test_the_page_of_settings_lists_them_as_they_are():
+    page = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    assert page == reference(), "python -m cwm_jax.experiment.settings > docs/settings.md"
+
+
 def test_small_keeps_the_originals_settings():
-    settings = Settings.from_config(config_of("small"))
-    assert (settings.batch_size, settings.data.clip_len, settings.data.stride) == (128, 32, 8)
-    assert (settings.lr, settings.weight_decay, settings.warmup_steps) == (1e-4, 0.01, 2000)
-    assert (settings.grad_clip, settings.epochs, settings.ema_decay) == (1.0, 10, 0.0)
-    assert (settings.ckpt_every_steps, settings.rollout_every_steps) == (10_000, 1000)
-    assert (settings.val_every_steps, settings.val_batches, settings.log_every_steps) == (
-        5000,
-        50,
-        50,
-    )
-    assert (settings.ddim_steps, settings.n_prompt) == (10, 1)
-    assert (settings.rollout_frames, settings.n_rollout_samples) == (16, 4)
-    assert settings.wandb.mode == "auto"
+    config = dict(migration.flattened(config_of("small")))
+    original = {
+        "data.batch_size": 128,
+        "data.clip_len": 32,
+        "data.stride": 8,
+        "schedule.epochs": 10,
+        "optimizer.lr": 1e-4,
+        "optimizer.weight_decay": 0.01,
+        "optimizer.warmup_steps": 2000,
+        "optimizer.grad_clip": 1.0,
+        "optimizer.ema_decay": 0.0,
+        "sampler.ddim_steps": 10,
+        "checkpoints.every_steps": 10_000,
+        "logging.every_steps": 50,
+        "validation.every_steps": 5000,
+        "validation.batches": 50,
+        "rollouts.every_steps": 1000,
+        "rollouts.n_prompt": 1,
+        "rollouts.frames": 16,
+        "rollouts.count": 4,
+    }
+    assert {name: config[name] for name in original} == original
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "named"),
     [
         ("learning_rate", 1e-3, "no setting config.learning_rate"),
         ("model.hiden_size", 3, "no setting config.model.hiden_size"),
-        ("data.clips", 3, "no setting config.data.clips"),
-        ("lr", "fast", "config.lr must be float, not 'fast'"),
-        ("batch_size", 1.5, "config.batch_size must be int, not 1.5"),
-        ("batch_size", 0, "config.batch_size=0"),
-        ("epochs", True, "config.epochs must be int"),
-        ("model.depth", 0, "config.model.depth"),
+        ("optimizer.lr", "fast", "config.optimizer.lr must be float, not 'fast'"),
+        ("data.batch_size", 1.5, "config.data.batch_size must be int, not 1.5"),
+        ("data.batch_size", 0, "config.data.batch_size=0: must be 1 or more"),
+        ("schedule.epochs", True, "config.schedule.epochs must be int"),
+        ("optimizer.lr", float("nan"), "config.optimizer.lr=nan: must be 0…1"),
+        ("optimizer.grad_clip", 0.0, r"config\.optimizer\.grad_clip=0\.0"),
+        ("logging.wandb.mode", "loud", "config.logging.wandb.mode must be one of auto"),
+        ("compute.remat", "some", "config.compute.remat must be one of none"),
+        ("data", 3, "config.data must hold settings, not 3"),
         ("data.clip_len", 33, "config.data.clip_len=33"),
-        ("n_prompt", 16, "config.n_prompt=16"),
-        ("ddim_steps", 1001, "1001"),
-        ("wandb.mode", "loud", "loud"),
-        ("model.history", -1, r"config\.model\.history must be a whole number ≥ 0"),
+        ("rollouts.n_prompt", 16, "config.rollouts.n_prompt=16"),
         ("model.history", 32, r"config\.model\.history=32 must be less than .*max_frames=32"),
-        ("model.change_scale", 0.0, r"config\.model\.change_scale=0\.0"),
-        ("noise.top_share", 1.5, r"config\.noise\.top_share=1\.5: must be 0…1"),
-        ("noise.own_passes", 0, r"config\.noise\.own_passes=0: must be 1…16"),
-        ("noise.own_share", 0.5, r"config\.noise\.own_share=0\.5 needs config\.model\.history"),
-        ("distil_from", 3, r"config\.distil_from must be str, not 3"),
-        ("noise.mirror_share", -0.1, r"config\.noise\.mirror_share=-0\.1: must be 0…1"),
-        ("noise.middle_weight", -1.0, r"config\.noise\.middle_weight=-1\.0: must be 0…1000"),
-        ("decay_steps", 7, r"config\.decay_steps=7 needs config\.max_steps"),
-        ("minutes", -1.0, r"config\.minutes=-1\.0: must be 0…"),
-        ("decay_share", 1.5, r"config\.decay_share=1\.5: must be 0…1"),
-        ("val_every_steps", -1, r"config\.val_every_steps=-1: must be 0 or more"),
-        ("data.on_device", -1, r"data\.on_device is -1"),
-        ("stages", (0.5,), r"config\.stages holds 0\.5; a stage is \(share of the run, settings\)"),
-        ("stages", ((1.5, {}),), r"config\.stages: a stage begins at 1\.5"),
-        ("stages", ((0.5, {}), (0.4, {})), r"config\.stages: a stage begins at 0\.4"),
-        ("stages", ((0.5, {"lr": 1.0}),), r"config\.stages sets 'lr'"),
-        ("stages", ((0.5, {"noise.x": 1}),), r"no setting config\.noise\.x"),
-        ("stages", ((0.5, {"noise.top_share": 2}),), r"config\.noise\.top_share=2\.0: must be"),
+        ("context.share", 0.5, r"config\.context\.share=0\.5 needs config\.model\.history"),
+        (
+            "optimizer.decay_steps",
+            7,
+            r"decay_steps=7 needs config\.schedule\.max_steps",
+        ),
+        ("schedule.stages", (0.5,), r"config\.schedule\.stages holds 0\.5; a stage is \(share"),
+        ("schedule.stages", ((1.5, {}),), r"config\.schedule\.stages: a stage begins at 1\.5"),
+        ("schedule.stages", ((0.5, {}), (0.4, {})), r"a stage begins at 0\.4"),
+        ("schedule.stages", ((0.5, {"optimizer.lr": 1.0}),), r"stages sets 'optimizer\.lr'"),
+        ("schedule.stages", ((0.5, {"context.x": 1}),), r"no setting config\.context\.x"),
+        ("schedule.stages", ((0.5, {"context.share": 2}),), r"config\.context\.share=2\.0: must"),
     ],
 )
-def test_mistakes_are_named(path, value, told):
-    config = config_of("small")
-    *sections, key = path.split(".")
-    place = config
-    for section in sections:
-        place = place[section]
-    place[key] = value
-    with pytest.raises(UserError, match=told):
-        Settings.from_config(config)
+def test_mistakes_are_named(path, value, named):
+    with pytest.raises(UserError, match=named):
+        Settings.from_config(changed(config_of("small"), {path: value}))
 
 
-def test_minutes_and_steps_do_not_both_bring_the_rate_down():
-    config = config_of("small") | dict(minutes=9.0, max_steps=10, decay_steps=5)
-    with pytest.raises(UserError, match=r"config\.decay_steps=5 and config\.minutes=9"):
-        Settings.from_config(config)
+def test_minutes_exclude_decay_steps():
+    both = {"schedule.minutes": 9.0, "schedule.max_steps": 10, "optimizer.decay_steps": 5}
+    with pytest.raises(UserError, match=r"decay_steps=5 and config\.schedule\.minutes=9"):
+        Settings.from_config(changed(config_of("small"), both))
 
 
-def test_a_stage_keeps_what_the_ones_before_have_set():
-    config = config_of("pocket")
-    config["noise"]["own_passes"] = 2
-    config["stages"] = ((0.2, {"noise.own_passes": 3}), (0.6, {"noise.top_share": 0.1}))
-    settings = Settings.from_config(config)
-    shares, noises = zip(*settings.noises, strict=True)
+def test_a_stage_keeps_the_settings_of_earlier_stages():
+    stages = ((0.2, {"context.rounds": 3}), (0.6, {"noise_levels.top_share": 0.1}))
+    settings = {"context.rounds": 2, "schedule.stages": stages}
+    settings = Settings.from_config(changed(config_of("pocket"), settings))
+    shares, examples = zip(*settings.stages, strict=True)
     assert shares == (0, 0.2, 0.6)
-    assert [noise.own_passes for noise in noises] == [2, 3, 3]
-    assert [noise.top_share for noise in noises] == [0.35, 0.35, 0.1]
+    assert [each.context.rounds for each in examples] == [2, 3, 3]
+    assert [each.noise_levels.top_share for each in examples] == [0.35, 0.35, 0.1]
 
 
 def test_a_missing_key_is_named():
@@ -111,11 +114,9 @@ def test_a_missing_key_is_named():
         Settings.from_config(config)
 
 
-def test_one_frame_shows_no_change():
-    config = config_of("pocket")
-    config["data"]["clip_len"] = 1
+def test_one_frame_has_no_residual():
     with pytest.raises(UserError, match=r"config\.data\.clip_len=1 must be 2 or more"):
-        Settings.from_config(config)
+        Settings.from_config(changed(config_of("pocket"), {"data.clip_len": 1}))
 
 
 @pytest.mark.parametrize(
@@ -125,42 +126,51 @@ def test_only_coinruns_actions_can_be_mirrored(change):
     config = config_of("pocket")
     config["model"] |= change
     with pytest.raises(
-        UserError, match=r"config\.noise\.mirror_share=0\.45 needs CoinRun's actions"
+        UserError, match=r"config\.augment\.mirror_share=0\.45 needs CoinRun's actions"
     ):
         Settings.from_config(config)
 
 
-def test_a_run_goes_on_from_a_config_that_is_older_than_a_setting():
+# Of the commit before settings were put into groups.
+OLD = json.loads((ROOT / "tests/experiment/config_0_1.json").read_text(encoding="utf-8"))
+
+
+def test_a_config_of_an_earlier_version_is_read():
+    settings = Settings.from_config(OLD)
+    assert settings == Settings.from_config(changed(config_of("pocket"), OLD_CHANGES))
+    assert resume_check.compare(OLD, settings.to_config()) == []
+
+
+OLD_CHANGES = {
+    "schedule.stages": [[0.55, {"context.rounds": 4, "noise_levels.top_share": 0.1}]],
+    "optimizer.lr": 3e-4,
+}
+
+
+def test_old_names_in_a_users_config_file_count():
+    config = config_of("small") | {"lr": 3e-4, "noise": {"own_share": 0.0}}
+    settings = Settings.from_config(config)
+    assert settings.optimizer.lr == 3e-4
+    with pytest.raises(UserError, match=r"no setting config\.noise"):
+        Settings.from_config(config_of("small") | {"noise": {"own_shares": 0.0}})
+
+
+def test_a_run_resumes_from_a_config_that_is_older_than_a_setting():
     now = config_of("small")
-    before = {
-        name: value
-        for name, value in now.items()
-        if name not in ("noise", "decay_steps", "init_from", "distil_from")
-    }
-    before["model"] = {
-        k: v for k, v in now["model"].items() if k not in ("history", "change_scale")
-    }
-    for name in ("minutes", "decay_share", "stages", "ckpt_every_minutes"):
-        del before[name]
-    for name in [k for k in before["model"] if k.startswith("displacement") or k == "qk_norm"]:
-        del before["model"][name]
-    before["data"] = {k: v for k, v in before["data"].items() if k != "on_device"}
+    before = dict(migration.flattened(now))
+    before = migration.nested({k: v for k, v in before.items() if k not in migration.BEFORE})
     assert resume_check.compare(before, now) == []
-    now["stages"] = ((0.5, {"noise.own_passes": 2}),)
-    assert resume_check.compare(json.loads(json.dumps(now)), now) == []
-    assert resume_check.compare(before, now) == [
-        f"config.stages={[[0.5, dict(now['stages'][0][1])]]}, was []"
+    staged = changed(now, {"schedule.stages": ((0.5, {"context.rounds": 2}),)})
+    assert resume_check.compare(json.loads(json.dumps(staged)), staged) == []
+    assert resume_check.compare(before, staged) == [
+        "config.schedule.stages=[[0.5, {'context.rounds': 2}]], was []"
     ]
-    now["model"]["displacement_down"] = 8
-    with pytest.raises(UserError, match=r"config\.model\.displacement_down=8, was 0"):
-        resume_check.compare(before, now)
-    now["model"]["displacement_down"] = 0
-    now["model"]["history"] = 1
-    with pytest.raises(UserError, match=r"config\.model\.history=1, was 0"):
-        resume_check.compare(before, now)
+    for name, value in {"model.displacement_down": 8, "model.history": 1}.items():
+        with pytest.raises(UserError, match=rf"config\.{name}={value}, was 0"):
+            resume_check.compare(before, changed(now, {name: value}))
 
 
-def test_a_teacher_needs_steps_to_take():
-    config = config_of("small") | dict(distil_from="runs/small", ddim_steps=501)
-    with pytest.raises(UserError, match=r"config\.ddim_steps=501 must be at most 500"):
+def test_a_teacher_needs_enough_steps():
+    config = changed(config_of("small"), {"distil_from": "runs/small", "sampler.ddim_steps": 501})
+    with pytest.raises(UserError, match=r"config\.sampler\.ddim_steps=501 must be at most 500"):
         Settings.from_config(config)

@@ -1,4 +1,4 @@
-"""Stages of a run: each update is that of its stage, whether compiled ahead or not."""
+"""Stages of a run: each update has its stage's settings, whether compiled in advance or not."""
 
 import dataclasses
 
@@ -9,12 +9,12 @@ import pytest
 from cwm_jax.experiment import stages
 from cwm_jax.runtime import sharding
 from cwm_jax.training import train_step
-from cwm_jax.training.examples import NoiseConfig
+from cwm_jax.training.config import ExampleConfig
 
 OPTIM = train_step.OptimizerConfig(
     lr=1e-2, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
 )
-NOISES = [(0.0, NoiseConfig()), (0.5, NoiseConfig(top_share=1.0))]
+NOISES = [(0.0, ExampleConfig()), (0.5, ExampleConfig().changed({"noise_levels.top_share": 1.0}))]
 KEY = jax.random.key(1)
 
 
@@ -37,7 +37,7 @@ def test_a_stage_begins_at_its_share_also_in_a_run_that_starts_within_it(tiny, b
     setup = train_step.TrainSetup(network=tiny, optim=OPTIM, mesh=sharding.make_mesh())
 
     def plain(share, state, *args, **traced):
-        of_stage = dataclasses.replace(setup, noise=NOISES[share >= 0.5][1])
+        of_stage = dataclasses.replace(setup, examples=NOISES[share >= 0.5][1])
         return train_step.train_step(state, *args, of_stage, **traced)
 
     for shares in ([0.0, 0.4, 0.5, 0.9], [0.6]):
@@ -47,7 +47,7 @@ def test_a_stage_begins_at_its_share_also_in_a_run_that_starts_within_it(tiny, b
         assert found == losses_of(plain, tiny, batch, shares)
 
 
-def test_the_next_stage_is_compiled_during_the_present_one(tiny, batch):
+def test_the_next_stage_is_compiled_during_the_current_one(tiny, batch):
     setup = train_step.TrainSetup(network=tiny, optim=OPTIM, mesh=sharding.make_mesh())
     updates = stages.Stages(NOISES, setup)
     state, _ = updates.update(0.0, train_step.init_state(tiny, OPTIM, 0), batch, KEY)

@@ -1,1 +1,1 @@
-"""Faults done to real training runs, and what became of them: `python -m tests.faults`."""
+"""Injects faults into real training runs and checks the results: `python -m tests.faults`."""

@@ -1,10 +1,10 @@
-"""Does faults to small training runs for a given time, and ends with a table.
+"""Injects faults into small training runs for a given time, and prints a table.
 
     python -m tests.faults --minutes 60 --results faults.jsonl [--only kill_9,disk_full] [--jobs 2]
 
-The exit code is 0 if every run survived. A run survives if what must be told was told, and it
-ends, after a restart where one is due, with the same parameters, optimizer state and metrics as a
-run that nothing disturbed. With `--results`, a campaign that was cut off goes on where it was.
+The exit code is 0 if every run survived. A run survives if it reports the fault and
+ends, restarted where needed, with the same parameters, optimizer state and metrics as an
+uninterrupted run. With `--results`, an interrupted campaign continues.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from pathlib import Path
 
 from cwm_jax.errors import shown_to_user
 from cwm_jax.files import path_flag
-from tests.faults import life
-from tests.faults.arena import Arena, Skipped, Trial
+from tests.faults import training_process
 from tests.faults.campaign import FAULTS
 from tests.faults.ledger import Ledger
+from tests.faults.trials import Skipped, Trial, Workspace
 
-_SHARES = {"kill_9": 5}  # there are most ways to be killed; of any other fault, 1
+_SHARES = {"kill_9": 5}  # more variants than other faults, which have 1
 
 
 def main() -> int:
@@ -34,9 +34,11 @@ def main() -> int:
         raise SystemExit(f"no such fault: {unknown[0]}; there are {', '.join(FAULTS)}")
     with shown_to_user():
         ledger = Ledger(args.results)
-    life.get_ready()
+    training_process.start_fork_server()
     with tempfile.TemporaryDirectory(prefix="faults-", dir=args.folder) as folder:
-        campaign = Campaign(Arena(Path(folder)), ledger, names, seed=args.seed, times=args.times)
+        campaign = Campaign(
+            Workspace(Path(folder)), ledger, names, seed=args.seed, times=args.times
+        )
         campaign.run(args.jobs, 60 * args.minutes)
     print(ledger.table(campaign.skipped))
     return int(ledger.lost())
@@ -51,7 +53,7 @@ def _flags() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--minutes", type=float, default=10, help="no new run after this (%(default)s)")
     add("--times", type=int, default=20, help="enough of each fault; kill -9: 5 × (%(default)s)")
-    add("--results", type=path_flag, help="a file to add every trial to, and to go on from")
+    add("--results", type=path_flag, help="a file to add every trial to, and to continue from")
     add("--only", default="", help="faults to try, by name: " + ", ".join(FAULTS))
     add("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
     add("--seed", type=int, default=0, help="of the random moments (%(default)s)")
@@ -60,11 +62,13 @@ def _flags() -> argparse.ArgumentParser:
 
 
 class Campaign:
-    """Tries the faults, the least tried first, until each was or the time is over."""
+    """Tries the faults, the least tried first, until all are done or the time is over."""
 
-    def __init__(self, arena: Arena, ledger: Ledger, names: list[str], *, seed: int, times: int):
+    def __init__(
+        self, workspace: Workspace, ledger: Ledger, names: list[str], *, seed: int, times: int
+    ):
         self.skipped: dict[str, str] = {}
-        self._arena, self._ledger, self._seed = arena, ledger, seed
+        self._arena, self._ledger, self._seed = workspace, ledger, seed
         self._wanted = {name: times * _SHARES.get(name, 1) for name in names}
         self._under_way = dict.fromkeys(names, 0)
         self._lock = threading.Lock()
@@ -101,7 +105,7 @@ class Campaign:
             self.skipped[name] = str(skipped)
             print(f"{name}: SKIPPED, {skipped}", flush=True)
             return
-        except Exception:  # a fault of the campaign, which must be seen, and not end it
+        except Exception:  # an error of the campaign: recorded, and does not end it
             trial = Trial(name, faults=[traceback.format_exc()])
         with self._lock:
             self._under_way[name] -= 1

@@ -1,11 +1,11 @@
-"""Feeds the record decoder whatever coverage-guided fuzzing comes up with.
+"""Coverage-guided fuzzing of the record decoder.
 
     pip install atheris
     python -m tests.faults.fuzz_records -atheris_runs=1000000 -rss_limit_mb=2048
 
-Every input is decoded as a record, and must either be an episode or raise `BadRecord`; nothing
-else may be raised, and nothing may take over a second or two of memory for its length. The
-flags are libFuzzer's. It begins from real records of every pickle protocol that is read.
+Every input is decoded as a record, and must either be an episode or raise `BadRecord`; no other
+error may be raised, and no input may take more than 2 s, or too much memory for its length. The
+flags are libFuzzer's. It starts from real records of every supported pickle protocol.
 """
 
 import pickle
@@ -31,7 +31,7 @@ def one_input(data: bytes) -> None:
 
 
 def seeds() -> list[bytes]:
-    """Small records: whole ones, and ones without their video, which change faster."""
+    """Small records: complete ones, and ones without video, which mutate faster."""
     rng = np.random.default_rng(0)
     episode = Episode(
         rng.integers(0, 256, (1, *FRAME_SHAPE), np.uint8), rng.integers(0, 15, 1, np.int32)

@@ -1,4 +1,4 @@
-"""What a campaign has found: a line of JSON for every trial, and a table of them all."""
+"""The results of a campaign: a line of JSON for every trial, and a table of them all."""
 
 import collections
 import dataclasses
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from cwm_jax.errors import UserError
-from tests.faults.arena import Trial
+from tests.faults.trials import Trial
 
 
 class Ledger:
@@ -24,7 +24,7 @@ class Ledger:
                 record = json.loads(line)
                 self.trials[record.pop("name")].append(Trial(**record))
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{path} is no file of trials: {line[:80]!r}") from None
+                raise UserError(f"{path} is not a file of trials: {line[:80]!r}") from None
 
     def add(self, name: str, trial: Trial) -> None:
         self.trials[name].append(trial)
@@ -33,14 +33,14 @@ class Ledger:
                 file.write(json.dumps({"name": name, **dataclasses.asdict(trial)}) + "\n")
 
     def times(self, name: str) -> int:
-        """How often the fault was done."""
+        """How often the fault was injected."""
         return sum(trial.times for trial in self.trials[name])
 
     def lost(self) -> bool:
         return any(trial.faults for trials in self.trials.values() for trial in trials)
 
     def table(self, skipped: dict[str, str]) -> str:
-        """The outcome, as Markdown."""
+        """The results as a Markdown table."""
         lines = [
             "| Fault | Times tried | Runs | Runs survived | Steps done again | Saved data lost |",
             "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The network: its size, what may influence what, and its start."""
+"""The network: its size, causality, and initialisation."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ def forward(config, params, *args):
 
 
 def clip(config, batch=2, frames=5, seed=0):
-    """Frames, noise labels and actions at random."""
+    """Random frames, noise levels and actions."""
     keys = jax.random.split(jax.random.key(seed), 3)
     shape = batch, frames
     return (
@@ -42,7 +42,7 @@ def test_the_published_sizes(config, count):
     assert dit.parameter_count(dit.shapes(network)) == count
 
 
-def test_no_frame_sees_a_later_one(tiny, tiny_params):
+def test_no_frame_depends_on_a_later_one(tiny, tiny_params):
     frames, t, actions = clip(tiny, batch=1)
 
     def output_of(frame, frames):
@@ -54,13 +54,13 @@ def test_no_frame_sees_a_later_one(tiny, tiny_params):
     assert (np.tril(gradients) + np.triu(np.ones((5, 5)), 1) > 0).all()
 
 
-def test_every_pixel_of_a_frame_sees_every_other(tiny, tiny_params):
+def test_every_pixel_of_a_frame_depends_on_every_other(tiny, tiny_params):
     frames, t, actions = clip(tiny, batch=1, frames=1)
     corner = lambda x: jnp.square(denoiser.bind(tiny, tiny_params)(x, t, actions)[0, 0, 0, 0]).sum()
     assert (np.abs(jax.jit(jax.grad(corner))(frames)) > 0).all()
 
 
-def test_labels_and_actions_reach_their_own_and_later_frames(tiny, tiny_params):
+def test_noise_levels_and_actions_influence_their_own_and_later_frames(tiny, tiny_params):
     frames, t, actions = clip(tiny)
     before = forward(tiny, tiny_params, frames, t, actions)
     for changed in (
@@ -73,13 +73,13 @@ def test_labels_and_actions_reach_their_own_and_later_frames(tiny, tiny_params):
 
 
 def test_no_action_is_the_zero_vector(tiny, tiny_params):
-    """−1 must not wrap round to the last action, nor count as the first."""
+    """−1 must not index the last action, nor count as the first."""
     frames, t, _ = clip(tiny, frames=1)
-    say = lambda action: forward(tiny, tiny_params, frames, t, jnp.full((2, 1), action))
+    forward_with = lambda action: forward(tiny, tiny_params, frames, t, jnp.full((2, 1), action))
     silent = tiny_params | {"action.kernel": jnp.zeros_like(tiny_params["action.kernel"])}
     none = forward(tiny, silent, frames, t, jnp.full((2, 1), 4))
-    np.testing.assert_allclose(say(-1), none, atol=1e-6)
-    assert np.abs(say(14) - none).max() > 1e-4
+    np.testing.assert_allclose(forward_with(-1), none, atol=1e-6)
+    assert np.abs(forward_with(14) - none).max() > 1e-4
 
 
 def test_a_fresh_network_predicts_zero(tiny):
@@ -109,15 +109,15 @@ def test_bfloat16_is_near_float32(tiny, tiny_params):
     assert 0 < error < 2e-3
 
 
-@pytest.mark.parametrize("change", [{}, {"history": 2, "motion": 4}])
+@pytest.mark.parametrize("change", [{}, {"history": 2, "warp_reach": 4}])
 def test_float32_means_float32_on_every_device(tiny, change):
-    """Left to its default, a GPU multiplies float32 numbers in TF32, of ten bits."""
+    """By default, a GPU multiplies float32 numbers in TF32, with ten bits."""
     network = dataclasses.replace(tiny, **change)
     frames = jax.ShapeDtypeStruct((2, 4, 64, 64, 3), jnp.uint8)
-    labels = jax.ShapeDtypeStruct((2, 4), jnp.int32)
+    levels = jax.ShapeDtypeStruct((2, 4), jnp.int32)
     noise = jax.ShapeDtypeStruct(frames.shape, jnp.float32)
     loss = functools.partial(objective.clip_loss, network=network)
-    example = Example(frames, labels, labels, noise)
+    example = Example(frames, levels, levels, noise)
     lowered = jax.jit(jax.grad(loss)).lower(dit.shapes(network), example)
     products = re.findall(r"stablehlo.dot_general.*", lowered.as_text())
     assert len(products) > 20
@@ -125,7 +125,7 @@ def test_float32_means_float32_on_every_device(tiny, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"hidden_size": 100}, "hidden_size=100"),
         ({"patch_size": 7}, "patch_size=7"),
@@ -134,12 +134,12 @@ def test_float32_means_float32_on_every_device(tiny, change):
         ({"num_heads": 2.0}, "num_heads"),
     ],
 )
-def test_sizes_that_cannot_be(tiny, change, told):
-    with pytest.raises(UserError, match=told):
+def test_invalid_sizes_are_refused(tiny, change, message):
+    with pytest.raises(UserError, match=message):
         dataclasses.replace(tiny, **change)
 
 
-def test_a_kernel_that_this_device_lacks_is_told():
+def test_a_kernel_that_this_device_lacks_is_reported():
     with pytest.raises(UserError, match=r"config.model.attention=cudnn needs an NVIDIA GPU"):
         attention.check_device("cudnn")
     attention.check_device("auto")

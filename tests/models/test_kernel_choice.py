@@ -1,4 +1,4 @@
-"""Auto takes the fastest kernel that is right; nothing that fails ends the run."""
+"""Auto chooses the fastest correct kernel; failures never end the run."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def off(x):
 
 
 def overflows(x):
-    """Right, but where numbers are large."""
+    """Correct, except for large numbers."""
     return jnp.exp(2 * jnp.log(jnp.abs(x))) + 0 * jnp.exp(jnp.abs(x))
 
 
@@ -38,7 +38,7 @@ def raises(x):
 
 
 def trial(setting="attention", **functions):
-    """A trial of x², whose candidates are stand-ins."""
+    """A trial of x² with fake candidates."""
     functions = {"xla": slow} | functions
     numbers = np.random.default_rng(0).standard_normal(64, np.float32)
     checks = tuple(
@@ -49,7 +49,7 @@ def trial(setting="attention", **functions):
     return Trial(setting, tuple(functions), FLOAT, checks, (timing,))
 
 
-def test_the_fastest_right_candidate_is_taken():
+def test_the_fastest_correct_candidate_is_chosen():
     found = kernel_choice.measure(trial(quick=square, off=off, raises=raises, overflows=overflows))
     assert kernel_choice.fastest(found) == "quick"
     assert found["quick"] < found["xla"]
@@ -58,14 +58,14 @@ def test_the_fastest_right_candidate_is_taken():
     assert "no such card" in found["raises"]
 
 
-def test_where_none_is_right_xla_goes_on():
+def test_without_a_correct_candidate_xla_is_chosen():
     found = kernel_choice.measure(trial(xla=off, other=overflows, raises=raises))
     assert all(isinstance(value, str) for value in found.values())
     assert kernel_choice.fastest(found) == "xla"
     assert kernel_choice.fastest({}) == "xla"
 
 
-def test_a_wrong_gradient_is_seen():
+def test_a_wrong_gradient_is_detected():
     @jax.custom_vjp
     def crooked(x):
         return x * x
@@ -77,33 +77,33 @@ def test_a_wrong_gradient_is_seen():
 
 @pytest.fixture
 def on_gpu(monkeypatch, tmp_path):
-    """As if here were a GPU, with a folder of compiled programs; gives the list of measured."""
+    """Simulates a GPU and a folder of compiled programs; returns the list of measured trials."""
     measured, measure = [], kernel_choice.measure
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.delenv(compile_cache.VARIABLE, raising=False)
     compile_cache.enable(str(tmp_path / "cache"))
     monkeypatch.setattr(attention, "fuses", lambda: True)
-    asked = [trial(fused=square, cudnn=overflows), trial("norm", triton=off)]
-    monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: asked)
+    fake_trials = [trial(fused=square, cudnn=overflows), trial("norm", triton=off)]
+    monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: fake_trials)
     count = lambda trial: measured.append(trial.setting) or measure(trial)
     monkeypatch.setattr(kernel_choice, "measure", count)
     yield measured
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_a_network_gets_what_was_measured(tiny, on_gpu, capsys):
+def test_a_network_gets_the_measured_kernels(tiny, on_gpu, capsys):
     network = dataclasses.replace(tiny, dtype="auto")
     found = kernel_choice.measured(network, **BATCH)
     assert (found.attention, found.norm) == ("fused", "xla")
     assert dataclasses.replace(found, attention="auto", norm="auto") == network
     assert (network.attention, network.norm) == ("auto", "auto")
-    told = capsys.readouterr().out
-    assert told.count("\n") == 1
-    assert "attention=fused" in told
-    assert "cudnn wrong: not finite on extreme numbers" in told
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert "attention=fused" in printed
+    assert "cudnn wrong: not finite on extreme numbers" in printed
 
 
-def test_an_outcome_is_kept_for_the_same_shapes(tiny, on_gpu, capsys):
+def test_results_are_kept_for_the_same_shapes(tiny, on_gpu, capsys):
     network = dataclasses.replace(tiny, dtype="auto")
     first = kernel_choice.measured(network, **BATCH)
     assert kernel_choice.measured(network, **BATCH) == first
@@ -129,14 +129,14 @@ def test_a_damaged_file_is_ignored_and_replaced(tiny, on_gpu, capsys, text):
 
 def test_an_error_is_not_kept(tiny, on_gpu, monkeypatch):
     network = dataclasses.replace(tiny, dtype="auto", norm="xla")
-    asked = [trial(fused=raises)]
-    monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: asked)
+    fake_trials = [trial(fused=raises)]
+    monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: fake_trials)
     for _ in range(2):
         assert kernel_choice.measured(network, **BATCH).attention == "xla"
     assert len(on_gpu) == 2
 
 
-def test_whatever_fails_the_run_goes_on(tiny, on_gpu, monkeypatch, capsys):
+def test_failures_never_end_the_run(tiny, on_gpu, monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("the card is gone")
 
@@ -150,13 +150,13 @@ def test_whatever_fails_the_run_goes_on(tiny, on_gpu, monkeypatch, capsys):
     ("here", "elsewhere", "taken"),
     [
         ({"xla": 3.0, "fused": 1.0}, [4.0, 2.0, np.inf], "fused"),
-        ({"xla": 3.0, "fused": 1.0}, [3.0, np.inf, np.inf], "xla"),  # wrong on that card
+        ({"xla": 3.0, "fused": 1.0}, [3.0, np.inf, np.inf], "xla"),  # wrong on another card
         ({"xla": 2.0, "fused": 1.0}, [2.0, 9.0, np.inf], "xla"),
         ({}, [3.0, 1.0, np.inf], "xla"),  # nothing could be measured here
         ({"xla": "wrong: off", "cudnn": 5.0}, [1.0, np.inf, 4.0], "cudnn"),
     ],
 )
-def test_all_processes_take_what_is_right_at_each(monkeypatch, here, elsewhere, taken):
+def test_all_processes_choose_a_kernel_that_is_correct_in_each(monkeypatch, here, elsewhere, taken):
     gather = lambda mine: np.stack([mine, np.float32(elsewhere)])
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(kernel_choice.multihost_utils, "process_allgather", gather)
@@ -181,7 +181,7 @@ def test_the_formulas_of_the_real_trials_are_those_of_the_network(tiny, dtype):
         assert isinstance(found["xla"], float), found
 
 
-def test_what_is_available(tiny):
+def test_available_candidates(tiny):
     names = lambda dtype, size, lengths: attention.candidates(
         jnp.dtype(dtype), size, lengths=lengths
     )

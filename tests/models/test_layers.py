@@ -1,4 +1,4 @@
-"""The layers against the plain formulas, and the gradients that their own backward passes find."""
+"""The layers and their own backward passes, compared with the plain formulas."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ KEYS = jax.random.split(jax.random.key(5), 4)
 
 
 def plain_norm(x, shift, scale):
-    """adaLN as it is written down; its gradients are autodiff's."""
+    """The plain formula of adaLN, with gradients by autodiff."""
     x = x.astype(jnp.float32)
     normed = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
     return normed * (1 + scale[:, :, None]) + shift[:, :, None]
@@ -38,7 +38,7 @@ def test_the_modulated_norm_and_its_gradients_are_those_of_the_formula():
         np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
 
 
-def test_the_norm_is_taken_in_float32_and_told_in_the_dtype_of_its_input():
+def test_the_norm_is_computed_in_float32_and_returned_in_the_dtype_of_its_input():
     args = arguments("bfloat16")
     found = layers.modulated_norm(*args)
     assert found.dtype == jnp.bfloat16
@@ -89,7 +89,7 @@ def test_gelu_and_its_gradient_are_those_of_the_formula(dtype, accuracy):
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=accuracy, atol=accuracy)
 
 
-def test_gelu_keeps_its_input_and_nothing_else():
+def test_gelu_stores_only_its_input():
     x = jnp.ones((4, 8), jnp.bfloat16)
     _, pull = jax.vjp(layers.gelu, x)
     kept = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "size", 0) > 1]

@@ -26,12 +26,12 @@ def interpreted(monkeypatch):
 def arguments(frames, tokens=8, size=64, gated=True, kind="random"):
     keys = jax.random.split(KEYS[0], 6)
     stream, row = (*frames, tokens, size), (*frames, size)
-    draw = lambda i, shape: jax.random.normal(keys[i], shape)
-    x = draw(0, stream)
+    normal = lambda i, shape: jax.random.normal(keys[i], shape)
+    x = normal(0, stream)
     if kind == "extreme":  # a far mean, and a frame without any variance
         x = (30 * x + 300).at[0, 0].set(7.0)
-    update = layers.Update(draw(1, stream), draw(2, (size,)), draw(3, row)) if gated else None
-    return x, update, draw(4, row), draw(5, row)
+    update = layers.Update(normal(1, stream), normal(2, (size,)), normal(3, row)) if gated else None
+    return x, update, normal(4, row), normal(5, row)
 
 
 def formula(x, update, shift, scale):
@@ -92,14 +92,14 @@ def test_the_tiling_changes_nothing(tiling):
 
 
 @pytest.mark.parametrize(("tokens", "size", "fits"), [(64, 512, 1), (16, 640, 0), (9, 64, 0)])
-def test_shapes_that_do_not_fit_are_left_to_xla(tokens, size, fits):
+def test_xla_computes_shapes_that_do_not_fit(tokens, size, fits):
     x, update, shift, scale = arguments((1, 1), tokens, size)
     assert norm.fits(x) == bool(fits)
     program = jax.make_jaxpr(functools.partial(layers.add_and_norm, kernel="triton"))
     assert ("pallas_call" in str(program(x, update, shift, scale))) == bool(fits)
 
 
-def test_a_network_with_the_kernels_computes_what_it_does_without(tiny):
+def test_a_network_with_the_kernels_computes_the_same(tiny):
     network = dataclasses.replace(tiny, hidden_size=64, num_heads=2, depth=1)
     keys = jax.random.split(jax.random.key(2), 100)
     params = {
@@ -119,6 +119,6 @@ def test_a_network_with_the_kernels_computes_what_it_does_without(tiny):
         np.testing.assert_allclose(one[1][name], other[1][name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-def test_a_norm_that_is_none_of_ours_is_refused(tiny):
-    with pytest.raises(UserError, match=r"config\.model\.norm must be auto, xla or triton"):
+def test_an_unknown_norm_is_refused(tiny):
+    with pytest.raises(UserError, match=r"config\.model\.norm must be one of auto, xla, triton"):
         dataclasses.replace(tiny, norm="cudnn")

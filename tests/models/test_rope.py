@@ -1,4 +1,4 @@
-"""Rotary embedding: literal numbers, and the property it is there for."""
+"""Rotary embedding: literal numbers, and relative positions."""
 
 import jax
 import numpy as np

@@ -33,7 +33,7 @@ def angles(length: int, size: int, *, causal: bool):
 
 
 def both(attend, qkv, grad):
-    """What a function makes of qkv, and the gradient that it passes back."""
+    """The result of a function of qkv, and its gradient."""
 
     @jax.jit
     def value_and_gradient(qkv, grad):
@@ -119,7 +119,7 @@ def test_any_number_of_sequences_side_by_side(places):
 
 
 @pytest.mark.parametrize("tuning", [Tuning(heads=2), Tuning(tile=16), Tuning(whole_q=False)])
-def test_however_the_work_is_cut(tuning):
+def test_the_result_does_not_depend_on_the_tuning(tuning):
     compare((2, 8, 4, 32), plan(32, causal=True, forward=tuning, backward=tuning), "float32")
 
 
@@ -144,7 +144,7 @@ def test_rows_of_extreme_scores_stay_finite_and_right(length, causal, dtype):
     case = extreme(length, dtype, causal=causal)
     found, wanted = of_kernel(*case), exact(*case)
     assert all(np.isfinite(x).all() for x in found)
-    # All k have a large part in common, of which only rounding is left in the gradient of q.
+    # All k have a large part in common, which adds only rounding errors to the gradient of q.
     near = {"float32": 1e-4, "bfloat16": 5e-2}  # a score of 250 is rounded to 2e-5 in float32
     assert (errors(found, wanted) < near[dtype]).all()
 
@@ -168,7 +168,7 @@ def test_the_formulas_for_any_device(function):
     assert (errors(found, exact(known, turn, *arrays)) < 1e-6).all()
 
 
-def test_no_later_frame_is_seen():
+def test_attention_over_time_is_causal():
     """By gradient: the first frames of the result depend on the first frames of qkv alone."""
     known, turn = plan(32, causal=True), rope.cos_sin(angles(12, 32, causal=True))
     qkv, grad = numbers((1, 12, 2, 32), "float32")
@@ -177,7 +177,7 @@ def test_no_later_frame_is_seen():
     assert (of_qkv[:, :5] != 0).any()
 
 
-def test_sequences_side_by_side_do_not_see_each_other():
+def test_sequences_side_by_side_are_independent():
     known, turn = plan(32, causal=True), rope.cos_sin(angles(8, 32, causal=True))
     qkv, grad = numbers((1, 8, 4, 32), "float32")
     _, of_qkv = of_kernel(known, turn, qkv, grad.at[:, :, 1:].set(0))

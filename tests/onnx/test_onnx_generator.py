@@ -42,7 +42,7 @@ NETWORKS = {
         displacement_patch=8,
         qk_norm=True,
     ),
-    "motion": dataclasses.replace(PLAIN, history=2, motion=4),
+    "motion": dataclasses.replace(PLAIN, history=2, warp_reach=4),
     "buttons": dataclasses.replace(PLAIN, num_actions=3, action_encoding="buttons"),
 }
 ACTIONS = tuple(np.random.default_rng(1).integers(0, 5, 40).tolist())
@@ -56,7 +56,8 @@ def trained(kind):
         name: (0.15 * rng.standard_normal(leaf.shape)).astype(np.float32)
         for name, leaf in sorted(dit.shapes(network).items())
     }
-    config = {"model": dataclasses.asdict(network), "ddim_steps": 2, "playable_steps": [1, 2]}
+    sampling = {"ddim_steps": 2, "playable_steps": [1, 2]}
+    config = {"model": dataclasses.asdict(network), "sampler": sampling}
     return Trained(network, params, config, 7, None)
 
 

@@ -1,4 +1,4 @@
-"""A tiny network whose gates are open, prompts from the embedded data, and a running device."""
+"""A tiny network without zero gates, prompts from the embedded data, and running schedulers."""
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ actions = [{name = "A", keys = ["KeyX"]}, {name = "LEFT", keys = ["ArrowLeft"]},
 
 
 def noisy(network):
-    """Noise for every parameter: as they are initialised, the gates are closed, nothing attends."""
+    """Random values for every parameter: with initial gates, attention has no effect."""
     rng = np.random.default_rng(0)
     return {
         name: (0.15 * rng.standard_normal(leaf.shape)).astype(np.float32)
@@ -46,11 +46,11 @@ def noisy(network):
 
 @pytest.fixture(scope="session")
 def built():
-    """built(history): the parameters and the engine of a network of so much history and motion."""
+    """built(history): parameters and engine of a network with this history and a warp."""
 
     @functools.cache
     def build(history):
-        network = dataclasses.replace(NETWORK, history=history, motion=history)
+        network = dataclasses.replace(NETWORK, history=history, warp_reach=history)
         params = noisy(network)
         engine = Engine(network, params, steps=(2, 1))
         engine.compile(2, 1)
@@ -83,7 +83,7 @@ def scheduler(engine):
 
 @pytest.fixture
 def slow_scheduler(engine, monkeypatch):
-    """A device that holds 8 frames of 2 steps a second, with a model whose card lists 2 alone.
+    """A device that generates 8 frames of 2 steps a second, with a model whose card lists only 2.
 
     It is as quick as any; only what is measured of it is fixed.
     """
@@ -91,7 +91,7 @@ def slow_scheduler(engine, monkeypatch):
     carded.playable, carded.automatic = (2,), (2, 1)
     with Scheduler(carded) as running:
         running.governor.note = lambda **_: None
-        running.governor._pass_seconds = 1 / 8 / 4
+        running.governor._step_seconds = 1 / 8 / 4
         frame_seconds = lambda rate: running.governor._seconds(rate._steps)
         note = lambda rate, _: rate._seconds.append(frame_seconds(rate))
         monkeypatch.setattr(FrameRate, "note", note)
@@ -100,17 +100,17 @@ def slow_scheduler(engine, monkeypatch):
 
 @pytest.fixture(scope="session")
 def pad_clips(tmp_path_factory):
-    """Prompts of a game with three buttons, packed from one film."""
+    """Prompts of a game with three buttons, packed from one video."""
     folder = tmp_path_factory.mktemp("pad")
-    films = folder / "films"
-    films.mkdir()
+    videos = folder / "videos"
+    videos.mkdir()
     (folder / "keys.toml").write_text(PAD_KEYS)
     shades = (np.full((64, 64, 3), 2 * t, np.uint8) for t in range(96))
-    video.write_mp4(films / "run.mp4", shades, fps=15)
+    video.write_mp4(videos / "run.mp4", shades, fps=15)
     rows = [f"{t & 1},{t >> 1 & 1},{t >> 2 & 1}" for t in range(96)]
-    (films / "run.csv").write_text("\n".join(["A,LEFT,FIRE", *rows, ""]))
+    (videos / "run.csv").write_text("\n".join(["A,LEFT,FIRE", *rows, ""]))
     options = ["--keys", folder / "keys.toml", "--output", folder / "data", "--chunk", 32]
-    pack.main([str(word) for word in (films, *options)])
+    pack.main([str(word) for word in (videos, *options)])
     return ClipPrompts(folder / "data")
 
 

@@ -1,4 +1,4 @@
-"""The picture of the keys shows the keys of the action, whatever its size."""
+"""The panel shows the keys of the action at any size."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def lit_pixels(panel):
 
 
 @pytest.mark.parametrize("width", [64, 67, 128, 192, 601])
-def test_size_is_as_announced_and_even_in_height(width):
+def test_the_size_is_as_documented_and_the_height_even(width):
     panel = arrow_keys.keyboard_panel(coinrun.JUMP, width=width)
     assert panel.shape == (arrow_keys.panel_height(width), width, 3)
     assert panel.shape[0] % 2 == 0
@@ -30,7 +30,7 @@ def test_lit_area_counts_the_held_keys(width):
         assert abs(lit - held * one) <= 0.1 * one
 
 
-def test_lit_keys_stand_where_they_point():
+def test_lit_keys_are_at_their_places():
     centre_x = 64
     centre = {}
     for action in (coinrun.LEFT, coinrun.RIGHT, coinrun.JUMP):
@@ -64,7 +64,7 @@ def test_no_name_needs_a_letter_the_font_lacks():
             assert not np.array_equal(arrow_keys.font(15).getmask(letter), missing), letter
 
 
-def test_a_cached_panel_cannot_be_painted_over():
+def test_a_cached_panel_is_read_only():
     with pytest.raises(ValueError, match="read-only"):
         arrow_keys.keyboard_panel(0)[:] = 0
 

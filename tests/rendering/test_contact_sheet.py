@@ -1,4 +1,4 @@
-"""Every frame stands whole and crisp in its place, and prompts are told from generated frames."""
+"""Every frame is sharp and in its place, and prompts are marked."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def clips(samples=2, length=5, side=17):
 
 
 def corners(picture, piece):
-    """Where in `picture` the exact `piece` stands: list of (y, x)."""
+    """Where `picture` contains the exact `piece`: list of (y, x)."""
     height, width = piece.shape[:2]
     ys, xs = np.nonzero((picture[:, :, :] == piece[0, 0]).all(-1))
     return [
@@ -33,21 +33,21 @@ def corners(picture, piece):
 @pytest.mark.parametrize("with_real", [True, False])
 def test_every_frame_and_panel_is_found_enlarged_exactly(samples, with_real):
     real, generated, actions = clips(samples)
-    films = list(
+    pages = list(
         contact_sheet.side_by_side(real if with_real else None, generated, actions, scale=3)
     )
-    assert len(films) == 5
-    for t, film in enumerate(films):
-        assert film.dtype == np.uint8
-        assert film.shape == films[0].shape
-        assert film.shape[0] % 2 == film.shape[1] % 2 == 0
+    assert len(pages) == 5
+    for t, page in enumerate(pages):
+        assert page.dtype == np.uint8
+        assert page.shape == pages[0].shape
+        assert page.shape[0] % 2 == page.shape[1] % 2 == 0
         for sample in range(samples):
-            ((y, x),) = corners(film, contact_sheet.enlarged(generated[sample, t], 3))
+            ((y, x),) = corners(page, contact_sheet.enlarged(generated[sample, t], 3))
             panel = arrow_keys.keyboard_panel(int(actions[sample, t]), width=64)
             below = y + 3 * 17 + contact_sheet.GAP
-            assert np.array_equal(film[below : below + len(panel), x : x + 64], panel)
+            assert np.array_equal(page[below : below + len(panel), x : x + 64], panel)
             if with_real:
-                ((real_y, real_x),) = corners(film, contact_sheet.enlarged(real[sample, t], 3))
+                ((real_y, real_x),) = corners(page, contact_sheet.enlarged(real[sample, t], 3))
                 assert (real_y, real_x) == (y - 3 * 17 - contact_sheet.GAP, x)
 
 
@@ -62,28 +62,28 @@ def test_enlarging_repeats_pixels():
 
 def test_given_frames_and_only_they_have_a_border():
     real, generated, actions = clips(samples=2)
-    films = contact_sheet.side_by_side(real, generated, actions, n_prompt=2, scale=2)
-    for t, film in enumerate(films):
+    pages = contact_sheet.side_by_side(real, generated, actions, n_prompt=2, scale=2)
+    for t, page in enumerate(pages):
         for frames, bordered in ((generated, t < 2), (real, False)):
-            ((y, x),) = corners(film, contact_sheet.enlarged(frames[0, t], 2))
-            around = film[y - 1, x : x + 34]
+            ((y, x),) = corners(page, contact_sheet.enlarged(frames[0, t], 2))
+            around = page[y - 1, x : x + 34]
             assert (around == arrow_keys.ACCENT).all() == bordered
 
 
-def test_frames_are_drawn_only_when_asked_for(monkeypatch):
-    drawn = []
-    draw = contact_sheet.Sheet.draw
+def test_images_are_rendered_only_on_demand(monkeypatch):
+    calls = []
+    render = contact_sheet.Sheet.render
     monkeypatch.setattr(
-        contact_sheet.Sheet, "draw", lambda *args, **kw: drawn.append(1) or draw(*args, **kw)
+        contact_sheet.Sheet, "render", lambda *args, **kw: calls.append(1) or render(*args, **kw)
     )
-    films = contact_sheet.side_by_side(*clips())
-    assert not drawn
-    next(films)
-    assert len(drawn) == 1
+    pages = contact_sheet.side_by_side(*clips())
+    assert not calls
+    next(pages)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("samples", [1, 8, 9, 61, 300, 701])
-def test_any_number_of_samples_fits_in_what_players_decode(samples):
+def test_any_number_of_samples_fits_the_decoders_limit(samples):
     layout = contact_sheet.Sheet.fitting(samples, (64, 64), with_real=True)
     assert max(layout.shape) <= contact_sheet.MAX_SIDE
     places = {layout._corner(sample) for sample in range(samples)}

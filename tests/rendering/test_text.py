@@ -1,4 +1,4 @@
-"""Names in any script are told apart on pictures, also where no font has their letters."""
+"""Names in any script look different, even where no font has their letters."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ PAIRS = [
 
 
 def panel(name, action=0):
-    return key_panel.draw(Controls("g", "one_hot", (Control(name),)), action, width=128)
+    return key_panel.render(Controls("g", "one_hot", (Control(name),)), action, width=128)
 
 
 @pytest.mark.parametrize("fonts", ["of the system", "none"])
@@ -24,29 +24,29 @@ def panel(name, action=0):
 def test_two_names_look_different(names, fonts, monkeypatch):
     if fonts == "none":
         monkeypatch.setattr(text, "_of_system", lambda letter: ())
-    for cache in (key_panel.draw, text._written):
+    for cache in (key_panel.render, text._written):
         cache.cache_clear()
-    for action in (0, -1):  # the name on the key alone, too
+    for action in (0, -1):  # also the name on the key alone
         assert not np.array_equal(*(panel(name, action) for name in names))
 
 
-def test_a_letter_that_no_font_has_is_its_number(monkeypatch):
+def test_a_letter_that_no_font_has_is_rendered_as_its_number(monkeypatch):
     monkeypatch.setattr(text, "_of_system", lambda letter: ())
     text._written.cache_clear()
     assert text.width("跳", 11) == text.width(" 8DF3 ", 11)
     text._written.cache_clear()
 
 
-def test_long_names_stay_inside_their_room():
+def test_long_names_stay_inside_their_box():
     picture = Image.new("L", (100, 20))
-    text.draw(ImageDraw.Draw(picture), (50, 10), "LEFT+RIGHT+JUMP+FIRE", 255, 13, most=80)
+    text.render(ImageDraw.Draw(picture), (50, 10), "LEFT+RIGHT+JUMP+FIRE", 255, 13, most=80)
     inside = np.array(picture)
     assert inside[:, 10:90].any()
     assert not inside[:, :9].any()
     assert not inside[:, 91:].any()
 
 
-def test_a_list_of_fonts_that_fails_is_no_list(monkeypatch, tmp_path):
+def test_a_failing_list_of_fonts_counts_as_empty(monkeypatch, tmp_path):
     broken = tmp_path / "fc-list"
     broken.write_text("#!/bin/sh\nexit 3\n")
     broken.chmod(0o755)

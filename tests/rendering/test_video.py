@@ -1,4 +1,4 @@
-"""Films come back as they were written, play everywhere, and never lie half-written."""
+"""Videos are read back as written, play everywhere, and are never half written."""
 
 import weakref
 
@@ -19,11 +19,11 @@ COLOURS = [(200, 30, 40), (20, 180, 60), (30, 60, 220), (247, 185, 66), (0, 0, 0
 
 
 def test_colours_order_and_size_survive(tmp_path):
-    path = tmp_path / "new" / "film.mp4"
+    path = tmp_path / "new" / "video.mp4"
     video.write_mp4(path, [plain(colour) for colour in COLOURS], fps=7)
-    film = video.read_mp4(path)
-    assert film.shape == (6, 46, 62, 3)
-    for frame, colour in zip(film, COLOURS, strict=True):
+    found = video.read_mp4(path)
+    assert found.shape == (6, 46, 62, 3)
+    for frame, colour in zip(found, COLOURS, strict=True):
         assert np.abs(frame.astype(int) - colour).max() <= 6
 
 
@@ -32,13 +32,13 @@ def test_a_detailed_picture_survives(tmp_path):
         np.repeat(np.random.default_rng(0).integers(60, 200, (11, 13, 1)), 4, 0), 4, 1
     )
     frame = np.broadcast_to(frame, (44, 52, 3)).astype(np.uint8)
-    video.write_mp4(tmp_path / "film.mp4", [frame] * 3, fps=5)
-    error = video.read_mp4(tmp_path / "film.mp4").astype(float) - frame
+    video.write_mp4(tmp_path / "video.mp4", [frame] * 3, fps=5)
+    error = video.read_mp4(tmp_path / "video.mp4").astype(float) - frame
     assert np.sqrt((error**2).mean()) < 6
 
 
 def test_it_is_h264_yuv420p_bt709_with_the_index_in_front(tmp_path):
-    path = tmp_path / "film.mp4"
+    path = tmp_path / "video.mp4"
     video.write_mp4(path, [plain(c) for c in COLOURS], fps=15)
     with av.open(path) as container:
         stream = container.streams.video[0]
@@ -51,7 +51,7 @@ def test_it_is_h264_yuv420p_bt709_with_the_index_in_front(tmp_path):
     assert contents.index(b"moov") < contents.index(b"mdat")
 
 
-def test_frames_are_taken_one_at_a_time_and_a_failure_leaves_the_old_film(tmp_path):
+def test_frames_are_encoded_one_by_one_and_a_failure_leaves_the_old_video(tmp_path):
     taken = []
 
     def frames():
@@ -63,7 +63,7 @@ def test_frames_are_taken_one_at_a_time_and_a_failure_leaves_the_old_film(tmp_pa
             yield frame
             assert sum(ref() is not None for ref in taken) < 4
 
-    path = tmp_path / "film.mp4"
+    path = tmp_path / "video.mp4"
     path.write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt):
         video.write_mp4(path, frames(), fps=5)
@@ -77,13 +77,13 @@ def test_frames_are_taken_one_at_a_time_and_a_failure_leaves_the_old_film(tmp_pa
     [
         ([], "no frames"),
         ([plain((1, 2, 3), height=45)], "both sides must be even"),
-        ([plain((1, 2, 3)), plain((1, 2, 3), width=64)], "in a film of"),
+        ([plain((1, 2, 3)), plain((1, 2, 3), width=64)], "in a video of"),
         ([plain((1, 2, 3)).astype(np.float32)], "float32"),
     ],
 )
 def test_unfit_frames_are_named_and_leave_no_file(tmp_path, frames, message):
     with pytest.raises(UserError, match=message):
-        video.write_mp4(tmp_path / "film.mp4", frames, fps=5)
+        video.write_mp4(tmp_path / "video.mp4", frames, fps=5)
     assert not list(tmp_path.iterdir())
 
 
@@ -92,7 +92,7 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path):
         video.write_mp4(tmp_path, [plain((1, 2, 3))], fps=5)
 
 
-def test_a_missing_encoder_is_said(tmp_path, monkeypatch):
+def test_a_missing_encoder_is_reported(tmp_path, monkeypatch):
     def missing(self, name, **kwargs):
         raise av.codec.codec.UnknownCodecError(name)
 
@@ -107,16 +107,16 @@ def test_a_missing_encoder_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(av, "open", lambda *args, **kwargs: NoEncoders())
     with pytest.raises(UserError, match="no libx264"):
-        video.write_mp4(tmp_path / "film.mp4", [plain((1, 2, 3))], fps=5)
+        video.write_mp4(tmp_path / "video.mp4", [plain((1, 2, 3))], fps=5)
 
 
-def test_an_encoder_that_is_not_there_raises_what_we_expect():
+def test_pyavs_error_for_a_missing_encoder_is_caught():
     with pytest.raises(av.codec.codec.UnknownCodecError):
         av.codec.Codec("no-such-encoder", "w")
 
 
-def test_reading_what_is_no_film_names_it(tmp_path):
-    (tmp_path / "text.mp4").write_text("not a film")
+def test_reading_a_file_that_is_not_a_video_names_it(tmp_path):
+    (tmp_path / "text.mp4").write_text("not a video")
     for name in ("text.mp4", "missing.mp4"):
         with pytest.raises(UserError, match=name):
             video.read_mp4(tmp_path / name)
@@ -131,8 +131,8 @@ def test_png_is_exact(tmp_path):
 def test_a_gif_shows_every_frame(tmp_path):
     colours = np.array([[200, 30, 40], [20, 180, 60], [10, 40, 220], [250, 250, 250]], np.uint8)
     frames = [np.broadcast_to(c, (7, 11, 3)) for c in colours]
-    video.write_film(tmp_path / "film.gif", iter(frames), fps=15)
-    with Image.open(tmp_path / "film.gif") as picture:
+    video.write_video(tmp_path / "video.gif", iter(frames), fps=15)
+    with Image.open(tmp_path / "video.gif") as picture:
         assert (picture.n_frames, picture.size, picture.info["loop"]) == (4, (11, 7), 0)
         for number, frame in enumerate(frames):
             picture.seek(number)
@@ -140,14 +140,14 @@ def test_a_gif_shows_every_frame(tmp_path):
             off = np.asarray(picture.convert("RGB"), int) - frame
             assert np.abs(off).max() <= 4
     with pytest.raises(UserError, match="no frames"):
-        video.write_film(tmp_path / "none.GIF", iter([]), fps=15)
+        video.write_video(tmp_path / "none.GIF", iter([]), fps=15)
     assert not (tmp_path / "none.GIF").exists()
 
 
-@pytest.mark.parametrize("name", ["12:30.mp4", "http:film.mp4", "a:b/100%d?x#y.mp4", "pipe:1.gif"])
+@pytest.mark.parametrize("name", ["12:30.mp4", "http:video.mp4", "a:b/100%d?x#y.mp4", "pipe:1.gif"])
 def test_names_that_look_like_addresses_are_files(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    video.write_film(name, [plain((9, 8, 7))] * 2, fps=5)
+    video.write_video(name, [plain((9, 8, 7))] * 2, fps=5)
     assert (tmp_path / name).stat().st_size > 100
     if name.endswith("mp4"):
         assert len(video.read_mp4(name)) == 2

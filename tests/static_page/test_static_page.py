@@ -59,7 +59,8 @@ def trained():
     shapes = sorted(dit.shapes(TINY).items())
     params = {k: np.round(rng.standard_normal(v.shape) * 32) / 256 for k, v in shapes}
     params = {name: value.astype(np.float32) for name, value in params.items()}
-    config = {"model": dataclasses.asdict(TINY), "ddim_steps": 2, "playable_steps": [1, 2]}
+    sampling = {"ddim_steps": 2, "playable_steps": [1, 2]}
+    config = {"model": dataclasses.asdict(TINY), "sampler": sampling}
     return Trained(TINY, params, config, 7, None)
 
 

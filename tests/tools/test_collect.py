@@ -302,6 +302,6 @@ def test_an_environment_that_is_ready_needs_no_lock(tmp_path):
 
 def test_a_proxy_that_pip_cannot_use_is_named_before_it_is_called(tmp_path, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://user:p#ss@127.0.0.1:9")
-    with pytest.raises(UserError, match="HTTPS_PROXY is no address of a proxy") as error:
+    with pytest.raises(UserError, match="HTTPS_PROXY is not a proxy address") as error:
         venv.ensure(tmp_path / ".venv-procgen")
     assert "p#ss" not in str(error.value)

@@ -112,6 +112,6 @@ def test_a_run_in_its_first_save_is_left_alone(tmp_path):
 def test_its_settings_are_kept(tmp_path):
     trained = run_checkpoint.load(imported(tmp_path, "ckpt_step_0000003.pt"))
     theirs = torch.load(FOLDER / "ckpt_step_0000003.pt", weights_only=True)["config"]
-    assert trained.config["lr"] == theirs["lr"]
-    assert trained.config["n_prompt"] == theirs["n_prompt_frames"]
+    assert trained.config["optimizer"]["lr"] == theirs["lr"]
+    assert trained.config["rollouts"]["n_prompt"] == theirs["n_prompt_frames"]
     assert json.dumps(trained.config)

@@ -64,7 +64,7 @@ def save(tmp_path, *, ema_decay, steps=(0,)):
             saved.save(
                 state._replace(params=params, step=jnp.int32(step)),
                 data_position="",
-                config=config | {"model": model},
+                config={"optimizer": config, "model": model},
             )
 
 

@@ -117,7 +117,7 @@ def test_a_check_that_fails_is_a_finding(monkeypatch, capsys):
         doctor.main([])
     assert ended.value.code == 1
     said = capsys.readouterr().out
-    assert "BAD  devices        JAX_PLATFORMS=cuda asks for" in said
+    assert "BAD  devices        JAX has no device for JAX_PLATFORMS=cuda" in said
     assert "→ unset JAX_PLATFORMS" in said
     assert "BAD  video          cannot be looked at" in said
     assert "not well: devices, video" in said

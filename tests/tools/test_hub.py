@@ -279,8 +279,8 @@ def test_uploading_needs_a_token_that_may_write(stand_in, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("HTTPS_PROXY", "http://user:p#ss@127.0.0.1:9", "HTTPS_PROXY is no address of a proxy"),
-        ("ALL_PROXY", "socks4://127.0.0.1:9", "ALL_PROXY is no address of a proxy"),
+        ("HTTPS_PROXY", "http://user:p#ss@127.0.0.1:9", "HTTPS_PROXY is not a proxy address"),
+        ("ALL_PROXY", "socks4://127.0.0.1:9", "ALL_PROXY is not a proxy address"),
         ("SSL_CERT_FILE", "/nonexistent/ca.pem", "SSL_CERT_FILE names /nonexistent/ca.pem"),
         ("HF_TOKEN", "hf_abc…def", "the token"),
         ("HF_TOKEN", "hf_abc def", "the token"),

@@ -18,8 +18,9 @@ GPU = pocket.Device("gpu", "NVIDIA H100 80GB HBM3", 80 * 10**9, "9.0")
 _MODEL = dict(hidden_size=16, depth=1, num_heads=1, patch_size=16, max_frames=5, history=1)
 _MODEL |= dict(displacement_down=1, displacement_across=1, displacement_patch=16)
 SMALL = {f"model.{name}": value for name, value in _MODEL.items()} | {"data.clip_len": 3}
-SMALL |= dict(val_batches=1, rollout_frames=3, n_rollout_samples=1, eval_clips=1, eval_frames=2)
-SMALL |= dict(ddim_steps=1, warmup_steps=1)
+SMALL |= {"validation.batches": 1, "rollouts.frames": 3, "rollouts.count": 1}
+SMALL |= {"evaluation.clips": 1, "evaluation.frames": 2}
+SMALL |= {"sampler.ddim_steps": 1, "optimizer.warmup_steps": 1}
 SETTINGS = [f"--config.{name}={value}" for name, value in SMALL.items()]
 ABSENT = "import sys\nsys.modules.update(dict.fromkeys(['av', 'wandb', 'gradio']))\n"
 
@@ -37,13 +38,13 @@ def test_a_rehearsal_on_data_from_elsewhere_without_optional_packages(
     (tmp_path / "packages" / "sitecustomize.py").write_text(ABSENT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    pocket.main(flags(tmp_path, *SETTINGS, "--config.max_steps=3"))
+    pocket.main(flags(tmp_path, *SETTINGS, "--config.schedule.max_steps=3"))
     told = capfd.readouterr()
     assert "was not recorded by cwm_jax.tools.collect" in told.err
-    assert "cannot draw a rollout: videos need PyAV" in told.err
+    assert "cannot write a rollout video: videos need PyAV" in told.err
     trained = formats.load(tmp_path / "run" / "model.safetensors")
     assert trained.step == 3
-    assert trained.config["minutes"] == 5
+    assert trained.config["schedule"]["minutes"] == 5
 
 
 @pytest.fixture
@@ -125,12 +126,14 @@ def test_a_run_that_was_cut_off_is_exported_as_far_as_it_is(tmp_path, programs, 
 
 def test_a_gpu_gets_more_clips_and_the_frames_in_its_memory():
     args = argparse.Namespace(minutes=9.0, frames=4000, data=Path("d"), workdir=Path("w"))
-    on_gpu, on_cpu = (pocket.train_words(args, device, ["--config.lr=1"]) for device in (GPU, CPU))
-    assert {"--config.batch_size=128", "--config.data.on_device=4000"} <= set(on_gpu)
+    on_gpu, on_cpu = (
+        pocket.train_words(args, device, ["--config.optimizer.lr=1"]) for device in (GPU, CPU)
+    )
+    assert {"--config.data.batch_size=128", "--config.data.on_device=4000"} <= set(on_gpu)
     assert not any("batch_size" in word or "on_device" in word for word in on_cpu)
     for words in (on_gpu, on_cpu):
-        assert words[-1] == "--config.lr=1"  # the user's come last, so that they hold
-        assert "--config.minutes=9.0" in words
+        assert words[-1] == "--config.optimizer.lr=1"  # the user's come last, so that they hold
+        assert "--config.schedule.minutes=9.0" in words
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])

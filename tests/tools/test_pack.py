@@ -14,6 +14,7 @@ from PIL import Image
 from cwm_jax import controls
 from cwm_jax.controls import Control, Controls
 from cwm_jax.data import clips, loader, shards, user_recordings
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
@@ -83,7 +84,7 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
         **dict(hidden_size=8, depth=1, num_heads=1, patch_size=32, image_size=64, max_frames=5),
         **dict(num_actions=3, action_encoding="buttons", dtype="float32"),
     )
-    config = loader.DataConfig(dir=str(out), clip_len=5, num_threads=1)
+    config = DataConfig(dir=str(out), clip_len=5, num_threads=1)
     batches = loader.train_batches(config, batch_size=2, seed=0, num_actions=network.action_values)
     batch, t = next(batches), np.full((2, 5), 500)
     params = {name: np.full(x.shape, 0.1, x.dtype) for name, x in dit.shapes(network).items()}
@@ -96,8 +97,8 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
     script = rollouts.write_script(
         config, "val", count=1, frames=7, n_prompt=1, num_actions=network.action_values
     )
-    for t, picture in enumerate(rollouts.film(script, np.moveaxis(script.real, 1, 0))):
-        panel = key_panel.draw(controls.read(out), int(script.actions[0, t]), width=192)
+    for t, picture in enumerate(rollouts.video_images(script, np.moveaxis(script.real, 1, 0))):
+        panel = key_panel.render(controls.read(out), int(script.actions[0, t]), width=192)
         below, right = contact_sheet.GAP + 2 * (192 + contact_sheet.GAP), contact_sheet.GUTTER
         shown = picture[below:, right:][: len(panel), :192]
         np.testing.assert_array_equal(shown, panel)
@@ -122,7 +123,7 @@ def test_a_second_procgen_game_goes_through_films_into_training_batches(tmp_path
     out = run(tmp_path / "films")
     known = controls.read(out)
     assert known == controls.procgen("maze")
-    config = loader.DataConfig(dir=str(out), num_threads=1)
+    config = DataConfig(dir=str(out), num_threads=1)
     batch = loader.eval_batches(config, "train", batch_size=1)[0]
     (one,) = (
         r

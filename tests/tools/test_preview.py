@@ -57,7 +57,7 @@ def test_facts_are_counted(bright):
 def test_another_game_is_shown_with_its_own_keys(bright):
     pad = Controls("nes", "buttons", tuple(map(Control, ("SELECT", "START", "LEFT", "RIGHT"))))
     (bright / "metadata.json").write_text(json.dumps(pad.to_json()))
-    panel = lambda action: key_panel.draw(pad, action, width=128)
+    panel = lambda action: key_panel.render(pad, action, width=128)
     gold = lambda image: (image == arrow_keys.ACCENT).all(-1).sum()
     none, one, two = (gold(panel(action)) for action in (0, 0b0001, 0b1001))
     assert none == 0 < one < two
@@ -66,7 +66,7 @@ def test_another_game_is_shown_with_its_own_keys(bright):
 def test_coinrun_keeps_its_arrow_keys(bright, capsys):
     coinrun = preview.controls.read(bright)
     np.testing.assert_array_equal(
-        key_panel.draw(coinrun, 8, width=128), arrow_keys.keyboard_panel(8, width=128)
+        key_panel.render(coinrun, 8, width=128), arrow_keys.keyboard_panel(8, width=128)
     )
     with pytest.raises(SystemExit):
         preview.main(["--data", str(bright), "--first", "2"])

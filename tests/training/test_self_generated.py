@@ -1,4 +1,4 @@
-"""Context frames that the network generates itself, and what is learned after them."""
+"""Self-generated context frames, and the targets after them."""
 
 import dataclasses
 
@@ -13,10 +13,10 @@ from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling import sampler
 from cwm_jax.training import examples, objective, self_generated, train_step
-from cwm_jax.training.examples import NoiseConfig
+from cwm_jax.training.config import ExampleConfig
 
 KEY = jax.random.key(3)
-MOVED = (2, 1)  # rows, columns by which everything in `film` moves from frame to frame
+DISPLACEMENT = (2, 1)  # rows, columns by which `moving_clip` moves per frame
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +29,17 @@ def network() -> DiTConfig:
 
 @pytest.fixture(scope="module")
 def params(network):
-    """At work everywhere: the last layers of fresh ones are zero."""
+    """Without zeros: the last layers of initial ones are zero."""
     shapes = sorted(dit.shapes(network).items())
     rng = np.random.default_rng(0)
     return {name: jnp.asarray(0.1 * rng.standard_normal(x.shape, np.float32)) for name, x in shapes}
 
 
-def film(frames=5):
+def moving_clip(frames=5):
     """A picture of large blocks that moves as a whole, uint8 [1, T, 64, 64, 3]."""
     wide = np.random.default_rng(1).integers(0, 256, (12, 12, 3), np.uint8)
     wide = wide.repeat(8, axis=0).repeat(8, axis=1)
-    rows, columns = MOVED
+    rows, columns = DISPLACEMENT
     at = [(rows * t, columns * t) for t in range(frames)]
     return np.stack([wide[y : y + 64, x : x + 64] for y, x in at])[None]
 
@@ -47,17 +47,18 @@ def film(frames=5):
 def batch_of(clips):
     actions = np.full((clips, 5), 7, np.int32)
     actions[:, 0] = -1
-    return {"frames": film().repeat(clips, axis=0), "actions": actions}
+    return {"frames": moving_clip().repeat(clips, axis=0), "actions": actions}
 
 
-def context_of(batch, **noise):
-    return examples.make(KEY, batch, NoiseConfig(own_share=1.0, **noise)).context
+def context_of(batch, *, steps):
+    settings = {"context.share": 1.0, "context.steps": steps}
+    return examples.make(KEY, batch, ExampleConfig().changed(settings)).context
 
 
 def test_a_rollout_is_the_samplers(network, params):
     """After one given frame, in as many steps, from the same noise."""
     batch = batch_of(2)
-    context = context_of(batch, own_steps=2)
+    context = context_of(batch, steps=2)
     given = to_model(batch["frames"]), jnp.asarray(batch["actions"])
     found = self_generated.rollout(params, network, *given, context, steps=2)
     config = sampler.SamplerConfig(levels=sampler.ddim_levels(2), window="cached")
@@ -72,9 +73,9 @@ def test_a_rollout_is_the_samplers(network, params):
     np.testing.assert_array_equal(found[:, 0], given[0][:, 0])
 
 
-def test_a_rollout_begins_with_noise_of_the_size_asked_for(network, params):
+def test_a_rollout_starts_with_the_configured_noise(network, params):
     batch = batch_of(2) | {"frames": np.full((2, 5, 64, 64, 3), 127, np.uint8)}
-    context = context_of(batch, own_steps=1)
+    context = context_of(batch, steps=1)
     context = context._replace(start_noise_B=jnp.array([0.0, 0.1]))
     given = to_model(batch["frames"]), jnp.asarray(batch["actions"])
     found = self_generated.rollout(params, network, *given, context, steps=1)
@@ -83,14 +84,15 @@ def test_a_rollout_begins_with_noise_of_the_size_asked_for(network, params):
     assert noise[1].std() == pytest.approx(0.1, rel=0.03)
 
 
-def test_a_step_with_rollouts_is_learned_whatever_its_parts(network, params):
-    how = dict(own_share=0.5, own_steps=1, own_start_noise=0.1, persist_above=0.1)
-    noise, batch = NoiseConfig(**how), batch_of(4)
+def test_a_step_with_rollouts_does_not_depend_on_its_parts(network, params):
+    how = {"context.share": 0.5, "context.steps": 1}
+    how |= {"context.start_noise": 0.1, "context.persist_above": 0.1}
+    noise, batch = ExampleConfig().changed(how), batch_of(4)
     optim = train_step.OptimizerConfig(
         lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
     )
-    setup = train_step.TrainSetup(network=network, optim=optim, noise=noise)
-    parts = dataclasses.replace(setup, step=train_step.StepConfig(accumulate_steps=2))
+    setup = train_step.TrainSetup(network=network, optim=optim, examples=noise)
+    parts = dataclasses.replace(setup, compute=train_step.ComputeConfig(accumulate_steps=2))
     example = examples.make(KEY, batch, noise)
     loss, gradients = train_step.gradients(params, example, setup)
     other_loss, others = train_step.gradients(params, example, parts)
@@ -102,17 +104,18 @@ def test_a_step_with_rollouts_is_learned_whatever_its_parts(network, params):
 
 def test_no_gradient_goes_through_a_rollout(network, params):
     batch = batch_of(2)
-    noise = NoiseConfig(own_share=1.0, own_steps=1)
+    noise = ExampleConfig().changed({"context.share": 1.0, "context.steps": 1})
     example = examples.make(KEY, batch, noise)
-    given = to_model(batch["frames"]), example.actions_BT, example.t_BT, example.context, noise
-    total = lambda p: self_generated.shown(p, network, *given)[0].sum()
+    given = to_model(batch["frames"]), example.actions_BT, example.t_BT, example.context
+    given += (noise.context,)
+    total = lambda p: self_generated.with_generated(p, network, *given)[0].sum()
     assert all(not gradient.any() for gradient in jax.grad(total)(params).values())
 
 
 def persistent(network, seen, free=True, above=0.1):
     """Targets of the last frame and the errors' best displacements, given the context shown."""
     net = denoiser.bind(network, {n: jnp.zeros(x.shape) for n, x in dit.shapes(network).items()})
-    frames, earlier = to_model(film()), net.earlier(to_model(seen))
+    frames, earlier = to_model(moving_clip()), net.earlier(to_model(seen))
     errors = objective.displacement.errors(earlier[..., :3], frames, network.reach)
     free_hw = np.full(errors.shape[2:4], free)
     found, errors = self_generated.persistent(net, frames, earlier, errors, free_hw, above)
@@ -120,29 +123,29 @@ def persistent(network, seen, free=True, above=0.1):
     return np.asarray(found)[0, -1], np.asarray(best)[0, -1]
 
 
-def test_what_a_network_has_invented_stays_and_moves_with_the_game(network):
-    """A block that the game never showed; it moves as the game does."""
-    seen, invented = film(), np.array([255, 0, 255], np.uint8)
+def test_self_generated_content_persists_and_moves_with_the_game(network):
+    """A block that is not in the game moves with it."""
+    seen, invented = moving_clip(), np.array([255, 0, 255], np.uint8)
     seen[0, -2, 32:64, 16:40] = invented
     target, best = persistent(network, seen)
-    rows, columns = MOVED
+    rows, columns = DISPLACEMENT
     reach = network.reach
     as_in_the_game = (rows + reach.down) * (2 * reach.across + 1) + columns + reach.across
     assert (best[4:7, 3] == as_in_the_game).all()
     np.testing.assert_allclose(target[32:56, 24:32], to_model(invented) * np.ones((24, 8, 1)))
-    real = to_model(film())[0, -1]
-    np.testing.assert_array_equal(target[:24], real[:24])  # what is as in the game is the game's
+    real = to_model(moving_clip())[0, -1]
+    np.testing.assert_array_equal(target[:24], real[:24])  # correct content keeps the real target
 
 
-def test_patches_that_are_not_free_are_the_games(network):
-    seen = film()
+def test_patches_that_are_not_free_keep_the_real_target(network):
+    seen = moving_clip()
     seen[0, -2, 32:64, 16:40] = 255
     target, _ = persistent(network, seen, free=False)
-    np.testing.assert_array_equal(target, to_model(film())[0, -1])
+    np.testing.assert_array_equal(target, to_model(moving_clip())[0, -1])
 
 
-def test_small_errors_are_learned_to_be_removed(network):
-    seen = film().astype(int)
+def test_small_errors_do_not_persist(network):
+    seen = moving_clip().astype(int)
     seen[0, -2] += np.random.default_rng(2).integers(-6, 7, (64, 64, 3))
     target, _ = persistent(network, seen.clip(0, 255).astype(np.uint8))
-    np.testing.assert_array_equal(target, to_model(film())[0, -1])
+    np.testing.assert_array_equal(target, to_model(moving_clip())[0, -1])

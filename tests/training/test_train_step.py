@@ -1,4 +1,4 @@
-"""The training step: its learning rate, its average, its noise, and where it runs."""
+"""The training step: learning rate, average, noise, and devices."""
 
 import dataclasses
 import functools
@@ -10,8 +10,8 @@ import pytest
 
 from cwm_jax.errors import UserError
 from cwm_jax.training import examples, train_step
-from cwm_jax.training.examples import NoiseConfig
-from cwm_jax.training.train_step import OptimizerConfig, StepConfig, TrainSetup
+from cwm_jax.training.config import ComputeConfig, ExampleConfig, OptimizerConfig
+from cwm_jax.training.train_step import TrainSetup
 
 KEY = jax.random.key(0)
 
@@ -53,14 +53,14 @@ def test_warm_up_keeps_its_first_digits():
 
 
 def test_the_rate_falls_to_nothing_at_the_end():
-    rate = train_step.learning_rate(settings(lr=1e-3, warmup_steps=2, max_steps=10, decay_steps=4))
+    rate = train_step.learning_rate(settings(lr=1e-3, warmup_steps=2, decay_steps=4), 10)
     expected = [0.5, 0.75, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
     np.testing.assert_allclose([float(rate(k)) for k in range(11)], 1e-3 * np.array(expected))
-    short = train_step.learning_rate(settings(lr=1e-3, max_steps=2, decay_steps=4))
+    short = train_step.learning_rate(settings(lr=1e-3, decay_steps=4), 2)
     np.testing.assert_allclose([float(short(k)) for k in range(3)], [1e-3, 5e-4, 0])
 
 
-def test_a_rate_multiplies_an_update_and_compiles_nothing_anew(tiny):
+def test_a_rate_multiplies_an_update_without_compilation(tiny):
     optim, before = settings(lr=1e-2), train_step.train_step._cache_size()
     setup, moved = TrainSetup(network=tiny, optim=optim), {}
     for rate in (1.0, 0.25, 0.0):
@@ -99,12 +99,12 @@ def test_noise_depends_on_the_step_alone(tiny):
 
 @pytest.mark.parametrize("how", [dict(remat="gelu_norm"), dict(remat="layer", accumulate_steps=2)])
 def test_how_a_step_is_computed_does_not_change_it(tiny, tiny_params, how):
-    example = examples.make(KEY, batch_of(4), NoiseConfig())
+    example = examples.make(KEY, batch_of(4), ExampleConfig())
     gradients = jax.jit(train_step.gradients, static_argnames="setup")
     setup = TrainSetup(network=tiny, optim=settings())
     found = [
-        gradients(tiny_params, example, dataclasses.replace(setup, step=step))
-        for step in (StepConfig(), StepConfig(**how))
+        gradients(tiny_params, example, dataclasses.replace(setup, compute=step))
+        for step in (ComputeConfig(), ComputeConfig(**how))
     ]
     (loss, plain), (other_loss, other) = found
     assert float(other_loss) == pytest.approx(float(loss), rel=1e-5)
@@ -113,7 +113,7 @@ def test_how_a_step_is_computed_does_not_change_it(tiny, tiny_params, how):
         np.testing.assert_allclose(other[name], gradient, rtol=0, atol=1e-4 * scale, err_msg=name)
 
 
-def test_a_step_takes_over_the_memory_of_the_state(tiny):
+def test_a_step_reuses_the_buffers_of_the_state(tiny):
     optim = settings(ema_decay=0.9)
     state = jax.eval_shape(lambda: train_step.init_state(tiny, optim, 0))
     lowered = train_step.train_step.lower(
@@ -127,7 +127,7 @@ def test_a_step_takes_over_the_memory_of_the_state(tiny):
 def test_gradients_are_float32_whatever_the_matmuls(tiny):
     network = dataclasses.replace(tiny, dtype="bfloat16")
     state = jax.eval_shape(lambda: train_step.init_state(network, settings(), 0))
-    example = jax.eval_shape(lambda: examples.make(KEY, batch_of(2), NoiseConfig()))
+    example = jax.eval_shape(lambda: examples.make(KEY, batch_of(2), ExampleConfig()))
     setup = TrainSetup(network=network, optim=settings())
     function = functools.partial(train_step.gradients, setup=setup)
     _, grads = jax.eval_shape(function, state.params, example)
@@ -135,9 +135,9 @@ def test_gradients_are_float32_whatever_the_matmuls(tiny):
 
 
 @pytest.mark.parametrize("wrong", [dict(remat="all"), dict(accumulate_steps=0)])
-def test_a_way_to_compute_that_we_lack_is_named(wrong):
-    with pytest.raises(UserError, match=f"config.{next(iter(wrong))}"):
-        StepConfig(**wrong)
+def test_an_unknown_compute_setting_is_named(wrong):
+    with pytest.raises(UserError, match=f"config.compute.{next(iter(wrong))}"):
+        ComputeConfig(**wrong)
 
 
 def test_moving_average(tiny):
@@ -167,12 +167,12 @@ def test_decay_reaches_every_parameter(tiny):
 
 @pytest.mark.parametrize("change", [{"lr": -1.0}, {"grad_clip": 0.0}, {"ema_decay": 1.0}])
 def test_values_out_of_range_are_named(change):
-    with pytest.raises(UserError, match=f"config.{next(iter(change))}"):
+    with pytest.raises(UserError, match=f"config.optimizer.{next(iter(change))}"):
         settings(**change)
 
 
-def test_an_update_that_is_not_finite_is_passed_over(tiny):
-    """Nothing but the two counters changes, and the next step is as if it had not been."""
+def test_an_update_that_is_not_finite_is_skipped(tiny):
+    """Only the two counters change, and the next step is as without it."""
     optim = settings(ema_decay=0.9)
     state, _ = run(tiny, optim, 2)
     before = jax.tree.map(np.array, state)

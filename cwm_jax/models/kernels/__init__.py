@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA GPUs, each beside a plain-JAX function that computes the same."""
+"""Kernels for NVIDIA GPUs, and plain JAX functions that compute the same."""

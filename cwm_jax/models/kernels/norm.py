@@ -1,8 +1,8 @@
-"""Residual addition and modulated LayerNorm in one pass over memory, forward and backward.
+"""Residual addition and modulated LayerNorm as one fused kernel, forward and backward.
 
-One program handles the S tokens of a frame, some rows at a time: a row's statistics need D numbers,
-the sums over tokens for shift, scale and gate stay in registers until the frame is done. XLA needs
-several kernels for the same, each of which reads the activations again.
+One program processes the S tokens of a frame, some rows at a time: a row's statistics need D
+numbers, the sums over tokens for shift, scale and gate stay in registers until the frame is done.
+XLA needs several kernels for this, each of which reads the activations again.
 
 Written with Pallas for its Triton backend.
 """
@@ -20,7 +20,7 @@ EPSILON = 1e-6
 
 
 class Tiling(NamedTuple):
-    """How a program goes through its frame; rows · D / (32 · warps) numbers in each thread.
+    """How a program splits its frame; rows · D / (32 · warps) numbers in each thread.
 
     With D = 512, the backward kernel of 16 numbers a thread fits the registers of an H100, and that
     of 32 does not (compiled for sm_90a).
@@ -34,7 +34,7 @@ _TILING = Tiling()
 
 
 def fits(x_BTSD: jax.Array) -> bool:
-    """Whether the kernels take arrays of this shape: Triton wants powers of two."""
+    """Whether the kernels support this shape: Triton needs powers of two."""
     tokens, size = x_BTSD.shape[-2:]
     return size & (size - 1) == 0 and 64 <= size <= 2048 and tokens % _TILING.rows == 0
 
@@ -44,7 +44,7 @@ def forward(x_FSD, update, shift_FD, scale_FD, *, tiling: Tiling = _TILING, inte
 
     Args:
         x_FSD: the residual stream of F frames.
-        update: (product [F, S, D], bias [D], gate [F, D]), or None; then only the norm comes back.
+        update: (product [F, S, D], bias [D], gate [F, D]), or None; then only the norm is returned.
         shift_FD, scale_FD: those of each frame.
     """
     frames, tokens, size = x_FSD.shape
@@ -71,10 +71,10 @@ def backward(
     """Gradients of `forward`: (of x, of product, sums), of product None without an update.
 
     Args:
-        x_FSD: the normed stream, so with the update where there is one.
+        x_FSD: the normed stream, with the update if there is one.
         update, scale_FD: as in `forward`.
         of_normed: gradient of the norm [F, S, D].
-        of_x: gradient of the stream from elsewhere [F, S, D].
+        of_x: gradient of the stream from later layers [F, S, D].
 
     The sums, each float32 [F, D], are the gradients of shift and scale, and with an update also of
     the gate, and the sum of the gradient of x.
@@ -112,7 +112,7 @@ def _forward(*refs, gated: bool, rows: int):
         if gated:
             x += gate * (_float(product_ref[0, at]) + bias)
             out_ref[0, at] = x.astype(out_ref.dtype)
-            x = _float(x.astype(out_ref.dtype))  # what the backward pass finds
+            x = _float(x.astype(out_ref.dtype))  # as the backward pass reads it
         normed, _ = _norm(x)
         normed_ref[0, at] = (normed * scale + shift).astype(normed_ref.dtype)
         return carry
@@ -143,7 +143,7 @@ def _backward(*refs, gated: bool, rows: int):
             parts += [of_x * (_float(product_ref[0, at]) + bias), of_x]
         return tuple(a + b for a, b in zip(sums, parts, strict=True))
 
-    # Summed over rows at the end only: each such sum is an exchange between warps.
+    # Summed over rows only at the end: each such sum needs communication between warps.
     zeros = (jnp.zeros((rows, x_ref.shape[2]), jnp.float32),) * len(sum_refs)
     sums = jax.lax.fori_loop(0, x_ref.shape[1] // rows, some, zeros)
     for ref, found in zip(sum_refs, sums, strict=True):

@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain JAX, for any device."""
+"""Plain JAX versions of the kernels, for any device."""
 
 import functools
 
@@ -10,14 +10,14 @@ import numpy as np
 def rotary_attention(
     qkv_RLMC: jax.Array, cos_LJ: np.ndarray, sin_LJ: np.ndarray, *, num_heads: int, causal: bool
 ) -> jax.Array:
-    """See `cwm_jax.models.kernels.rotary_attention`; its gradients are autodiff's."""
+    """See `cwm_jax.models.kernels.rotary_attention`; with gradients by autodiff."""
     return _out(*_split(qkv_RLMC, cos_LJ, sin_LJ, num_heads), causal)
 
 
 def rotary_attention_with_little_kept(
     qkv_RLMC: jax.Array, cos_LJ: np.ndarray, sin_LJ: np.ndarray, *, num_heads: int, causal: bool
 ) -> jax.Array:
-    """The same; its backward pass keeps nothing but qkv and writes its gradient at once."""
+    """The same; its backward pass stores only qkv and writes its gradient at once."""
 
     @jax.custom_vjp
     def attend(qkv_RLMC):
@@ -70,6 +70,6 @@ def _backward(cos_LJ, sin_LJ, num_heads: int, causal: bool, qkv_RLMC, grad_RLMC)
 
 
 def _product(subscripts: str, a, b):
-    """In float32, of which nothing is rounded to TF32."""
+    """A product with float32 results, never rounded to TF32."""
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(subscripts, a, b, precision=exact, preferred_element_type=jnp.float32)

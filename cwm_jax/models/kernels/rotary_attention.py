@@ -1,15 +1,15 @@
 """Attention with rotary position embedding, from the output of the qkv projection, as one kernel.
 
 The projection's output holds q | k | v of all N heads in each row of 3 · N · K numbers. Its rows
-are read, and those of the result written, where they lie: in an array [R, L, M, 3 · N · K] a
-sequence has L rows, with M sequences side by side. So tokens of a frame are [B · T, S, 1, …], and
-frames at one token's place [B, T, S, …], both without a copy.
+are read, and those of the result written, in place: in an array [R, L, M, 3 · N · K] a sequence has
+L rows, with M sequences side by side. So tokens of a frame are [B · T, S, 1, …], and frames at one
+token position [B, T, S, …], both without a copy.
 
-One program takes a tile of 64 rows and all scores of a head among them: one sequence, or several
-short ones, each blind to the others. So the softmax is exact, and the backward pass computes it
-again from q and k: nothing is kept but qkv. The two halves of a head's dimensions, which rotation
-mixes (`cwm_jax.models.rope`), are two operands throughout: a score is the sum of two products, and
-nothing is joined or split.
+One program processes a tile of 64 rows and all scores of a head among them: one sequence, or
+several short ones, masked from each other. So the softmax is exact, and the backward pass
+recomputes it from q and k: only qkv is stored. The two halves of a head's dimensions, which
+rotation mixes (`cwm_jax.models.rope`), are separate operands throughout: a score is the sum of two
+products, and nothing is joined or split.
 """
 
 import dataclasses
@@ -32,25 +32,25 @@ _LEAST = 16  # rows of a sequence in a tile, the multiple that tensor cores take
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the work is cut; the result does not depend on it."""
+    """How the work is split; the result does not depend on it."""
 
-    heads: int = 1  # that one program goes through in a row; num_heads is a multiple of it
+    heads: int = 1  # that one program processes in turn; num_heads is a multiple of it
     num_warps: int = 4
     num_stages: int = 1
     tile: int = TILE  # rows at most, where sequences are shorter
-    whole_q: bool = True  # read at once and split in registers, or by halves
+    whole_q: bool = True  # read whole and split in registers, or read by halves
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that is known of an attention when it is compiled."""
+    """Compile-time parameters of an attention."""
 
     num_heads: int  # N
     head_size: int  # K
     causal: bool
     forward: Tuning = Tuning()
     backward: Tuning = Tuning()
-    interpret: bool = False  # in the interpreter of Pallas, for machines without a GPU
+    interpret: bool = False  # run in Pallas' interpreter, on machines without a GPU
 
     @property
     def width(self) -> int:
@@ -62,7 +62,7 @@ class _Tile(NamedTuple):
 
     rows: int  # of each sequence, a power of 2
     side: int  # sequences, a power of 2
-    length: int  # rows of each that are there
+    length: int  # actual rows of each
     places: int  # sequences that lie side by side in memory, M
 
     @property
@@ -81,7 +81,7 @@ class _Tile(NamedTuple):
 
 
 def fits(length: int, head_size: int) -> bool:
-    """Whether the kernel takes sequences of this length and heads of this size."""
+    """Whether the kernel supports this sequence length and head size."""
     return 1 <= length <= TILE and head_size in (32, 64, 128)
 
 
@@ -92,7 +92,7 @@ def rotary_attention(qkv_RLMC: jax.Array, cos_LJ: np.ndarray, sin_LJ: np.ndarray
         qkv_RLMC: q | k | v before rotation, [R, L, M, 3 · N · K].
         cos_LJ: of the angles of each position, float32 [L, K/2].
         sin_LJ: likewise.
-        plan: sizes, and how the work is cut.
+        plan: sizes, and how the work is split.
     """
 
     @jax.custom_vjp
@@ -114,7 +114,7 @@ def forward(qkv_RLMC, cos_LJ, sin_LJ, plan: Plan) -> jax.Array:
 
 
 def backward(qkv_RLMC, grad_RLMC, cos_LJ, sin_LJ, plan: Plan) -> jax.Array:
-    """The gradient at qkv, [R, L, M, 3 · N · K], of that at the result."""
+    """The gradient of qkv, [R, L, M, 3 · N · K], from that of the result."""
     tables = cos_LJ, sin_LJ
     kernel = lambda *arrays: _call(
         _backward_kernel, plan, plan.backward, 3 * plan.width, arrays, tables
@@ -142,7 +142,7 @@ def _call(kernel, plan: Plan, tuning: Tuning, width: int, arrays, tables) -> jax
     assert fits(length, plan.head_size), (length, plan)
     assert plan.num_heads % tuning.heads == 0, (plan, tuning)
     tile = _tile(length, places, tuning)
-    groups = _groups(plan, tuning)  # those of one tile are neighbours in the grid
+    groups = _groups(plan, tuning)  # those of one tile are adjacent in the grid
     flat = lambda array: array.reshape(sequences, -1)
     lane = lambda width: pl.BlockSpec(
         (None, length * places * width), lambda i: (lax.div(i, groups * tile.count), 0)
@@ -226,7 +226,9 @@ def _backward_kernel(
         of_p = _dot(grad, v, (1, 1))
         of_s = p * (of_p - (p * of_p).sum(1, keepdims=True)) * size**-0.5
         of_s = of_s.astype(v.dtype)
-        turn = _load_tables(cos_ref, sin_ref)  # again: meanwhile their registers are needed
+        turn = _load_tables(
+            cos_ref, sin_ref
+        )  # loaded again, as their registers are needed meanwhile
         of_q = _turned_back([_dot(of_s, half, (1, 0)) for half in k], turn)
         of_k = _turned_back([_dot(of_s, half, (0, 0)) for half in q], turn)
         for part, halves in enumerate((of_q, of_k)):
@@ -237,15 +239,15 @@ def _backward_kernel(
 
 
 def _load_tables(cos_ref, sin_ref):
-    """Read by every program: they should stay in the cache, and the rest should not."""
+    """Loads tables that every program reads: they should stay in the cache, unlike the rest."""
     return tuple(triton.load(ref, eviction_policy="evict_last") for ref in (cos_ref, sin_ref))
 
 
 class _Rows(NamedTuple):
-    """Where the rows of a tile lie in arrays without axes."""
+    """The positions of a tile's rows in flattened arrays."""
 
     index: jax.Array  # int32 [size]
-    there: jax.Array | None  # bool [size]: which rows lie within their sequence; None: all do
+    there: jax.Array | None  # bool [size]: which rows are within their sequence; None: all
 
     def load(self, ref, stride: int, column, width: int):
         """[size, width] from a column on; rows beyond the sequences are 0."""
@@ -262,8 +264,8 @@ class _Rows(NamedTuple):
     def load_q(self, qkv_ref, head, plan: Plan, tuning: Tuning):
         """The halves of q.
 
-        To be read last but for the tables: Triton carries q and these through shared memory as soon
-        as they are read, and what is read after that has to wait.
+        Load it last except for the tables: Triton moves q and these through shared memory as
+        soon as they are loaded, and later loads have to wait.
         """
         size, column = plan.head_size, head * plan.head_size
         if not tuning.whole_q:
@@ -310,26 +312,26 @@ def _turned_back(halves, turn):
 def _weights(q, k, plan: Plan, tile: _Tile):
     """exp(scores − the row's largest), float32 [size, size], and 1 over its sum [size, 1]."""
     scores = _dot(q[0], k[0], (1, 1)) + _dot(q[1], k[1], (1, 1))
-    seen = _seen(scores.shape, plan, tile)
-    scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
-    # The largest is subtracted first: rounded, a score of 250 would be off by 3e-5.
+    visible = _visible(scores.shape, plan, tile)
+    scores = scores if visible is None else jnp.where(visible, scores, -jnp.inf)
+    # The largest is subtracted first: rounding would change a score of 250 by 3e-5.
     scores = (scores - scores.max(1, keepdims=True)) * (plan.head_size**-0.5 * math.log2(math.e))
     p = jnp.exp2(scores)
     return p, 1 / p.sum(1, keepdims=True)
 
 
-def _seen(shape, plan: Plan, tile: _Tile):
-    """Which columns a row looks at; None: all. Row i of a tile is of sequence i % side."""
+def _visible(shape, plan: Plan, tile: _Tile):
+    """Which columns a row attends to; None: all. Row i of a tile is of sequence i % side."""
     row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    earlier, seen = column >> tile.shift, None
-    if plan.causal:  # rows beyond the sequence look beyond it, and are not stored
-        seen = earlier <= (row >> tile.shift)
+    earlier, visible = column >> tile.shift, None
+    if plan.causal:  # rows beyond the sequence attend beyond it, and are not stored
+        visible = earlier <= (row >> tile.shift)
     elif tile.length < tile.rows:
-        seen = earlier < tile.length
+        visible = earlier < tile.length
     if tile.side == 1:
-        return seen
+        return visible
     same = ((row ^ column) & (tile.side - 1)) == 0
-    return same if seen is None else seen & same
+    return same if visible is None else visible & same
 
 
 def _dot(a, b, axes: tuple[int, int]):

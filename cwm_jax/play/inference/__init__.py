@@ -1,1 +1,1 @@
-"""The device's side of play: compiled programs and the queue in front of them."""
+"""Inference for play: compiled programs and the queue that calls them."""

@@ -1,31 +1,31 @@
-"""Picks the DDIM steps of a frame and the frames a second that a player gets.
+"""Chooses the DDIM steps of a frame and the frame rate of a player.
 
-The governor picks the most steps that hold the rate a person asked for. Where a model has a card,
-which lists the numbers of steps whose frames are good enough to play with, the rate is lowered on a
-slow machine, down to `FLOOR` frames a second, before a number that is not listed is picked.
+The governor chooses the most steps that reach the requested rate. Where a model has a card, which
+lists the numbers of steps whose frames are good enough for play, a slow machine first lowers the
+rate, down to `FLOOR` frames a second, before it uses a number of steps that is not listed.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
-FLOOR = 5  # frames a second; below it, more frames are worth more than better ones
-_PATIENCE = 1.5  # seconds between changes: a person sees each one
-_FULL, _ROOMY = 0.9, 0.7  # shares of a frame's time: above one too slow, below the other room
+FLOOR = 5  # frames a second; below it, a higher rate matters more than better frames
+_PATIENCE = 1.5  # seconds between changes, which are visible
+_FULL, _ROOMY = 0.9, 0.7  # shares of a frame's time: above, fewer steps; below, more
 _SPARE = 0.8  # the share of a frame's time at which a lowered rate rises again
 _SMOOTHING = 0.2  # weight of the newest measurement
-_FRAMES = 20  # measured before the rate changes or the card is left: one slow frame does neither
-_OVERHEAD = 2  # passes a frame costs besides its steps: two caches take it in
+_FRAMES = 20  # measured before the rate or card is left, so that one slow frame has no effect
+_OVERHEAD = 2  # forward passes per frame besides its steps: appending to two caches
 
 
 class Governor:
-    """One for the device, since the players share its time.
+    """Chooses the steps for the device, whose time the players share.
 
     Args:
         choices: numbers of steps, in any order.
-        clock: seconds, rising.
-        playable: the steps that the model's card lists, one of the choices among them; None where
-            it has no card, and every choice is as good.
+        clock: returns seconds.
+        playable: the steps that the model's card lists, at least one of the choices among them;
+            None without a card: every choice is playable.
     """
 
     def __init__(
@@ -38,24 +38,26 @@ class Governor:
         self._listed = sorted(n for n in choices if playable is None or n in playable)
         self._has_card = playable is not None
         self._clock = clock
-        self._pass_seconds: float | None = None
+        self._step_seconds: float | None = None
         self._changed = clock()
-        self._too_slow = 0  # frames in a row at which no listed number of steps held the floor
-        self.steps = self._listed[len(self._listed) // 2]  # until it is known what a step costs
+        self._too_slow = (
+            0  # consecutive frames at which no listed number of steps reached the floor
+        )
+        self.steps = self._listed[len(self._listed) // 2]  # until a step was measured
 
     def note(self, *, steps: int, seconds: float) -> None:
-        """A turn of the device, for one player or several, took so long with so many steps."""
+        """Records the seconds of a batch with so many steps."""
         each = seconds / (steps + _OVERHEAD)
-        before = each if self._pass_seconds is None else self._pass_seconds
-        self._pass_seconds = before + _SMOOTHING * (each - before)
+        before = each if self._step_seconds is None else self._step_seconds
+        self._step_seconds = before + _SMOOTHING * (each - before)
 
     def choose(self, fps: float, compiled: Sequence[int]) -> int:
-        """The steps for the next frame where `fps` frames a second are wanted.
+        """The steps for the next frame at a requested rate of `fps`.
 
         Args:
-            compiled: the choices that need not be waited for.
+            compiled: the choices whose programs are compiled.
         """
-        if self._pass_seconds is None:
+        if self._step_seconds is None:
             return self.steps
         listed = [n for n in compiled if n in self._listed]
         leaves_card = self._leaves_card(min(fps, FLOOR), listed)
@@ -75,7 +77,7 @@ class Governor:
         return max((n for n in within(_ROOMY) if n > now), default=now)
 
     def _leaves_card(self, floor: float, listed: Sequence[int]) -> bool:
-        """Whether even the least listed steps have long been too slow for so many frames a second.
+        """Whether even the fewest listed steps have been too slow for this rate for long.
 
         Args:
             listed: the card's numbers of steps that are compiled.
@@ -88,19 +90,19 @@ class Governor:
         return self._too_slow >= _FRAMES
 
     def _seconds(self, steps: int) -> float:
-        return self._pass_seconds * (steps + _OVERHEAD)
+        return self._step_seconds * (steps + _OVERHEAD)
 
 
 class FrameRate:
-    """Frames a second of one player: as many as were asked for, or fewer on a slow machine.
+    """The frame rate of one player: the requested one, or a lower one on a slow machine.
 
     Args:
-        fps: what is asked for.
-        lowers: False keeps the rate as it is asked for, however late frames come.
+        fps: the requested rate.
+        lowers: False keeps the requested rate, even if frames are late.
     """
 
     def __init__(self, fps: int, *, lowers: bool):
-        self.asked = self.fps = fps
+        self.requested = self.fps = fps
         self._lowers = lowers
         self._steps: int | None = None  # of the last frame
         self._seconds: deque[float] = deque(maxlen=2 * _FRAMES)
@@ -108,17 +110,17 @@ class FrameRate:
 
     @property
     def lowered(self) -> bool:
-        return self.fps < self.asked
+        return self.fps < self.requested
 
     def note(self, seconds: float) -> None:
-        """The last frame took so long, from when it was due to when it was sent."""
+        """Records the seconds of the last frame, from its due time until it was sent."""
         self._seconds.append(seconds)
 
-    def choose(self, asked: int, steps: int) -> int:
-        """The rate for frames of so many steps where `asked` frames a second are wanted."""
-        if asked != self.asked:
-            self.fps = min(asked, self.fps) if self.lowered else asked
-            self.asked = asked
+    def choose(self, requested: int, steps: int) -> int:
+        """The rate for frames of so many steps at a requested rate."""
+        if requested != self.requested:
+            self.fps = min(requested, self.fps) if self.lowered else requested
+            self.requested = requested
         if steps != self._steps:
             self._steps, self._settled = steps, False
             self._seconds.clear()
@@ -136,12 +138,12 @@ class FrameRate:
         return lasted or frames == self._seconds.maxlen
 
     def _capacity(self) -> float:
-        """Frames a second without the slowest tenth, such as the frame after a rewind."""
+        """Frames a second, ignoring the slowest tenth, such as frames after a rewind."""
         usual = sorted(self._seconds)[: math.ceil(0.9 * len(self._seconds))]
         return len(usual) / max(sum(usual), 1e-6)
 
     def _best(self, capacity: float) -> int:
-        """The rate where the device generates `capacity` frames a second, one after the other."""
+        """The rate for a device that generates `capacity` frames a second."""
         if self.fps > _FULL * capacity or not self._settled:
-            return max(1, math.floor(min(self.asked, _FULL * capacity)))
-        return max(self.fps, math.floor(min(self.asked, _SPARE * capacity)))
+            return max(1, math.floor(min(self.requested, _FULL * capacity)))
+        return max(self.fps, math.floor(min(self.requested, _SPARE * capacity)))

@@ -1,4 +1,4 @@
-"""One thread owns the device: it gathers what the players want next, and draws it together."""
+"""A thread that owns the device and generates the next frames of all players in batches."""
 
 import dataclasses
 import queue
@@ -16,67 +16,69 @@ from cwm_jax.errors import tell
 from cwm_jax.play.inference.engine import LANES, Lane, Program
 from cwm_jax.play.inference.governor import Governor
 
-_PASSES_A_TURN = 4  # frames that a rebuilt memory takes in before others have their turn
+_FRAMES_A_TURN = 4  # frames appended to a rebuilt cache before other orders are served
 
 
-class Drawer(Protocol):
-    """What draws: `engine.Engine`, or `episode_playback.RealClips` where there is no network."""
+class FrameGenerator(Protocol):
+    """An `engine.Engine`, or `episode_playback.RealClips` without a network."""
 
     steps: tuple[int, ...]  # numbers of DDIM steps that a player may choose
-    automatic: tuple[int, ...]  # those of them that are chosen where nobody does
-    playable: tuple[int, ...] | None  # the steps that the model's card lists; None: it has no card
+    automatic: tuple[int, ...]  # those of them for automatic choice
+    playable: tuple[int, ...] | None  # the steps that the model's card lists; None: no card
     slots: int
     fingerprint: bytes
 
     def ready(self, steps: int) -> tuple[int, ...]: ...
     def compile(self, steps: int, lanes: int) -> None: ...
     def fresh(self) -> Any: ...
-    def remember(self, memory: Any, frame_u8_HWC: np.ndarray, action: int) -> Any: ...
-    def draw(self, wanted: Sequence[Lane], steps: int, lanes: int) -> np.ndarray: ...
+    def append(self, cache: Any, frame_u8_HWC: np.ndarray, action: int) -> Any: ...
+    def generate(self, wanted: Sequence[Lane], steps: int, lanes: int) -> np.ndarray: ...
 
 
-class Drawn(NamedTuple):
+class Generated(NamedTuple):
     frame: np.ndarray  # uint8 [H, W, C]
     action: int
     program: Program
-    memory: Any  # with this frame in it
+    cache: Any  # including this frame
 
 
 @dataclasses.dataclass
-class _Draw:
-    memory: Any
-    action: Callable[[], int]  # asked when the drawing begins: the latest key counts
+class _Generation:
+    cache: Any
+    action: Callable[[], int]  # called when generation begins, so that the latest key counts
     seed: int
     number: int
     steps: int
-    lanes: int | None  # None: as many as are drawn together
+    lanes: int | None  # None: as needed for the batch
     done: Future
 
 
 @dataclasses.dataclass
-class _Recall:
+class _Rebuild:
     frames: deque[tuple[np.ndarray, int]]
-    memory: Any
+    cache: Any
     done: Future
 
 
 class Scheduler:
-    """Draws for all players, first come first served; players that wait together share a batch.
+    """Generates frames for all players in order of arrival; waiting players share a batch.
 
-    Every call returns a future at once. A player who has at most one frame on order (or a few,
-    for what-if) can therefore not starve the others. Use as a context manager.
+    Every call returns a future at once. A player orders at most one frame at a time (or a few, for
+    what-if), so no player waits indefinitely. Use it as a context manager.
     """
 
-    def __init__(self, drawer: Drawer, *, clock: Callable[[], float] = time.perf_counter):
-        self.drawer = drawer
-        self.governor = Governor(drawer.automatic, clock, playable=drawer.playable)
+    def __init__(
+        self, generator: FrameGenerator, *, clock: Callable[[], float] = time.perf_counter
+    ):
+        self.generator = generator
+        self.governor = Governor(generator.automatic, clock, playable=generator.playable)
         self._clock = clock
-        self._orders: queue.SimpleQueue[_Draw | _Recall | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[_Generation | _Rebuild | None] = queue.SimpleQueue()
         self._to_compile: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
-        self._asked: set[tuple[int, int]] = set()
-        self._waiting: list[_Draw | _Recall] = []
+        self._requested: set[tuple[int, int]] = set()
+        self._waiting: list[_Generation | _Rebuild] = []
         self._stopped = threading.Event()
-        self.first_program = threading.Event()  # set when the first frame could be drawn
+        self.first_program = threading.Event()  # set when the first frame can be generated
         self.fault: BaseException | None = None  # why the first program could not be compiled
         self._threads = [
             threading.Thread(target=target, name=f"play-{name}", daemon=True)
@@ -91,54 +93,54 @@ class Scheduler:
 
     def __exit__(self, *_):
         self._stopped.set()
-        self.first_program.set()  # nobody need wait for it any more
+        self.first_program.set()  # releases waiting threads
         self._orders.put(None)
         self._to_compile.put(None)
         for thread in self._threads:
             thread.join(timeout=60)
 
     def want_lanes(self, players: int) -> None:
-        """So many may be drawn together from now on: compiles what that needs, behind the scenes.
+        """Prepares for so many players: compiles the programs for them in the background.
 
-        Until it is there they are drawn in smaller batches.
+        Until then they are served in smaller batches.
         """
         lanes = next((n for n in LANES if n >= players), LANES[-1])
-        for steps in sorted(self.drawer.steps, key=lambda n: n != self.governor.steps):
-            if (steps, lanes) not in self._asked:
-                self._asked.add((steps, lanes))
+        for steps in sorted(self.generator.steps, key=lambda n: n != self.governor.steps):
+            if (steps, lanes) not in self._requested:
+                self._requested.add((steps, lanes))
                 self._to_compile.put((steps, lanes))
 
     def choose_steps(self, fps: float) -> int:
-        """DDIM steps that hold so many frames a second, among those that are compiled."""
-        compiled = [steps for steps in self.drawer.automatic if self.drawer.ready(steps)]
+        """DDIM steps that reach so many frames a second, among those that are compiled."""
+        compiled = [steps for steps in self.generator.automatic if self.generator.ready(steps)]
         return self.governor.choose(fps, compiled)
 
-    def draw(
+    def generate(
         self,
-        memory: Any,
+        cache: Any,
         action: Callable[[], int],
         *,
         seed: int,
         number: int,
         steps: int,
         lanes: int | None = None,
-    ) -> Future[Drawn]:
-        """Draws frame `number` of a session after `memory`, which is used up.
+    ) -> Future[Generated]:
+        """Generates frame `number` of a session after `cache`, which is consumed.
 
         Args:
-            action: called when the drawing begins.
-            lanes: draw it in a batch of just this size, as it once was.
+            action: called when generation begins.
+            lanes: the exact size of the batch, to repeat a recorded frame.
         """
-        order = _Draw(memory, action, seed, number, steps, lanes, Future())
+        order = _Generation(cache, action, seed, number, steps, lanes, Future())
         return self._order(order)
 
-    def recall(self, frames_and_actions) -> Future[Any]:
-        """A memory of these frames, pairs of uint8 [H, W, C] and the action that led into it."""
-        return self._order(_Recall(deque(frames_and_actions), None, Future()))
+    def rebuild(self, frames_and_actions) -> Future[Any]:
+        """A cache of these frames, pairs of uint8 [H, W, C] and the action that led into each."""
+        return self._order(_Rebuild(deque(frames_and_actions), None, Future()))
 
     def _order(self, order):
         if self._stopped.is_set():
-            order.done.set_exception(RuntimeError("the device has been handed back"))
+            order.done.set_exception(RuntimeError("the scheduler has stopped"))
         else:
             self._orders.put(order)
         return order.done
@@ -146,8 +148,10 @@ class Scheduler:
     def _compile(self) -> None:
         while (wanted := self._to_compile.get()) is not None and not self._stopped.is_set():
             try:
-                self.drawer.compile(*wanted)
-            except Exception as error:  # out of memory, most likely: play goes on with what is
+                self.generator.compile(*wanted)
+            except (
+                Exception
+            ) as error:  # most likely out of memory: play continues with other programs
                 if not self.first_program.is_set():
                     self.fault = error
                 tell(f"could not compile {wanted[1]} lanes of {wanted[0]} steps: {error}")
@@ -158,15 +162,15 @@ class Scheduler:
         while not self._stopped.is_set():
             if not self._take_orders():
                 break
-            if isinstance(self._waiting[0], _Recall):
-                self._recall_a_little(self._waiting.pop(0))
+            if isinstance(self._waiting[0], _Rebuild):
+                self._rebuild_a_little(self._waiting.pop(0))
             else:
-                self._draw_together()
+                self._generate_together()
         for order in self._waiting:
             order.done.cancel()
 
     def _take_orders(self) -> bool:
-        """Everything that has been ordered, waiting if there is nothing; False at the end."""
+        """Collects all orders, waits if there are none; False at the end."""
         block = not self._waiting
         while True:
             try:
@@ -179,56 +183,59 @@ class Scheduler:
                 self._waiting.append(order)
             block = not self._waiting
 
-    def _recall_a_little(self, order: _Recall) -> None:
+    def _rebuild_a_little(self, order: _Rebuild) -> None:
         try:
-            if order.memory is None:
-                order.memory = self.drawer.fresh()
-            for _ in range(min(_PASSES_A_TURN, len(order.frames))):
-                order.memory = self.drawer.remember(order.memory, *order.frames.popleft())
+            if order.cache is None:
+                order.cache = self.generator.fresh()
+            for _ in range(min(_FRAMES_A_TURN, len(order.frames))):
+                order.cache = self.generator.append(order.cache, *order.frames.popleft())
         except Exception as error:
             _fail(order.done, error)
             return
         if order.frames:
             self._waiting.append(order)
         else:
-            _deliver(order.done, order.memory)
+            _deliver(order.done, order.cache)
 
-    def _draw_together(self) -> None:
+    def _generate_together(self) -> None:
         first = self._waiting[0]
         group = [
             order
             for order in self._waiting
-            if isinstance(order, _Draw) and (order.steps, order.lanes) == (first.steps, first.lanes)
+            if isinstance(order, _Generation)
+            and (order.steps, order.lanes) == (first.steps, first.lanes)
         ]
         lanes = first.lanes or self._lanes_for(len(group), first.steps)
         group = group[:lanes]
         self._waiting = [order for order in self._waiting if all(order is not o for o in group)]
         began = self._clock()
         try:
-            if lanes not in self.drawer.ready(first.steps):  # a recorded session may ask for it
-                self.drawer.compile(first.steps, lanes)
+            if lanes not in self.generator.ready(first.steps):  # a recorded session may need it
+                self.generator.compile(first.steps, lanes)
                 began = self._clock()
-            wanted = [Lane(o.memory, o.action(), o.seed, o.number) for o in group]
-            frames = self.drawer.draw(wanted, first.steps, lanes)
-            memories = [
-                self.drawer.remember(lane.memory, frame, lane.action)
+            wanted = [Lane(o.cache, o.action(), o.seed, o.number) for o in group]
+            frames = self.generator.generate(wanted, first.steps, lanes)
+            caches = [
+                self.generator.append(lane.cache, frame, lane.action)
                 for lane, frame in zip(wanted, frames, strict=True)
-            ]  # on its way; the frames go out meanwhile
-        except Exception as error:  # the device's, such as out of memory: these players are told
+            ]  # runs while the frames are sent
+        except (
+            Exception
+        ) as error:  # of the device, such as out of memory: reported to these players
             for order in group:
                 _fail(order.done, error)
             return
         program = Program(first.steps, lanes)
-        for order, lane, frame, memory in zip(group, wanted, frames, memories, strict=True):
-            _deliver(order.done, Drawn(frame, lane.action, program, memory))
-        jax.block_until_ready(memories)
+        for order, lane, frame, cache in zip(group, wanted, frames, caches, strict=True):
+            _deliver(order.done, Generated(frame, lane.action, program, cache))
+        jax.block_until_ready(caches)
         self.governor.note(steps=first.steps, seconds=self._clock() - began)
 
     def _lanes_for(self, players: int, steps: int) -> int:
-        """The smallest compiled batch that holds them, or the largest there is."""
-        ready = self.drawer.ready(steps)
+        """The smallest compiled batch for so many players, or else the largest."""
+        ready = self.generator.ready(steps)
         if not ready:
-            self.drawer.compile(steps, 1)
+            self.generator.compile(steps, 1)
             ready = (1,)
         return next((lanes for lanes in ready if lanes >= players), ready[-1])
 

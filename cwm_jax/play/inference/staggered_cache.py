@@ -1,14 +1,14 @@
-"""What one player's world remembers: a function of its frames and actions, and of nothing else.
+"""The KV cache of one player: a function of the session's frames and actions alone.
 
-Play wants each frame at the same cost, every window to be one that training has seen, and a way
-back to any earlier frame that costs no memory. So a player has two temporal caches, staggered by
-half a window. The next frame looks back on the older; both take in each frame that is drawn; when
-the older is full, the younger takes its place and begins anew. This is the window mode "hop" of
-`cwm_jax.sampling.kv_cache` without its hiccup at each hop.
+Play needs the same cost for each frame, only windows as in training, and rewinding to any earlier
+frame without stored caches. So a player has two KV caches, staggered by half a window. The next
+frame attends to the older one; each frame is appended to both; when the older one is full, the
+newer one replaces it, and a new one starts. This is the window mode "hop" of
+`cwm_jax.sampling.kv_cache` without its delay at each hop.
 
-Frames enter as the uint8 pixels that the player saw, each by one pass of one compiled program. A
-memory that is rebuilt from a recorded session (at most one window of passes, however old the
-session) is therefore the very one it had, bit for bit.
+Frames are appended as uint8 pixels, as the player saw them, one by one with one compiled program.
+So a cache that is rebuilt from a recorded session (from at most one window of frames) is equal bit
+for bit.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from cwm_jax.sampling.kv_cache import World
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class StaggeredCache:
     """Two worlds of one player (leading axis 2), each with a batch of one."""
 
     worlds: World
-    old: jax.Array  # int32 [], the one of the two that the next frame looks back on
+    old: jax.Array  # int32 [], the index of the one that the next frame attends to
 
     @property
     def slots(self) -> int:
@@ -40,34 +40,34 @@ class Memory:
 
 
 def stride(slots: int) -> int:
-    """Frames from one change of caches to the next."""
+    """Frames between two replacements of the older cache."""
     return slots // 2 + 1
 
 
-def first_remembered(frames: int, slots: int) -> int:
+def first_cached(frames: int, slots: int) -> int:
     """The number of the oldest frame still in use when a session has so many frames."""
     overflow = max(0, frames - slots)
     return -(-overflow // stride(slots)) * stride(slots)
 
 
-def fresh(like: World) -> Memory:
-    """A memory of nothing; `like` gives the shapes of a world with a batch of one."""
+def fresh(like: World) -> StaggeredCache:
+    """An empty cache; `like` gives the shapes of a world with a batch of one."""
     zeros = jax.tree.map(lambda x: jnp.zeros((2, *x.shape), x.dtype), like)
-    return Memory(zeros, jnp.zeros((), jnp.int32))
+    return StaggeredCache(zeros, jnp.zeros((), jnp.int32))
 
 
-def remember(
-    denoiser: Denoiser, context: Modulations, memory: Memory, frame_u8_HWC, action
-) -> Memory:
-    """The memory after one more frame, uint8 [H, W, C], and the action that led into it."""
-    worlds, slots = memory.worlds, memory.slots
-    full = worlds.count[memory.old] == slots
-    old = jnp.where(full, 1 - memory.old, memory.old)
-    # A world whose count is 0 has forgotten all: no slot is visible, and each is overwritten.
+def append(
+    denoiser: Denoiser, context: Modulations, cache: StaggeredCache, frame_u8_HWC, action
+) -> StaggeredCache:
+    """The cache after one more frame, uint8 [H, W, C], and the action that led into it."""
+    worlds, slots = cache.worlds, cache.slots
+    full = worlds.count[cache.old] == slots
+    old = jnp.where(full, 1 - cache.old, cache.old)
+    # A world with count 0 is empty: no slot is visible, and each is overwritten.
     count = worlds.count.at[1 - old].multiply(jnp.where(full, 0, 1))
     takes_part = count[old] >= stride(slots)
     frame_BHWC, action_B = to_model(frame_u8_HWC)[None], action[None]
-    take_in = lambda one: kv_cache.advance(denoiser, context, one, frame_BHWC, action_B, "cached")
-    after = jax.vmap(take_in)(dataclasses.replace(worlds, count=count))
+    append_to = lambda one: kv_cache.advance(denoiser, context, one, frame_BHWC, action_B, "cached")
+    after = jax.vmap(append_to)(dataclasses.replace(worlds, count=count))
     count = after.count.at[1 - old].multiply(jnp.where(takes_part, 1, 0))
-    return Memory(dataclasses.replace(after, count=count), old)
+    return StaggeredCache(dataclasses.replace(after, count=count), old)

@@ -1,1 +1,1 @@
-"""One player's session: its frames and actions, where it starts, its share code."""
+"""One player's session: its frames and actions, its prompt, its share code."""

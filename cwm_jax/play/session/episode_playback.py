@@ -1,4 +1,4 @@
-"""Plays back real episodes where there is no network, so that the page itself can be seen."""
+"""Plays back real episodes without a network, to demonstrate the page."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ class Place(NamedTuple):
 
 
 class RealClips:
-    """Draws as `engine.Engine` does, but whatever is pressed: the episode's next real frame.
+    """Returns the episode's next real frame for any action; the interface of `engine.Engine`.
 
-    A session from a picture, which is in no episode, goes on with the first one.
+    A session from a picture continues with the first episode.
     """
 
     steps = automatic = (1,)
     playable = None
-    slots = MAX_FRAMES  # so that a memory is always rebuilt from the session's first frame
+    slots = MAX_FRAMES  # so that a cache is always rebuilt from the session's first frame
     fingerprint = b"realclip"
 
     def __init__(self, prompts: ClipPrompts):
@@ -45,15 +45,15 @@ class RealClips:
     def fresh(self) -> None:
         return None
 
-    def remember(self, memory: Place | None, frame_u8_HWC: np.ndarray, action: int) -> Place:
-        """The first frame tells the place; each later one moves on by one."""
-        if memory is None:
+    def append(self, cache: Place | None, frame_u8_HWC: np.ndarray, action: int) -> Place:
+        """The first frame determines the place; each later one advances it."""
+        if cache is None:
             return self._starts.get(_digest(frame_u8_HWC), Place(0, 0))
-        length = int(self._episodes.lengths[memory.episode])
-        return Place(memory.episode, (memory.frame + 1) % length)
+        length = int(self._episodes.lengths[cache.episode])
+        return Place(cache.episode, (cache.frame + 1) % length)
 
-    def draw(self, wanted: Sequence[Lane], steps: int, lanes: int) -> np.ndarray:
-        return np.stack([self._frame(self.remember(lane.memory, None, 0)) for lane in wanted])
+    def generate(self, wanted: Sequence[Lane], steps: int, lanes: int) -> np.ndarray:
+        return np.stack([self._frame(self.append(lane.cache, None, 0)) for lane in wanted])
 
     def _frame(self, place: Place) -> np.ndarray:
         return self._episode(place.episode)[place.frame]

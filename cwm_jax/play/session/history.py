@@ -1,4 +1,4 @@
-"""A session on record: each frame, the action that led into it, and how it was drawn."""
+"""The record of a session: each frame, the action that led into it, and its program."""
 
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _FRAME_BYTES = int(np.prod(FRAME_SHAPE))
 
 
 class History:
-    """Frames on disk, in a file without a name that goes with the session; the rest in memory."""
+    """Frames in an unnamed temporary file on disk; the rest in memory."""
 
     def __init__(self):
         self._file = tempfile.TemporaryFile(prefix="cwm_jax_")  # noqa: SIM115
@@ -31,7 +31,7 @@ class History:
         self.given += program is None
 
     def cut(self, length: int) -> None:
-        """Forgets all frames from number `length` on; those of the prompt stay."""
+        """Removes all frames from number `length` on, except those of the prompt."""
         length = max(length, self.given)
         del self.actions[length:], self.programs[length:]
         self._file.truncate(length * _FRAME_BYTES)

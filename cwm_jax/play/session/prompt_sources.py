@@ -1,4 +1,4 @@
-"""What a session starts from: the first frames of a real clip, or a picture of one's own."""
+"""Prompts of sessions: the first frames of a real clip, or a user's picture."""
 
 import dataclasses
 import io
@@ -12,12 +12,12 @@ from PIL import Image, UnidentifiedImageError
 from cwm_jax import controls
 from cwm_jax.coinrun import IMAGE_SIZE, NO_ACTION
 from cwm_jax.data import loader, pictures
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 
-USUAL_PROMPT = 4  # frames; from one alone it cannot be seen how fast the player moves
+USUAL_PROMPT = 4  # frames; a single one does not show the player's speed
 MAX_PROMPT = 32
-MAX_SIDE = 1024  # pixels of a picture; larger ones are refused before they are unpacked
+MAX_SIDE = 1024  # pixels of a picture; larger ones are refused before they are decoded
 MAX_PICTURE_BYTES = 4 << 20
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 
@@ -37,7 +37,7 @@ class PictureSource(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Given frames, and where they came from."""
+    """Given frames, and their source."""
 
     frames_PHWC: np.ndarray  # uint8
     actions_P: np.ndarray  # int32, the action that led into each, −1 for none
@@ -49,7 +49,7 @@ class Prompt:
 
 
 class ClipPrompts:
-    """Prompts from the clips of a dataset's validation split, and what its game is played with."""
+    """Prompts from the clips of a dataset's validation split, and the game's controls."""
 
     def __init__(self, folder: Path | str):
         config = DataConfig(dir=str(folder), clip_len=MAX_PROMPT)
@@ -62,11 +62,11 @@ class ClipPrompts:
         return len(self.clips)
 
     def load(self, source: ClipSource | PictureSource) -> Prompt:
-        """Raises `UserError` for a clip or a number of frames that there is not."""
+        """Raises `UserError` for a clip or number of frames that does not exist."""
         if isinstance(source, PictureSource):
             return _from_png(source)
         if not 0 <= source.number < len(self):
-            raise UserError(f"there is no clip {source.number}: they count 0…{len(self) - 1}")
+            raise UserError(f"there is no clip {source.number}: clips are 0…{len(self) - 1}")
         if not 1 <= source.frames <= MAX_PROMPT:
             raise UserError(f"{source.frames} prompt frames: choose 1…{MAX_PROMPT}")
         batch = self.clips.batch([source.number])
@@ -75,28 +75,30 @@ class ClipPrompts:
 
 
 def from_picture(raw: bytes) -> Prompt:
-    """A prompt of one frame from an uploaded file, as viewers show it; its middle, reduced.
+    """A prompt of one frame from an uploaded file: its middle square, scaled down.
 
     Raises:
-        UserError: it is no picture, or too large.
+        UserError: it is not a picture, or too large.
     """
     if len(raw) > MAX_PICTURE_BYTES:
-        raise UserError(f"the picture has {len(raw):,} bytes; at most {MAX_PICTURE_BYTES:,} do")
+        raise UserError(
+            f"the picture has {len(raw):,} bytes; at most {MAX_PICTURE_BYTES:,} are accepted"
+        )
     try:
         picture = Image.open(io.BytesIO(raw), formats=_FORMATS)
         if max(picture.size) > MAX_SIDE:
             raise UserError(
                 f"the picture has {picture.width}×{picture.height} pixels; "
-                f"at most {MAX_SIDE}×{MAX_SIDE} are taken, and 64×64 are used"
+                f"at most {MAX_SIDE}×{MAX_SIDE} are accepted, and 64×64 are used"
             )
         picture = pictures.as_shown(picture)
-    except Image.DecompressionBombError:  # Pillow's own limit, before the size can be asked for
+    except Image.DecompressionBombError:  # Pillow's own limit, reached before the size is known
         raise UserError(
-            f"the picture is far too large: at most {MAX_SIDE}×{MAX_SIDE} pixels are taken, and "
+            f"the picture is far too large: at most {MAX_SIDE}×{MAX_SIDE} pixels are accepted, and "
             f"64×64 are used"
         ) from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError):
-        raise UserError("that file is no picture that can be read: send a PNG or JPEG") from None
+        raise UserError("that file is not a readable picture: send a PNG or JPEG") from None
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     if picture.size != (IMAGE_SIZE, IMAGE_SIZE):

@@ -1,4 +1,4 @@
-"""A session as files: a film with the keys below the picture, and its bare numbers."""
+"""Saves a session: as a video with the keys below the picture, or as arrays."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,12 @@ from cwm_jax.rendering.contact_sheet import Sheet
 _SCALE = 6
 
 
-def write_film(session: Session, path: Path, *, start: int, stop: int, fps: int) -> None:
-    """Films frames `start` … `stop` − 1 with the keyboard overlay; raises `UserError` as video."""
+def write_video(session: Session, path: Path, *, start: int, stop: int, fps: int) -> None:
+    """Writes frames `start` … `stop` − 1 with the keys; raises `UserError` like `video`."""
     history = session.history
     sheet = Sheet.fitting(1, FRAME_SHAPE[:2], with_real=False, scale=_SCALE, known=session.known)
     pictures = (
-        sheet.draw(
+        sheet.render(
             history.frame(number)[None],
             np.array([history.actions[number]]),
             given=number < history.given,
@@ -31,9 +31,9 @@ def write_film(session: Session, path: Path, *, start: int, stop: int, fps: int)
 
 
 def write_numbers(session: Session, path: Path, *, start: int, stop: int) -> None:
-    """Writes npz: frames uint8 [T, H, W, C], actions int32 [T], steps, lanes, and where it began.
+    """Writes npz: frames uint8 [T, H, W, C], actions int32 [T], steps, lanes, and the first frame.
 
-    `controls` holds what `metadata.json` says of the actions, as JSON.
+    `controls` holds the description of the actions as in `metadata.json`.
     """
     history = session.history
     programs = [program or (0, 0) for program in history.programs[start:stop]]

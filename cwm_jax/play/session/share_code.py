@@ -1,13 +1,13 @@
-"""Share codes: all it takes to draw a session again, as one line of text.
+"""Share codes: everything needed to replay a session, as one line of text.
 
     CWM2-<base64url of: 4 bytes of checksum, then zlib of the body>
 
     body     fingerprint of the checkpoint (8 bytes), seed, prompt, checksum of its frames,
              programs, runs, checksum of the last frame
-    programs the different (DDIM steps, lanes) that frames were drawn with, 16 at most
+    programs the different (DDIM steps, lanes) of the frames, at most 16
     runs     (action + 1) · 16 + program, then for how many frames; numbers are LEB128 varints
 
-The checksum tells a damaged code; it is no signature, and nothing in a code is trusted.
+The checksum detects damaged codes; it is not a signature, and no part of a code is trusted.
 """
 
 import base64
@@ -22,7 +22,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.play.inference.engine import Program
 from cwm_jax.play.session.prompt_sources import ClipSource, PictureSource
 
-MAX_FRAMES = 18_000  # drawn frames of a session: 20 minutes at 15 a second
+MAX_FRAMES = 18_000  # generated frames of a session: 20 minutes at 15 a second
 MAX_ACTIONS = 256  # values of an action, besides `NO_ACTION`
 _PREFIX = "CWM2-"
 _OLD_PREFIX = "CWM1-"  # had room for 16 actions
@@ -33,13 +33,13 @@ _MAX_PROGRAMS = 16
 
 
 class Recipe(NamedTuple):
-    """A session to be drawn again."""
+    """A session to replay."""
 
     fingerprint: bytes
     seed: int
     source: ClipSource | PictureSource
     prompt_checksum: int
-    actions: list[int]  # one for each drawn frame
+    actions: list[int]  # one for each generated frame
     programs: list[Program]  # likewise
     last_frame: int  # CRC-32 of its bytes
 
@@ -54,16 +54,16 @@ def decode(code: str) -> Recipe:
     """The session that a share code describes.
 
     Raises:
-        UserError: it is no share code, or a damaged one.
+        UserError: it is not a share code, or damaged.
     """
     code = "".join(code.split())
     if code.startswith(_OLD_PREFIX):
         raise UserError(
-            f"this share code ({_OLD_PREFIX}…) is of an earlier version of play, whose codes are "
-            f"no longer read; today's begin with {_PREFIX}"
+            f"this share code ({_OLD_PREFIX}…) is from an earlier version of play, whose codes "
+            f"are no longer supported; current ones begin with {_PREFIX}"
         )
     if not code.startswith(_PREFIX):
-        raise UserError(f"this is no share code: one begins with {_PREFIX}")
+        raise UserError(f"this is not a share code: they begin with {_PREFIX}")
     text = code[len(_PREFIX) :]
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
@@ -76,8 +76,8 @@ def decode(code: str) -> Recipe:
         return _Reader(body).recipe()
     except (binascii.Error, ValueError, zlib.error, IndexError, struct.error):
         raise UserError(
-            "this share code is damaged: a letter of it is missing or was changed. "
-            "Copy it again, all of it"
+            "this share code is damaged: a character is missing or was changed. "
+            "Copy the whole code again"
         ) from None
 
 
@@ -96,7 +96,7 @@ def _body(recipe: Recipe) -> bytes:
     if len(programs) > _MAX_PROGRAMS:
         raise UserError(
             f"this session used {len(programs)} combinations of steps and players; "
-            f"a share code holds {_MAX_PROGRAMS}. Pin the DDIM steps for the next one"
+            f"a share code holds at most {_MAX_PROGRAMS}. Fix the DDIM steps for the next session"
         )
     parts += [_varint(recipe.prompt_checksum), _varint(len(programs))]
     parts += [_varint(number) for program in programs for number in program]
@@ -119,7 +119,7 @@ def _varint(number: int) -> bytes:
 
 
 class _Reader:
-    """Reads a body; raises ValueError, IndexError or struct.error for one that makes no sense."""
+    """Reads a body; raises ValueError, IndexError or struct.error for an invalid one."""
 
     def __init__(self, body: bytes):
         self._body, self._at = body, 0

@@ -1,1 +1,1 @@
-"""The page in the browser, and the server behind it."""
+"""The page in the browser, and its server."""

@@ -1,4 +1,4 @@
-"""What all players share: the device, the prompts, the places, and how far the start has come."""
+"""State shared by all players: the device, the prompts, the players, the stage of the start."""
 
 import dataclasses
 import secrets
@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # JAX and Grain take seconds to import, and the page needs neither
+if TYPE_CHECKING:  # JAX and Grain take seconds to import, and the page does not need them
     from cwm_jax.play.inference.scheduler import Scheduler
     from cwm_jax.play.session.prompt_sources import ClipPrompts
     from cwm_jax.play.web.player import Player
@@ -14,33 +14,33 @@ if TYPE_CHECKING:  # JAX and Grain take seconds to import, and the page needs ne
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What the person at the command line chose."""
+    """Options from the command line."""
 
     fps: int = 15  # frames a second, unless a player asks for another rate
-    players: int = 8  # places
-    idle_seconds: float = 300.0  # a place is given up after so long without a message
+    players: int = 8  # at most
+    idle_seconds: float = 300.0  # a session ends after so long without a message
     steps: tuple[int, ...] = (10, 4, 2, 1)  # numbers of DDIM steps to choose from
 
 
 class Studio:
-    """`open` is called when the device is there; until then `stage` says what goes on."""
+    """State of the server; `stage` describes the start until `open` is called."""
 
     def __init__(self, rules: Rules):
         self.rules = rules
         self.stage = "Starting …"
-        self.fault = ""  # why it will never open
-        self.title = ""  # what is played: the checkpoint and its step
+        self.fault = ""  # why the start failed
+        self.title = ""  # the checkpoint and its step
         self.demo = False
         self.scheduler: Scheduler | None = None
         self.prompts: ClipPrompts | None = None
-        self.players: dict[str, Player] = {}  # by token, which only the player's page knows
+        self.players: dict[str, Player] = {}  # by token, which only the player's page has
 
     def open(
         self, scheduler: "Scheduler", prompts: "ClipPrompts", *, title: str, demo: bool
     ) -> None:
         self.prompts, self.title, self.demo = prompts, title, demo
         self.scheduler = scheduler
-        scheduler.want_lanes(len(self.players))  # who came while it was starting
+        scheduler.want_lanes(len(self.players))  # players who connected during the start
 
     @property
     def is_open(self) -> bool:
@@ -48,7 +48,7 @@ class Studio:
         return bool(scheduler and scheduler.first_program.is_set() and not scheduler.fault)
 
     def enter(self, player: "Player") -> str | None:
-        """A token for this player, or None where every place is taken."""
+        """A token for this player, or None if there are too many players."""
         if len(self.players) >= self.rules.players:
             return None
         token = secrets.token_urlsafe(16)
@@ -62,7 +62,7 @@ class Studio:
 
 
 class Downloads:
-    """The files that one session has made, in a folder that goes with it."""
+    """The files of one session, in a temporary folder."""
 
     _KEPT = 4
 
@@ -71,7 +71,7 @@ class Downloads:
         self._paths: dict[str, Path] = {}
 
     def new(self, name: str) -> Path:
-        """Where to write a file that is to be downloaded under this name."""
+        """The path for a new file to download under this name."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="cwm_jax_")
         while len(self._paths) >= self._KEPT:

@@ -1,4 +1,4 @@
-"""From the command line's wishes to a running server."""
+"""Starts the server from the command line's options."""
 
 import contextlib
 import dataclasses
@@ -15,12 +15,12 @@ from cwm_jax.errors import UserError
 from cwm_jax.play.web import loading_page
 from cwm_jax.runtime import network
 
-MAX_MESSAGE = 5 << 20  # bytes; a picture is the largest message that anybody needs to send
+MAX_MESSAGE = 5 << 20  # bytes; pictures are the largest messages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the person at the command line chose; `play.py --help` explains each."""
+    """Options from the command line; `play.py --help` explains each."""
 
     checkpoint: Path | None  # None: replay real clips
     step: int | None
@@ -32,7 +32,7 @@ class Options:
     fps: int
     players: int
     idle_minutes: float
-    address: str = ""  # of the page as visitors see it, behind a proxy that does not tell
+    address: str = ""  # URL of the page for visitors, behind a proxy that does not forward it
 
     def __post_init__(self):
         for name, low, high in (("fps", 1, 60), ("players", 1, 64), ("port", 0, 65535)):
@@ -40,7 +40,7 @@ class Options:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be {low}…{high}")
         if self.address and not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", self.address):
             raise UserError(
-                f"--address {self.address}: it must be that of the page, such as "
+                f"--address {self.address}: it must be the URL of the page, such as "
                 "https://lab.example.org/world"
             )
         if not self.idle_minutes > 0:
@@ -51,7 +51,7 @@ def serve(options: Options) -> None:
     """Serves the page until it is interrupted.
 
     Raises:
-        UserError: where the address cannot be had, or nothing temporary can be written.
+        UserError: the port cannot be used, or temporary files cannot be written.
     """
     import uvicorn
 
@@ -73,7 +73,7 @@ def serve(options: Options) -> None:
     server = uvicorn.Server(config)
     if options.share:
         threading.Thread(target=_share, args=(host, port, options), daemon=True).start()
-    with _own_temporary_folder(), contextlib.suppress(KeyboardInterrupt):  # the way to end it
+    with _own_temporary_folder(), contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the server
         server.run(sockets=[listener])
     if faults:
         raise faults[0]
@@ -81,7 +81,7 @@ def serve(options: Options) -> None:
 
 @contextlib.contextmanager
 def _own_temporary_folder() -> Iterator[None]:
-    """A folder for Gradio, which else writes to `/tmp/gradio`, of whoever came first."""
+    """A folder for Gradio; its default, `/tmp/gradio`, may belong to another user."""
     if os.environ.get("GRADIO_TEMP_DIR"):
         yield
         return
@@ -101,9 +101,9 @@ def _own_temporary_folder() -> Iterator[None]:
 
 
 def _make_app(options: Options):
-    """The application; the model is loaded and compiled after it is there."""
+    """The application; a thread then loads and compiles the model."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    network.without_unusable()  # Gradio makes a client when it is imported
+    network.without_unusable()  # Gradio creates a client when imported
     from cwm_jax.play.web import server
     from cwm_jax.play.web.app_state import Rules, Studio
 
@@ -115,7 +115,7 @@ def _make_app(options: Options):
 
 
 def _open(studio, options: Options) -> None:
-    """Loads what is to be played; a fault is told on the page and on the terminal."""
+    """Loads the model and data; errors are shown on the page and printed."""
     began = time.perf_counter()
     try:
         scheduler = _load(studio, options)
@@ -140,12 +140,12 @@ def _load(studio, options: Options):
     if options.checkpoint is None:
         from cwm_jax.play.session.episode_playback import RealClips
 
-        drawer, title = RealClips(prompts), "Demonstration: real clips, no model"
+        generator, title = RealClips(prompts), "Demonstration: real clips, no model"
     else:
         studio.stage = "Loading the checkpoint …"
-        drawer, title = _engine(options, prompts.known, studio.rules.steps)
+        generator, title = _engine(options, prompts.known, studio.rules.steps)
     studio.stage = "Compiling: a minute the first time, seconds from then on …"
-    scheduler = Scheduler(drawer).__enter__()
+    scheduler = Scheduler(generator).__enter__()
     studio.open(scheduler, prompts, title=title, demo=options.checkpoint is None)
     return scheduler
 
@@ -166,15 +166,17 @@ def _engine(options: Options, known, steps):
 
 
 def check_size(known, data: Path) -> None:
-    """Raises a `UserError` for a game of more actions than share codes can tell apart."""
+    """Raises a `UserError` for a game with more actions than share codes support."""
     from cwm_jax.play.session.share_code import MAX_ACTIONS
 
     if known.num_values > MAX_ACTIONS:
-        raise UserError(f"{data} has {known.num_values} actions; play takes {MAX_ACTIONS} at most")
+        raise UserError(
+            f"{data} has {known.num_values} actions; play supports at most {MAX_ACTIONS}"
+        )
 
 
 def check_fits(network, path: Path, known, data: Path) -> None:
-    """Raises a `UserError` where a network was trained on another game than that of the data."""
+    """Raises a `UserError` where the network was trained on another game than the data's."""
     from cwm_jax.coinrun import IMAGE_SIZE
 
     has = network.image_size, network.num_actions, network.action_encoding
@@ -182,8 +184,8 @@ def check_fits(network, path: Path, known, data: Path) -> None:
     if has != wanted:
         raise UserError(
             f"{path} has image_size {has[0]}, num_actions {has[1]}, action_encoding {has[2]}; "
-            f"{data} is of {known.game}: {wanted[0]}, {wanted[1]}, {wanted[2]}. Name the data that "
-            "it was trained on with --data"
+            f"{data} is of {known.game}: {wanted[0]}, {wanted[1]}, {wanted[2]}. Use its "
+            "training data with --data"
         )
     if network.max_frames < 2:
         raise UserError(f"{path} has max_frames 1: a world needs a window of 2 or more")
@@ -193,11 +195,11 @@ def _share(host: str, port: int, options: Options) -> None:
     from gradio import networking
 
     if not options.auth:
-        print("anyone who learns the public link can play; --auth USER:PASSWORD guards it")
+        print("anyone with the public link can play; --auth USER:PASSWORD protects it")
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     try:
         link = networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
         print(f"Public link: {link}", flush=True)
-    except Exception as error:  # no network, most often; the page here goes on without it
-        told = str(error).rstrip(".")
-        print(f"no public link: {told}. The page at this machine goes on", flush=True)
+    except Exception as error:  # usually no network; the local page still works
+        reason = str(error).rstrip(".")
+        print(f"no public link: {reason}. The page on this machine still works", flush=True)

@@ -1,7 +1,7 @@
-"""A server that answers at once: libraries, page and model are loaded while it does.
+"""A server that answers at once, while libraries, page and model are loaded.
 
-Importing Gradio and JAX takes seconds. Until the application is there, every visitor gets a small
-page that asks again by itself.
+Importing Gradio and JAX takes seconds. Until the application is ready, every visitor gets a small
+page that reloads itself.
 """
 
 import asyncio
@@ -16,15 +16,15 @@ _PAGE = b"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta http-equiv="refresh" content="1"><title>Play the world model</title>
 <style>:root{color-scheme:light dark}body{font:16px system-ui,sans-serif;display:grid;
 place-items:center;min-height:90vh;margin:0}</style>
-<p>The page is being set up &hellip;</p></html>"""
+<p>The page is loading &hellip;</p></html>"""
 
 
 class Opening:
-    """An ASGI application that stands in for another until that one is made.
+    """An ASGI application that replaces another until that one is ready.
 
     Args:
-        make: makes the application; called in a thread when the server starts.
-        failed: called in that thread where `make` raised.
+        make: creates the application; called in a thread when the server starts.
+        failed: called in that thread if `make` raises.
     """
 
     def __init__(self, make: Callable, failed: Callable[[BaseException], None]):
@@ -54,7 +54,7 @@ class Opening:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _live(self) -> None:
-        """Makes the application and keeps it alive until the server ends."""
+        """Creates the application and runs it until the server ends."""
         loop = asyncio.get_running_loop()
         made = loop.create_future()
 
@@ -77,7 +77,7 @@ class Opening:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; raises `UserError` where the address cannot be had."""
+    """A listening socket; raises `UserError` where the address cannot be used."""
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = infos[0]
@@ -88,7 +88,7 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cannot listen on {host} port {port}: {reason}; is another program on it? "
-            "Choose another with --port, or 0 for any that is free"
+            f"cannot listen on {host} port {port}: {reason}; is another program using it? "
+            "Choose another with --port, or 0 for any free one"
         ) from None
     return listener

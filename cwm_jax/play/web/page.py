@@ -1,7 +1,7 @@
-"""The page: Gradio's frame and controls around the stage, which `static/` draws.
+"""The page: Gradio's controls around the stage, which `static/` implements.
 
-No control calls Python through Gradio's queue: each hands its value to `static/play.js`, which
-speaks to the player's socket, so that keys and commands keep their order.
+No control calls Python through Gradio's queue: each passes its value to `static/play.js`, which
+sends it on the player's socket, so that keys and commands keep their order.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from cwm_jax.play.session.prompt_sources import MAX_PROMPT, USUAL_PROMPT
 from cwm_jax.play.web.app_state import Rules
 
 _STATIC = importlib.resources.files("cwm_jax.play.web") / "static"
-_SYSTEM = ("ui-sans-serif", "system-ui", "sans-serif")  # no font is fetched from anywhere
+_SYSTEM = ("ui-sans-serif", "system-ui", "sans-serif")  # no font is downloaded
 _MONO = ("ui-monospace", "monospace")
 
 
-def look() -> dict:
-    """What `gradio.mount_gradio_app` is told of theme, style sheet and script."""
+def style() -> dict:
+    """Theme, style sheet and script for `gradio.mount_gradio_app`."""
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.amber,
         neutral_hue=gr.themes.colors.slate,
@@ -26,7 +26,9 @@ def look() -> dict:
         font_mono=_MONO,
         radius_size=gr.themes.sizes.radius_lg,
     ).set(**_colours())
-    version = hashlib.sha1((_STATIC / "play.js").read_bytes()).hexdigest()[:8]  # past old caches
+    version = hashlib.sha1((_STATIC / "play.js").read_bytes()).hexdigest()[
+        :8
+    ]  # so that browsers do not use an old one
     head = (
         '<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">'
         f'<script type="module" src="play/static/play.js?{version}"></script>'
@@ -35,7 +37,7 @@ def look() -> dict:
 
 
 def _colours() -> dict[str, str]:
-    """Calm grounds, so that the picture is the brightest thing on the page."""
+    """Muted backgrounds, so that the game is the brightest part of the page."""
     chosen = {
         "block_background_fill": ("#f1f2f4", "#1b1f27"),
         "body_background_fill": ("#fbfbfa", "#0f1115"),
@@ -122,11 +124,11 @@ def _save_controls() -> None:
             record = gr.Button("● Record", size="sm", min_width=90, elem_id="play-record")
             clear = gr.Button("Clear", size="sm", min_width=90, elem_id="play-clear")
         with gr.Row():
-            film = gr.Button("Film (mp4)", size="sm", min_width=90, elem_id="play-mp4")
+            video = gr.Button("Video (mp4)", size="sm", min_width=90, elem_id="play-mp4")
             numbers = gr.Button("Data (npz)", size="sm", min_width=90, elem_id="play-npz")
     _call(record, "record")
     _call(clear, "clear")
-    _call(film, "saveFilm")
+    _call(video, "saveVideo")
     _call(numbers, "saveNumbers")
 
 
@@ -135,7 +137,7 @@ def _share_controls() -> None:
         gr.Markdown("### Share")
         code = gr.Textbox(
             label="Share code", lines=2, max_lines=4, buttons=["copy"], elem_id="play-code",
-            placeholder="Make a code of this session, or paste one to see it again",
+            placeholder="Make a code of this session, or paste one to replay it",
         )  # fmt: skip
         with gr.Row():
             make = gr.Button("Make code", size="sm", min_width=90, elem_id="play-share")

@@ -1,8 +1,8 @@
-"""One player at the other end of a WebSocket: keys and commands in, frames out.
+"""One player on a WebSocket: keys and commands in, frames out.
 
 In, as JSON text of at most 64 KiB: `{"do": NAME, …}`, see the methods `_do_…`; as bytes: a picture
-to start from. Out, as JSON text: `{"say": NAME, …}`; as bytes: a frame, see `_HEADER`, or after
-`{"say": "branches", …}` the frames of what-if.
+to start from. Out, as JSON text: `{"event": NAME, …}`; as bytes: a frame, see `_HEADER`, or after
+`{"event": "branches", …}` the frames of what-if.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ from cwm_jax.play.web.app_state import Downloads, Studio
 
 MAX_TEXT = 64 << 10
 MAX_FPS = 60
-_MAX_WAITING = 32  # commands that were not yet seen to
-# kind (1: frame), lanes, action, DDIM steps, window, number, frames in all, stamp of the key
+_MAX_WAITING = 32  # commands not yet processed
+# kind (1: frame), lanes, action, DDIM steps, window, number, total frames, time stamp of the key
 _HEADER = struct.Struct("<BBhHHIId")
 _FRAME, _BRANCHES = 1, 2
 
 
 class Keys:
-    """What is held down, and what was tapped since the last frame; asked by the device's thread.
+    """The held keys, and keys tapped since the last frame; read by the device's thread.
 
     Args:
         idle: the action while nothing is held.
@@ -45,7 +45,7 @@ class Keys:
     def __init__(self, idle: int):
         self._idle = idle
         self.held, self.tapped = idle, None
-        self._stamp = self.drawn_stamp = 0.0
+        self._stamp = self.frame_stamp = 0.0
 
     @property
     def down(self) -> bool:
@@ -61,14 +61,14 @@ class Keys:
         self.held, self.tapped = self._idle, None
 
     def tap_idle(self) -> None:
-        """Asks for one frame without a key."""
+        """Requests one frame without a key."""
         self.tapped = self._idle
 
     def take(self, ordered: int) -> int:
-        """The action for the frame that is now begun.
+        """The action for the frame that now begins.
 
         Args:
-            ordered: what was held when the frame was ordered, for a key let go since.
+            ordered: the action held when the frame was ordered, for a key released since.
         """
         tapped = self.take_tap()
         if self.held != self._idle:
@@ -76,14 +76,14 @@ class Keys:
         return ordered if tapped is None else tapped
 
     def take_tap(self) -> int | None:
-        """What was last pressed since the last frame, if anything was; for one frame."""
+        """The last key pressed since the last frame, or None; used for one frame only."""
         tapped, self.tapped = self.tapped, None
-        self.drawn_stamp, self._stamp = self._stamp or self.drawn_stamp, 0.0
+        self.frame_stamp, self._stamp = self._stamp or self.frame_stamp, 0.0
         return tapped
 
 
 class Player:
-    """A person's connection; `run` lasts as long as it does."""
+    """A player's connection; `run` lasts as long as it does."""
 
     def __init__(self, socket: WebSocket, studio: Studio):
         self._socket, self._studio = socket, studio
@@ -92,21 +92,25 @@ class Player:
         self._keys = Keys(NO_ACTION)  # until the game is known
         self._auto = self._step_mode = False
         self._fps, self._pinned = studio.rules.fps, 0
-        self._rate: FrameRate | None = None  # until the device is there
-        self._slow = ""  # what the page shows of a rate that is lower than the chosen one
+        self._rate: FrameRate | None = None  # until the device is ready
+        self._slow = ""  # the page's message on a rate below the chosen one
         self._commands: deque[tuple[str, dict]] = deque()
         self._wake = asyncio.Event()
-        self._due = self._began = self._sent = 0.0  # when the next frame is due; of the last one
-        self._recorded: tuple[int, int | None] | None = None  # first frame, end where it stopped
+        self._due = self._began = self._sent = (
+            0.0  # due time of the next frame; times of the last one
+        )
+        self._recorded: tuple[int, int | None] | None = (
+            None  # first frame, and the end once stopped
+        )
         self._files_made = 0
         self.downloads = Downloads()
         self._over = False
 
     async def run(self) -> None:
-        """Plays until the connection ends, however it ends; frees all that the player held."""
+        """Plays until the connection ends for any reason; then frees all resources."""
         self._token = self._studio.enter(self)
         if self._token is None:
-            await self._say("full", text=f"All places are taken ({self._studio.rules.players}).")
+            await self._send("full", text=f"All places are taken ({self._studio.rules.players}).")
             await self._socket.close(1013)
             return
         reader = None
@@ -114,14 +118,14 @@ class Player:
             if not await self._opened():
                 return
             self._keys = Keys(self._known.idle)
-            card = self._studio.scheduler.drawer.playable
+            card = self._studio.scheduler.generator.playable
             self._rate = FrameRate(self._fps, lowers=card is not None)
-            await self._hello()
+            await self._send_hello()
             reader = asyncio.create_task(self._read())
             self._commands.append(("start", {}))
             await self._play()
         except (WebSocketDisconnect, RuntimeError, OSError):
-            pass  # the connection is gone, perhaps in the middle of a frame
+            pass  # the connection ended, possibly during a frame
         finally:
             if reader:
                 reader.cancel()
@@ -133,29 +137,29 @@ class Player:
             self.downloads.close()
 
     async def _opened(self) -> bool:
-        """Tells how the start goes on until the device is there; False where it never will be."""
-        told = None
+        """Sends the stages of the start until the device is ready; False if the start fails."""
+        sent = None
         while not self._studio.is_open:
             if self._studio.fault:
-                await self._say("fault", text=self._studio.fault)
+                await self._send("fault", text=self._studio.fault)
                 await self._socket.close(1011)
                 return False
-            if told != self._studio.stage:
-                told = self._studio.stage
-                await self._say("progress", text=told)
+            if sent != self._studio.stage:
+                sent = self._studio.stage
+                await self._send("progress", text=sent)
             await asyncio.sleep(0.1)
         return True
 
-    async def _hello(self) -> None:
+    async def _send_hello(self) -> None:
         studio = self._studio
-        await self._say(
+        await self._send(
             "hello",
             token=self._token,
             title=studio.title,
             demo=studio.demo,
             clips=len(studio.prompts),
-            steps=list(studio.scheduler.drawer.steps),
-            playable=studio.scheduler.drawer.playable,
+            steps=list(studio.scheduler.generator.steps),
+            playable=studio.scheduler.generator.playable,
             fps=self._fps,
             controls=self._known.to_json()
             | {"idle": self._known.idle, "procgen": self._known.is_procgen},
@@ -166,7 +170,7 @@ class Player:
         return self._studio.prompts.known
 
     async def _read(self) -> None:
-        """Takes in messages until the connection ends or nothing comes for too long."""
+        """Processes messages until the connection ends or is idle for too long."""
         try:
             while True:
                 message = await self._next_message()
@@ -175,18 +179,18 @@ class Player:
                 try:
                     self._take(message)
                 except UserError as error:
-                    await self._say("error", text=str(error))
+                    await self._send("error", text=str(error))
                 self._wake.set()
         except TimeoutError:
             code = self._session.recipe().encoded if self._session else ""
-            await self._say("idle", text="This session was idle and has ended.", code=code)
+            await self._send("idle", text="This session was idle and has ended.", code=code)
             await self._socket.close(1000)
         finally:
             self._over = True
             self._wake.set()
 
     async def _next_message(self) -> dict:
-        """Raises TimeoutError for one who sends nothing, holds no key and watches no replay."""
+        """Raises TimeoutError if the player sends nothing, holds no key and watches no replay."""
         receiving = asyncio.ensure_future(self._socket.receive())
         try:
             while not (await asyncio.wait([receiving], timeout=self._studio.rules.idle_seconds))[0]:
@@ -202,13 +206,15 @@ class Player:
             return
         text = message.get("text") or ""
         if len(text) > MAX_TEXT:
-            raise UserError(f"a message of {len(text):,} letters; at most {MAX_TEXT:,} are read")
+            raise UserError(
+                f"a message of {len(text):,} characters; at most {MAX_TEXT:,} are accepted"
+            )
         try:
             fields = json.loads(text)
             name = fields.pop("do")
         except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
-            raise UserError('that message makes no sense: wanted JSON, {"do": NAME, …}') from None
-        if name == "keys":  # at once: a frame that is begun later takes it into account
+            raise UserError('that message is not valid: send JSON, {"do": NAME, …}') from None
+        if name == "keys":  # at once, so that the next frame uses it
             lowest = min(0, self._known.idle)
             action = _whole(fields, "action", lowest, self._known.num_values - 1)
             self._keys.press(action, _number(fields, "stamp"))
@@ -219,7 +225,7 @@ class Player:
 
     def _queue(self, name: str, fields: dict) -> None:
         if self._commands and name == self._commands[-1][0] == "rewind":
-            self._commands.pop()  # only the last of a row matters
+            self._commands.pop()  # only the last of consecutive ones matters
         if len(self._commands) >= _MAX_WAITING:
             raise UserError("too many commands at once; that one was dropped")
         try:
@@ -235,35 +241,35 @@ class Player:
                 name, fields = self._commands.popleft()
                 await self._guarded(getattr(self, f"_do_{name}"), **fields)
             elif not (self._session and (self._session.to_replay or self._wants_frame())):
-                await self._awakened(None)
+                await self._wait_for_message(None)
             elif (early := self._due - clock()) > 0:
-                await self._awakened(early)
+                await self._wait_for_message(early)
             else:
                 period = 1 / min(self._fps, self._rate.fps)
-                # What a late frame lost is made up for, a pause is not.
+                # Catches up after a late frame, but not after a pause.
                 due = self._due if -early < period else clock()
                 self._began, self._due = max(due, self._sent), due + period
                 await self._guarded(self._frame)
 
-    async def _awakened(self, seconds: float | None) -> None:
-        """Waits for a message, but no longer than so many seconds."""
+    async def _wait_for_message(self, seconds: float | None) -> None:
+        """Waits for a message, at most so many seconds."""
         self._wake.clear()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), seconds)
 
     async def _guarded(self, act: Callable[..., Awaitable[None]], **fields) -> None:
-        """Tells the player of a mistake, or of a fault of device or disk, and goes on."""
+        """Sends the player an error of theirs, of the device or of the disk, and continues."""
         try:
             await act(**fields)
         except UserError as error:
             self._halt()
-            await self._say("error", text=str(error))
+            await self._send("error", text=str(error))
         except jax.errors.JaxRuntimeError as error:
             self._halt()
-            await self._say("error", text=f"the device failed: {str(error).splitlines()[0][:200]}")
+            await self._send("error", text=f"the device failed: {str(error).splitlines()[0][:200]}")
         except OSError as error:
             self._halt()
-            await self._say(
+            await self._send(
                 "error", text=f"nothing more can be kept on disk: {error.strerror or error}"
             )
 
@@ -275,11 +281,11 @@ class Player:
         return self._presses() or (self._auto and not self._step_mode)
 
     def _presses(self) -> bool:
-        """Whether a key asks for a frame."""
+        """Whether a key requests a frame."""
         return self._keys.tapped is not None if self._step_mode else self._keys.down
 
     async def _frame(self) -> None:
-        """The next frame of a replay, or, for whoever presses a key, one of their own."""
+        """The next frame: of a replay, or of the player's own keys if any is pressed."""
         if self._session.to_replay and not self._presses():
             await self._replay_frame()
             return
@@ -291,8 +297,8 @@ class Player:
             take = lambda: keys.take(ordered)
         steps = self._steps()
         await self._adapt_rate(steps)
-        drawn = await self._session.step(take, steps=steps)
-        await self._show(drawn.frame)
+        generated = await self._session.step(take, steps=steps)
+        await self._show(generated.frame)
         self._sent = asyncio.get_running_loop().time()
         self._rate.note(self._sent - self._began)
 
@@ -300,9 +306,9 @@ class Player:
         return self._pinned or self._studio.scheduler.choose_steps(self._fps)
 
     async def _adapt_rate(self, steps: int) -> None:
-        """Lowers the frame rate where the device does not hold it, and reports it to the page."""
+        """Lowers the frame rate where the device is too slow for it, and informs the page."""
         fps = self._rate.choose(self._fps, steps)
-        playable = self._studio.scheduler.drawer.playable
+        playable = self._studio.scheduler.generator.playable
         outside = playable is not None and steps not in playable
         slow = ""
         if not self._step_mode and (self._rate.lowered or (outside and not self._pinned)):
@@ -310,17 +316,17 @@ class Player:
             slow += f", {_count(steps, 'step')} each: not playable by the model's card" * outside
         if slow != self._slow:
             self._slow = slow
-            await self._say("rate", fps=fps, text=slow)
+            await self._send("rate", fps=fps, text=slow)
 
     async def _replay_frame(self) -> None:
         try:
-            drawn = await self._session.replay_step()
+            generated = await self._session.replay_step()
         finally:
             frame = self._session.history.frame(self._session.at)
             await self._show(frame)
         if not self._session.to_replay:
-            text = f"Drawn again, all {self._session.at + 1} frames, to the very same pixels."
-            await self._say("replayed", text=text, steps=drawn.program.steps)
+            text = f"Replayed: all {self._session.at + 1} frames are identical."
+            await self._send("replayed", text=text, steps=generated.program.steps)
 
     async def _show(self, frame_HWC: np.ndarray) -> None:
         session = self._session
@@ -328,18 +334,18 @@ class Player:
         steps, lanes = session.history.programs[at] or (0, 0)
         header = _HEADER.pack(
             _FRAME, lanes, session.history.actions[at], steps, session.window, at, total,
-            self._keys.drawn_stamp,
+            self._keys.frame_stamp,
         )  # fmt: skip
-        self._keys.drawn_stamp = 0.0
+        self._keys.frame_stamp = 0.0
         await self._socket.send_bytes(header + frame_HWC.tobytes())
 
-    async def _say(self, what: str, **fields) -> None:
-        await self._socket.send_text(json.dumps({"say": what, **fields}))
+    async def _send(self, event: str, **fields) -> None:
+        await self._socket.send_text(json.dumps({"event": event, **fields}))
 
     @property
     def _played(self) -> Session:
         if self._session is None:
-            raise UserError("no world has begun yet: start one first")
+            raise UserError("no session yet: start one first")
         return self._session
 
     async def _begin(self, session: Session) -> None:
@@ -350,7 +356,7 @@ class Player:
         source = session.prompt.source
         clip = source.number if isinstance(source, ClipSource) else None
         given = session.history.given
-        await self._say("started", seed=session.seed, clip=clip, given=given)
+        await self._send("started", seed=session.seed, clip=clip, given=given)
         await self._show(session.history.frame(session.at))
 
     async def _do_start(self, clip=None, prompt=prompt_sources.USUAL_PROMPT, seed=None) -> None:
@@ -375,9 +381,9 @@ class Player:
         if fps is not None:
             self._fps = _whole(dict(fps=fps), "fps", 1, MAX_FPS)
         if steps is not None:
-            choices = self._studio.scheduler.drawer.steps
+            choices = self._studio.scheduler.generator.steps
             if steps and steps not in choices:
-                raise UserError(f"{steps!r} DDIM steps: choose of {list(choices)}, or 0")
+                raise UserError(f"{steps!r} DDIM steps: choose one of {list(choices)}, or 0")
             self._pinned = steps
         if auto is not None:
             self._auto = bool(auto)
@@ -390,7 +396,7 @@ class Player:
         self._keys.tap_idle()
 
     async def _do_rewind(self, to=0) -> None:
-        """Shows an earlier (or later) frame and halts there."""
+        """Shows an earlier (or later) frame and stops there."""
         self._halt()
         self._played.rewind(_whole(dict(to=to), "to", 0, 2**31))
         await self._show(self._played.history.frame(self._played.at))
@@ -399,25 +405,25 @@ class Player:
         """The next frames under each action that differs."""
         self._auto = False
         count = _whole(dict(frames=frames), "frames", 1, MAX_FUTURE)
-        await self._say("thinking", text=f"Drawing {count} frames of each future …")
+        await self._send("thinking", text=f"Generating {count} frames of each future …")
         branches = await self._played.what_if(count, steps=self._steps())
         actions = [branch.action for branch in branches]
         names = [self._known.name(action) for action in actions]
-        await self._say("branches", actions=actions, names=names, frames=count)
+        await self._send("branches", actions=actions, names=names, frames=count)
         pixels = b"".join(frame.tobytes() for branch in branches for frame in branch.frames)
         await self._socket.send_bytes(bytes([_BRANCHES]) + pixels)
 
     async def _do_choose(self, branch=0) -> None:
-        """Goes on where a branch of what-if ended."""
+        """Continues from the end of a branch of what-if."""
         self._played.choose(_whole(dict(branch=branch), "branch", 0, 99))
         await self._show(self._played.history.frame(self._played.at))
 
     async def _do_share(self) -> None:
-        """The session's share code, up to the frame that is shown."""
-        await self._say("code", code=self._played.recipe().encoded)
+        """The session's share code up to the shown frame."""
+        await self._send("code", code=self._played.recipe().encoded)
 
     async def _do_replay(self, code="") -> None:
-        """A new session, drawn from a share code."""
+        """A new session, replayed from a share code."""
         self._halt()
         recipe = share_code.decode(str(code))
         session = await asyncio.to_thread(
@@ -432,32 +438,32 @@ class Player:
             self._recorded = at, None
         elif self._recorded:
             self._recorded = self._recorded[0], at + 1
-        await self._say("recording", on=bool(on), start=self._recorded and self._recorded[0])
+        await self._send("recording", on=bool(on), start=self._recorded and self._recorded[0])
 
     async def _do_clear(self) -> None:
-        """Forgets the recording."""
+        """Discards the recording."""
         self._recorded = None
-        await self._say("recording", on=False, start=None)
+        await self._send("recording", on=False, start=None)
 
     async def _do_save(self, kind="mp4") -> None:
-        """Writes the recording, or else the whole session, to a file to be downloaded."""
+        """Writes the recording, or else the whole session, to a file for download."""
         if kind not in ("mp4", "npz"):
             raise UserError(f"a session is saved as mp4 or npz, not {str(kind)[:20]!r}")
         start, stop = self._recorded or (0, None)
         total = len(self._played.history)
         start, stop = min(start, total - 1), min(stop or total, total)
         stop = max(stop, start + 1)
-        await self._say("thinking", text=f"Writing {stop - start} frames …")
+        await self._send("thinking", text=f"Writing {stop - start} frames …")
         self._files_made += 1
         path = self.downloads.new(f"session{self._files_made}.{kind}")
         if kind == "mp4":
-            write = lambda: saving.write_film(
+            write = lambda: saving.write_video(
                 self._session, path, start=start, stop=stop, fps=self._fps
             )
         else:
             write = lambda: saving.write_numbers(self._session, path, start=start, stop=stop)
         await asyncio.to_thread(write)
-        await self._say("file", token=self._token, name=path.name)
+        await self._send("file", token=self._token, name=path.name)
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,9 +1,8 @@
-"""What reverse proxies change of a request: its host, its scheme, and the front of its path.
+"""Support for reverse proxies, which change the host, scheme and path prefix of requests.
 
-Proxies differ. Some hand the visitor's `Host` on, some put it into `X-Forwarded-Host` or
-`Forwarded`, several of them in a list; nginx as its manual has it does neither. The page's
-addresses are therefore relative to where the browser found it, and its socket is let in by a key
-that only the page can read.
+Proxies differ. Some forward the visitor's `Host`, some put it into `X-Forwarded-Host` or
+`Forwarded`, several of them as a list; nginx as in its manual does neither. The page's URLs are
+therefore relative to its own, and its socket is accepted by a key that only the page can read.
 """
 
 import re
@@ -15,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 
 _PREFIXES = ("x-forwarded-prefix", "x-forwarded-context", "x-proxycontextpath", "x-script-name")
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+")
-# Of Gradio's page: where its settings stand, and what of it names the server.
+# In Gradio's page: the place of its settings, and the code that names the server.
 _MODE, _CONST_ROOT = b"<script data-gradio-mode>", re.compile(rb'const root = "[^"]*";')
 _ROOT = (
     b"<script>window.gradio_config.root = "
@@ -29,7 +28,7 @@ _USUAL_PORTS = {"http": "80", "https": "443", "ws": "80", "wss": "443"}
 
 
 class Key:
-    """What a page shows so that its socket is let in; other sites cannot read the page."""
+    """The key that a page sends to open its socket; other sites cannot read it."""
 
     def __init__(self):
         self.text = secrets.token_urlsafe(32)
@@ -39,12 +38,12 @@ class Key:
 
 
 class Prefixed:
-    """An ASGI application below a path: the one that a proxy names, or the one of `address`.
+    """An ASGI application below a path prefix: that of the proxy's headers, or of `address`.
 
-    A proxy may take the path away before it hands a request on, or leave it.
+    A proxy may remove the prefix from forwarded requests, or keep it.
 
     Args:
-        address: of the page as its visitors see it, such as https://lab.example.org/world; or "".
+        address: URL of the page for visitors, such as https://lab.example.org/world; or "".
     """
 
     def __init__(self, app, address: str = ""):
@@ -61,10 +60,10 @@ class Prefixed:
 
 
 class RelativePage:
-    """An ASGI application whose page looks for everything beside itself.
+    """An ASGI application whose page uses only relative URLs.
 
-    Gradio writes the server's address into its page, as far as the request tells. That is the
-    proxy's name for the server where the proxy does not hand on the visitor's.
+    Gradio writes the server's address from the request into its page. That is the proxy's name for
+    the server if the proxy does not forward the visitor's.
     """
 
     def __init__(self, app):
@@ -111,7 +110,7 @@ def _relative(page: bytes) -> bytes:
 
 
 def prefix_of(headers: Headers) -> str:
-    """The path that a proxy took away, as it tells; empty where it tells none."""
+    """The path prefix in a proxy's headers; empty if there is none."""
     for name in _PREFIXES:
         prefix = headers.get(name, "").split(",")[0].strip().rstrip("/")
         if _PREFIX.fullmatch(prefix):
@@ -120,21 +119,21 @@ def prefix_of(headers: Headers) -> str:
 
 
 def is_same_site(headers: Headers, address: str = "") -> bool:
-    """Whether a socket is asked for by a page of this very site, as far as headers tell.
+    """Whether the headers show that a page of this site opens the socket.
 
-    Browsers let any site open a socket to any other, and say which; other programs say none.
+    Browsers let any site open a socket to any other, and send its origin; other programs send none.
     """
     origin = headers.get("origin")
     if origin is None:
         return True
-    asking = urlsplit(origin)
-    return _host(asking.netloc, asking.scheme) in {
-        _host(host, asking.scheme) for host in (*_hosts(headers), urlsplit(address).netloc) if host
+    page = urlsplit(origin)
+    return _host(page.netloc, page.scheme) in {
+        _host(host, page.scheme) for host in (*_hosts(headers), urlsplit(address).netloc) if host
     }
 
 
 def _hosts(headers: Headers) -> Iterator[str]:
-    """The names of this site: as asked for, and as each proxy on the way was asked for it."""
+    """The names of this site in the request, and in the headers of each proxy."""
     for name in ("host", "x-forwarded-host", "x-original-host"):
         yield from (host.strip() for host in headers.get(name, "").split(","))
     yield from re.findall(r'host="?([^",;\s]+)', headers.get("forwarded", ""), re.IGNORECASE)
@@ -143,5 +142,5 @@ def _hosts(headers: Headers) -> Iterator[str]:
 
 
 def _host(netloc: str, scheme: str) -> str:
-    """A host without the port that its scheme has anyway."""
+    """A host without the default port of its scheme."""
     return netloc.lower().removesuffix(f":{_USUAL_PORTS.get(scheme, '')}")

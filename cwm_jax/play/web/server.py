@@ -1,4 +1,4 @@
-"""The web application: the page by Gradio, the players' WebSocket, and their downloads."""
+"""The web application: Gradio's page, the players' WebSocket, and their downloads."""
 
 import asyncio
 import contextlib
@@ -18,13 +18,13 @@ STATIC = importlib.resources.files("cwm_jax.play.web") / "static"
 
 
 _NO_SOCKET = (
-    "The proxy in front of this page does not pass WebSockets on. In nginx: "
+    "The proxy in front of this page does not forward WebSockets. In nginx: "
     "proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; "
     "proxy_set_header Connection upgrade;"
 )
-_STRANGER = (
-    "This page is not of the address that the server knows, so it may not play. Reload it. If a "
-    "proxy stands in front of the server, name the address of the page: play.py --address URL"
+_OTHER_SITE = (
+    "The server does not recognise the address of this page. Reload it. Behind a proxy, set the "
+    "address of the page: play.py --address URL"
 )
 
 
@@ -32,12 +32,12 @@ def make_app(studio: Studio, *, auth: tuple[str, str] | None = None, address: st
     """The application.
 
     Args:
-        auth: user and password, which then guard the page, the socket and the downloads alike.
-        address: of the page as visitors see it, where proxies do not tell.
+        auth: user and password, which protect the page, the socket and the downloads.
+        address: URL of the page for visitors, if proxies do not forward it.
     """
     app = FastAPI(title="cwm_jax play", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(proxies.RelativePage)
-    app.add_middleware(proxies.Prefixed, address=address)  # before the other: the last added
+    app.add_middleware(proxies.Prefixed, address=address)  # added last, so called first
     key = proxies.Key()
     app.mount("/play/static", StaticFiles(directory=str(STATIC)), name="static")
 
@@ -51,7 +51,7 @@ def make_app(studio: Studio, *, auth: tuple[str, str] | None = None, address: st
 
     @app.get("/play/key")
     def show_key(request: Request) -> JSONResponse:
-        """Only a page of this site can read it: to others, browsers do not show the answer."""
+        """Browsers let only pages of this site read the answer."""
         if not admitted(request.cookies):
             raise HTTPException(403, "Log in first.")
         return JSONResponse({"key": key.text}, headers={"Cache-Control": "no-store"})
@@ -68,11 +68,11 @@ def make_app(studio: Studio, *, auth: tuple[str, str] | None = None, address: st
         await socket.accept()
         given = socket.query_params.get("key", "")
         if not key.fits(given) and not proxies.is_same_site(socket.headers, address):
-            await socket.send_json({"say": "fault", "text": _STRANGER})
+            await socket.send_json({"event": "fault", "text": _OTHER_SITE})
             await socket.close(1008)
             return
         player_type = await asyncio.to_thread(_player_type)
-        with contextlib.suppress(RuntimeError):  # gone before the first word
+        with contextlib.suppress(RuntimeError):  # closed before the first message
             await player_type(socket, studio).run()
 
     gradio.mount_gradio_app(
@@ -80,28 +80,28 @@ def make_app(studio: Studio, *, auth: tuple[str, str] | None = None, address: st
         page.build(studio.rules),
         path="/",
         auth=auth,
-        auth_message="This world model asks for a user and a password.",
+        auth_message="Please log in to this world model.",
         allowed_paths=[],
         max_file_size="1kb",  # nothing is uploaded through Gradio
         footer_links=[],
         ssr_mode=False,
         run_history=False,
         enable_monitoring=False,
-        **page.look(),
+        **page.style(),
     )
     admitted = _admission(app, auth)
     return app
 
 
 def _player_type() -> type:
-    """Imported at need: it brings JAX with it, and the page should not wait for that."""
+    """Imported on use: it imports JAX, which the page should not wait for."""
     from cwm_jax.play.web.player import Player
 
     return Player
 
 
 def _admission(app: FastAPI, auth) -> Callable[[Mapping[str, str]], bool]:
-    """Whether somebody with these cookies has logged in on Gradio's page, if that is asked for."""
+    """Returns a check whether cookies are of a user logged in on Gradio's page, if required."""
     if auth is None:
         return lambda cookies: True
     inner = next(route.app for route in app.routes if isinstance(route, Mount) and not route.path)

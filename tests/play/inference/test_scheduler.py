@@ -1,4 +1,4 @@
-"""The device is shared fairly, and the governor holds the rate."""
+"""The device is shared fairly, and the governor reaches the rate."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from cwm_jax.play.web.app_state import Rules, Studio
 
 
 class Counting:
-    """Draws nothing, slowly; notes which players' frames it drew together."""
+    """Generates blank frames slowly; records the players of each batch."""
 
     steps = automatic = (4, 1)
     slots, fingerprint, playable = 7, b"counting", None
@@ -31,22 +31,22 @@ class Counting:
     def fresh(self):
         return 0
 
-    def remember(self, memory, frame, action):
-        return memory + 1
+    def append(self, cache, frame, action):
+        return cache + 1
 
-    def draw(self, wanted, steps, lanes):
+    def generate(self, wanted, steps, lanes):
         time.sleep(self._seconds)
         self.batches.append(([lane.seed for lane in wanted], steps, lanes))
         return np.zeros((len(wanted), 64, 64, 3), np.uint8)
 
 
 def order(scheduler, player, number=0, steps=1, lanes=None, action=lambda: 7):
-    return scheduler.draw(0, action, seed=player, number=number, steps=steps, lanes=lanes)
+    return scheduler.generate(0, action, seed=player, number=number, steps=steps, lanes=lanes)
 
 
-def test_those_who_wait_together_are_drawn_together_and_nobody_starves():
-    drawer = Counting()
-    with Scheduler(drawer) as scheduler:
+def test_waiting_players_share_a_batch_and_all_are_served():
+    generator = Counting()
+    with Scheduler(generator) as scheduler:
         counts = dict.fromkeys(range(8), 0)
         stop = time.monotonic() + 0.6
 
@@ -61,48 +61,48 @@ def test_those_who_wait_together_are_drawn_together_and_nobody_starves():
         for thread in threads:
             thread.join()
     assert max(counts.values()) <= 1.5 * min(counts.values())
-    assert max(len(players) for players, *_ in drawer.batches) == 4
-    assert all(len(players) <= lanes for players, _, lanes in drawer.batches)
+    assert max(len(players) for players, *_ in generator.batches) == 4
+    assert all(len(players) <= lanes for players, _, lanes in generator.batches)
 
 
 def test_different_steps_and_recorded_lanes_are_not_mixed():
-    drawer = Counting(seconds=0.05)
-    with Scheduler(drawer) as scheduler:
+    generator = Counting(seconds=0.05)
+    with Scheduler(generator) as scheduler:
         first = order(scheduler, 0)
         time.sleep(0.02)  # the others wait meanwhile
         rest = [order(scheduler, 1), order(scheduler, 2, steps=4), order(scheduler, 3)]
         rest += [order(scheduler, 4, lanes=4), order(scheduler, 5)]
         for future in (first, *rest):
             future.result(timeout=5)
-    assert drawer.batches == [([0], 1, 1), ([1, 3, 5], 1, 4), ([2], 4, 1), ([4], 1, 4)]
+    assert generator.batches == [([0], 1, 1), ([1, 3, 5], 1, 4), ([2], 4, 1), ([4], 1, 4)]
 
 
-def test_until_larger_batches_are_compiled_smaller_ones_serve():
-    drawer = Counting(ready=(1,))
-    with Scheduler(drawer) as scheduler:
+def test_smaller_batches_are_used_until_larger_ones_are_compiled():
+    generator = Counting(ready=(1,))
+    with Scheduler(generator) as scheduler:
         futures = [order(scheduler, player) for player in range(3)]
         assert {future.result(timeout=5).program.lanes for future in futures} == {1}
         scheduler.want_lanes(3)
         scheduler.want_lanes(3)
         time.sleep(0.1)
-    assert sorted(drawer.compiled) == [(1, 1), (1, 4), (4, 1), (4, 4)]
+    assert sorted(generator.compiled) == [(1, 1), (1, 4), (4, 1), (4, 4)]
 
 
 def test_the_latest_key_counts():
-    drawer = Counting(seconds=0.05)
+    generator = Counting(seconds=0.05)
     pressed = [1]
-    with Scheduler(drawer) as scheduler:
+    with Scheduler(generator) as scheduler:
         first = order(scheduler, 0)
         time.sleep(0.02)
         second = order(scheduler, 1, action=lambda: pressed[0])
-        pressed[0] = 8  # after the order, before the drawing
+        pressed[0] = 8  # after the order, before the generation
         assert second.result(timeout=5).action == 8
         first.result(timeout=5)
 
 
-def test_one_who_has_left_is_not_drawn():
-    drawer = Counting(seconds=0.05)
-    with Scheduler(drawer) as scheduler:
+def test_orders_of_players_who_left_are_dropped():
+    generator = Counting(seconds=0.05)
+    with Scheduler(generator) as scheduler:
         first = order(scheduler, 0)
         time.sleep(0.02)
         gone = order(scheduler, 1)
@@ -110,27 +110,27 @@ def test_one_who_has_left_is_not_drawn():
         last = order(scheduler, 2)
         first.result(timeout=5)
         last.result(timeout=5)
-    assert [players for players, *_ in drawer.batches][-1] in ([2], [1, 2])
+    assert [players for players, *_ in generator.batches][-1] in ([2], [1, 2])
 
 
-def test_a_fault_reaches_those_it_hit_and_the_device_goes_on():
-    drawer = Counting()
-    drawer.draw, good = None, drawer.draw  # calling it raises TypeError
-    with Scheduler(drawer) as scheduler:
+def test_an_error_reaches_its_batch_and_the_scheduler_continues():
+    generator = Counting()
+    generator.generate, good = None, generator.generate  # calling it raises TypeError
+    with Scheduler(generator) as scheduler:
         with pytest.raises(TypeError):
             order(scheduler, 0).result(timeout=5)
-        drawer.draw = good
-        assert order(scheduler, 1).result(timeout=5).memory == 1
+        generator.generate = good
+        assert order(scheduler, 1).result(timeout=5).cache == 1
 
 
-def test_a_program_that_cannot_be_compiled_is_told():
-    drawer = Counting()
+def test_a_failed_compilation_is_reported():
+    generator = Counting()
 
     def fails(steps, lanes):
         raise MemoryError("no room")
 
-    drawer.compile = fails
-    with Scheduler(drawer) as scheduler:
+    generator.compile = fails
+    with Scheduler(generator) as scheduler:
         assert scheduler.first_program.wait(timeout=5)
         assert isinstance(scheduler.fault, MemoryError)
         studio = Studio(Rules())
@@ -138,19 +138,19 @@ def test_a_program_that_cannot_be_compiled_is_told():
         assert not studio.is_open
 
 
-def test_players_who_came_before_the_device_are_drawn_together():
-    drawer, studio = Counting(ready=(1,)), Studio(Rules())
+def test_players_from_before_the_device_was_ready_share_a_batch():
+    generator, studio = Counting(ready=(1,)), Studio(Rules())
     for _ in range(3):
         assert studio.enter(None)
-    with Scheduler(drawer) as scheduler:
+    with Scheduler(generator) as scheduler:
         studio.open(scheduler, None, title="", demo=False)
         time.sleep(0.1)
-    assert sorted(drawer.compiled) == [(1, 1), (1, 4), (4, 1), (4, 4)]
+    assert sorted(generator.compiled) == [(1, 1), (1, 4), (4, 1), (4, 4)]
 
 
-def test_a_later_program_that_cannot_be_compiled_ends_nothing():
-    drawer = Counting(ready=(1,))
-    with Scheduler(drawer) as scheduler:
+def test_a_later_failed_compilation_ends_nothing():
+    generator = Counting(ready=(1,))
+    with Scheduler(generator) as scheduler:
         assert scheduler.first_program.wait(timeout=5)
         compiled = threading.Event()
 
@@ -158,30 +158,30 @@ def test_a_later_program_that_cannot_be_compiled_ends_nothing():
             compiled.set()
             raise MemoryError("no room")
 
-        drawer.compile = fails
+        generator.compile = fails
         scheduler.want_lanes(8)
         assert compiled.wait(timeout=5)
         assert order(scheduler, 1).result(timeout=5)
         assert scheduler.fault is None
 
 
-def test_more_steps_than_the_model_does_best_with_are_never_chosen_unasked():
-    drawer = Counting(seconds=0)  # there would be time for all four
-    drawer.automatic = (1,)
-    with Scheduler(drawer) as scheduler:
-        order(scheduler, 0, steps=4).result(timeout=5)  # a player who asks has them
-        assert drawer.batches[0][1] == 4
+def test_more_steps_than_the_usual_ones_are_never_chosen_automatically():
+    generator = Counting(seconds=0)  # fast enough for all four
+    generator.automatic = (1,)
+    with Scheduler(generator) as scheduler:
+        order(scheduler, 0, steps=4).result(timeout=5)  # a player may choose them
+        assert generator.batches[0][1] == 4
         assert scheduler.choose_steps(fps=1) == 1
 
 
-def test_which_steps_an_engine_draws_with_unasked(engine, params):
+def test_the_automatic_steps_of_an_engine(engine, params):
     found = lambda usual: Engine(engine.network, params, steps=(10, 4, 2, 1), usual=usual).automatic
     assert [found(n) for n in (1, 3, 4, 100)] == [(1,), (2, 1), (4, 2, 1), (10, 4, 2, 1)]
     assert Engine(engine.network, params, steps=(4, 2), usual=1).automatic == (2,)
 
 
 def governed(pass_seconds, fps, seconds=20.0):
-    """The steps in use after a while on a device that needs so long for a pass."""
+    """The steps after a while on a device that needs so long for a denoising step."""
     now = [0.0]
     governor = Governor((10, 4, 2, 1), clock=lambda: now[0])
     changes = [governor.steps]
@@ -196,12 +196,12 @@ def governed(pass_seconds, fps, seconds=20.0):
 
 
 @pytest.mark.parametrize(
-    ("pass_ms", "expected"), [(0.1, 10), (3.5, 10), (7.5, 4), (12, 2), (19, 1), (90, 1)]
+    ("step_ms", "expected"), [(0.1, 10), (3.5, 10), (7.5, 4), (12, 2), (19, 1), (90, 1)]
 )
-def test_the_governor_takes_the_most_steps_that_hold_the_rate(pass_ms, expected):
-    governor, changes = governed(pass_ms / 1000, fps=15)
+def test_the_governor_chooses_the_most_steps_that_reach_the_rate(step_ms, expected):
+    governor, changes = governed(step_ms / 1000, fps=15)
     assert governor.steps == expected
-    assert len(changes) <= 2  # it does not waver
+    assert len(changes) <= 2  # it is stable
 
 
 def test_the_governor_follows_the_load():
@@ -213,12 +213,12 @@ def test_the_governor_follows_the_load():
     assert governor.choose(15, (10, 4, 2, 1)) < 10
 
 
-def test_the_governor_waits_for_no_program():
+def test_the_governor_chooses_only_compiled_programs():
     governor, _ = governed(0.019, fps=15)
     for _ in range(30):
         governor.note(steps=1, seconds=0.001)
     governor._clock = lambda: 100.0
-    assert governor.choose(15, (4, 1)) == 4  # though 10 would do
+    assert governor.choose(15, (4, 1)) == 4  # though 10 would be fast enough
     for _ in range(30):
         governor.note(steps=4, seconds=1.0)
     governor._clock = lambda: 200.0
@@ -231,7 +231,7 @@ CHOICES = (10, 4, 2, 1)
 
 
 class Machine:
-    """A device that needs so many seconds for a pass, played on through `play.Player`'s calls."""
+    """A device that needs so many seconds for a denoising step, called as by `play.Player`."""
 
     def __init__(self, pass_seconds, *, playable=None, fps=15, choices=CHOICES):
         self.now, self.pass_seconds, self.choices = 0.0, pass_seconds, choices
@@ -239,7 +239,7 @@ class Machine:
         self.rate = FrameRate(fps, lowers=playable is not None)
 
     def play(self, *, fps=15, pinned=0, frames=300):
-        """The pairs (steps, frames a second) that were in use, each once a stretch."""
+        """The pairs (steps, frames a second) that were used, without consecutive repeats."""
         used = []
         for _ in range(frames):
             steps = pinned or self.governor.choose(fps, self.choices)
@@ -254,37 +254,37 @@ class Machine:
 
 
 @pytest.mark.parametrize(
-    ("pass_ms", "playable", "steps", "fps"),
+    ("step_ms", "playable", "steps", "fps"),
     [
-        (5, (1, 2, 4), 4, 15),  # 10 would hold the rate too, but is not on the card
+        (5, (1, 2, 4), 4, 15),  # 10 would reach the rate too, but is not on the card
         (12, (1, 2, 4), 2, 15),
         (19, (1, 2, 4), 1, 15),
-        (19, (2, 4), 2, 11),  # 1 would hold the rate
+        (19, (2, 4), 2, 11),  # 1 would reach the rate
         (40, (2, 4), 2, 5),
-        (48, (2, 4), 1, 6),  # 2 steps hold 4.7 frames a second, which is below the floor
-        (98, (2, 4), 1, 3),  # nothing holds the floor: as many frames as there can be
+        (48, (2, 4), 1, 6),  # 2 steps reach 4.7 frames a second, which is below the floor
+        (98, (2, 4), 1, 3),  # nothing reaches the floor: the highest rate
         (400, (2, 4), 1, 1),
-        (40, (10,), 2, 5),  # of what is not on the card, the most that hold the floor
+        (40, (10,), 2, 5),  # of those not on the card, the most that reach the floor
         (14, (10,), 10, 5),
         (200, (1,), 1, 1),
     ],
 )
-def test_the_rate_is_lowered_to_the_floor_before_the_card_is_left(pass_ms, playable, steps, fps):
-    machine = Machine(pass_ms / 1000, playable=playable)
+def test_the_rate_is_lowered_to_the_floor_before_the_card_is_left(step_ms, playable, steps, fps):
+    machine = Machine(step_ms / 1000, playable=playable)
     used = machine.play()
     assert used[-1] == (steps, fps)
     outside = [n for n, _ in used if n not in playable]
     assert bool(outside) == (steps not in playable)
     if fps >= FLOOR:
-        assert fps * pass_ms / 1000 * (steps + 2) <= 0.9
+        assert fps * step_ms / 1000 * (steps + 2) <= 0.9
 
 
-@pytest.mark.parametrize("pass_ms", [0.1, 7.5, 19, 90, 400])
-def test_without_a_card_the_rate_stays_as_it_was_asked_for(pass_ms):
-    machine = Machine(pass_ms / 1000)
+@pytest.mark.parametrize("step_ms", [0.1, 7.5, 19, 90, 400])
+def test_without_a_card_the_requested_rate_stays(step_ms):
+    machine = Machine(step_ms / 1000)
     used = machine.play()
     assert {fps for _, fps in used} == {15}
-    _, before = governed(pass_ms / 1000, fps=15)
+    _, before = governed(step_ms / 1000, fps=15)
     assert [steps for steps, _ in used] == before
 
 
@@ -299,7 +299,7 @@ def test_a_rate_that_was_lowered_rises_with_the_machine_and_the_steps_after_it()
     assert all(steps in (2, 4) for steps, _ in used)
 
 
-def test_the_rate_does_not_waver_on_a_machine_that_does():
+def test_the_rate_is_stable_on_an_unstable_machine():
     machine = Machine(0.03, playable=(2, 4))
     machine.play()
     rng = np.random.default_rng(0)
@@ -321,7 +321,7 @@ def test_a_few_slow_frames_neither_lower_the_rate_nor_leave_the_card():
     assert machine.play() == [(2, 15)]
 
 
-def test_a_rate_that_is_asked_for_is_the_most_there_is():
+def test_the_requested_rate_is_the_upper_limit():
     machine = Machine(0.03, playable=(2,))
     assert machine.play()[-1] == (2, 7)
     assert machine.play(fps=3)[-1] == (2, 3)
@@ -329,7 +329,7 @@ def test_a_rate_that_is_asked_for_is_the_most_there_is():
     assert not machine.rate.lowered
     assert machine.play(fps=15)[-1] == (2, 7)
     assert machine.rate.lowered
-    assert machine.play(fps=20)[0] == (2, 7)  # not 20 for a moment
+    assert machine.play(fps=20)[0] == (2, 7)  # never 20
     assert machine.play(fps=15, pinned=10, frames=60)[-1] == (10, 2)  # a player may choose any
 
 
@@ -339,7 +339,7 @@ def test_where_only_steps_off_the_card_are_compiled_these_are_used():
     assert machine.play()[-1][0] == 1
 
 
-def test_which_steps_an_engine_draws_with_by_a_card(engine, params):
+def test_the_automatic_steps_of_an_engine_with_a_card(engine, params):
     def found(playable, usual=1000, steps=CHOICES):
         one = Engine(engine.network, params, steps=steps, usual=usual, playable=playable)
         return one.steps, one.automatic

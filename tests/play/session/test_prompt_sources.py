@@ -1,4 +1,4 @@
-"""What a session may start from, and what is refused before it can do harm."""
+"""Prompts of sessions, and harmful files that are refused."""
 
 import struct
 import zlib
@@ -39,7 +39,7 @@ def test_common_formats_are_read(kind):
     )
 
 
-def test_what_is_no_picture_or_too_large_is_refused(monkeypatch):
+def test_files_that_are_not_pictures_or_too_large_are_refused(monkeypatch):
     unpacked = []
     monkeypatch.setattr(Image.Image, "convert", lambda *a: unpacked.append(a))
     with pytest.raises(UserError, match="4000×4000 pixels"):
@@ -48,7 +48,7 @@ def test_what_is_no_picture_or_too_large_is_refused(monkeypatch):
     monkeypatch.undo()
     whole = file_of(noise(64, 64))
     for raw in (b"", b"hello", whole[: len(whole) // 2], b"%PDF-1.7", b"\x89PNG\r\n\x1a\n" * 9):
-        with pytest.raises(UserError, match="no picture"):
+        with pytest.raises(UserError, match="not a readable picture"):
             prompt_sources.from_picture(raw)
     with pytest.raises(UserError, match="bytes; at most"):
         prompt_sources.from_picture(bytes(prompt_sources.MAX_PICTURE_BYTES + 1))
@@ -85,15 +85,15 @@ def test_clips_are_found_by_number(clips):
 
 
 def test_the_demonstration_replays_the_real_episode(clips):
-    drawer = RealClips(clips)
+    generator = RealClips(clips)
     number = 40
     episode, start = clips.clips.locate(number)
     real = clips.episodes[episode].frames
     prompt = clips.load(ClipSource(number, 3))
-    memory = drawer.fresh()
+    cache = generator.fresh()
     for frame in prompt.frames_PHWC:
-        memory = drawer.remember(memory, frame, 0)
+        cache = generator.append(cache, frame, 0)
     for offset in range(3, 12):
-        frame = drawer.draw([Lane(memory, 7, 0, offset)], 1, 1)[0]
+        frame = generator.generate([Lane(cache, 7, 0, offset)], 1, 1)[0]
         assert np.array_equal(frame, real[(start + offset) % len(real)])
-        memory = drawer.remember(memory, frame, 7)
+        cache = generator.append(cache, frame, 7)

@@ -27,7 +27,7 @@ FLAGS = (
     "--disable-background-networking --disable-component-update --disable-dev-shm-usage "
     "--window-size=1280,900"
 )
-STEADY = 30  # seconds that anything may take on a busy machine
+STEADY = 30  # time limit in seconds, for a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def address(scheduler, clips):
 @contextlib.contextmanager
 def served(scheduler, clips, port=0, **options):
     """The address of a server; `options` are those of its application."""
-    studio = Studio(Rules(fps=15, steps=scheduler.drawer.steps))
+    studio = Studio(Rules(fps=15, steps=scheduler.generator.steps))
     studio.open(scheduler, clips, title="tiny", demo=False)
     config = uvicorn.Config(
         loading_page.Opening(lambda: server.make_app(studio, **options), pytest.fail),
@@ -73,7 +73,7 @@ def browser(tmp_path_factory):
 
 
 class Person:
-    """Somebody in front of one tab."""
+    """A player in one tab."""
 
     def __init__(self, browser, address):
         self.browser = browser
@@ -109,7 +109,7 @@ class Person:
         self.settle()
 
     def settle(self):
-        """Until what was on its way has arrived: the server answers in order."""
+        """Waits until pending messages have arrived: the server answers in order."""
         return self.run("return window.play.share()")
 
     @property
@@ -146,13 +146,13 @@ def visiting(browser, address):
     browser.switch_to.window(browser.window_handles[0])
 
 
-def test_the_page_asks_nobody_else_for_anything(person, address):
+def test_the_page_loads_nothing_from_other_hosts(person, address):
     names = person.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert len(names) > 5
     assert [name for name in names if not name.startswith((address, "data:", "blob:"))] == []
 
 
-def test_a_held_key_draws_frames_until_it_is_let_go(person):
+def test_a_held_key_generates_frames_until_it_is_released(person):
     person.start(5)
     first = person.picture
     person.hold("ArrowRight", 8)
@@ -164,7 +164,7 @@ def test_a_held_key_draws_frames_until_it_is_let_go(person):
     assert "ms" in person.until("return document.querySelector('#r-latency').textContent")
 
 
-def test_rewind_branch_and_a_share_code_there_and_back(person):
+def test_rewind_branch_and_share_code(person):
     person.start(5)
     person.hold("KeyD", 6)
     total = int(person.place.split("/")[1])
@@ -181,7 +181,7 @@ def test_rewind_branch_and_a_share_code_there_and_back(person):
     person.start(9)
     assert person.picture != picture
     person.run("window.play.replay(arguments[0])", code)
-    person.until("return document.querySelector('#note').textContent.includes('very same')")
+    person.until("return document.querySelector('#note').textContent.includes('are identical')")
     assert (person.picture, person.place) == (picture, branched)
     person.run("window.play.replay(arguments[0])", code[:-3] + "AAA")
     person.until("return document.querySelector('#note.bad')?.textContent.includes('damaged')")
@@ -219,7 +219,7 @@ def test_modes_and_the_gamepad(person):
     person.until("return !document.querySelector('.pad .held')")
 
 
-def test_a_slow_machine_is_on_the_page_and_steps_off_the_card_are_marked(
+def test_the_page_reports_a_slow_machine_and_marks_steps_off_the_card(
     browser, slow_scheduler, clips
 ):
     with served(slow_scheduler, clips) as address, visiting(browser, address) as one:
@@ -231,7 +231,7 @@ def test_a_slow_machine_is_on_the_page_and_steps_off_the_card_are_marked(
         one.key("ArrowRight", True)
         one.until(f"return document.querySelector('#note').textContent == '{slow}'")
         one.key("ArrowRight", False)
-        one.settle()  # its own note
+        one.settle()  # the note of the chosen steps
         one.start(9)
         assert one.note == slow  # for as long as the machine is slow
         choose = "[...document.querySelectorAll('#play-steps input')].at(-1).click()"
@@ -277,7 +277,7 @@ def test_record_and_download(person, tmp_path):
 
 
 def test_two_players_have_their_own_worlds(person, browser, address, tmp_path):
-    """In two windows: a hidden tab lets go of its keys."""
+    """In two windows: a hidden tab releases its keys."""
     other = launched(tmp_path)
     try:
         second = Person(other, address)
@@ -315,9 +315,11 @@ def test_touch_buttons_work_and_the_page_fits_a_phone(person, browser):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_a_bad_picture_is_told_on_the_page(person):
+def test_a_bad_picture_is_reported_on_the_page(person):
     person.run("window.play.sendPicture(new File(['hello'], 'a.png'))")
-    person.until("return /no picture/.test(document.querySelector('#note.bad')?.textContent)")
+    person.until(
+        "return /not a readable picture/.test(document.querySelector('#note.bad')?.textContent)"
+    )
     person.run("window.play.sendPicture(new File([new Uint8Array(5e6)], 'a.png'))")
     person.until("return /at most 4 MB/.test(document.querySelector('#note.bad')?.textContent)")
     assert re.search(r"\d", person.place)
@@ -325,7 +327,7 @@ def test_a_bad_picture_is_told_on_the_page(person):
 
 
 def test_a_pad_is_played_with_its_own_keys(browser, pad_scheduler, pad_clips):
-    """KeyX, which else winds forth, is this game's button A; FIRE has no key."""
+    """KeyX, otherwise forward, is this game's button A; FIRE has no key."""
     with served(pad_scheduler, pad_clips) as address, visiting(browser, address) as one:
         one.start(0)
         lit = "return [...document.querySelectorAll('.pad .held')].map((b) => b.dataset.key).join()"

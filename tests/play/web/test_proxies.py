@@ -1,4 +1,4 @@
-"""The game is played behind reverse proxies, in a real browser and by their headers alone."""
+"""Play works behind reverse proxies, tested in a real browser and with their headers."""
 
 import contextlib
 import shutil
@@ -66,7 +66,7 @@ def certificate(folder):
 @needs_nginx
 @pytest.mark.parametrize("case", ["prefix", "tls and prefix", "tls", "prefix kept"])
 def test_the_game_is_played_behind_nginx(case, browser, scheduler, clips, tmp_path):
-    """With what nginx' manual has for WebSockets alone: it passes on its own Host, and no other."""
+    """With only nginx' documented lines for WebSockets, it forwards its own Host and no other."""
     public, upstream = free_port(), free_port()
     scheme, path = "https" if "tls" in case else "http", "/" if case == "tls" else "/proxy/7860/"
     page = f"{scheme}://localhost:{public}{path}"
@@ -91,7 +91,7 @@ def test_the_game_is_played_behind_nginx(case, browser, scheduler, clips, tmp_pa
 
 
 def wait_for(port):
-    """Until the page itself is served, not the one that is shown before it."""
+    """Waits until the page itself is served, not the loading page."""
     deadline = time.monotonic() + 60
     while b"gradio" not in urllib.request.urlopen(f"http://127.0.0.1:{port}/").read():
         assert time.monotonic() < deadline
@@ -99,7 +99,7 @@ def wait_for(port):
 
 
 @needs_nginx
-def test_a_proxy_that_passes_no_sockets_is_named_on_the_page(browser, scheduler, clips, tmp_path):
+def test_the_page_names_a_proxy_that_forwards_no_sockets(browser, scheduler, clips, tmp_path):
     public, upstream = free_port(), free_port()
     block = f"listen 127.0.0.1:{public}; location / {{ proxy_pass http://127.0.0.1:{upstream}; }}"
     with nginx(tmp_path, block), served(scheduler, clips, upstream):
@@ -107,7 +107,7 @@ def test_a_proxy_that_passes_no_sockets_is_named_on_the_page(browser, scheduler,
         browser.get(f"http://localhost:{public}/")
         text = "return document.querySelector('#cover-text')?.textContent ?? ''"
         deadline = time.monotonic() + 30
-        while "does not pass WebSockets on" not in browser.execute_script(text):
+        while "does not forward WebSockets" not in browser.execute_script(text):
             assert time.monotonic() < deadline, browser.execute_script(text)
             time.sleep(0.1)
 
@@ -126,7 +126,7 @@ def test_a_proxy_that_passes_no_sockets_is_named_on_the_page(browser, scheduler,
         ("https://a.example", {"host": "127.0.0.1:7860"}, "https://a.example/world"),
     ],
 )
-def test_a_page_of_this_site_is_known_by_what_proxies_tell(origin, headers, address):
+def test_a_page_of_this_site_is_recognised_by_proxy_headers(origin, headers, address):
     assert proxies.is_same_site(Headers(headers | {"origin": origin}), address)
     for other in ("https://evil.example", "http://a.example.evil", "null", "https://a.example:9"):
         assert not proxies.is_same_site(Headers(headers | {"origin": other}), address)
@@ -147,12 +147,12 @@ def test_a_page_of_this_site_is_known_by_what_proxies_tell(origin, headers, addr
         ({}, ""),
     ],
 )
-def test_the_prefix_is_what_the_proxy_tells(headers, prefix):
+def test_the_prefix_comes_from_the_proxys_headers(headers, prefix):
     assert proxies.prefix_of(Headers(headers)) == prefix
 
 
 @pytest.mark.parametrize("address", ["lab.example.org", "ftp://a/b", "https://", "https://a/?b"])
 def test_a_wrong_address_is_named(address):
     usual = dict(checkpoint=None, step=None, data=None, host="", port=0, share=False, auth=None)
-    with pytest.raises(UserError, match=r"--address .*: it must be that of the page"):
+    with pytest.raises(UserError, match=r"--address .*: it must be the URL of the page"):
         launch.Options(**usual, fps=15, players=1, idle_minutes=1, address=address)

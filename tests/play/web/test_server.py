@@ -1,4 +1,4 @@
-"""The server as a program at the other end of the socket sees it, of good will or ill."""
+"""The server's protocol, with correct and malicious clients."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ HEADER = struct.Struct("<BBhHHIId")
 
 
 class Guest:
-    """A player who reads what the server says."""
+    """A player who reads the server's messages."""
 
     def __init__(self, socket):
         self.socket = socket
@@ -40,45 +40,45 @@ class Guest:
         if message.get("text") is not None:
             return json.loads(message["text"])
         raw = message["bytes"]
-        if raw[0] == 1:  # a frame, and what is said of it, be it looked at or passed over
+        if raw[0] == 1:  # a frame and its header
             _, _, self.action, self.steps, self.window, self.number, self.total, self.stamp = (
                 HEADER.unpack_from(raw)
             )
         return raw
 
-    def say(self, what):
-        """The next message of this name; frames before it are passed over."""
+    def receive(self, what):
+        """The next event of this name; frames before it are skipped."""
         while True:
             message = self.next()
             if isinstance(message, dict):
-                assert what == message["say"] or message["say"] != "error", message
-                if message["say"] == what:
+                assert what == message["event"] or message["event"] != "error", message
+                if message["event"] == what:
                     return message
 
     def frame(self):
         """Pixels of the next frame."""
         while isinstance(message := self.next(), dict):
-            assert message["say"] not in ("error", "fault"), message
+            assert message["event"] not in ("error", "fault"), message
         assert message[0] == 1
         return np.frombuffer(message, np.uint8, offset=HEADER.size).reshape(64, 64, 3)
 
-    def draw(self, action, count=1):
-        """Frames drawn while a key is held."""
+    def generate(self, action, count=1):
+        """Frames generated while a key is held."""
         self.send("keys", action=action)
         frames = [self.frame() for _ in range(count)]
         self.send("keys", action=4)
         return frames
 
     def halt(self):
-        """Waits until the world stands still."""
+        """Waits until no more frames arrive."""
         self.send("settings", auto=False)
         self.send("clear")
-        self.say("recording")
+        self.receive("recording")
 
 
 @pytest.fixture
-def house(scheduler, clips):
-    """house(…rules, auth=…): a test client of a server that is open."""
+def new_client(scheduler, clips):
+    """new_client(…rules, auth=…): a test client of a server that is open."""
     with contextlib.ExitStack() as stack:
 
         def build(*, auth=None, opened=True, device=scheduler, **rules):
@@ -96,7 +96,7 @@ def house(scheduler, clips):
 def guest(client, **headers):
     with client.websocket_connect("/play/socket", headers=headers) as socket:
         one = Guest(socket)
-        hello = one.say("hello")
+        hello = one.receive("hello")
         assert hello["token"] in client.studio.players
         one.token, one.playable = hello["token"], hello["playable"]
         yield one
@@ -105,15 +105,15 @@ def guest(client, **headers):
 @contextlib.contextmanager
 def started(client, clip=5, prompt=2, seed=9):
     with guest(client) as one:
-        one.frame()  # of the random clip that everyone is given
+        one.frame()  # of the random clip that every player starts with
         one.send("start", clip=clip, prompt=prompt, seed=seed)
-        assert one.say("started") == dict(say="started", seed=seed, clip=clip, given=prompt)
+        assert one.receive("started") == dict(event="started", seed=seed, clip=clip, given=prompt)
         one.frame()
         yield one
 
 
-def test_the_page_and_what_it_needs_are_served(house):
-    client = house()
+def test_the_page_and_its_files_are_served(new_client):
+    client = new_client()
     page = client.get("/")
     assert page.status_code == 200
     assert "play.js" in page.text
@@ -122,8 +122,8 @@ def test_the_page_and_what_it_needs_are_served(house):
     assert client.get("/play/static/../player.py").status_code == 404
 
 
-def test_held_keys_draw_frames_and_the_stamp_comes_back_once(house):
-    with started(house()) as one:
+def test_held_keys_generate_frames_and_the_stamp_is_returned_once(new_client):
+    with started(new_client()) as one:
         one.send("keys", action=7, stamp=123.5)
         one.frame()
         assert (one.action, one.stamp, one.number) == (7, 123.5, 2)
@@ -136,10 +136,10 @@ def test_held_keys_draw_frames_and_the_stamp_comes_back_once(house):
         assert one.action == 4
 
 
-def test_a_tap_that_is_over_before_the_frame_begins_counts_for_one_frame(house):
-    with started(house()) as one:
+def test_a_tap_that_is_over_before_the_frame_begins_counts_for_one_frame(new_client):
+    with started(new_client()) as one:
         one.send("settings", fps=1)
-        one.draw(7, 1)
+        one.generate(7, 1)
         one.halt()
         before = one.total
         one.send("keys", action=5)
@@ -149,8 +149,8 @@ def test_a_tap_that_is_over_before_the_frame_begins_counts_for_one_frame(house):
         assert one.action in (5, 7)
 
 
-def test_step_mode_draws_one_frame_for_one_press(house):
-    with started(house()) as one:
+def test_step_mode_generates_one_frame_per_press(new_client):
+    with started(new_client()) as one:
         one.send("settings", step_mode=True)
         for number in (2, 3):
             one.send("keys", action=8)
@@ -166,8 +166,8 @@ def test_step_mode_draws_one_frame_for_one_press(house):
         assert (one.number, one.action) == (5, 4)
 
 
-def test_pinned_steps_are_used(house):
-    with started(house()) as one:
+def test_pinned_steps_are_used(new_client):
+    with started(new_client()) as one:
         for steps in (1, 2):
             one.send("settings", steps=steps)
             one.send("settings", step_mode=True)
@@ -176,46 +176,44 @@ def test_pinned_steps_are_used(house):
             assert one.steps == steps
 
 
-def test_a_slow_machine_is_reported_in_words_and_frames_come_at_the_lowered_rate(
-    house, slow_scheduler
-):
-    with started(house(device=slow_scheduler)) as one:
+def test_a_slow_machine_is_reported_and_the_rate_is_lowered(new_client, slow_scheduler):
+    with started(new_client(device=slow_scheduler)) as one:
         assert one.playable == [2]
         one.send("keys", action=7)
         slow = "Slow machine: 7 frames a second"
-        assert one.say("rate") == dict(say="rate", fps=7, text=slow)
+        assert one.receive("rate") == dict(event="rate", fps=7, text=slow)
         one.frame()
         began = time.monotonic()
         for _ in range(4):
             one.frame()
-        assert time.monotonic() - began > 3 / 7  # 60 are asked for
+        assert time.monotonic() - began > 3 / 7  # 60 are requested
         assert one.steps == 2
         one.send("settings", fps=5)
-        assert one.say("rate") == dict(say="rate", fps=5, text="")
+        assert one.receive("rate") == dict(event="rate", fps=5, text="")
         one.send("settings", fps=60, steps=1)  # a player may choose what the card does not list
         off = "1 step each: not playable by the model's card"
-        assert one.say("rate")["text"] == f"Slow machine: 9 frames a second, {off}"
+        assert one.receive("rate")["text"] == f"Slow machine: 9 frames a second, {off}"
         one.send("settings", step_mode=True)
         one.halt()
         one.send("keys", action=8)
-        assert one.say("rate")["text"] == ""  # nobody waits for a rate
+        assert one.receive("rate")["text"] == ""  # there is no rate in step mode
 
 
-def test_a_machine_below_the_floor_leaves_the_card_and_reports_it(house, slow_scheduler):
-    slow_scheduler.governor._pass_seconds = 0.055
-    with started(house(device=slow_scheduler)) as one:
+def test_a_machine_below_the_floor_leaves_the_card_and_reports_it(new_client, slow_scheduler):
+    slow_scheduler.governor._step_seconds = 0.055
+    with started(new_client(device=slow_scheduler)) as one:
         one.send("settings", fps=5)
         one.send("keys", action=7)
         off = "1 step each: not playable by the model's card"
-        assert one.say("rate")["text"] == f"Slow machine: 5 frames a second, {off}"
+        assert one.receive("rate")["text"] == f"Slow machine: 5 frames a second, {off}"
         one.frame()
         assert one.steps == 1
 
 
-def test_without_a_card_no_rate_is_lowered(house, scheduler, monkeypatch):
+def test_without_a_card_no_rate_is_lowered(new_client, scheduler, monkeypatch):
     monkeypatch.setattr(scheduler.governor, "note", lambda **_: None)
-    monkeypatch.setattr(scheduler.governor, "_pass_seconds", 1.0)
-    with started(house()) as one:
+    monkeypatch.setattr(scheduler.governor, "_step_seconds", 1.0)
+    with started(new_client()) as one:
         assert one.playable is None
         one.send("keys", action=7)
         for _ in range(30):
@@ -223,37 +221,37 @@ def test_without_a_card_no_rate_is_lowered(house, scheduler, monkeypatch):
             assert not isinstance(message, dict), message
 
 
-def test_rewind_share_and_replay_over_the_wire(house):
-    client = house()
+def test_rewind_share_and_replay_over_the_wire(new_client):
+    client = new_client()
     with started(client) as one, started(client, clip=80, seed=1) as other:
-        frames = one.draw(7, 6)
+        frames = one.generate(7, 6)
         one.halt()
         one.send("rewind", to=4)
         assert np.array_equal(one.frame(), frames[2])
-        one.draw(1, 3)
+        one.generate(1, 3)
         one.halt()
         one.send("rewind", to=7)
         last = one.frame()
         one.send("share")
-        code = one.say("code")["code"]
+        code = one.receive("code")["code"]
         other.send("replay", code=code)
-        other.say("started")
+        other.receive("started")
         shown = [other.frame() for _ in range(7)]
         assert np.array_equal(shown[-1], last)
         assert np.array_equal(shown[3], frames[2])
-        assert "very same" in other.say("replayed")["text"]
+        assert "are identical" in other.receive("replayed")["text"]
 
 
-def test_a_key_takes_over_from_a_replay(house):
-    with started(house()) as one:
-        one.draw(7, 6)
+def test_a_key_takes_over_from_a_replay(new_client):
+    with started(new_client()) as one:
+        one.generate(7, 6)
         one.halt()
         last = one.total
         one.send("share")
-        code = one.say("code")["code"]
+        code = one.receive("code")["code"]
         one.send("settings", fps=1)
         one.send("replay", code=code)
-        one.say("started")
+        one.receive("started")
         one.frame()
         one.send("keys", action=1)
         while one.action != 1:
@@ -262,36 +260,36 @@ def test_a_key_takes_over_from_a_replay(house):
         one.send("keys", action=4)
 
 
-def test_what_if_and_choosing(house):
-    with started(house()) as one:
-        one.draw(7, 2)
+def test_what_if_and_choosing(new_client):
+    with started(new_client()) as one:
+        one.generate(7, 2)
         one.halt()
         one.send("what_if", frames=3)
-        said = one.say("branches")
+        message = one.receive("branches")
         raw = one.next()
         assert raw[0] == 2
         futures = np.frombuffer(raw, np.uint8, offset=1).reshape(6, 3, 64, 64, 3)
         one.send("choose", branch=4)
         assert np.array_equal(one.frame(), futures[4, -1])
-        assert one.action == said["actions"][4]
+        assert one.action == message["actions"][4]
 
 
-def test_files_of_a_session_are_its_own_and_end_with_it(house):
-    client = house()
+def test_files_of_a_session_are_its_own_and_end_with_it(new_client):
+    client = new_client()
     with started(client) as one, started(client) as other:
-        one.draw(7, 3)
+        one.generate(7, 3)
         one.halt()
         one.send("record", on=True)
-        one.say("recording")
-        one.draw(7, 3)
+        one.receive("recording")
+        one.generate(7, 3)
         one.halt()
         one.send("record", on=True)
-        one.say("recording")
+        one.receive("recording")
         links = []
         for kind in ("npz", "mp4"):
             one.send("save", kind=kind)
-            said = one.say("file")
-            links.append(f"/play/files/{said['token']}/{said['name']}")
+            message = one.receive("file")
+            links.append(f"/play/files/{message['token']}/{message['name']}")
             answer = client.get(links[-1])
             assert answer.status_code == 200
             assert "attachment" in answer.headers["content-disposition"]
@@ -304,31 +302,31 @@ def test_files_of_a_session_are_its_own_and_end_with_it(house):
     assert client.get(links[0]).status_code == 404
 
 
-def test_gradio_serves_no_files_of_this_machine(house):
-    client = house()
+def test_gradio_serves_no_files_of_this_machine(new_client):
+    client = new_client()
     for name in ("pyproject.toml", "play.py", "../../etc/passwd"):
         assert client.get(f"/gradio_api/file={name}").status_code in (403, 404)
 
 
-def test_a_picture_starts_a_world(house):
-    with started(house()) as one:
+def test_a_picture_starts_a_world(new_client):
+    with started(new_client()) as one:
         pixels = noise(64, 64)
         one.socket.send_bytes(file_of(pixels))
-        assert one.say("started")["clip"] is None
+        assert one.receive("started")["clip"] is None
         assert np.array_equal(one.frame(), pixels)
-        one.draw(7, 2)
+        one.generate(7, 2)
 
 
 BAD = [
-    ("not json", "makes no sense"),
-    ("[" * 30_000, "makes no sense"),
-    ("[1, 2]", "makes no sense"),
-    ("{}", "makes no sense"),
-    ('"do"', "makes no sense"),
+    ("not json", "is not valid"),
+    ("[" * 30_000, "is not valid"),
+    ("[1, 2]", "is not valid"),
+    ("{}", "is not valid"),
+    ('"do"', "is not valid"),
     ('{"do": null}', "no command 'None'"),
     ('{"do": "__class__"}', "no command"),
     ('{"do": {"a": 1}}', "no command"),
-    ("x" * 70_000, "70,000 letters"),
+    ("x" * 70_000, "70,000 characters"),
     ('{"do": "keys"}', "action is 'None'"),
     ('{"do": "keys", "action": 15}', "action is '15'; it must be a whole number 0…14"),
     ('{"do": "keys", "action": -1}', "whole number 0…14"),
@@ -340,35 +338,35 @@ BAD = [
     ('{"do": "start", "clip": 1, "seed": -1}', "seed is '-1'"),
     ('{"do": "start", "speed": 1}', "unexpected keyword argument 'speed'"),
     ('{"do": "settings", "fps": 0}', "fps is '0'"),
-    ('{"do": "settings", "steps": 3}', "3 DDIM steps: choose of"),
-    ('{"do": "settings", "steps": [1]}', "DDIM steps: choose of"),
+    ('{"do": "settings", "steps": 3}', "3 DDIM steps: choose one of"),
+    ('{"do": "settings", "steps": [1]}', "DDIM steps: choose one of"),
     ('{"do": "rewind", "to": 999}', "no frame 999"),
     ('{"do": "rewind", "to": -1}', "to is '-1'"),
     ('{"do": "what_if", "frames": 1000}', "frames is '1000'"),
     ('{"do": "choose", "branch": 0}', "no branch 0"),
     ('{"do": "replay", "code": "CWM2-abc"}', "damaged"),
     ('{"do": "replay", "code": "CWM1-abc"}', "earlier version"),
-    ('{"do": "replay", "code": 5}', "no share code"),
+    ('{"do": "replay", "code": 5}', "not a share code"),
     ('{"do": "save", "kind": "exe"}', "mp4 or npz"),
     ('{"do": "picture", "raw": "abc"}', "as bytes"),
 ]
 
 
-def test_bad_messages_are_answered_and_play_goes_on(house):
-    with started(house()) as one:
+def test_bad_messages_are_answered_and_play_continues(new_client):
+    with started(new_client()) as one:
         for text, answer in BAD:
             one.socket.send_text(text)
-            assert answer in one.say("error")["text"], text
+            assert answer in one.receive("error")["text"], text
         for raw, answer in (
-            (b"", "no picture"),
+            (b"", "not a readable picture"),
             (file_of(np.zeros((4000, 4000, 3), np.uint8)), "4000×4000"),
         ):
             one.socket.send_bytes(raw)
-            assert answer in one.say("error")["text"]
-        one.draw(7, 2)
+            assert answer in one.receive("error")["text"]
+        one.generate(7, 2)
 
 
-def test_a_flood_of_commands_is_cut_off_and_rewinds_are_not_one():
+def test_too_many_commands_are_refused_but_rewinds_are_merged():
     player = Player(None, Studio(Rules()))
     for to in range(1000):
         player._take({"text": json.dumps({"do": "rewind", "to": to})})
@@ -378,11 +376,11 @@ def test_a_flood_of_commands_is_cut_off_and_rewinds_are_not_one():
         player._take({"text": '{"do": "share"}'})
 
 
-def test_a_full_house_says_so_and_has_room_again(house):
-    client = house(players=1)
+def test_a_full_server_reports_it_and_accepts_players_later(new_client):
+    client = new_client(players=1)
     with guest(client), client.websocket_connect("/play/socket") as socket:
         assert json.loads(socket.receive_text()) == dict(
-            say="full", text="All places are taken (1)."
+            event="full", text="All places are taken (1)."
         )
         with pytest.raises(WebSocketDisconnect):
             socket.receive_text()
@@ -393,35 +391,35 @@ def test_a_full_house_says_so_and_has_room_again(house):
         one.frame()
 
 
-def test_the_idle_lose_their_place_but_not_their_session(house, scheduler, clips):
-    client = house(idle_seconds=0.3)
+def test_idle_players_are_disconnected_with_their_share_code(new_client, scheduler, clips):
+    client = new_client(idle_seconds=0.3)
     with started(client) as one:
-        one.draw(7, 2)
-        code = one.say("idle")["code"]
+        one.generate(7, 2)
+        code = one.receive("idle")["code"]
         with pytest.raises(WebSocketDisconnect):
             one.next()
     assert not client.studio.players
-    with guest(house()) as again:
+    with guest(new_client()) as again:
         again.frame()
         again.send("replay", code=code)
-        assert again.say("replayed")
+        assert again.receive("replayed")
 
 
-def test_a_held_key_is_not_idle(house):
-    with started(house(idle_seconds=0.2)) as one:
+def test_a_held_key_is_not_idle(new_client):
+    with started(new_client(idle_seconds=0.2)) as one:
         one.send("settings", fps=10)
         one.send("keys", action=7)
         for _ in range(6):
             one.frame()
         one.send("keys", action=4)
-        assert one.say("idle")
+        assert one.receive("idle")
 
 
-def test_a_full_disk_is_told_and_play_goes_on(house, monkeypatch):
+def test_a_full_disk_is_reported_and_play_continues(new_client, monkeypatch):
     def full(*_args, **_options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with started(house()) as one:
+    with started(new_client()) as one:
         for place, command in (
             ("session.saving.write_numbers", "save"),
             ("session.history.History.append", "wait"),
@@ -429,27 +427,27 @@ def test_a_full_disk_is_told_and_play_goes_on(house, monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr(f"cwm_jax.play.{place}", full)
                 one.send(command, **({"kind": "npz"} if command == "save" else {}))
-                while (said := one.next())["say"] != "error":
+                while (message := one.next())["event"] != "error":
                     pass
-                assert "No space left" in said["text"]
-        one.draw(7, 2)
+                assert "No space left" in message["text"]
+        one.generate(7, 2)
 
 
-def test_where_no_world_could_begin_commands_are_refused(house, monkeypatch, clips):
+def test_commands_without_a_session_are_refused(new_client, monkeypatch, clips):
     def damaged(_source):
         raise UserError("record 3 is damaged")
 
     monkeypatch.setattr(clips, "load", damaged)
-    with guest(house()) as one:
+    with guest(new_client()) as one:
         for command in (None, "share", "save", "what_if", "rewind"):
             if command:
                 one.send(command)
-            wanted = "no world has begun" if command else "damaged"
-            assert wanted in one.say("error")["text"]
+            wanted = "no session yet" if command else "damaged"
+            assert wanted in one.receive("error")["text"]
 
 
-def test_players_who_drop_out_mid_frame_leave_nothing(house):
-    client = house()
+def test_players_who_disconnect_during_a_frame_leave_nothing(new_client):
+    client = new_client()
     for _ in range(5):
         with guest(client) as one:
             one.frame()
@@ -461,25 +459,25 @@ def test_players_who_drop_out_mid_frame_leave_nothing(house):
     assert not client.studio.players
 
 
-def test_other_sites_and_strangers_get_no_socket(house):
-    client = house()
-    stranger = dict(headers={"origin": "http://evil.example"})
-    with client.websocket_connect("/play/socket?key=guessed", **stranger) as socket:
-        assert "may not play" in socket.receive_json()["text"]
+def test_other_sites_and_users_without_login_get_no_socket(new_client):
+    client = new_client()
+    other_site = dict(headers={"origin": "http://evil.example"})
+    with client.websocket_connect("/play/socket?key=guessed", **other_site) as socket:
+        assert "does not recognise" in socket.receive_json()["text"]
         with pytest.raises(WebSocketDisconnect):
             socket.receive_json()
     assert not client.studio.players
     with guest(client, origin="http://testserver") as one:
         one.frame()
 
-    answer = client.get("/play/key", **stranger)  # which a browser does not show to that site
+    answer = client.get("/play/key", **other_site)  # browsers hide it from that site
     assert not [name for name in answer.headers if name.startswith("access-control")]
     assert answer.headers["cache-control"] == "no-store"
     key = answer.json()["key"]
-    with client.websocket_connect(f"/play/socket?key={key}", **stranger) as socket:
-        assert socket.receive_json()["say"] != "fault"
+    with client.websocket_connect(f"/play/socket?key={key}", **other_site) as socket:
+        assert socket.receive_json()["event"] != "fault"
 
-    client = house(auth=("anna", "secret"))
+    client = new_client(auth=("anna", "secret"))
     with pytest.raises(WebSocketDisconnect), guest(client):
         pass
     assert client.get("/play/key").status_code == 403
@@ -489,34 +487,34 @@ def test_other_sites_and_strangers_get_no_socket(house):
         one.frame()
 
 
-def test_until_it_is_open_the_stage_is_told_and_a_fault_too(house):
-    client = house(opened=False)
+def test_the_stages_of_the_start_and_errors_are_sent(new_client):
+    client = new_client(opened=False)
     client.studio.stage = "Loading the checkpoint …"
     with client.websocket_connect("/play/socket") as socket:
         one = Guest(socket)
-        assert one.say("progress")["text"] == "Loading the checkpoint …"
+        assert one.receive("progress")["text"] == "Loading the checkpoint …"
         client.studio.fault = "it does not fit"
-        assert one.say("fault")["text"] == "it does not fit"
+        assert one.receive("fault")["text"] == "it does not fit"
 
 
-def test_a_port_in_use_and_wrong_wishes_are_told():
+def test_a_port_in_use_and_wrong_options_are_reported():
     with loading_page.bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port}.*--port"):
             loading_page.bind("127.0.0.1", port)
     with pytest.raises(UserError, match="cannot listen on no"):
         loading_page.bind("no.such.host", 0)
-    wishes = dict(
+    options = dict(
         checkpoint=None, step=None, data=None, host="", port=0, share=False, auth=None, fps=15,
         players=8, idle_minutes=5.0,
     )  # fmt: skip
-    launch.Options(**wishes)
+    launch.Options(**options)
     for change in (dict(fps=0), dict(players=0), dict(port=70_000), dict(idle_minutes=0.0)):
         with pytest.raises(UserError, match=next(iter(change)).replace("_", "-")):
-            launch.Options(**wishes | change)
+            launch.Options(**options | change)
 
 
-def test_a_checkpoint_that_does_not_fit_is_told(engine):
+def test_a_checkpoint_that_does_not_fit_is_reported(engine):
     known = controls.procgen("coinrun")
     launch.check_fits(engine.network, "here", known, "data")
     for change in (
@@ -529,7 +527,7 @@ def test_a_checkpoint_that_does_not_fit_is_told(engine):
             launch.check_fits(dataclasses.replace(engine.network, **change), "here", known, "data")
 
 
-def test_a_game_of_another_data_folder_is_told(engine, pad_clips):
+def test_data_of_another_game_is_reported(engine, pad_clips):
     with pytest.raises(UserError, match=r"data is of pad game: 64, 3, buttons.*--data"):
         launch.check_fits(engine.network, "here", pad_clips.known, "data")
     pad = dataclasses.replace(engine.network, num_actions=3, action_encoding="buttons")
@@ -547,7 +545,7 @@ def test_buttons_are_held_together(pad_scheduler, pad_clips):
         client.websocket_connect("/play/socket") as socket,
     ):
         one = Guest(socket)
-        assert one.say("hello")["controls"] == pad_clips.known.to_json() | {
+        assert one.receive("hello")["controls"] == pad_clips.known.to_json() | {
             "idle": 0,
             "procgen": False,
         }
@@ -566,5 +564,8 @@ def test_buttons_are_held_together(pad_scheduler, pad_clips):
             one.send("keys", action=wrong)
             assert "whole number 0…7" in one.next()["text"]
         one.send("what_if", frames=1)
-        said = one.say("branches")
-        assert (said["actions"], said["names"]) == ([0, 1, 2, 4], ["NOOP", "A", "LEFT", "FIRE"])
+        message = one.receive("branches")
+        assert (message["actions"], message["names"]) == (
+            [0, 1, 2, 4],
+            ["NOOP", "A", "LEFT", "FIRE"],
+        )

@@ -14,12 +14,12 @@ const $ = (id) => document.getElementById(id);
 /* ---- state ---- */
 
 let socket = null, over = false, connecting = false;
-let pending = null;  // what to begin with once there is a connection
-let standing = "";  // the note where there is nothing else to say
-let told = "";  // the game's controls
+let pending = null;  // the command to send once connected
+let standing = "";  // the default note
+let knownControls = "";  // the game's controls
 let place = 0, total = 1;
 let mode = "hold", recording = false, replaying = false;
-let pace = {};  // what was chosen of frames a second and DDIM steps
+let pace = {};  // the chosen frames a second and DDIM steps
 let card = null;  // numbers of DDIM steps that the model's card lists as playable
 let game = procgenGame(), lastSent = game.idle;
 let expectBranches = null, futureTimer = 0;
@@ -27,7 +27,7 @@ let waitingForCode = null;
 const sources = {keyboard: new Set(), touch: new Map(), gamepad: new Set()};
 const arrivals = [], delays = [];
 
-/* ---- words to the person ---- */
+/* ---- messages to the player ---- */
 
 function note(text, bad = false) {
   $("note").textContent = text;
@@ -59,7 +59,7 @@ async function connect() {
   cover("Connecting …");
   const url = new URL("play/socket", document.baseURI);
   url.hash = url.search = "";
-  // Proxies may hide from the server whose page this is: a key that only this page can read tells.
+  // Proxies may hide the page's origin from the server: a key that only this page can read proves it.
   const answer = await fetch(new URL("key", url), {cache: "no-store"}).catch(() => null);
   if (answer?.ok) url.searchParams.set("key", (await answer.json().catch(() => ({}))).key ?? "");
   url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
@@ -68,18 +68,18 @@ async function connect() {
   socket = new WebSocket(url);
   socket.onopen = () => { opened = true; };
   socket.binaryType = "arraybuffer";
-  socket.onmessage = ({data}) => typeof data === "string" ? hear(JSON.parse(data)) : see(data);
+  socket.onmessage = ({data}) => typeof data === "string" ? handleEvent(JSON.parse(data)) : handleFrames(data);
   socket.onclose = ({code}) => {
     waitingForCode?.("");
     if (over) return;
     if (!opened) return notOpened(url);
-    const why = code === 1009 ? "The last message was larger than the server takes."
+    const why = code === 1009 ? "The last message was larger than the server accepts."
       : "The connection was lost, and the session with it.";
-    cover("Disconnected", why, "Start anew");
+    cover("Disconnected", why, "New session");
   };
 }
 
-/* Why there is no socket: the server answers a plain request with words. */
+/* Shows why there is no socket: the server answers a plain request with the reason. */
 async function notOpened(url) {
   url.protocol = url.protocol === "wss:" ? "https:" : "http:";
   const answer = await fetch(url, {cache: "no-store"}).catch(() => null);
@@ -87,20 +87,20 @@ async function notOpened(url) {
   cover("Not connected", why, "Try again");
 }
 
-const heard = {
-  progress: ({text}) => cover("One moment", text),
-  full: ({text}) => { over = true; cover("Full house", `${text} Try again when somebody has left.`, "Try again"); },
-  fault: ({text}) => { over = true; cover("This cannot be played", text); },
+const handlers = {
+  progress: ({text}) => cover("Starting", text),
+  full: ({text}) => { over = true; cover("Too many players", `${text} Try again when a player has left.`, "Try again"); },
+  fault: ({text}) => { over = true; cover("Play is not possible", text); },
   idle: ({text, code}) => {
     over = true;
-    cover("Paused", `${text} Its share code is in the field below “Share”: play it to go on from there.`, "Start anew");
+    cover("Paused", `${text} Its share code is in the field below “Share”: play it to continue from there.`, "New session");
     if (code) setCode(code);
   },
   hello: (m) => {
     $("title").textContent = m.title;
-    const said = JSON.stringify(m.controls);
-    if (told && told !== said) return location.reload();  // another game since the connection was lost
-    told = said;
+    const controls = JSON.stringify(m.controls);
+    if (knownControls && knownControls !== controls) return location.reload();  // another game since the connection was lost
+    knownControls = controls;
     if (!m.controls.procgen) {
       game = otherGame(m.controls);
       showControls(m.controls);
@@ -108,7 +108,7 @@ const heard = {
     cover("");
     card = m.playable;
     markSteps();
-    standing = m.demo ? "No model is loaded: these are real recordings, and the keys change nothing." : "";
+    standing = m.demo ? "No model is loaded: these are real recordings, and keys have no effect." : "";
     send({do: "settings", ...pace});
     setMode(mode);
     sendKeys(true);
@@ -123,7 +123,7 @@ const heard = {
     delays.length = arrivals.length = 0;
   },
   error: ({text}) => { note(text, true); replaying = false; halt(); waitingForCode?.(""); },
-  rate: ({text}) => {  // empty where the chosen frame rate holds again
+  rate: ({text}) => {  // empty when the chosen frame rate is reached again
     const {textContent, firstElementChild, classList} = $("note");
     const free = text ? !classList.contains("bad") && !firstElementChild : textContent === standing;
     standing = text;
@@ -133,10 +133,10 @@ const heard = {
   replayed: ({text}) => { replaying = false; note(text); },
   recording: ({on, start}) => {
     recording = on; showRecording();
-    note(on ? `Recording from frame ${start}.` : start === null ? "Nothing is marked: the whole session is saved."
-      : "Recorded. Save it as a film or as data.");
+    note(on ? `Recording from frame ${start}.` : start === null ? "No recording: the whole session is saved."
+      : "Recorded. Save it as a video or as data.");
   },
-  code: ({code}) => { waitingForCode?.(code); note(`A code of ${code.length} letters: whoever plays it sees this session.`); },
+  code: ({code}) => { waitingForCode?.(code); note(`A code of ${code.length} characters, which replays this session.`); },
   branches: (m) => { expectBranches = m; },
   file: (m) => {
     const link = document.createElement("a");
@@ -149,8 +149,8 @@ const heard = {
   },
 };
 
-function hear(message) {
-  heard[message.say]?.(message);
+function handleEvent(message) {
+  handlers[message.event]?.(message);
 }
 
 /* ---- pictures ---- */
@@ -164,7 +164,7 @@ function paint(canvas, bytes, offset) {
   context.putImageData(image, 0, 0);
 }
 
-function see(buffer) {
+function handleFrames(buffer) {
   const bytes = new Uint8Array(buffer);
   if (bytes[0] === 2) { showFutures(bytes); return; }
   const view = new DataView(buffer);
@@ -212,14 +212,14 @@ function showFutures(bytes) {
   });
   const canvases = [...grid.querySelectorAll("canvas")];
   let t = 0;
-  const draw = () => {
+  const showNext = () => {
     canvases.forEach((canvas, i) => paint(canvas, bytes, 1 + (i * frames + Math.min(t, frames - 1)) * FRAME_BYTES));
-    t = (t + 1) % (frames + 5);  // the last picture stands a little
+    t = (t + 1) % (frames + 5);  // the last picture is shown longer
   };
-  draw();
-  futureTimer = setInterval(draw, 110);
+  showNext();
+  futureTimer = setInterval(showNext, 110);
   $("futures").hidden = false;
-  note("Choose a future to go on there.");
+  note("Choose a future to continue from.");
 }
 
 function closeFutures() {
@@ -231,8 +231,8 @@ function closeFutures() {
 
 /* ---- keys, buttons, gamepad ---- */
 
-// A game says which keys there are (any words), which the keyboard's and a gamepad's are, and what
-// action the held ones make. A button of the page holds all keys of its `data-key`.
+// A game defines its keys (any words), their keyboard and gamepad inputs, and the action of the held
+// ones. A button of the page holds all keys of its `data-key`.
 
 function procgenGame() {
   return {
@@ -267,7 +267,7 @@ function otherGame({action_encoding, idle, actions}) {
   };
 }
 
-function keysOfControl({keys}, number) {  // one without keys is held by its button alone
+function keysOfControl({keys}, number) {  // a control without keys is held by its button only
   return keys.length ? keys : [`#${number}`];
 }
 
@@ -291,9 +291,9 @@ function showControls(controls) {
   });
   $("controls").after(pad);
   wirePads();
-  $("screen").setAttribute("aria-label", `What the model draws of ${controls.game}.`);
+  $("screen").setAttribute("aria-label", `Frames of ${controls.game} that the model generates.`);
   $("arrows-hint")?.remove();
-  for (const hint of document.querySelectorAll("#stage [data-code]"))  // the game's own keys come first
+  for (const hint of document.querySelectorAll("#stage [data-code]"))  // the game's own keys take precedence
     if (game.key(hint.dataset.code)) hint.matches("kbd") ? hint.remove() : hint.title = hint.title.replace(/ \(.*/, "");
   for (const hint of document.querySelectorAll(".hint span")) if (!hint.querySelector("kbd")) hint.remove();
 }
@@ -310,7 +310,7 @@ function sendKeys(force = false) {
   lastSent = action;
   if (action !== game.idle) {
     closeFutures();
-    if (replaying) note("From here on it is yours.");
+    if (replaying) note("You are playing now.");
     else if ($("note").classList.contains("bad")) note(standing);
     replaying = false;
   }
@@ -386,7 +386,7 @@ function wirePads() {
   }
 }
 
-/* ---- what Gradio's controls call ---- */
+/* ---- functions for Gradio's controls ---- */
 
 function setPace(chosen) {
   Object.assign(pace, chosen);
@@ -426,7 +426,7 @@ function showMode() {
     button.setAttribute("aria-checked", button.dataset.mode === mode);
 }
 
-function halt() {  // the server has halted by itself
+function halt() {  // the server has stopped already
   if (mode === "auto") mode = "hold";
   showMode();
 }
@@ -465,7 +465,7 @@ function pickPicture() {
 
 async function sendPicture(file) {
   if (!file) return;
-  if (file.size > 4 << 20) { note(`That file has ${(file.size / 1e6).toFixed(1)} MB; at most 4 MB are taken.`, true); return; }
+  if (file.size > 4 << 20) { note(`That file has ${(file.size / 1e6).toFixed(1)} MB; at most 4 MB are accepted.`, true); return; }
   replaying = false;
   socket.send(await file.arrayBuffer());
 }
@@ -485,7 +485,7 @@ window.play = {
   setSteps,
   record: () => send({do: "record", on: !recording}),
   clear: () => send({do: "clear"}),
-  saveFilm: () => send({do: "save", kind: "mp4"}),
+  saveVideo: () => send({do: "save", kind: "mp4"}),
   saveNumbers: () => send({do: "save", kind: "npz"}),
   share: () => new Promise((resolve) => {
     waitingForCode = (code) => { waitingForCode = null; resolve(code); };
@@ -494,7 +494,7 @@ window.play = {
   replay: (code) => {
     replaying = true;
     halt();
-    note("Drawing the session again; press a key to take over.");
+    note("Replaying the session; press a key to take over.");
     send({do: "replay", code});
     focusStage();
   },
@@ -504,7 +504,7 @@ function focusStage() {
   $("screen").focus({preventScroll: true});
 }
 
-/* ---- start, once Gradio has put the stage in place ---- */
+/* ---- start, once Gradio has inserted the stage ---- */
 
 function begin() {
   addEventListener("keydown", (event) => onKey(event, true), true);
@@ -526,6 +526,6 @@ function begin() {
   connect();
 }
 
-const looking = setInterval(() => {
-  if ($("screen") && document.querySelector("#play-record")) { clearInterval(looking); begin(); }
+const waiting = setInterval(() => {
+  if ($("screen") && document.querySelector("#play-record")) { clearInterval(waiting); begin(); }
 }, 50);

@@ -1,4 +1,4 @@
-"""What is done to a run from the inside, just before a chosen step."""
+"""Injects a fault into the process of a run, just before a chosen step."""
 
 import multiprocessing
 import os
@@ -12,22 +12,22 @@ from cwm_jax.experiment import wandb_run
 from cwm_jax.training import train_step
 
 
-class Sabotage:
-    """Does `what` before update number `step` of the run (from 1), with `target` for its object."""
+class Injection:
+    """Does `what` to `target` before update number `step` of the run (from 1)."""
 
     def __init__(self, what: str, step: int, target=None):
         self._what, self._step, self._target = getattr(self, f"_{what}"), step, target
 
     def prepare(self) -> None:
-        wandb_run._INIT_SECONDS = 2  # a server that is not there need not be waited for so long
-        undisturbed = train_step.train_step
+        wandb_run._INIT_SECONDS = 2  # a shorter wait for an unreachable server
+        uninterrupted = train_step.train_step
 
-        def sabotaged(state, batch, key, *setup, **options):
+        def with_fault(state, batch, key, *setup, **options):
             if int(state.step) + 1 == self._step:
                 batch = self._what(batch) or batch
-            return undisturbed(state, batch, key, *setup, **options)
+            return uninterrupted(state, batch, key, *setup, **options)
 
-        train_step.train_step = sabotaged
+        train_step.train_step = with_fault
 
     def _nothing(self, batch) -> None:
         pass
@@ -56,7 +56,7 @@ class Sabotage:
         os.kill(os.getpid(), self._target)
 
     def _fill_disk(self, batch) -> None:
-        """Leaves no room; where the target names a later step, makes room again before that."""
+        """Fills the disk; frees it again before a later step if the target names one."""
         folder, until = self._target
         filler = Path(folder) / "filler"
         jax.effects_barrier()

@@ -1,7 +1,7 @@
-"""One life of a small training run: a process of its own, to be killed, starved and lied to.
+"""A process of a small training run, to inject faults into.
 
-Processes come from a fork server that has imported everything, so a life begins in a moment;
-what is compiled is kept in a folder that all lives share.
+Processes come from a fork server that has imported everything, so they start quickly; they share a
+folder of compiled programs.
 """
 
 import faulthandler
@@ -22,8 +22,8 @@ from cwm_jax.data.records import Episode, encode
 from cwm_jax.data.shards import write_shard
 
 STEPS = 15
-MEASURED = ("train", "val", "eval", "epoch")  # what an undisturbed run would have said too
-PATIENCE = 240  # seconds; a life that takes longer hangs
+MEASURED = ("train", "val", "eval", "epoch")  # metrics that an uninterrupted run has too
+LIMIT = 240  # seconds; a process that takes longer hangs
 _LENGTHS = {"train": ((11, 12), (14,)), "val": ((11, 9),)}  # 10 clips: 5 steps an epoch
 _processes = multiprocessing.get_context("forkserver")
 
@@ -44,40 +44,49 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+_SETTINGS = {
+    "model.hidden_size": 24,
+    "model.depth": 1,
+    "model.num_heads": 3,
+    "model.patch_size": 16,
+    "model.max_frames": 5,
+    "data.clip_len": 5,
+    "data.stride": 3,
+    "data.batch_size": 2,
+    "data.num_workers": 0,
+    "data.num_threads": 1,
+    "schedule.epochs": STEPS // 5,
+    "optimizer.lr": 1e-3,
+    "optimizer.warmup_steps": 3,
+    "optimizer.ema_decay": 0.9,
+    "logging.every_steps": 2,
+    "logging.wandb.mode": "disabled",
+    "validation.every_steps": 4,
+    "validation.batches": 1,
+    "evaluation.every_steps": 1000,
+    "evaluation.clips": 1,
+    "evaluation.frames": 4,
+    "rollouts.every_steps": 7,
+    "rollouts.frames": 6,
+    "rollouts.count": 1,
+    "checkpoints.every_steps": 3,
+    "sampler.ddim_steps": 1,
+}
+
+
 def config_of(data: Path, **changes) -> dict:
-    """A run of `STEPS` steps in which much happens; `changes` by dotted name."""
-    config = base.get_config()
-    config.model.update(hidden_size=24, depth=1, num_heads=3, patch_size=16, max_frames=5)
-    config.data.update(dir=str(data), clip_len=5, stride=3, num_workers=0, num_threads=1)
-    config.wandb.mode = "disabled"
-    config.update(
-        batch_size=2,
-        epochs=STEPS // 5,
-        lr=1e-3,
-        warmup_steps=3,
-        ema_decay=0.9,
-        log_every_steps=2,
-        val_every_steps=4,
-        val_batches=1,
-        eval_every_steps=1000,
-        eval_clips=1,
-        eval_frames=4,
-        rollout_every_steps=7,
-        ckpt_every_steps=3,
-        ddim_steps=1,
-        rollout_frames=6,
-        n_rollout_samples=1,
-    )
-    for name, value in changes.items():
-        *sections, key = name.split(".")
+    """A config of `STEPS` steps with frequent validation and saves; `changes` by dotted name."""
+    config = base.get_config().to_dict()
+    for name, value in (_SETTINGS | {"data.dir": str(data)} | changes).items():
+        *groups, key = name.split(".")
         place = config
-        for section in sections:
-            place = place[section]
+        for group in groups:
+            place = place[group]
         place[key] = value
-    return config.to_dict()
+    return config
 
 
-class Life:
+class TrainingProcess:
     """A process that trains in `workdir`; what it prints is in `log`."""
 
     def __init__(
@@ -85,7 +94,7 @@ class Life:
         workdir: Path,
         config: dict,
         *,
-        sabotage: tuple = (),
+        injection: tuple = (),
         environment=(),
         cache: Path | None = None,
         logs: Path | None = None,
@@ -93,8 +102,8 @@ class Life:
         """Compiled programs are kept in `cache`, the log in `logs`; by default beside `workdir`."""
         self.log = (logs or workdir.parent) / f"{workdir.name}.{time.time_ns()}.log"
         compiled = (cache or workdir.parent) / "compiled"
-        arguments = workdir, config, self.log, compiled, sabotage, dict(environment)
-        self._process = _processes.Process(target=_live, args=arguments)
+        arguments = workdir, config, self.log, compiled, injection, dict(environment)
+        self._process = _processes.Process(target=_train, args=arguments)
         self._process.start()
 
     @property
@@ -111,15 +120,15 @@ class Life:
         return self._process.exitcode
 
     def until(self, ready: Callable[[], bool]) -> None:
-        """Waits until `ready()`, or the end of the life, or of the patience with it."""
-        for _ in range(200 * PATIENCE):
+        """Waits until `ready()`, the end of the process, or the time limit."""
+        for _ in range(200 * LIMIT):
             if ready() or not self._process.is_alive():
                 return
             time.sleep(0.005)
 
     def end(self) -> int | None:
-        """The exit code, as of `wait`; makes an end of a life that hangs, and gives None."""
-        for _ in range(PATIENCE):  # a second each, so that a campaign may be paused for a while
+        """The exit code, as from `wait`; kills a process that hangs, and returns None."""
+        for _ in range(LIMIT):  # a second each, so that a campaign may be paused for a while
             if self.wait(1) is not None:
                 return self._process.exitcode
         self.kill()
@@ -127,16 +136,16 @@ class Life:
         return None
 
     @property
-    def words(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
-def get_ready() -> None:
-    """Starts the fork server with all that a life imports."""
-    _processes.set_forkserver_preload(["cwm_jax.experiment.loop", "tests.faults.sabotage"])
+def start_fork_server() -> None:
+    """Starts the fork server with all imports of a training process."""
+    _processes.set_forkserver_preload(["cwm_jax.experiment.loop", "tests.faults.injection"])
 
 
-def _live(workdir, config, log, cache, sabotage, environment) -> None:
+def _train(workdir, config, log, cache, injection, environment) -> None:
     _print_to(log)
     faulthandler.enable()
     os.environ.update(environment)
@@ -148,15 +157,15 @@ def _live(workdir, config, log, cache, sabotage, environment) -> None:
     from cwm_jax.experiment.settings import Settings
     from cwm_jax.rendering import plots
     from cwm_jax.runtime import preemption
-    from tests.faults.sabotage import Sabotage
+    from tests.faults.injection import Injection
 
     logging.set_verbosity(logging.WARNING)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    plots.curves = lambda *_: None  # half of such a short run's time
-    if sabotage:
-        Sabotage(*sabotage).prepare()
+    plots.curves = lambda *_: None  # takes half of such a short run's time
+    if injection:
+        Injection(*injection).prepare()
     try:
         with shown_to_user():
             state = loop.train(Settings.from_config(config), workdir, config=config)
@@ -182,14 +191,14 @@ def _digest(state) -> str:
     return digest.hexdigest()
 
 
-def ending(workdir: Path) -> str | None:
+def final_digest(workdir: Path) -> str | None:
     """The digest of all parameters and optimizer state at the end of the run."""
     path = workdir / "end.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def measured(workdir: Path) -> list[tuple]:
-    """(step, name, value) of everything in metrics.jsonl but speeds and places, in order."""
+    """(step, name, value) of the `MEASURED` metrics in metrics.jsonl, in order."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [
         (record["step"], name, value)
