@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from cwm_jax import __version__
-from cwm_jax.checkpoints import bundle, formats
+from cwm_jax import __version__, files
+from cwm_jax.checkpoints import formats
 from cwm_jax.checkpoints.run_checkpoint import Trained
 from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.errors import UserError
@@ -62,7 +62,7 @@ def write(trained: Trained, out: Path, *, steps: Sequence[int], dtype: str) -> d
     (out / WEIGHTS).write_bytes(weights.data)
     for model in models:
         (out / f"{model.graph.name}.onnx").write_bytes(model.SerializeToString())
-    found = {path.name: bundle.digest(path) for path in sorted(out.iterdir())}
+    found = {path.name: files.sha256(path) for path in sorted(out.iterdir())}
     about["files"] = {name: digest for name, digest in found.items() if name != DESCRIPTION}
     (out / DESCRIPTION).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return about
@@ -134,7 +134,7 @@ def read(folder: Path) -> dict[str, Any]:
     for name, wanted in about["files"].items():
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; copy the whole folder")
-        if bundle.digest(folder / name) != wanted:
+        if files.sha256(folder / name) != wanted:
             raise UserError(
                 f"{folder / name} is damaged: its checksum is not that of {DESCRIPTION}"
             )
