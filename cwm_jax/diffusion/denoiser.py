@@ -14,7 +14,7 @@ from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import DiT, Outputs, Params, Stream
 
-_STAY = 0.1  # logit penalty per pixel of displacement; an untrained network displaces nothing
+STAY = 0.1  # logit penalty per pixel of displacement; an untrained network displaces nothing
 
 
 class Denoiser:
@@ -116,7 +116,7 @@ class Denoiser:
         """Logits of the displacements of each small patch, float32 [B, T, h, w, K]."""
         reach = self.config.reach
         logits = displacement.to_grid(outputs.displacements, self.config.grid, reach)
-        return logits - _STAY * displacement.distances(reach)
+        return logits - STAY * displacement.distances(reach)
 
 
 def alpha_bar(t: jax.Array) -> jax.Array:

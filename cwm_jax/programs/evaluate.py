@@ -46,8 +46,8 @@ from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.rendering import video
 from cwm_jax.runtime import devices, user_cache
 from cwm_jax.sampling import sampler
-from cwm_jax.sampling.worlds import Generator
 from cwm_jax.sampling.sampler import Sampler
+from cwm_jax.sampling.worlds import Generator
 from cwm_jax.simulator import game, venv
 
 _CHECKPOINT = "a run, an export, or hf://USER/REPOSITORY[@REVISION] (checkpoints/pocket)"
