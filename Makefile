@@ -8,7 +8,7 @@ DEMO := runs/demo
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-torch install-procgen demo play pocket test test-torch-extra faults check-gpu bench-gpu
+.PHONY: help install install-torch install-procgen demo play web pocket test test-torch-extra faults check-gpu bench-gpu
 .PHONY: lint format lock wheel space docs clean
 
 help:  ## List what make can do here
@@ -47,6 +47,9 @@ demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagin
 
 play: $(STAMP)  ## Play in the browser (CHECKPOINT=runs/small to choose; else checkpoints/pocket)
 	$(BIN)/python play.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+
+web: $(STAMP)  ## Build dist/web, the page that plays in the browser alone (needs npm; CHECKPOINT=…)
+	$(BIN)/python -m cwm_jax.tools.web --build $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
 # PYTHON=… on the command line is used as it is, on a machine that has the packages but no .venv.
 ifeq ($(origin PYTHON),command line)

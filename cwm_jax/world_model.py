@@ -26,7 +26,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.files import HUB
 from cwm_jax.sampling import sampler
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
-from cwm_jax.sampling.worlds import Generator, Worlds
+from cwm_jax.sampling.worlds import Generator, Outcomes, Worlds
 
 _SEEDS = 2**32
 
@@ -57,6 +57,7 @@ class WorldModel:
         self._starts_folder = starts
         self._starts: Starts | None = None
         self._worlds: Worlds | None = None
+        self._outcomes: Outcomes | None = None
 
     @classmethod
     def from_pretrained(
@@ -135,7 +136,7 @@ class WorldModel:
         new = self.generator.begin(frames, actions, seeds)
         if where is not None and not np.all(where):
             new = self.generator.replaced(where, new, self._begun())
-        self._worlds = new
+        self._worlds, self._outcomes = new, None
         return self.frames
 
     def step(self, actions: Sequence[int] | np.ndarray | int) -> np.ndarray:
@@ -157,8 +158,25 @@ class WorldModel:
         Raises:
             UserError: as `step`.
         """
-        self._worlds, frames = self.generator.rollout(self._begun(), actions_BF)
+        self._worlds, frames, told = self.generator.rollout(self._begun(), actions_BF)
+        self._outcomes = jax.device_get(told)
         return np.asarray(jax.device_get(frames))
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """What the actions of the last `step` or `rollout` led to: probabilities, [B, F] each.
+
+        Raises:
+            UserError: the model has no heads, or there was no action yet.
+        """
+        if not self.trained.network.heads:
+            raise UserError(
+                f"{self.trained.path} has no heads, which tell rewards and ends of episodes: train "
+                "with --config.model.heads=True, or add them with `python -m cwm_jax.tools.heads`"
+            )
+        if self._outcomes is None:
+            raise UserError("no action has been taken: call step() first")
+        return self._outcomes
 
     def _begun(self) -> Worlds:
         if self._worlds is None:

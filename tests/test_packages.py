@@ -21,9 +21,9 @@ PACKAGES = (
     ("sampling",),
     ("training",),
     ("checkpoints",),
-    ("world_model",),
-    ("evaluation", "play"),
-    ("experiment",),
+    ("onnx", "world_model"),
+    ("evaluation", "play", "environment"),
+    ("experiment", "static_page"),
     ("tools", "programs"),
 )
 PARTS_OF_PLAY = (("inference",), ("session",), ("web",))

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from cwm_jax.diffusion import displacement, residual, schedule, warp
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.models.dit import DiT, Outputs, Params
+from cwm_jax.models.dit import DiT, Outputs, Params, Stream
 
-_STAY = 0.1  # logit penalty per pixel of displacement; an untrained network displaces nothing
+STAY = 0.1  # logit penalty per pixel of displacement; an untrained network displaces nothing
 
 
 class Denoiser:
@@ -62,6 +62,19 @@ class Denoiser:
         clean = schedule.predict_clean(sample_BTHWC, velocity, t_BT)
         return self.to_frame(clean, earlier_BTHWC)
 
+    def context_stream(self, frames_BTHWC, actions_BT, level: int) -> Stream:
+        """The stream of clean frames of a clip, as the KV cache encodes context frames.
+
+        Args:
+            frames_BTHWC: in [-1, 1]; T ≤ `max_frames`.
+            actions_BT: the action that led into each frame, −1 for none.
+            level: the noise level of context frames, `SamplerConfig.context_level`.
+        """
+        earlier = self.earlier(frames_BTHWC)
+        tokens = self.net.tokens(self.to_sample(frames_BTHWC, earlier), earlier)
+        modulations = self.net.modulations(jnp.full_like(actions_BT, level), actions_BT)
+        return self.net.clip(tokens, modulations)[0]
+
     def velocity(
         self,
         outputs: Outputs,
@@ -103,7 +116,7 @@ class Denoiser:
         """Logits of the displacements of each small patch, float32 [B, T, h, w, K]."""
         reach = self.config.reach
         logits = displacement.to_grid(outputs.displacements, self.config.grid, reach)
-        return logits - _STAY * displacement.distances(reach)
+        return logits - STAY * displacement.distances(reach)
 
 
 def alpha_bar(t: jax.Array) -> jax.Array:

@@ -14,8 +14,8 @@ noisy sample against the warp: more, the larger the variance and the lower the n
 import jax
 import jax.numpy as jnp
 
-_LOG_VARIANCES = -5.0, 1.0  # the smallest and the largest
-_STAY = 4.0  # initial logit of a filter's middle: an untrained filter has 3/4 of its weight there
+LOG_VARIANCES = -5.0, 1.0  # the smallest and the largest
+STAY = 4.0  # initial logit of a filter's middle: an untrained filter has 3/4 of its weight there
 
 
 def velocity(
@@ -35,7 +35,7 @@ def velocity(
     preconditioning of Karras et al. 2022 (https://arxiv.org/abs/2206.00364, §5), with a mean that
     is not 0 and a deviation for each patch. With log_variance 0 it is rest − √(1−ᾱ) warped.
     """
-    variance = jnp.exp(jnp.clip(log_variance, *_LOG_VARIANCES))
+    variance = jnp.exp(jnp.clip(log_variance, *LOG_VARIANCES))
     total = alpha_bar * variance + 1 - alpha_bar
     sigma = jnp.sqrt(1 - alpha_bar)
     mean = jnp.sqrt(alpha_bar) * sigma * (1 - variance) * sample - sigma * warped
@@ -64,7 +64,7 @@ def residual(
 
 
 def _weights(scores, reach: int, sharpness: float) -> jax.Array:
-    logits = scores.at[..., reach].add(_STAY)
+    logits = scores.at[..., reach].add(STAY)
     return jax.nn.softmax(logits if sharpness == 1 else sharpness * logits, axis=-1)
 
 

@@ -43,6 +43,16 @@ def of_means(values_BF) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, low, high
 
 
+def of_ratio(part_B, whole_B) -> Interval:
+    """Σ part / Σ whole over clips, such as a share of events, with the interval over clips."""
+    part, whole = np.asarray(part_B, np.float64), np.asarray(whole_B, np.float64)
+    counts = _resampled_counts(len(part))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio, resampled = part.sum() / whole.sum(), (counts @ part) / (counts @ whole)
+    low, high = _quantiles(resampled[:, None])
+    return Interval(float(ratio), float(low[0]), float(high[0]))
+
+
 def of_median(values_B) -> Interval:
     """As `of_mean`, of the median."""
     values = np.asarray(values_B, np.float64)

@@ -103,6 +103,9 @@ class DiTConfig(ConfigGroup):
         repr=False,
     )
     qk_norm: bool = setting(False, "whether queries and keys are scaled to RMS 1", repr=False)
+    heads: bool = setting(
+        False, "whether reward and end of the episode are predicted too", repr=False
+    )
 
     def __post_init__(self):
         super().__post_init__()

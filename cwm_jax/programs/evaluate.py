@@ -5,6 +5,7 @@
     python evaluate.py compare --across levels 1_step.json 4_steps.json 10_steps.json
     python evaluate.py settings --checkpoint model.safetensors --steps 1,2,4 --write
     python evaluate.py closed-loop --checkpoint runs/small --output closed_loop.mp4
+    python evaluate.py outcomes --checkpoint checkpoints/pocket --data data/mine
 
 docs/evaluation.md says what each number means. Without --checkpoint the repository's own model is
 measured, `checkpoints/pocket`.
@@ -21,7 +22,7 @@ import jax
 from cwm_jax import shipped
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
-from cwm_jax.data import shards
+from cwm_jax.data import loader, shards
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.evaluation import (
@@ -31,8 +32,10 @@ from cwm_jax.evaluation import (
     full,
     generation,
     generation_settings,
+    held_out,
     i3d_weights,
     lpips_weights,
+    outcomes,
     protocol,
     rollout_quality,
     video_distance,
@@ -44,6 +47,7 @@ from cwm_jax.rendering import video
 from cwm_jax.runtime import devices, user_cache
 from cwm_jax.sampling import sampler
 from cwm_jax.sampling.sampler import Sampler
+from cwm_jax.sampling.worlds import Generator
 from cwm_jax.simulator import game, venv
 
 _CHECKPOINT = "a run, an export, or hf://USER/REPOSITORY[@REVISION] (checkpoints/pocket)"
@@ -58,6 +62,8 @@ def main() -> None:
                 rank_settings(sys.argv[2:])
             case ["closed-loop"]:
                 close_the_loop(sys.argv[2:])
+            case ["outcomes"]:
+                measure_outcomes(sys.argv[2:])
             case _:
                 measure(parser().parse_args())
 
@@ -280,6 +286,55 @@ def _loop_flags() -> argparse.ArgumentParser:
         help="folder of its environment (.venv-procgen; made if absent)",
     )
     _add_drawing_flags(add)
+    return parser
+
+
+def measure_outcomes(words: list[str]) -> None:
+    args = _outcome_flags().parse_args(words)
+    sampler.check_seed(args.seed)
+    trained = formats.load(pretrained.unless(args.checkpoint), step=args.step)
+    outcomes.check(trained.network, trained.path)
+    config = DataConfig(dir=str(args.data))
+    episodes = loader.open_episodes(config, args.split, outcomes=True)
+    length = trained.network.max_frames
+    eligible = held_out.long_enough(episodes, config, args.split, frames=length)
+    count = args.records or len(eligible)
+    numbers = loader.pick_episodes(episodes, count=count, length=length, seed=args.seed)
+    told = outcomes.of_records(trained.network, trained.params, episodes, numbers)
+    results = {"real_frames": outcomes.summary(told)}
+    print(outcomes.table(f"real frames of {len(told)} records", results["real_frames"]), flush=True)
+    if args.ahead:
+        steps = formats.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
+        how = sampler.SamplerConfig(levels=sampler.ddim_levels(steps))
+        generator = Generator(trained.network, trained.params, how)
+        told = outcomes.of_rollouts(generator, episodes, numbers, ahead=args.ahead, seed=args.seed)
+        results["rollouts"] = outcomes.summary(told)
+        print(outcomes.table(f"{len(told)} rollouts of {args.ahead} frames", results["rollouts"]))
+    results["conditions"] = {"records": count, "split": args.split, "ahead": args.ahead}
+    results["conditions"] |= {
+        "seed": args.seed,
+        "fingerprint": protocol.fingerprint(trained.params),
+    }
+    full.write_json(args.output, results)
+    print(f"numbers → {args.output}")
+
+
+def _outcome_flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py outcomes",
+        description="How well a model's heads tell rewards and ends of episodes, on real frames "
+        "and on its own.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=model_flag, help=_CHECKPOINT)
+    add("--step", type=int, help="which checkpoint of the run (the newest)")
+    add("--data", type=path_flag, required=True, help="folder with rewards (tools.collect)")
+    add("--split", default="test", choices=shards.SPLITS, help="(%(default)s)")
+    add("--records", type=int, default=0, help="0: all that are long enough (0)")
+    add("--ahead", type=int, default=16, help="frames of a rollout; 0: none (%(default)s)")
+    add("--ddim-steps", type=int, help="denoising steps of rollouts (the model's own)")
+    add("--seed", type=int, default=0, help="of records, places and noise (%(default)s)")
+    add("--output", type=path_flag, default=Path("outcomes.json"), help="(%(default)s)")
     return parser
 
 

@@ -27,7 +27,7 @@ from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling import kv_cache, prompt
 from cwm_jax.sampling.kv_cache import Window, World
 
-_NOISE_CLIP = 20.0
+NOISE_CLIP = 20.0
 WINDOWS = ("exact", "cached", "hop")
 
 
@@ -163,7 +163,7 @@ def _denoised(
             x += step.sigma * random_numbers.normal(jax.random.fold_in(key, index), x.shape)
         return x, x0 if watched else None
 
-    x_BHWC = noise_BHWC.clip(-_NOISE_CLIP, _NOISE_CLIP)
+    x_BHWC = noise_BHWC.clip(-NOISE_CLIP, NOISE_CLIP)
     steps = _steps(tables, config), jnp.arange(len(config.levels))
     sample_BHWC, clean_SBHWC = jax.lax.scan(denoise, x_BHWC, steps)
     return denoiser.to_frame(sample_BHWC, earlier), clean_SBHWC

@@ -5,6 +5,9 @@ its own (`cwm_jax.sampling.staggered_cache`), so one of them can begin again whi
 on, and every step costs the same. What a world generates depends on its prompt, its seed, its
 actions, and the number of worlds beside it (through the order of floating-point sums), but not on
 what the others do.
+
+Of a network with heads (`cwm_jax.models.heads`) each step also tells what its actions earned and
+whether they ended the episode; the world goes on all the same.
 """
 
 import functools
@@ -17,6 +20,7 @@ import numpy as np
 from cwm_jax.coinrun import to_pixels
 from cwm_jax.diffusion.denoiser import Denoiser, bind
 from cwm_jax.errors import UserError
+from cwm_jax.models import heads
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.runtime import random_numbers
@@ -32,6 +36,15 @@ class Worlds(NamedTuple):
     frame_BHWC: jax.Array  # uint8, the newest frame of each
     seed_B: jax.Array  # uint32, with `count_B` it makes the noise of the next frame
     count_B: jax.Array  # int32, frames so far, the prompt's included
+    scene_BH: jax.Array | None = None  # what the heads keep of the newest frames; None without
+
+
+class Outcomes(NamedTuple):
+    """Probabilities of what an action led to, float32 [B] (or [B, F])."""
+
+    negative: jax.Array  # its reward is negative
+    positive: jax.Array  # its reward is positive
+    end: jax.Array  # the episode ends with it
 
 
 def begin(denoiser: Denoiser, tables: Tables, prompt_frames, prompt_actions, count, seed_B):
@@ -42,16 +55,33 @@ def begin(denoiser: Denoiser, tables: Tables, prompt_frames, prompt_actions, cou
         jax.ShapeDtypeStruct((1, prompt_actions.shape[1]), jnp.int32),
     )
 
-    def one_world(frames_MHWC, actions_M):
-        take_in = lambda i, cache: staggered_cache.append(
-            denoiser, tables.context, cache, frames_MHWC[i], actions_M[i]
-        )
-        return jax.lax.fori_loop(0, count, take_in, staggered_cache.fresh(like))
+    append = _append(denoiser, tables)
+    scene = jnp.zeros(heads.WIDTH) if denoiser.config.heads else None
+    fresh = staggered_cache.fresh(like), scene
 
-    cache_B = jax.vmap(one_world)(prompt_frames, prompt_actions)
-    return Worlds(
-        cache_B, prompt_frames[:, count - 1], seed_B, jnp.full_like(seed_B, count, "int32")
-    )
+    def one_world(frames_MHWC, actions_M):
+        take_in = lambda i, state: append(state[0], frames_MHWC[i], actions_M[i])
+        return jax.lax.fori_loop(0, count, take_in, fresh)
+
+    cache_B, scene_BH = jax.vmap(one_world)(prompt_frames, prompt_actions)
+    count_B = jnp.full_like(seed_B, count, "int32")
+    return Worlds(cache_B, prompt_frames[:, count - 1], seed_B, count_B, scene_BH)
+
+
+def _append(denoiser: Denoiser, tables: Tables):
+    """(cache, frame, action) → (cache, what the heads keep of the frame; None without heads)."""
+    if denoiser.config.heads:
+        return functools.partial(staggered_cache.append_with_scene, denoiser, tables.context)
+    return lambda *args: (staggered_cache.append(denoiser, tables.context, *args), None)
+
+
+def outcomes(denoiser: Denoiser, worlds: Worlds, action_B) -> Outcomes | None:
+    """What these actions lead to, as the heads tell; None for a network without."""
+    if not denoiser.config.heads:
+        return None
+    told = denoiser.net.outcomes(worlds.scene_BH[:, None], action_B[:, None])
+    signs = jax.nn.softmax(told.reward[:, 0])
+    return Outcomes(signs[:, 0], signs[:, 2], jax.nn.sigmoid(told.end[:, 0]))
 
 
 def step(denoiser: Denoiser, tables: Tables, worlds: Worlds, action_B, config: SamplerConfig):
@@ -65,13 +95,13 @@ def step(denoiser: Denoiser, tables: Tables, worlds: Worlds, action_B, config: S
             denoiser, tables, world, action[None], noise, step_key, config
         )
         pixels = to_pixels(frame[0])
-        cache = staggered_cache.append(denoiser, tables.context, cache, pixels, action)
-        return cache, pixels
+        return append(cache, pixels, action), pixels
 
-    cache_B, frame_BHWC = jax.vmap(one_world)(
+    append = _append(denoiser, tables)
+    (cache_B, scene_BH), frame_BHWC = jax.vmap(one_world)(
         worlds.cache_B, worlds.seed_B, worlds.count_B, action_B
     )
-    return Worlds(cache_B, frame_BHWC, worlds.seed_B, worlds.count_B + 1)
+    return Worlds(cache_B, frame_BHWC, worlds.seed_B, worlds.count_B + 1, scene_BH)
 
 
 def chosen(where_B, these: Worlds, others: Worlds) -> Worlds:
@@ -93,11 +123,12 @@ def _rollout(params, tables, worlds, actions_BF, *, network, config):
     denoiser = bind(network, params)
 
     def one_frame(worlds, action_B):
+        told = outcomes(denoiser, worlds, action_B)
         worlds = step(denoiser, tables, worlds, action_B, config)
-        return worlds, worlds.frame_BHWC
+        return worlds, (worlds.frame_BHWC, told)
 
-    worlds, frames_FBHWC = jax.lax.scan(one_frame, worlds, actions_BF.T)
-    return worlds, jnp.moveaxis(frames_FBHWC, 0, 1)
+    worlds, found = jax.lax.scan(one_frame, worlds, actions_BF.T)
+    return worlds, *jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
 
 
 _chosen = jax.jit(chosen)
@@ -140,8 +171,10 @@ class Generator:
         args = self._params, self._tables, frames, actions, count, np.array(seeds, np.uint32)
         return _begin(*args, network=self.network)
 
-    def rollout(self, worlds: Worlds, actions_BF) -> tuple[Worlds, jax.Array]:
-        """Generates one frame for each action: (the older worlds, uint8 [B, F, H, W, C]).
+    def rollout(self, worlds: Worlds, actions_BF) -> tuple[Worlds, jax.Array, Outcomes | None]:
+        """Generates one frame for each action: (the older worlds, uint8 [B, F, H, W, C], outcomes).
+
+        The outcomes, [B, F] each, are what the actions led to; None for a network without heads.
 
         `worlds` is used up (its arrays become the new worlds').
 

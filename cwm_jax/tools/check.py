@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cwm_jax import controls, files, shipped
 from cwm_jax.controls import Controls
-from cwm_jax.data import records, shards
+from cwm_jax.data import inferred_actions, records, shards
 from cwm_jax.data.clips import clip_counts
 from cwm_jax.data.records import BadRecord
 from cwm_jax.errors import UserError, shown_to_user
@@ -203,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         wrong = faults(found)
         for line in summary(known, found, clip_len=args.clip_len, stride=args.stride):
             print(line)
+        if note := inferred_actions.note(args.folder):
+            print(note)
         for fault in wrong:
             print(f"BAD {fault}")
         print(f"{len(wrong) or 'no'} fault{'' if len(wrong) == 1 else 's'}")

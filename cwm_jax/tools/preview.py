@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cwm_jax import controls, files, shipped
 from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
-from cwm_jax.data import shards
+from cwm_jax.data import inferred_actions, shards
 from cwm_jax.data.clips import Episodes
 from cwm_jax.data.records import Episode
 from cwm_jax.errors import UserError, shown_to_user
@@ -107,8 +107,8 @@ def _still(episode: Episode, t: int, known: Controls, scale: int) -> np.ndarray:
     return np.array(tile)
 
 
-def page(found: Facts, known: Controls, *, source: str, of: int) -> str:
-    """The facts as one HTML page that needs no other file."""
+def page(found: Facts, known: Controls, *, source: str, of: int, note: str | None = None) -> str:
+    """The facts as one HTML page that needs no other file; `note` is said of the actions."""
     count = sum(found.lengths.values())
     frames = sum(length * n for length, n in found.lengths.items())
     png = io.BytesIO()
@@ -127,7 +127,7 @@ b {{ display: inline-block; height: .8em; background: #f7b942 }}
 <h1>{html.escape(known.game)}: {html.escape(source)}</h1>
 <p>{count} of {of} episodes, {frames} frames.</p>
 <h2>Mean frame</h2><img alt="mean of all frames" src="data:image/png;base64,{mean}">
-<h2>Actions</h2>{actions}
+<h2>Actions</h2>{f"<p>{html.escape(note)}</p>" if note else ""}{actions}
 <h2>Lengths</h2>{lengths}
 </body></html>
 """
@@ -186,10 +186,14 @@ def write(args: argparse.Namespace) -> None:
     video.write_png(stills, contact_sheet(found, numbers, known))
     counted = np.linspace(0, len(found) - 1, min(len(found), args.count_episodes)).astype(int)
     source = str(args.shard or args.data / args.split)
-    told = page(facts(found, counted.tolist(), known), known, source=source, of=len(found))
+    note = inferred_actions.note(args.shard.parent.parent if args.shard else args.data)
+    told = facts(found, counted.tolist(), known)
+    told = page(told, known, source=source, of=len(found), note=note)
     with files.written_whole(facts_page) as temporary:
         temporary.write_text(told, encoding="utf-8", errors="backslashreplace")
     print(f"{args.output}, {stills}, {facts_page}")
+    if note:
+        print(note)
 
 
 if __name__ == "__main__":
