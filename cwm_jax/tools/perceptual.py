@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     )
     jobs = parser.add_subparsers(dest="job", required=True)
     add = jobs.add_parser("fetch", help="weights of LPIPS, or of I3D").add_argument
-    add("network", nargs="?", choices=NETWORKS, default="lpips", help="(%(default)s)")
+    add("network", nargs="?", choices=tuple(NETWORKS), default="lpips", help="(%(default)s)")
     add("--archive", type=path_flag, help="the published archive, if you have it (downloaded)")
     return parser
 
