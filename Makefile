@@ -9,7 +9,7 @@ UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-torch install-procgen demo play web pocket test test-torch-extra faults check-gpu bench-gpu
-.PHONY: lint format lock clean
+.PHONY: lint format lock wheel space docs clean
 
 help:  ## List what make can do here
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -92,7 +92,18 @@ lock:  ## Choose the pinned versions anew (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
 	  --custom-compile-command 'make lock' --all-extras pyproject.toml --output-file constraints.txt
 
+wheel: $(STAMP)  ## Build wheel and sdist into dist/
+	$(BIN)/python -m build --no-isolation
+
+space: wheel  ## Put the wheel into launch/space, which then is a Hugging Face Space
+	rm -f launch/space/*.whl
+	cp dist/cwm_jax-*.whl constraints.txt launch/space/
+
+docs: $(STAMP)  ## Build the documentation site into site/; any warning is an error
+	$(BIN)/python -m pip install --quiet -e '.[docs]' -c constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:  ## Remove .venv, the demo, caches and build leftovers
-	rm -rf $(VENV) $(VENV)-procgen $(VENV)-procgen.lock $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-procgen $(VENV)-procgen.lock $(DEMO) build dist site launch/space/*.whl launch/space/constraints.txt *.egg-info .pytest_cache .ruff_cache .hypothesis
 	-test ! -d runs || rmdir --ignore-fail-on-non-empty runs
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

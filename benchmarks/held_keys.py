@@ -17,7 +17,7 @@ from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.data import loader
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import shown_to_user
-from cwm_jax.files import path_flag
+from cwm_jax.files import model_flag, path_flag
 from cwm_jax.rendering import video
 from cwm_jax.rendering.contact_sheet import enlarged
 
@@ -40,7 +40,7 @@ def contact_sheet(prompt_BPHWC: np.ndarray, frames_BFHWC: np.ndarray) -> np.ndar
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--checkpoint", type=path_flag, help="a run, or an export (checkpoints/pocket)"
+        "--checkpoint", type=model_flag, help="a run, or an export (checkpoints/pocket)"
     )
     parser.add_argument("--data", type=path_flag, default="assets/coinrun", help="(%(default)s)")
     parser.add_argument("--ddim-steps", type=int, help="denoising steps (the model's own)")

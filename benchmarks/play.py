@@ -24,7 +24,7 @@ from websockets.sync.client import connect
 from benchmarks import machine
 from cwm_jax.checkpoints import formats
 from cwm_jax.errors import shown_to_user
-from cwm_jax.files import path_flag
+from cwm_jax.files import model_flag
 from cwm_jax.play.inference.engine import Engine
 from cwm_jax.play.inference.scheduler import Scheduler
 from cwm_jax.play.session.prompt_sources import ClipPrompts
@@ -185,7 +185,7 @@ def _left(what: str, studio: Studio) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=path_flag, required=True)
+    parser.add_argument("--checkpoint", type=model_flag, required=True)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--sessions", type=int, default=200)
     parser.add_argument("--frames", type=int, default=10_000)

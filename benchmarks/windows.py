@@ -19,7 +19,7 @@ from cwm_jax.checkpoints import formats, run_checkpoint
 from cwm_jax.data import loader
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import shown_to_user
-from cwm_jax.files import path_flag
+from cwm_jax.files import model_flag, path_flag
 from cwm_jax.sampling import sampler
 
 WAYS = {  # window, dtype of the matmuls
@@ -53,7 +53,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", type=path_flag, required=True)
+    add("--checkpoint", type=model_flag, required=True)
     add("--data", type=path_flag, default="assets/coinrun", help="(%(default)s)")
     add("--clips", type=int, default=8, help="records of 160 frames (%(default)s)")
     add("--frames", type=int, default=256, help="drawn after the first (%(default)s)")

@@ -12,4 +12,13 @@ Array names carry their axes. The letters:
 so `x_BTSD` is a tensor of token vectors, `t_BT` a noise level for each frame of each clip.
 """
 
+import importlib
+
 __version__ = "0.2.0"
+
+
+def __getattr__(name: str):
+    """`cwm_jax.WorldModel`, imported when it is first asked for: JAX takes seconds to load."""
+    if name == "WorldModel":
+        return importlib.import_module("cwm_jax.world_model").WorldModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cwm_jax import coinrun, files
+from cwm_jax import coinrun, files, shipped
 from cwm_jax.errors import UserError
 
 METADATA = "metadata.json"
@@ -155,7 +155,7 @@ def read(folder: str | os.PathLike) -> Controls:
     Raises:
         UserError: `metadata.json` is not JSON, or its controls are not valid.
     """
-    path = Path(folder) / METADATA
+    path = shipped.found(folder) / METADATA
     try:
         fields = files.read_json_object(path)
     except FileNotFoundError:

@@ -14,6 +14,9 @@ from typing import Any
 
 from cwm_jax.errors import UserError
 
+SAFETENSORS = ".safetensors"
+MODEL_FILE = f"model{SAFETENSORS}"  # in a folder that holds a model and what is known of it
+HUB = "hf://"  # begins the name of a model on the Hugging Face Hub
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Files that desktops, network drives and file systems create.
@@ -80,6 +83,11 @@ def path_flag(text: str) -> Path:
         return local_path(text, "")
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error).strip()) from None
+
+
+def model_flag(text: str) -> Path | str:
+    """`path_flag` where a model is asked for: its name on the hub, hf://…, stays as it is."""
+    return text if text.startswith(HUB) else path_flag(text)
 
 
 def is_visible(path: Path) -> bool:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-import train
 from configs import base
+from cwm_jax.programs import command as cwm
+from cwm_jax.programs import train
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?:ba)?sh(?P<run> run)?\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-INDENTED = re.compile(r"^    (python .*)$", re.MULTILINE)
+INDENTED = re.compile(r"^    ((?:python|cwm) .*)$", re.MULTILINE)
 SUBCOMMANDS = ("evaluate.py", "cwm_jax.tools.hub")
 ORDER = ("doctor", "get-data", "train", "sample", "share")
 
@@ -54,6 +55,10 @@ def program(command):
     words = shlex.split(command, comments=True)
     while words and "=" in words[0] and not words[0].startswith("-"):
         words = words[1:]
+    if words and Path(words[0]).name == "cwm" and words[1:] and words[1] in cwm.SUBCOMMANDS:
+        module = cwm.SUBCOMMANDS[words[1]].module
+        is_program = module.startswith("cwm_jax.programs.") and words[1] != "completion"
+        return f"{words[1]}.py" if is_program else module, words[2:]
     if not words or Path(words[0]).name != "python":
         return None
     return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
@@ -137,4 +142,6 @@ def test_the_checks_detect_errors():
         "cwm_jax.tools.check",
         ["x", "--jobs", "2"],
     )
+    assert program("cwm evaluate compare a.json") == ("evaluate.py", ["compare", "a.json"])
+    assert program("cwm check x") == ("cwm_jax.tools.check", ["x"])
     assert program("make install") is None

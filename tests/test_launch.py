@@ -1,15 +1,20 @@
-"""The launch files start train.py with flags that it has."""
+"""The launch files start programs with flags that they have, and name what there is."""
 
+import json
 import os
+import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from absl.testing import flagsaver
 
-import train
+from cwm_jax.programs import play, train
+from hatch_build import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 SLURM, KUBERNETES = ROOT / "launch" / "slurm.sbatch", ROOT / "launch" / "kubernetes.yaml"
@@ -29,6 +34,8 @@ def parsed(monkeypatch):
     def parse(words):
         script, *rest = words
         assert script == "train.py"
+        words = train._with_config_found(words)
+        _, *rest = words
         monkeypatch.setattr(sys, "argv", words)  # where a config's own flags are looked for
         assert train.flags.FLAGS([script, *rest]) == [script]  # all arguments are flags
         return train.flags.FLAGS
@@ -88,7 +95,7 @@ def test_the_kubernetes_job_starts_the_training_program(parsed):
     service, job = yaml.safe_load_all(KUBERNETES.read_text())
     assert (service["kind"], job["kind"]) == ("Service", "Job")
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    assert container["command"] == ["python", "train.py"]
+    assert container["command"] == ["cwm", "train"]
     args = [word.replace("$(JOB_COMPLETION_INDEX)", "1") for word in container["args"]]
     known = parsed(["train.py", *args])
     address = f"{job['metadata']['name']}-0.{service['metadata']['name']}:51234"
@@ -101,3 +108,74 @@ def test_the_kubernetes_job_starts_the_training_program(parsed):
 def test_an_unknown_flag_is_detected(parsed, wrong):
     with pytest.raises((train.flags.Error, AttributeError, KeyError), match=r"num_procs|folder"):
         parsed(["train.py", "--config=configs/small.py", wrong])
+
+
+def dockerfile(path):
+    """(instruction, rest) of each line, continued lines joined."""
+    text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("folder", [".", "launch/space"])
+def test_the_dockerfiles_use_what_is_there_and_run_sound_shell(folder):
+    known = {"ARG", "FROM", "RUN", "USER", "WORKDIR", "COPY", "ENV", "EXPOSE", "ENTRYPOINT", "CMD"}
+    lines = dockerfile(ROOT / folder / "Dockerfile")
+    assert {word for word, _ in lines} <= known
+    for word, rest in lines:
+        if word == "RUN":
+            subprocess.run(["sh", "-n", "-c", rest], check=True)
+        if word in ("ENTRYPOINT", "CMD"):
+            assert json.loads(rest)
+
+
+def test_the_image_plays(parsed):
+    lines = dict(dockerfile(ROOT / "Dockerfile"))
+    assert json.loads(lines["ENTRYPOINT"]) == ["cwm"]
+    name, *flags = json.loads(lines["CMD"])
+    assert name == "play"
+    assert play.parser().parse_args(flags).host == "0.0.0.0"
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    for needed in (*SHIPPED, "cwm_jax", "pyproject.toml", "README.md", "LICENSE"):
+        assert needed.split("/")[0] not in ignored
+
+
+def test_the_devcontainer_builds_that_image():
+    told = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    arguments = {
+        rest.split("=")[0] for word, rest in dockerfile(ROOT / "Dockerfile") if word == "ARG"
+    }
+    assert set(told["build"]["args"]) <= arguments
+    assert (ROOT / ".devcontainer" / told["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert set(told["build"]["args"]["EXTRA"].split(",")) <= {"cpu", *extras}
+
+
+def test_the_space_starts_the_page_on_its_port(monkeypatch):
+    front = yaml.safe_load((ROOT / "launch/space/README.md").read_text().split("---")[1])
+    assert front["sdk"] == "docker"
+    monkeypatch.setenv("SPACE_HOST", "you-coinrun.example.org")
+    monkeypatch.setenv("CWM_CHECKPOINT", "hf://you/model")
+    words = runpy.run_path(str(ROOT / "launch/space/app.py"))["words"]()
+    args = play.parser().parse_args(words[1:])
+    assert (args.host, args.port, args.players) == ("0.0.0.0", front["app_port"], 2)
+    assert (args.checkpoint, args.address) == ("hf://you/model", "https://you-coinrun.example.org")
+
+
+def test_the_workflow_calls_make_targets_that_there_are():
+    flow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert flow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
+    commands = [s["run"] for job in flow["jobs"].values() for s in job["steps"] if "run" in s]
+    targets = {command.split()[1] for command in commands if command.startswith("make ")}
+    assert targets == {"install", "lint", "test", "docs"}
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_the_hooks_of_pre_commit_are_sound():
+    clientlib = pytest.importorskip("pre_commit.clientlib")
+    config = clientlib.load_config(str(ROOT / ".pre-commit-config.yaml"))
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    assert {hook["id"] for hook in hooks} >= {"ruff-format", "ruff-check"}
+    assert all(hook["entry"].startswith(".venv/bin/") for hook in hooks)

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
-import play
-import sample
 from configs import debug
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.errors import UserError
 from cwm_jax.experiment.settings import Settings
+from cwm_jax.programs import evaluate, play, sample
 from cwm_jax.tools import (
     check,
     collect,
@@ -36,6 +34,8 @@ from cwm_jax.tools import (
         (sample, "--fps -3", "--fps -3: must be"),
         (sample, "--fps 9999999999", "--fps 9999999999: must be"),
         (evaluate, "--seed -1", "seed=-1: must be"),
+        (evaluate, "--kvd 24", "--kvd 24: so few clips"),
+        (evaluate, "--seeds 1", "seeds=1: a spread needs 2 or more"),
         (evaluate, "settings --seed -1", "seed=-1: must be"),
         (evaluate, "settings --steps 1,x", "--steps 1,x: wanted whole numbers, such as 1,2,4"),
         (evaluate, "settings --steps 1,0", "ddim_steps must be 1…1000, not 0"),
@@ -69,7 +69,7 @@ def test_numbers_are_written_even_if_the_report_fails(tmp_path, monkeypatch, cap
     [
         (sample, "--output gs://b/x.mp4"),
         (sample, "--data gs://b/x"),
-        (play, "--checkpoint hf://b/x"),
+        (play, "--checkpoint gs://b/x"),
         (evaluate, "--report s3://b/x"),
         (evaluate, "--data s3://b/x"),
         (evaluate, "compare gs://b/a.json"),

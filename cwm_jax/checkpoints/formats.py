@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from cwm_jax import config_group
-from cwm_jax.checkpoints import bundle, run_checkpoint, weights
+from cwm_jax.checkpoints import bundle, hub_models, run_checkpoint, weights
 from cwm_jax.checkpoints.bundle import Bundle, Generation, is_bundle
 from cwm_jax.checkpoints.run_checkpoint import Trained
 from cwm_jax.diffusion.schedule import NUM_LEVELS
@@ -18,7 +18,13 @@ from cwm_jax.models.dit import Params
 from cwm_jax.sampling.generator import Generator
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 
-_FREE = ("dtype", "attention", "norm", "max_frames")  # parameters fit any of these
+_FREE = (
+    "dtype",
+    "attention",
+    "norm",
+    "max_frames",
+    "warp_sharpness",
+)  # parameters fit any of these
 
 
 class Opened(NamedTuple):
@@ -37,7 +43,7 @@ def open_sampler(path: Path | str, *, step: int | None = None, **settings: Any) 
 
     Args:
         path: a run's workdir, one of its checkpoints, an export (orbax or `.safetensors`), or a
-            bundle's folder; or a folder with a `model.safetensors`.
+            bundle's folder; a folder with a `model.safetensors`; or hf://USER/REPOSITORY.
         step: which checkpoint of a run; the newest by default.
         settings: fields of `SamplerConfig`. Defaults: a bundle's own settings; of other models
             their config's `sampler.ddim_steps`.
@@ -45,7 +51,7 @@ def open_sampler(path: Path | str, *, step: int | None = None, **settings: Any) 
     Raises:
         UserError: there is no model at `path`, or a bundle has other settings.
     """
-    path = Path(path)
+    path = hub_models.here(path)
     if is_bundle(path):
         opened = Bundle(path)
         _check_settings(path, opened.config, settings)
@@ -63,7 +69,7 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
     Raises:
         UserError: there is no model at `path`, or it is damaged.
     """
-    trained = _load(Path(path), step)
+    trained = _load(hub_models.here(path), step)
     network = trained.network
     anywhere = {"norm": "auto"} if network.norm == "triton" else {}
     anywhere |= {"attention": "auto"} if network.attention in ("cudnn", "fused") else {}

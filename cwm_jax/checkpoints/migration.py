@@ -54,6 +54,7 @@ RENAMED = {
 }  # fmt: skip
 
 BEFORE = {
+    "logging.tensorboard": False,
     "init_from": "",
     "distil_from": "",
     "model.history": 0,
@@ -65,7 +66,9 @@ BEFORE = {
     "model.displacement_down": 0,
     "model.displacement_across": 0,
     "model.displacement_patch": 4,
+    "model.warp_sharpness": 1.0,
     "model.qk_norm": False,
+    "model.heads": False,
     "data.global_batch_size": 0,
     "data.on_device": 0,
     "noise_levels.top_share": 0.0,
@@ -79,28 +82,31 @@ BEFORE = {
     "augment.mirror_share": 0.0,
     "loss.middle_weight": 1.0,
     "loss.displacement_weight": 0.1,
+    "loss.outcome_weight": 0.1,
     "optimizer.decay_steps": 0,
     "schedule.minutes": 0.0,
     "schedule.decay_share": 0.45,
     "schedule.stages": [],
     "checkpoints.every_minutes": 0.0,
 }
+_FILLED = ("model.", "logging.")
 
 
 def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with this version's names, as a nested dict; one of this version is unchanged.
 
-    Settings of the network that did not exist are filled in. Where both an old and a new name are
-    set, as in a user's config file that changes settings of `configs/base.py`, the old name
-    counts: it was set last. Unknown keys stay.
+    Settings of the network and of logging that did not exist are filled in. Where both an old
+    and a new name are set, as in a user's config file that changes settings of
+    `configs/base.py`, the old name counts: it was set last. Unknown keys stay.
     """
     flat = dict(flattened(config))
     given = {RENAMED.get(name, name): value for name, value in flat.items() if name not in RENAMED}
     given |= {RENAMED[name]: value for name, value in flat.items() if name in RENAMED}
     if "schedule.stages" in given:
         given["schedule.stages"] = _stages(given["schedule.stages"])
-    if any(name.startswith("model.") for name in given):
-        given = {name: v for name, v in BEFORE.items() if name.startswith("model.")} | given
+    for group in _FILLED:
+        if any(name.startswith(group) for name in given):
+            given = {name: v for name, v in BEFORE.items() if name.startswith(group)} | given
     return nested(given)
 
 

@@ -147,7 +147,7 @@ def from_original(weights: Mapping[str, np.ndarray], config: DiTConfig) -> dict[
 
 
 def to_original(params: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
-    """Our parameters under the original's names and shapes, in its order.
+    """Our parameters under the original's names and shapes, in its order; without heads.
 
     Raises:
         UserError: the original does not have such a network.

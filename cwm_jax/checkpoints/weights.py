@@ -13,10 +13,9 @@ from safetensors.flax import save_file
 
 from cwm_jax.checkpoints import migration
 from cwm_jax.errors import UserError
-from cwm_jax.files import written_whole
+from cwm_jax.files import MODEL_FILE, SAFETENSORS, written_whole
 
-SUFFIX = ".safetensors"
-NAME = f"model{SUFFIX}"  # in a folder that holds a model and its model card
+SUFFIX, NAME = SAFETENSORS, MODEL_FILE
 _KEY = "cwm_jax"
 
 

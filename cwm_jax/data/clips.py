@@ -27,6 +27,7 @@ from cwm_jax.data.shards import (
 from cwm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+OUTCOMES = ("rewards", "ends")  # of a batch, in the order of `records.Outcomes`
 
 _INDEX_THREADS = 16  # mostly waiting for the disk
 _NEIGHBOURS = 100  # bad records in a row: a whole shard, not one record
@@ -41,9 +42,17 @@ class Episodes:
 
     Args:
         max_bad: so many bad records are passed over here; one more is raised as `BadRecord`.
+        outcomes: rewards and ends of episodes are read too, and put into clips.
     """
 
-    def __init__(self, shards: Sequence[Path], *, num_actions: int = NUM_ACTIONS, max_bad: int = 0):
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        *,
+        num_actions: int = NUM_ACTIONS,
+        max_bad: int = 0,
+        outcomes: bool = False,
+    ):
         index = _Index(num_actions, max_bad)
         per_shard = index.lengths(shards)
         self.lengths = np.concatenate(per_shard)
@@ -51,7 +60,7 @@ class Episodes:
             raise UserError(f"{shards[0].parent} holds no records: its shards are all empty.")
         self._shard_ends = np.cumsum([len(lengths) for lengths in per_shard])
         self._readers = Readers(shards)
-        self._num_actions = num_actions
+        self._num_actions, self.outcomes = num_actions, outcomes
         (unknown,) = np.nonzero(self.lengths == 0)
         self.bad = {int(number): index.bad[self.path(number)] for number in unknown}
         if len(self.bad) == len(self):
@@ -83,7 +92,7 @@ class Episodes:
             raise
         except UserError as error:  # the file was there when the run began
             raise BadRecord(str(error), path, index) from None
-        episode = _decoded(record, path, index, self._num_actions)
+        episode = _decoded(record, path, index, self._num_actions, self.outcomes)
         if len(episode) != expected:
             raise BadRecord(
                 f"it has {len(episode)} frames; other records of {len(record)} bytes have "
@@ -95,7 +104,11 @@ class Episodes:
 
 
 class Clips:
-    """All clips of `clip_len` frames that start every `stride` frames of each episode."""
+    """All clips of `clip_len` frames that start every `stride` frames of each episode.
+
+    With outcomes the last clip of each episode ends with its last frame instead, which alone tells
+    of the episode's end.
+    """
 
     def __init__(self, episodes: Episodes, *, clip_len: int, stride: int):
         self.clip_len, self.stride = clip_len, stride
@@ -115,6 +128,8 @@ class Clips:
         """(number of the episode, its frame with which the clip starts)."""
         episode = int(np.searchsorted(self._ends, clip, side="right"))
         before = int(self._ends[episode - 1]) if episode else 0
+        if self.episodes.outcomes and clip == self._ends[episode] - 1:
+            return episode, int(self.episodes.lengths[episode]) - self.clip_len
         return episode, (int(clip) - before) * self.stride
 
     def of_episode(self, number: int) -> range:
@@ -173,17 +188,27 @@ def cut(episodes: Episodes, places: Sequence[tuple[int, int]], length: int) -> B
 
     Returns `frames` uint8 [B, length, 64, 64, 3] and `actions` int32 [B, length], where
     `actions[:, i]` led to frame i and slot 0 is `NO_ACTION`. Each episode is decoded once for
-    all its clips that stand next to each other in `places`.
+    all its clips that stand next to each other in `places`. With outcomes the batch has three more
+    arrays [B, length]: `pressed` (int32), the action pressed at each frame, and what it led to,
+    `rewards` and `ends` (float32; NaN where the record does not tell).
     """
     frames = np.empty((len(places), length, *FRAME_SHAPE), np.uint8)
     actions = np.full((len(places), length), NO_ACTION, np.int32)
+    batch = {"frames": frames, "actions": actions}
+    if episodes.outcomes:
+        batch["pressed"] = np.empty_like(actions)
+        batch |= {key: np.full(actions.shape, np.nan, np.float32) for key in OUTCOMES}
     current = None
     for row, (number, start) in enumerate(places):
         if number != current:
             episode, current = episodes[number], number
         frames[row] = episode.frames[start : start + length]
         actions[row, 1:] = episode.actions[start : start + length - 1]
-    return {"frames": frames, "actions": actions}
+        if episodes.outcomes:
+            batch["pressed"][row] = episode.actions[start : start + length]
+            for key, values in zip(OUTCOMES, episode.outcomes or (), strict=False):
+                batch[key][row] = values[start : start + length]
+    return batch
 
 
 class _Index:
@@ -229,8 +254,10 @@ class _Index:
         raise BadRecord(self.bad[shard, index].reason + more, shard, index)
 
 
-def _decoded(record: bytes, shard: Path, index: int, num_actions: int) -> Episode:
+def _decoded(
+    record: bytes, shard: Path, index: int, num_actions: int, outcomes: bool = False
+) -> Episode:
     try:
-        return decode(record, num_actions=num_actions)
+        return decode(record, num_actions=num_actions, outcomes=outcomes)
     except BadRecord as bad:
         raise bad.at(shard, index) from None

@@ -9,6 +9,7 @@ how quickly it was read.
 
 import contextlib
 import itertools
+import math
 import os
 import queue
 import threading
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 
 from cwm_jax.coinrun import FRAME_SHAPE, NO_ACTION
 from cwm_jax.data import loader
-from cwm_jax.data.clips import Batch
+from cwm_jax.data.clips import OUTCOMES, Batch
 from cwm_jax.data.records import FRAME_BYTES, BadRecord, Episode
 from cwm_jax.errors import UserError
 from cwm_jax.runtime import device_speed, sharding
@@ -37,8 +38,7 @@ _CLIPS = "clips_on_device"
 class _Chunk(NamedTuple):
     """Episodes on their way to the device, padded to the rows of the largest chunk."""
 
-    frames: jax.Array  # uint8 [rows, H · W · C]
-    actions: jax.Array  # int32 [rows]
+    arrays: tuple[jax.Array, ...]  # what is stored of each frame, see `_kinds`
     rows: int  # without the padding
     clips: np.ndarray  # numbers of the clips that they hold …
     starts: np.ndarray  # … and the rows of their first frames
@@ -61,6 +61,7 @@ class DeviceBatches(loader.TrainBatches):
         self._chunks = _chunks(self._clips.episodes.lengths, self._config.on_device)
         self._rows = max(sum(self._clips.episodes.lengths[c].tolist()) for c in self._chunks)
         self._place = sharding.replicated(mesh)
+        self._kinds = _kinds(self._clips.episodes.outcomes)
         self._insert = jax.jit(_insert, donate_argnums=0)
         gather = lambda *arrays: _gather(*arrays, length=self._clips.clip_len)
         self._gather = jax.jit(gather, out_shardings=sharding.by_clip(mesh))
@@ -113,8 +114,9 @@ class DeviceBatches(loader.TrainBatches):
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def _allocate(self, rows: int) -> tuple[jax.Array, jax.Array]:
-        needed, there = rows * (FRAME_BYTES + 4), _memory()
+    def _allocate(self, rows: int) -> tuple[jax.Array, ...]:
+        per_row = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self._kinds)
+        needed, there = rows * per_row, _memory()
         told = (
             f"config.data.on_device={self._config.on_device}: {rows} frames take "
             f"{needed / 2**30:.1f} GiB of the device's memory"
@@ -122,8 +124,7 @@ class DeviceBatches(loader.TrainBatches):
         if needed > there:
             raise UserError(f"{told}, which has {there / 2**30:.1f} GiB: set it lower")
         try:
-            shapes = ((rows, FRAME_BYTES), jnp.uint8), ((rows,), jnp.int32)
-            make = lambda: tuple(jnp.zeros(*shape) for shape in shapes)
+            make = lambda: tuple(jnp.zeros((rows, *shape), dtype) for shape, dtype in self._kinds)
             return jax.block_until_ready(jax.jit(make, out_shardings=self._place)())
         except jax.errors.JaxRuntimeError as error:
             raise UserError(f"{told}, and cannot be had: set it lower ({error})") from None
@@ -144,7 +145,7 @@ class DeviceBatches(loader.TrainBatches):
 
     def _add(self, chunk: _Chunk) -> None:
         place = np.int32(self._filled)
-        self._store = self._insert(self._store, (chunk.frames, chunk.actions), place)
+        self._store = self._insert(self._store, chunk.arrays, place)
         self._present = np.concatenate([self._present, chunk.clips])
         self._starts = np.concatenate([self._starts, chunk.starts + self._filled])
         self._found_bad += chunk.bad
@@ -175,24 +176,26 @@ class DeviceBatches(loader.TrainBatches):
             raise
 
     def _chunk(self, numbers: range, read: list[Episode | None]) -> _Chunk:
-        frames = np.zeros((self._rows, FRAME_BYTES), np.uint8)
-        actions = np.zeros(self._rows, np.int32)
+        arrays = tuple(np.zeros((self._rows, *shape), dtype) for shape, dtype in self._kinds)
         clips, starts, bad, row = [], [], [], 0
         for number, episode in zip(numbers, read, strict=True):
             if episode is None:
                 bad.append(number)
                 continue
             rows = slice(row, row + len(episode))
-            frames[rows] = episode.frames.reshape(len(episode), FRAME_BYTES)
-            actions[rows] = episode.actions
+            told = episode.outcomes or (np.nan,) * len(OUTCOMES)
+            for array, values in zip(
+                arrays, (episode.frames, episode.actions, *told), strict=False
+            ):
+                array[rows] = np.reshape(values, (-1, *array.shape[1:]))
             of_episode = self._clips.of_episode(number)
             clips.append(np.array(of_episode, np.int64))
-            starts.append(row + self._clips.stride * np.arange(len(of_episode)))
+            starts.append([row + self._clips.locate(clip)[1] for clip in of_episode])
             row = rows.stop
-        on_device = jax.device_put((frames, actions), self._place)
+        on_device = jax.device_put(arrays, self._place)
         none = [np.zeros(0, np.int64)]
         return _Chunk(
-            *on_device, row, np.concatenate(none + clips), np.concatenate(none + starts), bad
+            on_device, row, np.concatenate(none + clips), np.concatenate(none + starts), bad
         )
 
 
@@ -213,20 +216,30 @@ def _memory() -> int:
     return device_speed.memory_limit() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def _kinds(outcomes: bool) -> list[tuple[tuple[int, ...], type]]:
+    """Shape and dtype of what is stored of a frame: its pixels, the action, what this led to."""
+    return [((FRAME_BYTES,), np.uint8), ((), np.int32)] + outcomes * [((), np.float32)] * 2
+
+
 def _insert(store, chunk, row):
-    frames, actions = store
-    return (
-        jax.lax.dynamic_update_slice(frames, chunk[0], (row, jnp.zeros_like(row))),
-        jax.lax.dynamic_update_slice(actions, chunk[1], (row,)),
-    )
+    def insert(array, rows):
+        place = (row,) + (jnp.zeros_like(row),) * (array.ndim - 1)
+        return jax.lax.dynamic_update_slice(array, rows, place)
+
+    return tuple(insert(*pair) for pair in zip(store, chunk, strict=True))
 
 
-def _gather(frames, actions, starts_B, *, length: int) -> dict[str, jax.Array]:
-    """The clips that start at these rows, as `clips.cut` returns them."""
+def _gather(frames, actions, *arrays, length: int) -> dict[str, jax.Array]:
+    """The clips that start at the rows of the last array, as `clips.cut` returns them."""
+    *outcomes, starts_B = arrays
     rows_BT = starts_B[:, None] + jnp.arange(length)
-    taken = frames.at[rows_BT].get(mode="promise_in_bounds")
-    led = actions.at[jnp.maximum(rows_BT - 1, 0)].get(mode="promise_in_bounds")
-    return {
-        "frames": taken.reshape(*rows_BT.shape, *FRAME_SHAPE),
+    at = lambda array, rows: array.at[rows].get(mode="promise_in_bounds")
+    led = at(actions, jnp.maximum(rows_BT - 1, 0))
+    batch = {
+        "frames": at(frames, rows_BT).reshape(*rows_BT.shape, *FRAME_SHAPE),
         "actions": jnp.where(jnp.arange(length) == 0, NO_ACTION, led),
     }
+    if outcomes:
+        batch["pressed"] = at(actions, rows_BT)
+        batch |= {k: at(v, rows_BT) for k, v in zip(OUTCOMES, outcomes, strict=True)}
+    return batch

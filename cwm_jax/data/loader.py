@@ -24,11 +24,12 @@ from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from cwm_jax.data import shared_memory
 from cwm_jax.data.clips import Batch, Clips, Episodes, cut
 from cwm_jax.data.config import DataConfig
-from cwm_jax.data.records import BadRecord
+from cwm_jax.data.records import OUTCOME_KEYS, BadRecord
 from cwm_jax.data.shards import find_shards
 from cwm_jax.errors import UserError, tell
 from cwm_jax.runtime import process_memory
 
+_TRIED = 8  # records that are looked at for rewards
 _WORKER_LIVES = 5  # how often reading processes that died are replaced between two good batches
 BAD = "bad_episodes"  # beside a batch on its way to the caller: numbers of episodes passed over
 
@@ -218,6 +219,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_actions: int = NUM_ACTIONS,
+    outcomes: bool = False,
     epochs: int | None = None,
     make: Callable[..., TrainBatches] = TrainBatches,
 ) -> TrainBatches:
@@ -233,7 +235,7 @@ def train_batches(
     larger than the dataset; `BadRecord` at the batch that holds a bad record, unless
     `config.on_bad_record` is "skip".
     """
-    clips = open_clips(config, "train", num_actions=num_actions)
+    clips = open_clips(config, "train", num_actions=num_actions, outcomes=outcomes)
     if batch_size > len(clips):
         raise UserError(
             f"batch_size is {batch_size}, but {config.dir}/train has only {len(clips)} clips of "
@@ -321,12 +323,14 @@ def eval_batches(
     return EvalBatches(np.arange(count) * len(clips) // count, batch_size, loader, config)
 
 
-def open_episodes(config: DataConfig, split: str, *, num_actions: int = NUM_ACTIONS) -> Episodes:
-    """The episodes of `split`, by number.
+def open_episodes(
+    config: DataConfig, split: str, *, num_actions: int = NUM_ACTIONS, outcomes: bool = False
+) -> Episodes:
+    """The episodes of `split`, by number; with `outcomes`, with rewards and ends.
 
     Raises `UserError` if there are none to be found, or their game has more actions than
-    `num_actions`, and `BadRecord` if more of those that tell the lengths are bad than `config`
-    allows.
+    `num_actions`, or outcomes are asked for and the first records have none; and `BadRecord` if
+    more of those that tell the lengths are bad than `config` allows.
     """
     known = controls.read(config.dir)
     if known.num_values > num_actions:
@@ -339,12 +343,29 @@ def open_episodes(config: DataConfig, split: str, *, num_actions: int = NUM_ACTI
             "its game"
         )
     allowed = config.max_bad_records if skips(config) else 0
-    return Episodes(find_shards(config.dir, split), num_actions=num_actions, max_bad=allowed)
+    settings = dict(num_actions=num_actions, max_bad=allowed, outcomes=outcomes)
+    episodes = Episodes(find_shards(config.dir, split), **settings)
+    if outcomes and not any(_has_outcomes(episodes, n) for n in range(len(episodes))[:_TRIED]):
+        raise UserError(
+            f"{config.dir}/{split}: its records have no rewards and ends of episodes "
+            f"({' and '.join(OUTCOME_KEYS)}), which config.model.heads=True learns; record some "
+            "with `python -m cwm_jax.tools.collect`, or set config.model.heads=False"
+        )
+    return episodes
 
 
-def open_clips(config: DataConfig, split: str, *, num_actions: int = NUM_ACTIONS) -> Clips:
+def _has_outcomes(episodes: Episodes, number: int) -> bool:
+    try:
+        return episodes[number].outcomes is not None
+    except BadRecord:  # which is raised, or skipped, where its clips are read
+        return False
+
+
+def open_clips(
+    config: DataConfig, split: str, *, num_actions: int = NUM_ACTIONS, outcomes: bool = False
+) -> Clips:
     """The clips of `split`, by number. Raises `UserError` if no episode is long enough."""
-    episodes = open_episodes(config, split, num_actions=num_actions)
+    episodes = open_episodes(config, split, num_actions=num_actions, outcomes=outcomes)
     return Clips(episodes, clip_len=config.clip_len, stride=config.stride)
 
 

@@ -2,7 +2,8 @@
 
 A record is a pickled dict, as in the public dataset `p-doom/coinrun-dataset`:
 `raw_video` (the bytes of uint8 [T, 64, 64, 3]), `sequence_length` (T) and `actions` (int [T]).
-Other keys are ignored.
+Two more are read where they are asked for: `rewards` (float [T], what action i earned) and `done`
+(bool [T], whether action i ended the episode). Other keys are ignored.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from cwm_jax.data import safe_pickle
 from cwm_jax.errors import UserError
 
 KEYS = ("raw_video", "sequence_length", "actions")
+OUTCOME_KEYS = ("rewards", "done")
 FRAME_BYTES = math.prod(FRAME_SHAPE)
 
 
@@ -37,12 +40,20 @@ class BadRecord(UserError):  # noqa: N818 (it is a record, before it is an error
         return BadRecord(self.reason, shard, index)
 
 
+class Outcomes(NamedTuple):
+    """What the actions of an episode led to."""
+
+    rewards: np.ndarray  # float32 [T], what action i earned
+    done: np.ndarray  # bool [T], whether action i ended the episode: the last one's alone
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Episode:
     """T frames of one game and the action pressed at each; `actions[i]` leads to frame i + 1."""
 
     frames: np.ndarray  # uint8 [T, 64, 64, 3]
     actions: np.ndarray  # int32 [T], 0…14
+    outcomes: Outcomes | None = None  # None where they were not asked for, or not recorded
 
     def __post_init__(self):
         frames, actions = self.frames, self.actions
@@ -55,11 +66,12 @@ class Episode:
         return len(self.frames)
 
 
-def decode(record: bytes, *, num_actions: int = NUM_ACTIONS) -> Episode:
+def decode(record: bytes, *, num_actions: int = NUM_ACTIONS, outcomes: bool = False) -> Episode:
     """The episode in `record`; its frames are a read-only view onto the record's own bytes.
 
-    Actions must lie in 0…num_actions-1. Raises `BadRecord` with the reason for anything that is
-    not an episode, and runs nothing that a record may name.
+    Actions must lie in 0…num_actions-1. With `outcomes`, rewards and the episode's end are read
+    where the record has both. Raises `BadRecord` with the reason for anything that is not an
+    episode, and runs nothing that a record may name.
     """
     try:
         fields = safe_pickle.loads(record)
@@ -71,7 +83,9 @@ def decode(record: bytes, *, num_actions: int = NUM_ACTIONS) -> Episode:
         raise BadRecord(f"it lacks {', '.join(missing)}; a record holds {', '.join(KEYS)}")
     length = _length(fields["sequence_length"])
     frames = _frames(fields["raw_video"], length)
-    return Episode(frames, _actions(fields["actions"], length, num_actions))
+    actions = _actions(fields["actions"], length, num_actions)
+    has_both = outcomes and all(key in fields for key in OUTCOME_KEYS)
+    return Episode(frames, actions, _outcomes(fields, length) if has_both else None)
 
 
 def encode(episode: Episode, extra: Mapping[str, int | np.ndarray] | None = None) -> bytes:
@@ -125,3 +139,22 @@ def _actions(actions: object, length: int, num_actions: int) -> np.ndarray:
             f"its action at frame {frame} is {actions[frame]}; actions are 0…{num_actions - 1}"
         )
     return actions.astype(np.int32)
+
+
+def _outcomes(fields: Mapping[str, object], length: int) -> Outcomes:
+    rewards, done = (fields[key] for key in OUTCOME_KEYS)
+    for key, value, kinds in (("rewards", rewards, "fiu"), ("done", done, "b")):
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
+            kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+            wanted = "booleans" if kinds == "b" else "numbers"
+            raise BadRecord(f"its {key} are {kind}, not an array of {wanted}")
+        if value.shape != (length,):
+            raise BadRecord(f"its {key} have shape {value.shape}; {length} frames need ({length},)")
+    if not np.isfinite(rewards).all():
+        raise BadRecord("its rewards are not all finite numbers")
+    if done[:-1].any():
+        raise BadRecord(
+            f"its done is true at frame {int(done.argmax())} of {length}; an episode ends with its "
+            "last frame alone"
+        )
+    return Outcomes(rewards.astype(np.float32), done.astype(bool))

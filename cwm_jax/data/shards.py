@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from cwm_jax import shipped
 from cwm_jax.data.records import BadRecord
 from cwm_jax.errors import UserError
 
@@ -36,7 +37,9 @@ def find_shards(dir: str | os.PathLike, split: str) -> list[Path]:
     """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
-    root = Path(dir)
+    root = shipped.found(dir)
+    if not root.is_dir() and Path(dir) in (shipped.data(), Path(shipped.DATA)):
+        raise UserError(shipped.missing(shipped.DATA))
     if not root.is_dir():
         raise UserError(f"The data folder {root} does not exist.\n{_HOW_TO_GET_DATA}")
     if shards := sorted(root.joinpath(split).glob(PATTERN)):

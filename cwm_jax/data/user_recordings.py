@@ -31,7 +31,7 @@ class Recording:
 
     name: str
     frames: Path
-    actions: Path
+    actions: Path | None  # None: they are to be inferred
 
 
 def read_key_map(path: Path) -> Controls:
@@ -47,11 +47,12 @@ def read_key_map(path: Path) -> Controls:
     return controls.from_json(said, path)
 
 
-def find(folder: Path) -> list[Recording]:
+def find(folder: Path, *, with_actions: bool = True) -> list[Recording]:
     """The recordings of a folder by name.
 
     Raises:
-        UserError: there are none, or one lacks its actions or has two sets of them.
+        UserError: there are none, or one lacks its actions or has two sets of them; or, where they
+            are to be without, one has actions.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
@@ -66,12 +67,27 @@ def find(folder: Path) -> list[Recording]:
             seen[name] = path
     if not seen:
         raise UserError(f"{folder} holds no films ({', '.join(FILMS)}) and no folders of PNGs")
+    if not with_actions:
+        return [_without_actions(name, path, present) for name, path in seen.items()]
     return [Recording(name, path, _actions_of(name, present)) for name, path in seen.items()]
 
 
-def _actions_of(name: str, present: Sequence[Path]) -> Path:
+def _without_actions(name: str, path: Path, present: Sequence[Path]) -> Recording:
+    if lists := _lists_of(name, present):
+        raise UserError(
+            f"{path} has its actions in {lists[0]}: pack it without --infer-actions, or put the "
+            "recordings without actions into a folder of their own"
+        )
+    return Recording(name, path, None)
+
+
+def _lists_of(name: str, present: Sequence[Path]) -> list[Path]:
     lists = (path for path in present if path.suffix.lower() in action_lists.SUFFIXES)
-    found = [path for path in lists if _same_name(path.stem, name) and path.is_file()]
+    return [path for path in lists if _same_name(path.stem, name) and path.is_file()]
+
+
+def _actions_of(name: str, present: Sequence[Path]) -> Path:
+    found = _lists_of(name, present)
     if len(found) != 1:
         wanted = " or ".join(name + suffix for suffix in action_lists.SUFFIXES)
         raise UserError(

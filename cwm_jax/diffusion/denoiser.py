@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from cwm_jax.diffusion import displacement, residual, schedule, warp
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.models.dit import DiT, Outputs, Params
+from cwm_jax.models.dit import DiT, Outputs, Params, Stream
 
 STAY = 0.1  # logit penalty per pixel of displacement; an untrained network displaces nothing
 
@@ -62,6 +62,19 @@ class Denoiser:
         clean = schedule.predict_clean(sample_BTHWC, velocity, t_BT)
         return self.to_frame(clean, earlier_BTHWC)
 
+    def context_stream(self, frames_BTHWC, actions_BT, level: int) -> Stream:
+        """The stream of clean frames of a clip, as the KV cache encodes context frames.
+
+        Args:
+            frames_BTHWC: in [-1, 1]; T ≤ `max_frames`.
+            actions_BT: the action that led into each frame, −1 for none.
+            level: the noise level of context frames, `SamplerConfig.context_level`.
+        """
+        earlier = self.earlier(frames_BTHWC)
+        tokens = self.net.tokens(self.to_sample(frames_BTHWC, earlier), earlier)
+        modulations = self.net.modulations(jnp.full_like(actions_BT, level), actions_BT)
+        return self.net.clip(tokens, modulations)[0]
+
     def velocity(
         self,
         outputs: Outputs,
@@ -92,9 +105,8 @@ class Denoiser:
         """The warped last frame minus the last frame, in patches [B, T, S, P · P · C]."""
         config = self.config
         if config.warp_reach:
-            return warp.residual(
-                last, outputs.filters, reach=config.warp_reach, patch=config.patch_size
-            )
+            how = dict(reach=config.warp_reach, patch=config.patch_size)
+            return warp.residual(last, outputs.filters, sharpness=config.warp_sharpness, **how)
         if displacements_BThw is None:
             displacements_BThw = jnp.argmax(self.logits(outputs), axis=-1)
         warped = displacement.warp(last, displacements_BThw, config.reach)

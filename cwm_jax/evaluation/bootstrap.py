@@ -1,5 +1,6 @@
 """Means over clips with bootstrap intervals (Efron & Tibshirani 1993, chapter 13)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -42,12 +43,32 @@ def of_means(values_BF) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, low, high
 
 
+def of_ratio(part_B, whole_B) -> Interval:
+    """Σ part / Σ whole over clips, such as a share of events, with the interval over clips."""
+    part, whole = np.asarray(part_B, np.float64), np.asarray(whole_B, np.float64)
+    counts = _resampled_counts(len(part))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio, resampled = part.sum() / whole.sum(), (counts @ part) / (counts @ whole)
+    low, high = _quantiles(resampled[:, None])
+    return Interval(float(ratio), float(low[0]), float(high[0]))
+
+
 def of_median(values_B) -> Interval:
     """As `of_mean`, of the median."""
     values = np.asarray(values_B, np.float64)
     picks = np.random.default_rng(_SEED).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = _quantiles(np.median(values[picks], axis=1)[:, None])
     return Interval(float(np.median(values)), float(low[0]), float(high[0]))
+
+
+def of_statistic(statistic: Callable[..., float], *values_B: np.ndarray) -> Interval:
+    """As `of_mean`, of any statistic of numbers that belong together, one of each for each clip."""
+    columns = [np.asarray(values, np.float64) for values in values_B]
+    clips = len(columns[0])
+    picks = np.random.default_rng(_SEED).integers(clips, size=(RESAMPLES, clips))
+    found = [statistic(*(column[pick] for column in columns)) for pick in picks]
+    low, high = _quantiles(np.array(found)[:, None])
+    return Interval(float(statistic(*columns)), float(low[0]), float(high[0]))
 
 
 def _resampled_counts(clips: int) -> np.ndarray:

@@ -39,6 +39,11 @@ def summary(
     return result
 
 
+def of_real(reader: Probe, frames_BTHWC: np.ndarray, actions_BT: np.ndarray) -> dict:
+    """The accuracies on real frames alone, as `summary` has them under `real`."""
+    return _accuracies(probe.read(reader, frames_BTHWC), actions_BT[:, 2:])
+
+
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else float("nan")
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.data import loader
+from cwm_jax.data.clips import OUTCOMES
 from cwm_jax.errors import UserError
 from cwm_jax.experiment.settings import Settings
 from cwm_jax.models import flops, kernel_choice
@@ -47,6 +48,9 @@ def compile_step(settings: Settings):
     shape = clips, settings.data.clip_len
     place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.by_clip(mesh))
     batch = {"frames": place((*shape, *FRAME_SHAPE), jnp.uint8), "actions": place(shape, jnp.int32)}
+    if settings.model.heads:
+        batch["pressed"] = place(shape, jnp.int32)
+        batch |= {name: place(shape, jnp.float32) for name in OUTCOMES}
     teacher = None
     if settings.distil_from:
         make = lambda params: train_step.init_teacher(

@@ -28,7 +28,7 @@ from cwm_jax.experiment import (
     stages,
 )
 from cwm_jax.experiment.settings import Settings
-from cwm_jax.models import kernel_choice
+from cwm_jax.models import dit, kernel_choice
 from cwm_jax.rendering import contact_sheet, video
 from cwm_jax.runtime import (
     device_speed,
@@ -89,6 +89,7 @@ class _Run:
             batch_size=self.batch_size,
             seed=settings.seed,
             make=self._kind_of_batches(),
+            outcomes=settings.model.heads,
             **self.shared,
         )
         self.validation = self._val_batches(limit=settings.validation.batches * self.batch_size)
@@ -302,16 +303,22 @@ class _Run:
         return jax.jit(make, out_shardings=sharding.placement(shapes, self.mesh))(params)
 
     def _params_of(self, setting: str, path: str) -> dict[str, np.ndarray]:
-        """The parameters of a model that a setting names; it must have this run's network."""
+        """The parameters of a model that a setting names; it must have this run's network.
+
+        But for heads: they begin anew where it has none.
+        """
+        network = self.settings.model
         try:
             given = formats.load(path)
         except UserError as error:
             raise UserError(f"config.{setting}: {error}") from None
-        if differs := formats.same_network(given.network, self.settings.model):
+        same_heads = dataclasses.replace(given.network, heads=network.heads)
+        if differs := formats.same_network(same_heads, network):
             raise UserError(
                 f"config.{setting}={path} has another network than config.model: {differs}"
             )
-        return jax.tree.map(np.asarray, given.params)
+        params = dit.with_heads(network, given.params, self.settings.seed)
+        return jax.tree.map(np.asarray, params)
 
     def _progress(self, first: int, state: TrainState) -> progress.Progress:
         ahead = self.batches.get_state()["batches_taken"] - first  # not 0 if the run was imported
@@ -333,6 +340,7 @@ class _Run:
             self.workdir,
             total_steps=None if self.settings.schedule.minutes else self.total_steps,
             wandb=self.settings.logging.wandb,
+            tensorboard=self.settings.logging.tensorboard,
             run_config=self.config,
             resume_step=first or None,
             enabled=jax.process_index() == 0,

@@ -1,4 +1,4 @@
-"""Reports a run's metrics and media: to the terminal, to `metrics.jsonl`, and to W&B."""
+"""Reports a run's metrics and media: to the terminal, `metrics.jsonl`, W&B and TensorBoard."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from cwm_jax.errors import tell
 from cwm_jax.experiment.metrics_file import MetricsFile
+from cwm_jax.experiment.tensorboard_run import open_tensorboard
 from cwm_jax.experiment.wandb_run import WandbConfig, open_wandb
 from cwm_jax.rendering.video import write_png
 
@@ -112,6 +113,7 @@ def open_reporter(
     total_steps: int | None,
     wandb: WandbConfig,
     run_config: Mapping[str, Any],
+    tensorboard: bool = False,
     resume_step: int | None = None,
     enabled: bool = True,
 ) -> Reporter:
@@ -122,6 +124,7 @@ def open_reporter(
         total_steps: the end of the progress bar; None where unknown.
         wandb: whether and where to show the run on the web.
         run_config: the run's settings, a plain nested dict, sent to W&B.
+        tensorboard: whether to write event files for TensorBoard, under `tensorboard/`.
         resume_step: the step of the checkpoint that training resumes from; None for a new run.
         enabled: False in every process but the first, which then report nothing.
 
@@ -134,6 +137,9 @@ def open_reporter(
     sinks: list[Sink] = [MetricsFile(workdir / METRICS_FILE, resume_step=resume_step)]
     run = open_wandb(wandb, workdir, run_config=run_config, resuming=resume_step is not None)
     sinks += [run] if run else []
+    if tensorboard:
+        events = open_tensorboard(workdir, run_config=run_config, resume_step=resume_step)
+        sinks += [events] if events else []
     sinks.append(Terminal(total_steps, first_step=resume_step or 0))
     return Reporter(workdir, sinks)
 

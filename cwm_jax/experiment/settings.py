@@ -17,7 +17,7 @@ from cwm_jax.data.config import DataConfig
 from cwm_jax.diffusion import schedule
 from cwm_jax.errors import UserError
 from cwm_jax.experiment.wandb_run import WandbConfig
-from cwm_jax.files import local_path
+from cwm_jax.files import HUB, local_path
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
 from cwm_jax.training.config import (
@@ -78,6 +78,7 @@ class LoggingConfig(ConfigGroup):
     PATH = "config.logging"
 
     every_steps: int = setting(50, "steps between two lines of metrics", least=1)
+    tensorboard: bool = setting(False, "event files in the workdir, for TensorBoard")
     wandb: WandbConfig = group(WandbConfig)
 
 
@@ -231,7 +232,7 @@ class Settings(ConfigGroup):
         """
         settings = config_group.build(cls, migration.migrated(config))
         models = {
-            name: _local(getattr(settings, name), name) for name in ("init_from", "distil_from")
+            name: _model(getattr(settings, name), name) for name in ("init_from", "distil_from")
         }
         data = dataclasses.replace(settings.data, dir=_local(settings.data.dir, "data.dir"))
         return dataclasses.replace(settings, data=data, **models)
@@ -308,6 +309,10 @@ def _changed(examples: ExampleConfig, changes: Mapping[str, Any]) -> ExampleConf
             f"{', '.join(f'{name}.…' for name in STAGED)}"
         )
     return examples.changed(changes)
+
+
+def _model(named: str, name: str) -> str:
+    return named if named.startswith(HUB) else _local(named, name)
 
 
 def _local(path: str, name: str) -> str:

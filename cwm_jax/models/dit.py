@@ -18,8 +18,9 @@ import numpy as np
 from flax import nnx
 
 from cwm_jax.errors import UserError
-from cwm_jax.models import attention, rope
+from cwm_jax.models import attention, heads, rope
 from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.heads import Outcomes
 from cwm_jax.models.layers import (
     Update,
     add,
@@ -176,6 +177,8 @@ class DiT(nnx.Module):
             self.displacement_out = zeros_linear(config, size, logits, rngs=rngs)
         if config.warp_reach or config.reach:
             self.doubt_out = zeros_linear(config, size, 1, rngs=rngs)
+        if config.heads:  # the last, so that the other parameters begin as without
+            self.heads = heads.Heads(config, rngs=rngs)
 
     def modulations(self, t_BT: jax.Array, action_BT: jax.Array) -> Modulations:
         """The modulations of each frame, from noise levels 0…999 and actions (−1: none)."""
@@ -299,9 +302,28 @@ class DiT(nnx.Module):
             earlier_BTHWC: the frames before each, newest first; None for a network without history.
             remat: see `clip`.
         """
+        return self.outputs_and_stream(sample_BTHWC, t_BT, action_BT, earlier_BTHWC, remat=remat)[0]
+
+    def outputs_and_stream(
+        self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None, *, remat: str = "none"
+    ) -> tuple[Outputs, Stream]:
+        """As `__call__`, and the stream, of which `scene` makes what the heads need."""
         modulations = self.modulations(t_BT, action_BT)
         stream, _ = self.clip(self.tokens(sample_BTHWC, earlier_BTHWC), modulations, remat=remat)
-        return self.outputs(stream, modulations)
+        return self.outputs(stream, modulations), stream
+
+    def scene(self, stream: Stream) -> jax.Array:
+        """What the heads keep of frames, [B, T, 256]; for networks with `config.heads` alone."""
+        return self.heads.scene(add(*stream))
+
+    def outcomes(self, scene_BTH: jax.Array, pressed_BT: jax.Array) -> Outcomes:
+        """What actions pressed at frames earn, and whether they end the episode.
+
+        Args:
+            scene_BTH: `scene` of the frames.
+            pressed_BT: the actions, int32.
+        """
+        return self.heads(scene_BTH, action_vectors(self.config, pressed_BT))
 
 
 @functools.lru_cache
@@ -335,6 +357,18 @@ def bind(config: DiTConfig, params: Params) -> DiT:
     return nnx.merge(
         graph, nnx.from_flat_state([(paths[n], leaves[n].replace(params[n])) for n in paths])
     )
+
+
+def with_heads(config: DiTConfig, params: Params, seed: int) -> Params:
+    """Parameters with the heads that `config` has: fresh where they lack them, or none."""
+    rest = {name: p for name, p in params.items() if not name.startswith(heads.PREFIX)}
+    if not config.heads:
+        return rest
+    return rest | {
+        name: params.get(name, fresh)
+        for name, fresh in init(config, seed).items()
+        if name.startswith(heads.PREFIX)
+    }
 
 
 def check_params(config: DiTConfig, params) -> None:

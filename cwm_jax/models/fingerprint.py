@@ -4,14 +4,17 @@ import hashlib
 
 import numpy as np
 
+from cwm_jax.models import heads
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 
 
 def fingerprint(network: DiTConfig, params: Params) -> bytes:
-    """8 bytes that identify a trained network."""
+    """8 bytes that identify a trained network by what its frames depend on."""
     digest = hashlib.blake2b(repr(network).encode(), digest_size=8)
-    for name in sorted(params):
+    if network.warp_sharpness != 1:
+        digest.update(f"warp_sharpness={network.warp_sharpness}".encode())
+    for name in sorted(name for name in params if not name.startswith(heads.PREFIX)):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(params[name]).tobytes())
     return digest.digest()

@@ -23,7 +23,7 @@ import numpy as np
 
 from cwm_jax.diffusion.denoiser import Denoiser
 from cwm_jax.models import rope
-from cwm_jax.models.dit import FrameKV, Modulations, Past
+from cwm_jax.models.dit import FrameKV, Modulations, Past, Stream
 
 Window = Literal["exact", "cached", "hop"]
 
@@ -79,13 +79,8 @@ def advance(
 
     `context` holds the modulations of a clean frame for each action, [A + 1, ...]; −1 is the last.
     """
-    slot = world.count % world.slots
-    following = dataclasses.replace(
-        world,
-        frames_BMHWC=world.frames_BMHWC.at[:, slot].set(frame_BHWC),
-        actions_BM=world.actions_BM.at[:, slot].set(action_B),
-    )
-    append = lambda: _append(denoiser, context, world, following, frame_BHWC, action_B)
+    following = _entered(world, frame_BHWC, action_B)
+    append = lambda: _append(denoiser, context, world, following, frame_BHWC, action_B)[0]
     if window == "cached":
         return append()
     full = world.count - world.first == world.slots
@@ -93,16 +88,34 @@ def advance(
     return jax.lax.cond(full, lambda: _reencode(denoiser, context, following, keep), append)
 
 
-def _append(denoiser, context, world, following, frame_BHWC, action_B) -> World:
+def append(
+    denoiser: Denoiser, context: Modulations, world: World, frame_BHWC, action_B
+) -> tuple[World, Stream]:
+    """As `advance` in the mode "cached"; also the stream of the new frame, [B, 1, S, D]."""
+    following = _entered(world, frame_BHWC, action_B)
+    return _append(denoiser, context, world, following, frame_BHWC, action_B)
+
+
+def _entered(world: World, frame_BHWC, action_B) -> World:
+    """The world with a frame in its ring buffer that is not encoded yet."""
+    slot = world.count % world.slots
+    return dataclasses.replace(
+        world,
+        frames_BMHWC=world.frames_BMHWC.at[:, slot].set(frame_BHWC),
+        actions_BM=world.actions_BM.at[:, slot].set(action_B),
+    )
+
+
+def _append(denoiser, context, world, following, frame_BHWC, action_B) -> tuple[World, Stream]:
     """Encodes the new frame alone; in a full ring buffer it replaces the oldest frame."""
     modulations = jax.tree.map(lambda table: table[action_B][:, None], context)
     tokens = _tokens(denoiser, frame_BHWC[:, None], _earlier_or_itself(denoiser, world, frame_BHWC))
-    _, new = denoiser.net.frame(tokens, modulations, past(denoiser, world))
+    stream, new = denoiser.net.frame(tokens, modulations, past(denoiser, world))
     slot = world.count % world.slots
     kv = jax.tree.map(lambda ring, kv: ring.at[:, :, :, slot].set(kv), world.kv, new)
     count = world.count + 1
     first = jnp.maximum(world.first, count - world.slots)
-    return dataclasses.replace(following, kv=kv, first=first, count=count)
+    return dataclasses.replace(following, kv=kv, first=first, count=count), stream
 
 
 def _reencode(denoiser, context, following: World, keep: int) -> World:

@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,14 @@ class Replay(NamedTuple):
     frames: np.ndarray  # uint8 [n + 1, 64, 64, 3], the level's first frame and one an action
     rewards: np.ndarray  # float32 [n], or [n + 1] where the last action ended the level
     ended: bool  # the level ended; actions after that were not played
+
+
+class Seen(NamedTuple):
+    """What a step of N levels shows."""
+
+    frames: np.ndarray  # uint8 [N, 64, 64, 3]; of a level that has ended, its last
+    rewards: np.ndarray  # float32 [N], what the last actions earned
+    over: np.ndarray  # bool [N], levels that have ended
 
 
 class Simulator:
@@ -136,7 +144,41 @@ class Simulator:
                 for i in range(len(runs))
             ]
 
-    def _ask(self, job: dict[str, Any]) -> None:
+    def play(
+        self, game: str, levels: Sequence[int], *, difficulty: str = "hard"
+    ) -> Generator[Seen, Sequence[int], None]:
+        """Plays levels by actions that depend on what is seen: a generator to send actions to.
+
+            playing = simulator.play("coinrun", range(4))
+            seen = next(playing)
+            seen = playing.send([7, 7, 7, 7])
+            playing.close()
+
+        Args:
+            levels: level seeds, one or more.
+
+        Raises:
+            UserError: for a game or an action that does not exist, or a process that broke down.
+        """
+        check_game(game)
+        job = {"do": "play", "game": game, "difficulty": difficulty}
+        self._ask(job | {"levels": [int(level) for level in levels]})
+        try:
+            while True:
+                actions = yield self._seen(len(levels))
+                if wrong := [a for a in actions if not 0 <= a < NUM_ACTIONS]:
+                    raise UserError(f"action {wrong[0]}: {game} has 0…{NUM_ACTIONS - 1}")
+                self._ask([int(action) for action in actions])
+        finally:
+            self._ask(None)
+
+    def _seen(self, levels: int) -> Seen:
+        frames = np.frombuffer(self._bytes(levels * FRAME_BYTES), np.uint8)
+        rewards = np.frombuffer(self._bytes(levels * 4), np.float32)
+        over = np.frombuffer(self._bytes(levels), bool)
+        return Seen(frames.reshape(levels, *FRAME_SHAPE), rewards, over)
+
+    def _ask(self, job: Any) -> None:
         with contextlib.suppress(BrokenPipeError):  # it is dead; reading its answer will say why
             self._worker.stdin.write(json.dumps(job).encode() + b"\n")
             self._worker.stdin.flush()

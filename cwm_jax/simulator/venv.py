@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cwm_jax import shipped
 from cwm_jax.errors import UserError, tell
-from cwm_jax.runtime import network
+from cwm_jax.runtime import network, user_cache
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 PYTHONS = ((3, 12), (3, 11))  # that Procgen has wheels for, the first that is found
@@ -26,7 +27,12 @@ _DONE = ".installed"  # holds the requirements that were installed; absent if th
 
 
 def default_folder() -> Path:
-    """Beside the running virtual environment; in the current folder where there is none."""
+    """Beside the running virtual environment; in the current folder where there is none.
+
+    For an installed package it is in the user's cache: its own environment may be thrown away.
+    """
+    if not shipped.is_checkout() and (kept := user_cache.folder()):
+        return kept / "procgen"
     home = Path(sys.prefix).parent if sys.prefix != sys.base_prefix else Path.cwd()
     return home / ".venv-procgen"
 

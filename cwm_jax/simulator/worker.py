@@ -6,6 +6,8 @@ Jobs come in on stdin, a line of JSON each, and what they make goes out on stdou
             no more will come, a line with the fault
     replay  a line with a number of bytes, then an npz of so many: the frames of given levels
             under given actions
+    play    given levels, one step for each line with a list of actions, until a line with null:
+            the raw frames of all (before the first line too), rewards and whether they have ended
 
 One process serves many jobs, since the game takes seconds to load its pictures.
 """
@@ -142,12 +144,36 @@ def replay(job, out):
     out.write(b"%d\n" % buffer.tell() + buffer.getvalue())
 
 
+def play(job, out):
+    """Plays levels by actions that come in step by step; a level that has ended stands still."""
+    envs = [environment({**job, "first_level": s, "num_levels": 1}, 1, 0) for s in job["levels"]]
+    num = len(envs)
+    frames = np.stack([env.observe()[1]["rgb"][0] for env in envs])
+    rewards, over = np.zeros(num, np.float32), np.zeros(num, bool)
+    while True:
+        for part in (frames, rewards, over):
+            out.write(part.tobytes())
+        out.flush()
+        actions = json.loads(sys.stdin.buffer.readline())
+        if actions is None:
+            break
+        rewards = np.zeros(num, np.float32)
+        for i in np.nonzero(~over)[0]:
+            envs[i].act(np.array([actions[i]], np.int32))
+            reward, seen, ended = envs[i].observe()
+            rewards[i], over[i] = reward[0], ended[0]
+            if not over[i]:  # else what is seen now is the next level
+                frames[i] = seen["rgb"][0]
+    for env in envs:
+        env.close()
+
+
 def main():
     out = os.fdopen(os.dup(1), "wb", buffering=1 << 20)
     os.dup2(2, 1)  # whatever a library prints must not land among the frames
     for line in sys.stdin.buffer:
         job = json.loads(line)
-        {"record": record, "replay": replay}[job["do"]](job, out)
+        {"record": record, "replay": replay, "play": play}[job["do"]](job, out)
         out.flush()
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax import controls, files
+from cwm_jax import controls, files, shipped
 from cwm_jax.controls import Controls
-from cwm_jax.data import records, shards
+from cwm_jax.data import inferred_actions, records, shards
 from cwm_jax.data.clips import clip_counts
 from cwm_jax.data.records import BadRecord
 from cwm_jax.errors import UserError, shown_to_user
@@ -193,6 +193,29 @@ def _claim(folder: Path, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    with shown_to_user():
+        args = parser().parse_args(argv)
+        args.folder = shipped.found(args.folder)
+        for flag in ("clip_len", "stride", "jobs"):
+            if getattr(args, flag) < 1:
+                raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
+        known, found = read_folder(args.folder, jobs=args.jobs)
+        wrong = faults(found)
+        for line in summary(known, found, clip_len=args.clip_len, stride=args.stride):
+            print(line)
+        if note := inferred_actions.note(args.folder):
+            print(note)
+        for fault in wrong:
+            print(f"BAD {fault}")
+        print(f"{len(wrong) or 'no'} fault{'' if len(wrong) == 1 else 's'}")
+        if args.repair:
+            written = repair(args.folder, args.repair, found, wrong, jobs=args.jobs)
+            print(f"{written} good records → {args.repair}")
+    if wrong and not args.repair:
+        raise SystemExit(1)
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -202,23 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--clip-len", type=int, default=32, help="frames, to count clips (%(default)s)")
     add("--stride", type=int, default=8, help="frames between clips (%(default)s)")
     add("--jobs", type=int, default=os.cpu_count(), help="shards at a time (one for each core)")
-    with shown_to_user():
-        args = parser.parse_args(argv)
-        for flag in ("clip_len", "stride", "jobs"):
-            if getattr(args, flag) < 1:
-                raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
-        known, found = read_folder(args.folder, jobs=args.jobs)
-        wrong = faults(found)
-        for line in summary(known, found, clip_len=args.clip_len, stride=args.stride):
-            print(line)
-        for fault in wrong:
-            print(f"BAD {fault}")
-        print(f"{len(wrong) or 'no'} fault{'' if len(wrong) == 1 else 's'}")
-        if args.repair:
-            written = repair(args.folder, args.repair, found, wrong, jobs=args.jobs)
-            print(f"{written} good records → {args.repair}")
-    if wrong and not args.repair:
-        raise SystemExit(1)
+    return parser
 
 
 if __name__ == "__main__":

@@ -272,7 +272,7 @@ def _record(chunk: game.Chunk) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with shown_to_user():
-        args = _flags().parse_args(argv)
+        args = parser().parse_args(argv)
         if args.jobs < 1:
             raise UserError(f"--jobs {args.jobs}: must be 1 or more")
         recipe = Recipe(
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.output}: {json.dumps(recipe.records)} records of {recipe.game}")
 
 
-def _flags() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

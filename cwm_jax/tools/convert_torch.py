@@ -194,6 +194,16 @@ def _schedule(optim: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    with shown_to_user():
+        args = parser().parse_args(argv)
+        devices.check()
+        if args.target.suffix == ".pt":
+            convert_back(args.source, args.target, ema=args.ema)
+        else:
+            convert(args.source, args.target, max_frames=args.max_frames)
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -206,13 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add("--max-frames", type=int, default=32, help="window; a .pt does not tell (%(default)s)")
     add("--ema", action="store_true", help="way back: the moving average as the parameters")
-    with shown_to_user():
-        args = parser.parse_args(argv)
-        devices.check()
-        if args.target.suffix == ".pt":
-            convert_back(args.source, args.target, ema=args.ema)
-        else:
-            convert(args.source, args.target, max_frames=args.max_frames)
+    return parser
 
 
 def convert(path: Path, out_dir: Path, *, max_frames: int) -> None:

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cwm_jax import shipped
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.files import path_flag
 from cwm_jax.runtime import network, user_cache
 
 OK, NOTE, BAD = "ok", "note", "BAD"
-_ROOT = Path(__file__).resolve().parents[2]
 _GB = 1e9
+_REINSTALL = "pip install --force-reinstall cwm_jax-….whl"
 _FILES_WANTED = 8192  # a reader holds a file open for each shard; the public dataset has 6,129
 _SHARED_WANTED = 1 * _GB  # batches of reading processes lie there
 
@@ -36,6 +37,18 @@ class Finding(NamedTuple):
     status: str
     what: str
     mend: str = ""
+
+
+def _how(in_checkout: str, installed: str) -> str:
+    return in_checkout if shipped.is_checkout() else installed
+
+
+def files() -> Finding:
+    """Whether the model, the data and the configs that come with the project are here."""
+    names = (shipped.MODEL, shipped.DATA, shipped.CONFIGS)
+    if lost := [why for why in map(shipped.missing, names) if why]:
+        return Finding(BAD, "; ".join(lost), _how("git checkout .", _REINSTALL))
+    return Finding(OK, f"{', '.join(names)} are in {shipped.root()}")
 
 
 def python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
@@ -51,9 +64,8 @@ def requirements() -> list[str]:
         asked = importlib.metadata.requires("cwm_jax") or []
         return [line for line in asked if "extra ==" not in line]
     except importlib.metadata.PackageNotFoundError:
-        return tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-            "dependencies"
-        ]
+        text = (shipped.root() / "pyproject.toml").read_text(encoding="utf-8")
+        return tomllib.loads(text)["project"]["dependencies"]
 
 
 def packages(asked: Sequence[str]) -> Finding:
@@ -70,7 +82,9 @@ def packages(asked: Sequence[str]) -> Finding:
             wrong.append(f"{requirement} is {version}")
     if wrong:
         return Finding(
-            BAD, "; ".join(wrong), "make install  (or pip install -e . -c constraints.txt)"
+            BAD,
+            "; ".join(wrong),
+            _how("make install  (or pip install -e . -c constraints.txt)", _REINSTALL),
         )
     shown = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return Finding(OK, ", ".join(f"{name} {importlib.metadata.version(name)}" for name in shown))
@@ -253,7 +267,8 @@ def simulator(folder: Path | None = None) -> Finding:
         venv.find_maker()
     except UserError as error:
         return Finding(NOTE, f"no Procgen simulator: {error}")
-    return Finding(NOTE, "no Procgen simulator; recording makes it", "make install-procgen")
+    mend = _how("make install-procgen", "cwm collect")
+    return Finding(NOTE, "no Procgen simulator; recording makes it", mend)
 
 
 def examine(folder: Path) -> list[tuple[str, Finding]]:
@@ -261,6 +276,7 @@ def examine(folder: Path) -> list[tuple[str, Finding]]:
     checks: dict[str, Callable[[], Finding]] = {
         "python": python,
         "packages": lambda: packages(requirements()),
+        "files": files,
         "devices": devices,
         "cudnn": cudnn,
         "video": codecs,
@@ -285,7 +301,8 @@ def _found(check: Callable[[], Finding]) -> Finding:
     except UserError as error:
         return Finding(BAD, str(error))
     except ImportError as error:
-        return Finding(BAD, f"cannot be looked at: {_line(error)}", "make install")
+        mend = _how("make install", _REINSTALL)
+        return Finding(BAD, f"cannot be looked at: {_line(error)}", mend)
     except Exception as error:
         return Finding(BAD, f"cannot be looked at: {_line(error)}")
 
@@ -295,25 +312,28 @@ def _line(error: Exception) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    with shown_to_user():
+        args = parser().parse_args(argv)
+        found = examine(args.data)
+        for name, (status, what, mend) in found:
+            print(f"{status:>4}  {name:<13}  {what}")
+            if mend:
+                print(f"{'':21}→ {mend}")
+        bad = [name for name, finding in found if finding.status == BAD]
+        print(f"not well: {', '.join(bad)}" if bad else "all well")
+        if bad:
+            raise SystemExit(1)
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    embedded = _ROOT / "assets" / "coinrun"
     parser.add_argument(
-        "--data", type=path_flag, default=embedded, help="data folder (the embedded)"
+        "--data", type=path_flag, default=shipped.data(), help="data folder (the embedded)"
     )
-    args = parser.parse_args(argv)
-    found = examine(args.data)
-    for name, (status, what, mend) in found:
-        print(f"{status:>4}  {name:<13}  {what}")
-        if mend:
-            print(f"{'':21}→ {mend}")
-    bad = [name for name, finding in found if finding.status == BAD]
-    print(f"not well: {', '.join(bad)}" if bad else "all well")
-    if bad:
-        raise SystemExit(1)
+    return parser
 
 
 if __name__ == "__main__":
-    with shown_to_user():
-        main()
+    main()

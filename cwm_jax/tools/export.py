@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from jax import ShapeDtypeStruct
 from tqdm import tqdm
 
-from cwm_jax import __version__, files
+from cwm_jax import __version__, files, shipped
 from cwm_jax.checkpoints import bundle, checksums, formats, run_checkpoint, weights
 from cwm_jax.checkpoints.run_checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
@@ -37,7 +37,7 @@ from cwm_jax.data.config import DataConfig
 from cwm_jax.diffusion import schedule
 from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.errors import UserError, shown_to_user
-from cwm_jax.files import path_flag
+from cwm_jax.files import model_flag, path_flag
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import FrameKV, Modulations, Params
@@ -49,7 +49,6 @@ from cwm_jax.sampling.sampler import SamplerConfig, Tables
 
 FORMATS = ("orbax", "safetensors", "bundle", "onnx")
 DTYPES = ("float32", "bfloat16", "float16")
-_EMBEDDED = Path(__file__).parents[2] / "assets" / "coinrun"
 _EXAMPLE_FRAMES = 4
 _AVERAGE = "models of the same network: exports the mean of the parameters of all"
 
@@ -249,7 +248,7 @@ def _folder_written_whole(
 
 def main(argv: Sequence[str] | None = None) -> None:
     with shown_to_user():
-        args = _flags().parse_args(argv)
+        args = parser().parse_args(argv)
         devices.check()
         trained = _with_card(formats.load(args.checkpoint, step=args.step), args.playable_steps)
         trained = averaged(trained, args.average)
@@ -305,21 +304,26 @@ def _numbers(flag: str, text: str) -> list[int]:
         ) from None
 
 
-def _flags() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=path_flag, help="a run's workdir, one checkpoint of it, or an export")
+    add("checkpoint", type=model_flag, help="a run, one checkpoint of it, an export, or hf://…")
     add("--output", type=path_flag, required=True, help="folder, or file.safetensors, to make")
     add("--format", default="bundle", choices=FORMATS, help="(%(default)s)")
-    add("--average", nargs="+", type=path_flag, default=[], metavar="OTHER", help=_AVERAGE)
+    add("--average", nargs="+", type=model_flag, default=[], metavar="OTHER", help=_AVERAGE)
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--dtype", default="float32", choices=DTYPES, help="of the parameters (%(default)s)")
     add("--ddim-steps", metavar="S,S,…", help="bundle, onnx: denoising steps a frame (its own)")
     add("--playable-steps", metavar="S,S,…", help="the card: which denoising steps are playable")
     add("--window", default="exact", choices=sampler.WINDOWS, help="bundle: (%(default)s)")
-    add("--data", type=path_flag, default=_EMBEDDED, help="bundle: where its example comes from")
+    add(
+        "--data",
+        type=path_flag,
+        default=shipped.data(),
+        help="bundle: where its example comes from",
+    )
     return parser
 
 

@@ -11,18 +11,15 @@ is missing. The token is that of `hf auth login` or of the variable HF_TOKEN; it
 import argparse
 import collections
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 from tqdm import tqdm
 
-from cwm_jax import files
 from cwm_jax.checkpoints import bundle, migration, run_checkpoint, weights
 from cwm_jax.data import shards
 from cwm_jax.errors import UserError, shown_to_user
@@ -30,9 +27,11 @@ from cwm_jax.files import path_flag, written_whole
 from cwm_jax.runtime import network
 
 with shown_to_user(), network.hub_settings_read():  # its variables are read when it is imported
-    from huggingface_hub import CommitOperationAdd, HfApi, errors, get_session, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    from cwm_jax.runtime import hub_client
 
 DATASET = "p-doom/coinrun-dataset"
 _SPARE_BYTES = 100 << 20  # left free on the disk
@@ -49,7 +48,7 @@ def download(
     Raises:
         UserError: offline, unauthorised, no such dataset, too small a disk, or a damaged file.
     """
-    revision, listed = listing(api, repo, "dataset")
+    revision, listed = hub_client.listing(api, repo, "dataset")
     wanted = [file for file in listed if "/" not in file.path and file.path.endswith(".json")]
     for split in splits:
         mine = [f for f in listed if PurePosixPath(f.path).match(f"{split}/{shards.PATTERN}")]
@@ -65,7 +64,7 @@ def fetch(api: HfApi, repo: str, folder: Path, *, subfolder: str, jobs: int) -> 
     Raises:
         UserError: as `download`, or there is no such folder.
     """
-    revision, listed = listing(api, repo, "model")
+    revision, listed = hub_client.listing(api, repo, "model")
     prefix = f"{subfolder}/" if subfolder else ""
     wanted = [f for f in listed if f.path.startswith(prefix) and f.path != ".gitattributes"]
     if not wanted:
@@ -75,17 +74,9 @@ def fetch(api: HfApi, repo: str, folder: Path, *, subfolder: str, jobs: int) -> 
     return folder / subfolder
 
 
-def listing(api: HfApi, repo: str, kind: str) -> tuple[str, list[RepoFile]]:
-    """The newest revision of a repository and the files in it."""
-    with _told(api, repo):
-        revision = api.repo_info(repo, repo_type=kind).sha
-        tree = api.list_repo_tree(repo, repo_type=kind, revision=revision, recursive=True)
-        return revision, [entry for entry in tree if isinstance(entry, RepoFile)]
-
-
 def get(api, repo, kind, revision, wanted: list[RepoFile], folder: Path, *, jobs) -> list[Path]:
     """Downloads files, those that are there and whole aside, and checks each."""
-    missing = [file for file in wanted if not _is_whole(folder / file.path, file)]
+    missing = [file for file in wanted if not hub_client.is_whole(folder / file.path, file)]
     _check_source(folder, repo, missing)
     _check_space(folder, sum(file.size for file in missing))
     with written_whole(folder / _SOURCE) as temporary:
@@ -95,9 +86,9 @@ def get(api, repo, kind, revision, wanted: list[RepoFile], folder: Path, *, jobs
         path = folder / file.path
         place = dict(repo_type=kind, revision=revision, local_dir=folder)
         for _ in range(2):  # a file that came damaged is asked for once more
-            with _told(api, repo):
+            with hub_client.told(api, repo):
                 api.hf_hub_download(repo, file.path, **place, force_download=path.exists())
-            if _is_whole(path, file):
+            if hub_client.is_whole(path, file):
                 bar.update(file.size)
                 return
         path.unlink()
@@ -131,16 +122,6 @@ def _check_source(folder: Path, repo: str, missing: list[RepoFile]) -> None:
         )
 
 
-def _is_whole(path: Path, file: RepoFile) -> bool:
-    """Whether the file has the hub's size and checksum: SHA-256, or git's for small files."""
-    if not path.is_file() or path.stat().st_size != file.size:
-        return False
-    if file.lfs is not None:
-        return files.sha256(path) == file.lfs.sha256
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.blob_id
-
-
 def _check_space(folder: Path, needed: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +148,7 @@ def upload(
     contents = {prefix + name: path for name, path in contents.items()}
     if not get_token():
         raise UserError("uploading needs a token: hf auth login, or set HF_TOKEN")
-    with _told(api, repo):
+    with hub_client.told(api, repo):
         url = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
         if private and not api.repo_info(repo, repo_type="model").private:
             raise UserError(
@@ -240,6 +221,7 @@ def model_card(repo: str, prefix: str, meta: dict[str, Any], numbers: dict[str, 
     table = lambda rows: "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     rounded = {name: f"{value:.5g}" for name, value in numbers.items() if "perf/" not in name}
     where = f" --folder {prefix.rstrip('/')}" if prefix else ""
+    at = f"/{prefix.rstrip('/')}" if prefix else ""
     return f"""---
 library_name: cwm_jax
 tags: [jax, world-model, diffusion, coinrun]
@@ -251,8 +233,9 @@ datasets: [{DATASET}]
 A playable world model: given frames and the buttons pressed, it draws the next frame. Trained
 with `cwm_jax` for {meta["step"]} steps.
 
-    python -m cwm_jax.tools.hub fetch {repo}{where} --to models
-    python sample.py --checkpoint models/{prefix.rstrip("/")}
+    cwm play --checkpoint hf://{repo}{at}
+    cwm hub fetch {repo}{where} --to models
+    cwm sample --checkpoint models/{prefix.rstrip("/")}
 
 ## Network
 
@@ -284,98 +267,13 @@ def _quiet() -> Iterator[None]:
         enable_progress_bars()
 
 
-@contextlib.contextmanager
-def _told(api: HfApi, repo: str) -> Iterator[None]:
-    """Turns what goes wrong with the hub into one clear sentence, which shows no secret."""
-    try:
-        yield
-    except UserError:
-        raise
-    except errors.GatedRepoError:
-        raise UserError(f"{repo} is gated: ask for access on {api.endpoint}/{repo}") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"the hub knows no {repo}, or hides it from you: check the name, and log in if it is "
-            "private (hf auth login, or HF_TOKEN)"
-        ) from None
-    except errors.HfHubHTTPError as error:
-        code = error.response.status_code
-        if code in (401, 403):
-            raise UserError(
-                f"the hub does not allow this on {repo} ({code}): log in with a token that may "
-                "(hf auth login, or HF_TOKEN)"
-            ) from None
-        raise UserError(f"the hub answered {code} for {repo}; try again later") from None
-    except errors.LocalEntryNotFoundError as error:  # no answer, and nothing kept from before
-        if isinstance(error.__cause__, errors.HfHubHTTPError):
-            with _told(api, repo):
-                raise error.__cause__ from None
-        raise UserError(_unreachable(api)) from None
-    except errors.OfflineModeIsEnabled:
-        raise UserError("HF_HUB_OFFLINE keeps the hub from being asked: unset it") from None
-    except (errors.HTTPError, errors.FileMetadataError):
-        raise UserError(_unreachable(api)) from None
-    except errors.HFValidationError as error:
-        raise UserError(f"{repo!r} is no name of a repository: {error}") from None
-    except OSError as error:
-        raise UserError(f"cannot store what comes from {repo}: {error.strerror or error}") from None
-    except Exception as error:  # of the libraries below; its words may hold a password
-        raise UserError(f"the hub could not be asked for {repo}: {type(error).__name__}") from None
-
-
-def _unreachable(api: HfApi) -> str:
-    through = [name for name in network.proxies() if name.lower() != "no_proxy"]
-    asked = (
-        f"does the proxy of {' and '.join(through)} work" if through else "is this machine online"
-    )
-    return f"cannot reach {api.endpoint}: {asked}? What is there already is kept."
-
-
-def _check_settings(api: HfApi) -> None:
-    """Makes the hub's client once, so that settings at fault are named before anything is asked.
-
-    Raises:
-        UserError: naming the variable, and never its value: proxies and tokens are secrets.
-    """
-    try:
-        token = get_token() or ""
-    except OSError as error:
-        raise UserError(f"cannot read the file of the hub's token: {error}") from None
-    if not (token.isascii() and token.isprintable() and " " not in token):
-        raise UserError(
-            "the token (HF_TOKEN, or that of hf auth login) has letters that no token has, such "
-            "as … or a space: copy it whole, with the button on the hub's page"
-        )
-    endpoint = urlsplit(api.endpoint)
-    if endpoint.scheme not in ("http", "https") or "@" in endpoint.netloc or not _port(endpoint):
-        raise UserError(
-            "HF_ENDPOINT is no address of a hub: wanted https://HOST or http://HOST:PORT"
-        )
-    wrong = network.faults()
-    try:
-        get_session()
-    except Exception as error:  # of any library below; its words may hold a password
-        names = ", ".join([*network.proxies(), "SSL_CERT_FILE, SSL_CERT_DIR"])
-        wrong = wrong or [f"{type(error).__name__} from one of the settings {names}"]
-    if wrong:
-        raise UserError("the hub cannot be reached: " + "; ".join(wrong))
-
-
-def _port(address: SplitResult) -> bool:
-    """Whether host and port of an address can be used."""
-    try:
-        return bool(address.hostname) and address.port != 0
-    except ValueError:
-        return False
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     with shown_to_user():
-        args = _flags().parse_args(argv)
+        args = parser().parse_args(argv)
         if getattr(args, "jobs", 1) < 1 or (getattr(args, "shards", None) or 1) < 1:
             raise UserError("--jobs and --shards must be 1 or more")
         api = HfApi()
-        _check_settings(api)
+        hub_client.check_settings(api)
         try:
             print(_run(api, args))
         except KeyboardInterrupt:
@@ -389,12 +287,12 @@ def _run(api: HfApi, args: argparse.Namespace) -> str:
         return f"{len(got)} files of {args.repo} in {args.to}, all checked"
     if args.job == "fetch":
         path = fetch(api, args.repo, args.to, subfolder=args.folder.strip("/"), jobs=args.jobs)
-        return f"{path}: python sample.py --checkpoint {path}"
+        return f"{path}: cwm sample --checkpoint {path}"
     kind = dict(folder=args.folder, step=args.step, private=args.private)
     return f"{args.source} → {upload(api, args.source, args.repo, **kind)}"
 
 
-def _flags() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -16,6 +16,13 @@ KEYS.toml tells what the actions are:
     name = "LEFT"
     keys = ["ArrowLeft"]               # as browsers name keys (KeyboardEvent.code)
 
+Recordings of CoinRun whose keys nobody logged need neither lists nor a key map:
+
+    python -m cwm_jax.tools.pack recordings --infer-actions data/coinrun --output data/watched
+
+learns from the data folder that is named to read actions from frames, labels the recordings, and
+writes into `metadata.json` how often such labels are right.
+
 Frames become 64×64. Whole recordings go to one split each; where there are fewer than three, the
 end of each is held back. Broken off, the same command does it again. What an earlier call packed
 from this folder gives way to the new once all of that is there.
@@ -23,9 +30,11 @@ from this folder gives way to the new once all of that is there.
 
 import argparse
 import collections
+import functools
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -35,13 +44,17 @@ from tqdm import tqdm
 
 from cwm_jax import controls, files
 from cwm_jax.controls import Controls
-from cwm_jax.data import shards, user_recordings
+from cwm_jax.data import inferred_actions, shards, user_recordings
+from cwm_jax.data.config import DataConfig
 from cwm_jax.data.records import Episode, decode, encode
 from cwm_jax.data.user_recordings import Recording
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.files import path_flag
 
 _NAME = "data_{}.array_record"  # with a dot before it, which hides it, until all are written
+
+
+_INFER = "recordings of CoinRun without actions: read them from frames, as learned from DATA"
 
 
 class Piece(NamedTuple):
@@ -108,28 +121,67 @@ def _chunks(length: int, cut: Cut) -> Iterator[tuple[int, int]]:
             yield start, size
 
 
-def pack(folder: Path, out: Path, known: Controls, cut: Cut, *, jobs: int) -> dict[str, int]:
+class Labels(NamedTuple):
+    """The actions of a recording."""
+
+    kept: np.ndarray  # int32, of the frames that are kept
+    listed: int  # in the recording's list; 0 where they were inferred
+
+
+class Inference(NamedTuple):
+    """How actions that nobody logged are read from frames."""
+
+    label: Callable[[Iterator[np.ndarray]], np.ndarray]  # see `action_labels.label`
+    note: dict  # what `metadata.json` says of it
+
+
+def pack(
+    folder: Path,
+    out: Path,
+    known: Controls,
+    cut: Cut,
+    *,
+    jobs: int,
+    inference: Inference | None = None,
+) -> dict[str, int]:
     """Packs every recording of `folder`, `jobs` at a time; returns the records of each split.
 
     What was packed before stays until all is written, and is then replaced.
 
+    Args:
+        inference: labels recordings without actions; all are to be without.
+
     Raises:
         UserError: for a recording that cannot be used, naming file and fault.
     """
-    found = user_recordings.find(folder)
-    actions = [user_recordings.read_actions(r.actions, known) for r in found]
-    pieces = plan([len(a[:: cut.every]) for a in actions], cut)
+    found = user_recordings.find(folder, with_actions=inference is None)
+    if inference:
+        labels = [_inferred(r, inference, cut) for r in tqdm(found, "inferring actions")]
+    else:
+        labels = [_listed(r, known, cut) for r in found]
+    pieces = plan([len(one.kept) for one in labels], cut)
     _claim(out, folder, known)
     try:
-        counts = _write_all(out, found, actions, pieces, known, cut, jobs)
+        counts = _write_all(out, found, labels, pieces, known, cut, jobs)
         _replace_shards(out)
-        _write_metadata(out, folder, known)
+        _write_metadata(out, folder, known, inference)
     finally:
         _remove_hidden(out)
     return {split: counts[split] for split in shards.SPLITS}
 
 
-def _write_all(out, found, actions, pieces, known, cut, jobs) -> collections.Counter[str]:
+def _listed(recording: Recording, known: Controls, cut: Cut) -> Labels:
+    actions = user_recordings.read_actions(recording.actions, known)
+    return Labels(actions[:: cut.every], len(actions))
+
+
+def _inferred(recording: Recording, inference: Inference, cut: Cut) -> Labels:
+    """The actions at all kept frames but the first and the last, of which nothing is known."""
+    frames = user_recordings.read_frames(recording.frames, fit=cut.fit, every=cut.every)
+    return Labels(inference.label(frames), 0)
+
+
+def _write_all(out, found, labels, pieces, known, cut, jobs) -> collections.Counter[str]:
     """Writes every shard under its hidden name."""
     _remove_hidden(out)  # of a call that was killed
     counts: collections.Counter[str] = collections.Counter()
@@ -138,7 +190,7 @@ def _write_all(out, found, actions, pieces, known, cut, jobs) -> collections.Cou
         tqdm(desc="packing", total=sum(map(len, pieces)), unit=" records") as bar,
     ):
         write = lambda *job: _write_recording(out, *job, known, cut, bar)
-        for written in pool.map(write, range(len(found)), found, actions, pieces):
+        for written in pool.map(write, range(len(found)), found, labels, pieces):
             counts.update(written)
     return counts
 
@@ -166,8 +218,12 @@ def _source(folder: Path) -> dict[str, str]:
     return {"source": folder.resolve().name, "source_path_sha256": files.place_digest(folder)}
 
 
-def _write_metadata(out: Path, folder: Path, known: Controls) -> None:
+def _write_metadata(
+    out: Path, folder: Path, known: Controls, inference: Inference | None = None
+) -> None:
     said = known.to_json() | _source(folder) | {"frame_shape": [64, 64, 3]}
+    if inference:
+        said[inferred_actions.KEY] = inference.note
     with files.written_whole(out / controls.METADATA) as temporary:
         temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
@@ -187,10 +243,9 @@ def _remove_hidden(out: Path) -> None:
             left.unlink()
 
 
-def _write_recording(out, number, recording: Recording, actions, pieces, known, cut, bar):
+def _write_recording(out, number, recording: Recording, labels: Labels, pieces, known, cut, bar):
     """Writes one hidden shard for each split of a recording; returns its records by split."""
-    frames = _counted(recording, len(actions), cut)
-    kept, at = actions[:: cut.every], 0
+    frames, kept, at = _frames_of(recording, labels, cut), labels.kept, 0
     for split in dict.fromkeys(piece.split for piece in pieces):
 
         def records(split=split) -> Iterator[bytes]:
@@ -210,6 +265,14 @@ def _write_recording(out, number, recording: Recording, actions, pieces, known, 
             shards.write_shard(temporary, records())
     collections.deque(frames, maxlen=0)  # to its end, which tells whether the counts agree
     return collections.Counter(piece.split for piece in pieces)
+
+
+def _frames_of(recording: Recording, labels: Labels, cut: Cut) -> Iterator[np.ndarray]:
+    """The frames to which a recording's labels belong."""
+    if recording.actions is not None:
+        return _counted(recording, labels.listed, cut)
+    frames = user_recordings.read_frames(recording.frames, fit=cut.fit, every=cut.every)
+    return itertools.islice(frames, 1, 1 + len(labels.kept))
 
 
 def _counted(recording: Recording, wanted: int, cut: Cut) -> Iterator[np.ndarray]:
@@ -240,20 +303,39 @@ def config_lines(known: Controls, out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     with shown_to_user():
-        args = _flags().parse_args(argv)
+        args = parser().parse_args(argv)
         for flag in ("chunk", "min_chunk", "every", "jobs"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
         if not (0 < args.val < 1 and 0 < args.test < 1 and args.val + args.test < 1):
             raise UserError(f"--val {args.val} --test {args.test}: shares above 0, below 1 in all")
-        known = user_recordings.read_key_map(args.keys)
+        if (args.keys is None) == (args.infer_actions is None):
+            raise UserError(
+                "name one of the two: --keys, the key map of recordings with actions; or "
+                "--infer-actions, a data folder of CoinRun from which to learn to read them"
+            )
+        inference = args.infer_actions and _inference(args.infer_actions)
+        known = (
+            user_recordings.read_key_map(args.keys) if args.keys else controls.procgen("coinrun")
+        )
         cut = Cut(*(getattr(args, field) for field in Cut._fields))
-        counts = pack(args.folder, args.output, known, cut, jobs=args.jobs)
+        counts = pack(args.folder, args.output, known, cut, jobs=args.jobs, inference=inference)
         print(f"{args.output}: {', '.join(f'{n} records of {s}' for s, n in counts.items())}")
+        if inference:
+            print(inferred_actions.note(args.output))
         print(f"train with: {config_lines(known, args.output)}")
 
 
-def _flags() -> argparse.ArgumentParser:
+def _inference(folder: Path) -> Inference:
+    from cwm_jax.evaluation import action_labels  # JAX, which packing can do without
+
+    config = DataConfig(dir=str(folder))
+    reader, measured = action_labels.trained(config)
+    label = functools.partial(action_labels.label, reader)
+    return Inference(label, action_labels.metadata(reader, config, measured))
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -261,7 +343,8 @@ def _flags() -> argparse.ArgumentParser:
     add(
         "folder", type=path_flag, metavar="RECORDINGS", help="films or folders of PNGs, and actions"
     )
-    add("--keys", type=path_flag, required=True, help="the key map, a TOML file")
+    add("--keys", type=path_flag, help="the key map, a TOML file")
+    add("--infer-actions", type=path_flag, metavar="DATA", help=_INFER)
     add("--output", type=path_flag, required=True, help="data folder to make")
     add("--fit", default="stretch", choices=user_recordings.FITS, help="to 64×64 (%(default)s)")
     add("--every", type=int, default=1, help="keep every so-manieth frame, say 4 of 60 fps (1)")

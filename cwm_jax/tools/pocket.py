@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cwm_jax import controls, files
+from cwm_jax import controls, files, shipped
 from cwm_jax.checkpoints.run_checkpoint import FOLDER
 from cwm_jax.data import shards
 from cwm_jax.data.records import FRAME_BYTES
@@ -29,7 +29,6 @@ from cwm_jax.files import path_flag
 from cwm_jax.runtime import process_memory
 from cwm_jax.runtime.preemption import EXIT_CODE
 
-ROOT = Path(__file__).parents[2]
 POLICY, SEED = "random=1,sticky=3", 1
 HELD_OUT = 200  # records of val, and of test
 
@@ -185,14 +184,14 @@ def train_words(args: argparse.Namespace, device: Device, more: Sequence[str]) -
         settings |= {"rollouts.every_steps": 0}
     if device.has_kernels:
         settings |= {"model.attention": "fused", "model.norm": "triton"}
-    words = [str(ROOT / "train.py"), "--config", str(ROOT / "configs" / "pocket.py")]
+    words = ["-m", "cwm_jax.programs.train", "--config", str(shipped.config("pocket"))]
     words += ["--workdir", str(args.workdir)]
     return words + [f"--config.{name}={value}" for name, value in settings.items()] + [*more]
 
 
 def _environment(**changes: str) -> dict[str, str]:
     """For programs of ours: they find this package, and see one GPU."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(shipped.root()), os.environ.get("PYTHONPATH"))))
     ours = {
         "CUDA_VISIBLE_DEVICES": "0",
         "XLA_CLIENT_MEM_FRACTION": str(process_memory.SHARE_OF_GPU),
@@ -255,16 +254,16 @@ def make(args: argparse.Namespace, more: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = _flags()
+    flags = parser()
     with shown_to_user():
-        args, more = parser.parse_known_args(argv)
+        args, more = flags.parse_known_args(argv)
         if other := [word for word in more if not word.startswith("--config.")]:
-            parser.error(f"unrecognized arguments: {' '.join(other)}")
+            flags.error(f"unrecognized arguments: {' '.join(other)}")
         args.output = args.output or args.workdir / "model.safetensors"
         make(args, more)
 
 
-def _flags() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

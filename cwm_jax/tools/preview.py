@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from cwm_jax import controls, files
+from cwm_jax import controls, files, shipped
 from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
-from cwm_jax.data import shards
+from cwm_jax.data import inferred_actions, shards
 from cwm_jax.data.clips import Episodes
 from cwm_jax.data.records import Episode
 from cwm_jax.errors import UserError, shown_to_user
@@ -31,7 +31,6 @@ from cwm_jax.files import path_flag
 from cwm_jax.rendering import arrow_keys, key_panel, text, video
 from cwm_jax.rendering.contact_sheet import enlarged
 
-_EMBEDDED = Path(__file__).parents[2] / "assets" / "coinrun"
 _STILLS = 10  # in a row of the sheet
 _HEADER = 30
 
@@ -108,8 +107,8 @@ def _still(episode: Episode, t: int, known: Controls, scale: int) -> np.ndarray:
     return np.array(tile)
 
 
-def page(found: Facts, known: Controls, *, source: str, of: int) -> str:
-    """The facts as one HTML page that needs no other file."""
+def page(found: Facts, known: Controls, *, source: str, of: int, note: str | None = None) -> str:
+    """The facts as one HTML page that needs no other file; `note` is said of the actions."""
     count = sum(found.lengths.values())
     frames = sum(length * n for length, n in found.lengths.items())
     png = io.BytesIO()
@@ -128,7 +127,7 @@ b {{ display: inline-block; height: .8em; background: #f7b942 }}
 <h1>{html.escape(known.game)}: {html.escape(source)}</h1>
 <p>{count} of {of} episodes, {frames} frames.</p>
 <h2>Mean frame</h2><img alt="mean of all frames" src="data:image/png;base64,{mean}">
-<h2>Actions</h2>{actions}
+<h2>Actions</h2>{f"<p>{html.escape(note)}</p>" if note else ""}{actions}
 <h2>Lengths</h2>{lengths}
 </body></html>
 """
@@ -145,11 +144,16 @@ def _bars(counts: dict[str, int]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    with shown_to_user():
+        write(parser().parse_args(argv))
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", type=path_flag, default=_EMBEDDED, help="data folder (the embedded one)")
+    add("--data", type=path_flag, default=shipped.data(), help="data folder (the embedded one)")
     add("--split", default="train", choices=shards.SPLITS, help="(%(default)s)")
     add("--shard", type=path_flag, help="show this one file instead")
     add("--n-episodes", type=int, default=3, help="episodes to film (%(default)s)")
@@ -158,8 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--fps", type=int, default=FPS, help="frames a second of the film (%(default)s)")
     add("--scale", type=int, default=6, help="enlargement of the film's frames (%(default)s)")
     add("--output", type=path_flag, default=Path("preview.mp4"), help="the film (%(default)s)")
-    with shown_to_user():
-        write(parser.parse_args(argv))
+    return parser
 
 
 def write(args: argparse.Namespace) -> None:
@@ -183,10 +186,14 @@ def write(args: argparse.Namespace) -> None:
     video.write_png(stills, contact_sheet(found, numbers, known))
     counted = np.linspace(0, len(found) - 1, min(len(found), args.count_episodes)).astype(int)
     source = str(args.shard or args.data / args.split)
-    told = page(facts(found, counted.tolist(), known), known, source=source, of=len(found))
+    note = inferred_actions.note(args.shard.parent.parent if args.shard else args.data)
+    told = facts(found, counted.tolist(), known)
+    told = page(told, known, source=source, of=len(found), note=note)
     with files.written_whole(facts_page) as temporary:
         temporary.write_text(told, encoding="utf-8", errors="backslashreplace")
     print(f"{args.output}, {stills}, {facts_page}")
+    if note:
+        print(note)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,9 @@ class LossConfig(ConfigGroup):
     displacement_weight: float = setting(
         0.1, "of the cross-entropy of displacements", least=0, most=1000
     )
+    outcome_weight: float = setting(
+        0.1, "of the cross-entropies of reward and end of the episode", least=0, most=1000
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

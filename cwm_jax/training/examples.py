@@ -24,6 +24,14 @@ _TOP = schedule.NUM_LEVELS - 1
 _RENOISED_STEPS = np.array([1, 2, 4, 4], np.int32)  # of 4; one is chosen uniformly
 
 
+class Targets(NamedTuple):
+    """What the heads learn of each frame."""
+
+    pressed_BT: jax.Array  # int32, the action pressed at the frame
+    rewards_BT: jax.Array  # float32, what it earned; NaN where that is not known
+    ends_BT: jax.Array  # float32, 1 where it ended the episode; NaN where that is not known
+
+
 class Example(NamedTuple):
     """Clips with all random inputs of their loss."""
 
@@ -32,6 +40,7 @@ class Example(NamedTuple):
     t_BT: jax.Array  # int32, noise levels 0…999
     noise_BTHWC: jax.Array  # float32, N(0, 1)
     context: Context | None = None  # None: all context frames are real
+    targets: Targets | None = None  # of the heads; None: there are none
 
 
 class Teacher(NamedTuple):
@@ -44,7 +53,10 @@ class Teacher(NamedTuple):
 def make(
     key, batch: dict[str, jax.Array], config: ExampleConfig, teacher: Teacher | None = None
 ) -> Example:
-    """Examples of a batch `{"frames": uint8 [B, T, H, W, 3], "actions": int32 [B, T]}`."""
+    """Examples of a batch `{"frames": uint8 [B, T, H, W, 3], "actions": int32 [B, T]}`.
+
+    With outcomes (`clips.cut`) they have the heads' targets too.
+    """
     if config.augment.mirror_share:
         batch = mirrored(key, batch, config.augment.mirror_share)
     frames = batch["frames"]
@@ -57,7 +69,10 @@ def make(
     context = None
     if config.context.share:
         context = _context((clips_key, own_key, level_key), frames.shape, config)
-    return Example(frames, batch["actions"], t_BT, noise_BTHWC, context)
+    targets = None
+    if "pressed" in batch:
+        targets = Targets(batch["pressed"], batch["rewards"], batch["ends"])
+    return Example(frames, batch["actions"], t_BT, noise_BTHWC, context, targets)
 
 
 def _context(keys, shape: tuple[int, ...], config: ExampleConfig) -> Context:
@@ -89,15 +104,16 @@ def mirrored(key, batch: dict[str, jax.Array], share: float) -> dict[str, jax.Ar
     """A batch of CoinRun clips, a share of them mirrored: frames and actions.
 
     Args:
-        batch: `{"frames": [B, T, H, W, C], "actions": int32 [B, T]}`.
+        batch: `{"frames": [B, T, H, W, C], "actions": int32 [B, T]}`, perhaps with outcomes.
     """
-    frames, actions = batch["frames"], batch["actions"]
+    frames = batch["frames"]
     mirror_B = random_numbers.happens(jax.random.fold_in(key, 2), frames.shape[:1], share)
     # The last entry is for −1, no action.
     other = jnp.array([coinrun.mirrored(a) for a in (*range(coinrun.NUM_ACTIONS), NO_ACTION)])
-    return {
+    turned = lambda actions: jnp.where(mirror_B[:, None], other[actions], actions)
+    return batch | {
         "frames": jnp.where(mirror_B[:, None, None, None, None], frames[:, :, :, ::-1], frames),
-        "actions": jnp.where(mirror_B[:, None], other[actions], actions),
+        **{key: turned(batch[key]) for key in ("actions", "pressed") if key in batch},
     }
 
 

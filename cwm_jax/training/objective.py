@@ -2,22 +2,25 @@
 
 The plain objective is the original's, the mean square error of velocities. With a `Teacher`, its
 velocities are the targets instead of the data's; with discrete displacements their cross-entropy is
-added.
+added, and with heads those of reward and end of the episode.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import displacement, schedule
 from cwm_jax.diffusion.denoiser import alpha_bar, bind
 from cwm_jax.models.config import DiTConfig, Reach
+from cwm_jax.models.heads import Outcomes
 from cwm_jax.training import distillation, self_generated
 from cwm_jax.training.config import ExampleConfig
-from cwm_jax.training.examples import Example, Teacher
+from cwm_jax.training.examples import Example, Targets, Teacher
 
 _PLAIN = ExampleConfig()
+_LEAST_WEIGHT = 1.0  # of a batch's outcomes: few noisy frames must not count like many clear ones
 
 
 def clip_loss(
@@ -52,7 +55,9 @@ def clip_loss(
             targets, found = self_generated.persistent(denoiser, *part)
             frames, errors = frames.at[which].set(targets), errors.at[which].set(found)
     sample = schedule.noised(denoiser.to_sample(frames, earlier), t_BT, example.noise_BTHWC)
-    outputs = denoiser.net(sample.x, t_BT, actions_BT, earlier, remat=remat)
+    outputs, stream = denoiser.net.outputs_and_stream(
+        sample.x, t_BT, actions_BT, earlier, remat=remat
+    )
     counted, middle, chosen, added = denoiser.counted, config.loss.middle_weight, None, 0.0
     if errors is not None:
         logits = denoiser.logits(outputs)
@@ -62,6 +67,10 @@ def clip_loss(
         entropy = _cross_entropy(logits, errors, network.reach)[:, counted]
         weights = _weights(errors.shape[2], middle)[..., 0]
         added = config.loss.displacement_weight * (weights * entropy).mean()
+    if example.targets is not None:
+        told = denoiser.net.outcomes(denoiser.net.scene(stream), example.targets.pressed_BT)
+        of_outcomes = outcome_loss(told, example.targets, alpha_bar(t_BT))
+        added += config.loss.outcome_weight * of_outcomes
     predicted = denoiser.velocity(outputs, sample.x, alpha_bar(t_BT), earlier, chosen)
     target = sample.velocity
     if teacher is not None:
@@ -70,6 +79,20 @@ def clip_loss(
         target = distillation.velocity(predict, sample.x, t_BT, teacher.steps)
     weights = 1.0 if middle == 1 else _weights(network.image_size, middle)
     return schedule.loss(predicted[:, counted], target[:, counted], weights) + added
+
+
+def outcome_loss(predicted: Outcomes, targets: Targets, weights_BT: jax.Array) -> jax.Array:
+    """Cross-entropies of the reward's sign and of the episode's end, float32 [].
+
+    A mean over the frames of which they are known, weighted by `weights_BT`: in training the share
+    of signal, since the heads read frames with as little noise as context frames have.
+    """
+    known_BT = ~(jnp.isnan(targets.rewards_BT) | jnp.isnan(targets.ends_BT))
+    sign_BT = jnp.sign(jnp.nan_to_num(targets.rewards_BT)).astype(jnp.int32) + 1
+    losses_BT = optax.softmax_cross_entropy_with_integer_labels(predicted.reward, sign_BT)
+    losses_BT += optax.sigmoid_binary_cross_entropy(predicted.end, jnp.nan_to_num(targets.ends_BT))
+    weights_BT = weights_BT * known_BT
+    return (weights_BT * losses_BT).sum() / jnp.maximum(weights_BT.sum(), _LEAST_WEIGHT)
 
 
 def _chosen(logits_BThwK, errors_BThwK, is_best_B, reach: Reach) -> jax.Array:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-import sample
 from configs import pocket as config
 from cwm_jax.checkpoints import formats, pretrained, weights
 from cwm_jax.data import loader
@@ -18,6 +17,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.evaluation import image_metrics
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
+from cwm_jax.programs import sample
 from cwm_jax.sampling.sampler import ddim_levels
 
 
@@ -71,7 +71,7 @@ def test_it_is_used_where_no_other_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     sample.main()
     text = capsys.readouterr().out
-    assert "Using checkpoints/pocket, this repository's own model" in text
+    assert "Using checkpoints/pocket, the model that comes with the project" in text
     assert output.stat().st_size > 1000
 
 
@@ -84,7 +84,7 @@ def test_a_named_checkpoint_takes_precedence(tmp_path, capsys):
 
 def test_the_error_for_a_missing_model_explains_how_to_train_one(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "FOLDER", tmp_path)  # there, but empty
-    with pytest.raises(UserError, match=r"(?s)no --checkpoint is named.*configs/debug\.py"):
+    with pytest.raises(UserError, match=r"(?s)no --checkpoint is named.*cwm train --config debug"):
         pretrained.unless(None)
 
 

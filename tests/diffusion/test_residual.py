@@ -14,9 +14,8 @@ from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import rollout_quality, single_step
 from cwm_jax.models import dit, flops
-from cwm_jax.play.inference import staggered_cache
 from cwm_jax.runtime import sharding
-from cwm_jax.sampling import kv_cache, sampler
+from cwm_jax.sampling import kv_cache, sampler, staggered_cache
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
 from cwm_jax.training import examples, objective, self_generated, train_step
 from cwm_jax.training.config import ExampleConfig

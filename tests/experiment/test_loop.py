@@ -16,7 +16,6 @@ import pytest
 from changed_config import changed
 from tiny_network import TINY
 
-import sample
 from configs import base
 from cwm_jax.checkpoints import run_checkpoint, weights
 from cwm_jax.data import loader
@@ -24,6 +23,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.evaluation import lpips, lpips_weights
 from cwm_jax.experiment import clock, loop, metrics_file, run_directory
 from cwm_jax.experiment.settings import Settings
+from cwm_jax.programs import sample
 from cwm_jax.rendering import plots
 from cwm_jax.rendering.video import read_mp4
 from cwm_jax.runtime import preemption

@@ -5,9 +5,8 @@ import sys
 import jax
 import pytest
 
-import evaluate
-import sample
 from cwm_jax.errors import UserError
+from cwm_jax.programs import evaluate, sample
 from cwm_jax.runtime import devices
 from cwm_jax.tools import convert_torch, export
 

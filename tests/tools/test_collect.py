@@ -222,6 +222,22 @@ def recording(**changed):
 
 
 @real_game
+def test_levels_played_step_by_step_are_those_of_a_replay(simulator):
+    levels, actions = (1003, 1004), np.random.default_rng(0).integers(15, size=(40, 2)).tolist()
+    playing = simulator.play("coinrun", levels)
+    seen = [next(playing)] + [playing.send(pressed) for pressed in actions]
+    with pytest.raises(UserError, match="action 15: coinrun has 0…14"):
+        playing.send([0, 15])
+    runs = [(level, [a[i] for a in actions]) for i, level in enumerate(levels)]
+    for i, run in enumerate(simulator.replay("coinrun", runs)):
+        frames = np.array([s.frames[i] for s in seen])
+        np.testing.assert_array_equal(frames[: len(run.frames)], run.frames)
+        rewards = np.array([s.rewards[i] for s in seen[1:]])
+        np.testing.assert_array_equal(rewards[: len(run.rewards)], run.rewards)
+        assert seen[-1].over[i] == run.ended
+
+
+@real_game
 def test_a_recorded_level_can_be_played_again(simulator):
     chunks = list(simulator.record(recording()))
     assert len(chunks) == 11

@@ -111,7 +111,7 @@ def test_nothing_is_no_amount(tmp_path, programs, word, capsys):
 
 def test_a_run_that_was_cut_off_is_exported_as_far_as_it_is(tmp_path, programs, make_data):
     make_data(train=[[20]], val=[[20]])
-    programs.codes = {str(pocket.ROOT / "train.py"): EXIT_CODE}
+    programs.codes = {"cwm_jax.programs.train": EXIT_CODE}
     for saved, count in ((False, 1), (True, 2)):
         programs.clear()
         if saved:

@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cwm_jax.checkpoints import pretrained
 from cwm_jax.errors import UserError
+from cwm_jax.files import HUB
 from cwm_jax.play.web import loading_page
 from cwm_jax.runtime import network
 
@@ -160,9 +162,15 @@ def _engine(options: Options, known, steps):
     trained = formats.load(options.checkpoint, step=options.step)
     network = trained.network
     check_fits(network, trained.path, known, options.data)
-    title = f"{options.checkpoint.name} · step {trained.step}"
+    title = f"{_name(options.checkpoint)} · step {trained.step}"
     usual, playable = formats.usual_steps(trained), formats.playable_steps(trained)
     return Engine(network, trained.params, steps=steps, usual=usual, playable=playable), title
+
+
+def _name(checkpoint: Path) -> str:
+    """What a player may know of where the model is: a name, and no folder of this machine."""
+    shown = pretrained.shown(checkpoint)
+    return shown.removeprefix(HUB).partition("@")[0] if shown.startswith(HUB) else checkpoint.name
 
 
 def check_size(known, data: Path) -> None:

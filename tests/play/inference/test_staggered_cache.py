@@ -6,9 +6,8 @@ import pytest
 
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser
-from cwm_jax.play.inference import staggered_cache
 from cwm_jax.play.inference.engine import Lane
-from cwm_jax.sampling import kv_cache, sampler
+from cwm_jax.sampling import kv_cache, sampler, staggered_cache
 from cwm_jax.sampling.sampler import SamplerConfig
 
 

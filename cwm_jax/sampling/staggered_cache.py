@@ -1,4 +1,4 @@
-"""The KV cache of one player: a function of the session's frames and actions alone.
+"""The KV cache of one world: a function of its frames and actions alone.
 
 Play needs the same cost for each frame, only windows as in training, and rewinding to any earlier
 frame without stored caches. So a player has two KV caches, staggered by half a window. The next
@@ -60,6 +60,19 @@ def append(
     denoiser: Denoiser, context: Modulations, cache: StaggeredCache, frame_u8_HWC, action
 ) -> StaggeredCache:
     """The cache after one more frame, uint8 [H, W, C], and the action that led into it."""
+    return _append(denoiser, context, cache, frame_u8_HWC, action, lambda stream: None)[0]
+
+
+def append_with_scene(
+    denoiser: Denoiser, context: Modulations, cache: StaggeredCache, frame_u8_HWC, action
+) -> tuple[StaggeredCache, jax.Array]:
+    """As `append`; also what the network's heads keep of the frame, [256]."""
+    scene_of = denoiser.net.scene
+    return _append(denoiser, context, cache, frame_u8_HWC, action, scene_of)
+
+
+def _append(denoiser, context, cache: StaggeredCache, frame_u8_HWC, action, look):
+    """The cache after one more frame, and what `look` makes of the frame's stream."""
     worlds, slots = cache.worlds, cache.slots
     full = worlds.count[cache.old] == slots
     old = jnp.where(full, 1 - cache.old, cache.old)
@@ -67,7 +80,12 @@ def append(
     count = worlds.count.at[1 - old].multiply(jnp.where(full, 0, 1))
     takes_part = count[old] >= stride(slots)
     frame_BHWC, action_B = to_model(frame_u8_HWC)[None], action[None]
-    append_to = lambda one: kv_cache.advance(denoiser, context, one, frame_BHWC, action_B, "cached")
-    after = jax.vmap(append_to)(dataclasses.replace(worlds, count=count))
+
+    def append_to(one: World):
+        following, stream = kv_cache.append(denoiser, context, one, frame_BHWC, action_B)
+        return following, look(stream)
+
+    after, seen = jax.vmap(append_to)(dataclasses.replace(worlds, count=count))
     count = after.count.at[1 - old].multiply(jnp.where(takes_part, 1, 0))
-    return StaggeredCache(dataclasses.replace(after, count=count), old)
+    found = jax.tree.map(lambda x: x[old, 0, 0], seen)
+    return StaggeredCache(dataclasses.replace(after, count=count), old), found

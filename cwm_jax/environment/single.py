@@ -1,0 +1,93 @@
+"""One world as a `gymnasium.Env`."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cwm_jax.coinrun import FPS
+from cwm_jax.environment import options as option_checks
+from cwm_jax.environment.display import Display
+from cwm_jax.errors import UserError
+
+try:
+    import gymnasium
+    from gymnasium import spaces
+except ImportError:
+    raise UserError("the environment needs Gymnasium: pip install 'cwm_jax[env]'") from None
+
+_SEEDS = 2**32
+
+
+class CoinRunEnv(gymnasium.Env):
+    """CoinRun as a model generates it.
+
+    Observations are frames, uint8 [64, 64, 3]; actions are Procgen's 15. Rewards and ends of
+    episodes are what the model's heads say of the action and the frames before it, and `info` has
+    their probabilities. Longest episodes are up to Gymnasium (`max_episode_steps` of `make`).
+
+    `reset(options={"frames": …, "actions": …})` starts from these frames instead of recorded ones.
+
+    Args:
+        render_mode: "rgb_array", frames for people, uint8 [512, 512, 3]; "human", a window.
+        settings: see `cwm_jax.environment.options.Options`.
+
+    Raises:
+        UserError: for an option that cannot be, or a model without heads where rewards are wanted.
+    """
+
+    metadata: ClassVar = {"render_modes": ["rgb_array", "human"], "render_fps": FPS}
+
+    def __init__(self, render_mode: str | None = None, **settings: Any):
+        self.options = option_checks.of(**settings)
+        option_checks.check_render_mode(render_mode, self.metadata["render_modes"])
+        self.render_mode = render_mode
+        self.world = self.options.open()
+        self.observation_space = spaces.Box(0, 255, self.world.frame_shape, np.uint8)
+        self.action_space = spaces.Discrete(self.world.num_actions)
+        self._display: Display | None = None
+        self._frame: np.ndarray | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        given = option_checks.prompt(options)
+        (self._frame,) = self.world.reset(
+            **given,
+            batch=1,
+            seed=int(self.np_random.integers(_SEEDS)),
+            prompt_frames=self.options.prompt_frames,
+        )
+        self._show()
+        return self._frame.copy(), {}
+
+    def step(self, action) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        if self._frame is None:
+            raise UserError("step() before reset(): no world has begun")
+        (self._frame,) = self.world.step(np.asarray(action).reshape(1))
+        reward, ended, info = 0.0, False, {}
+        if self.options.rewards:
+            told = self.world.outcomes
+            rewards, ends = self.options.earned(told)
+            reward, ended = float(rewards[0, 0]), bool(ends[0, 0])
+            info = {
+                "reward_probability": float(told.positive[0, 0]),
+                "end_probability": float(told.end[0, 0]),
+            }
+        self._show()
+        return self._frame.copy(), reward, ended, False, info
+
+    def render(self) -> np.ndarray | None:
+        if self.render_mode == "rgb_array" and self._frame is not None:
+            return option_checks.enlarged(self._frame)
+        return None
+
+    def _show(self) -> None:
+        if self.render_mode == "human":
+            self._display = self._display or Display("cwm/CoinRun-v0", FPS)
+            self._display.show(option_checks.enlarged(self._frame))
+
+    def close(self) -> None:
+        if self._display is not None:
+            self._display.close()

@@ -1,0 +1,1 @@
+"""The four programs, one story each, and `cwm`, the command that starts every program."""

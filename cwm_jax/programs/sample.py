@@ -1,0 +1,153 @@
+"""Draws rollouts from a checkpoint and films them beside the real clips.
+
+    python sample.py --frames 64 --n-samples 4 --output generated.mp4
+    python sample.py --checkpoint runs/small
+
+Real frames on top, drawn ones below, the pressed keys under each. The checkpoint alone tells what
+network it is; the data gives the frames that rollouts start from. Without --checkpoint the model
+that comes with the repository draws, `checkpoints/pocket`.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cwm_jax import files, shipped
+from cwm_jax.checkpoints import formats, pretrained
+from cwm_jax.coinrun import FPS
+from cwm_jax.data import shards
+from cwm_jax.data.config import DataConfig
+from cwm_jax.errors import UserError, shown_to_user
+from cwm_jax.files import model_flag, path_flag
+from cwm_jax.rendering import contact_sheet, video
+from cwm_jax.runtime import devices, random_numbers
+from cwm_jax.sampling import rollouts, sampler
+
+_MAX_FPS = 1000
+
+_CHECKPOINT = "a run, an export, or hf://USER/REPOSITORY[@REVISION] (checkpoints/pocket)"
+
+
+def main() -> None:
+    with shown_to_user():
+        args = parser().parse_args()
+        _check(args)
+        drawing = _drawing(args)
+        devices.check()
+        checkpoint = pretrained.unless(args.checkpoint)
+        opened = formats.open_sampler(checkpoint, step=args.step, **drawing)
+        script = rollouts.write_script(
+            _data_config(args.data, opened),
+            args.split,
+            count=args.n_samples,
+            frames=args.frames,
+            n_prompt=args.n_prompt,
+            num_actions=opened.sampler.network.action_values,
+            source=args.action_source,
+            pattern=_pattern(args.pattern),
+            seed=args.seed,
+        )
+        if script.real is None:
+            print(f"no {args.n_samples} real clips have {args.frames} frames: drawn frames alone")
+        key = random_numbers.key(args.seed)
+        frames = rollouts.write(
+            opened.sampler, script, args.output, key=key, fps=args.fps, watched=True
+        )
+        print(f"step {opened.step} of {pretrained.shown(checkpoint)} → {args.output}")
+        if args.grid:
+            video.write_png(
+                args.grid, contact_sheet.grid(script.real, frames, n_prompt=args.n_prompt)
+            )
+            print(f"stills → {args.grid}")
+        if args.save_npz:
+            _save_npz(args.save_npz, script, frames, args.seed)
+            print(f"raw frames → {args.save_npz}")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=model_flag, help=_CHECKPOINT)
+    add("--step", type=int, help="which checkpoint of the run (the newest)")
+    add(
+        "--data",
+        type=path_flag,
+        help="folder with train/, val/, test/ (that of the run, else the embedded one)",
+    )
+    add("--split", default="val", choices=shards.SPLITS, help="where clips come from (%(default)s)")
+    add("--frames", type=int, default=32, help="length with the prompt; may pass the window (32)")
+    add("--n-samples", type=int, default=4, help="clips, each of another episode (%(default)s)")
+    add("--n-prompt", type=int, default=1, help="real frames to start from (%(default)s)")
+    add("--ddim-steps", type=int, help="denoising steps a frame, 1…1000 (the model's own)")
+    add("--noise-levels", default="", help="instead of steps: falling labels, such as 999,749,249")
+    add("--eta", type=float, default=0.0, help="0: deterministic … 1: as random as DDPM (0)")
+    add("--stabilization-level", type=int, default=15, help="noise label of the context + 1 (15)")
+    add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")
+    add("--action-source", default="gt", choices=rollouts.ACTION_SOURCES, help="(%(default)s)")
+    add("--pattern", default="", help="actions to repeat, such as 7,7,7,8,8")
+    add("--seed", type=int, default=0, help="of clips, random actions and noise (%(default)s)")
+    add("--fps", type=int, default=FPS, help="frames a second of the film (%(default)s)")
+    add("--output", type=path_flag, default=Path("generated.mp4"), help="or a .gif (%(default)s)")
+    add("--grid", type=path_flag, help="also write stills to this PNG")
+    add("--save-npz", type=path_flag, help="also write raw frames, actions and seed to this file")
+    return parser
+
+
+def _data_config(folder: Path | None, opened: formats.Opened) -> DataConfig:
+    used = opened.config.get("data", {}).get("dir", "")
+    if folder is None:
+        folder = Path(os.path.expanduser(used)) if used else shipped.data()
+        folder = folder if folder.is_dir() else shipped.data()
+    return DataConfig(dir=str(folder))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises `UserError` for numbers that nothing checks before frames are drawn."""
+    sampler.check_seed(args.seed)
+    if not 1 <= args.fps <= _MAX_FPS:
+        raise UserError(f"--fps {args.fps}: must be 1…{_MAX_FPS}")
+
+
+def _drawing(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `SamplerConfig`, of which a fault is told before anything is opened."""
+    fields = dict(window=args.window, eta=args.eta, context_level=args.stabilization_level - 1)
+    if args.noise_levels:
+        falling = _numbers("--noise-levels", args.noise_levels, "falling labels, such as 999,749")
+        fields["levels"] = tuple(falling)
+    elif args.ddim_steps is not None:
+        fields["levels"] = sampler.ddim_levels(args.ddim_steps)
+    sampler.SamplerConfig(**fields)
+    return fields
+
+
+def _pattern(text: str) -> list[int]:
+    return _numbers("--pattern", text, "action numbers, such as 7,7,7,8,8")
+
+
+def _numbers(flag: str, text: str, wanted: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise UserError(f"{flag} {text}: wanted {wanted}") from None
+
+
+def _save_npz(path: Path, script: rollouts.Script, frames: np.ndarray, seed: int) -> None:
+    real = {} if script.real is None else {"real": script.real}
+    with files.written_whole(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            frames=frames,
+            actions=script.actions,
+            n_prompt=script.n_prompt,
+            seed=seed,
+            **real,
+        )
+
+
+if __name__ == "__main__":
+    main()
