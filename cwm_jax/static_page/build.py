@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from cwm_jax import shipped
 from cwm_jax.checkpoints.run_checkpoint import Trained
 from cwm_jax.errors import UserError
 from cwm_jax.onnx import folder
@@ -25,7 +26,7 @@ from cwm_jax.play.inference.engine import fingerprint
 from cwm_jax.play.session.prompt_sources import ClipPrompts
 from cwm_jax.static_page import npm_package, recorded_rollout, start_clips
 
-SOURCE = Path(__file__).parents[2] / "web"
+SOURCE = shipped.page()
 MOST_BYTES = 30_000_000
 LEVEL = 9  # of compression
 MARK = "cwm-web.json"  # tells a folder that this made, which may be replaced
@@ -74,7 +75,7 @@ def build(
 def _check(trained: Trained, prompts: ClipPrompts) -> None:
     network = trained.network
     if not SOURCE.is_dir():
-        raise UserError(f"the page's sources are not at {SOURCE}: run this in a checkout")
+        raise UserError(shipped.missing(shipped.PAGE))
     if not network.has_coinrun_actions or not prompts.known.is_procgen:
         raise UserError(
             f"the page has the keys of Procgen's games: 15 actions, and the network has "

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cwm_jax import shipped
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.errors import UserError, shown_to_user, tell
 from cwm_jax.files import path_flag
@@ -20,13 +21,12 @@ from cwm_jax.play.session.prompt_sources import ClipPrompts
 from cwm_jax.runtime import devices
 from cwm_jax.static_page import build, server
 
-_ROOT = Path(__file__).parents[2]
-_EMBEDDED = _ROOT / "assets" / "coinrun"
+_OUTPUT = Path("dist/web")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with shown_to_user():
-        args = _flags().parse_args(argv)
+        args = parser().parse_args(argv)
         if args.build or not (args.output / "index.html").is_file():
             _build(args)
         if not args.build:
@@ -70,23 +70,23 @@ def _serve(args: argparse.Namespace) -> None:
             tell("")
 
 
-def _flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add = flags.add_argument
     add("--build", action="store_true", help="build anew, and do not serve")
-    add("--output", type=path_flag, default=_ROOT / "dist" / "web", help="the folder (dist/web)")
+    add("--output", type=path_flag, default=_OUTPUT, help="the folder (%(default)s)")
     add("--checkpoint", type=path_flag, help="the model (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of a run (the newest)")
     add("--name", help="what the page calls the model (the checkpoint's name)")
     add("--ddim-steps", metavar="S,S,…", help="denoising steps to choose from (the model's card)")
     add("--dtype", default="float16", choices=folder.DTYPES, help="of the weights (%(default)s)")
-    add("--data", type=path_flag, default=_EMBEDDED, help="where sessions start from")
+    add("--data", type=path_flag, default=shipped.data(), help="where sessions start from")
     add("--runtime", type=path_flag, help="the runtime's .tgz, where npm is not to fetch it")
     add("--host", default="127.0.0.1", help="to serve on (%(default)s)")
     add("--port", type=int, default=8080, help="to serve on (%(default)s)")
-    return parser
+    return flags
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_float16_stays_within_2_of_255_levels(exported, window):
 def test_the_graphs_share_one_file_of_numbers(exported):
     half, whole = exported("plain", "float16"), exported("plain")
     sizes = [(path / folder.WEIGHTS).stat().st_size for path in (half, whole)]
-    assert sizes[0] < 0.55 * sizes[1]
+    assert sizes[0] < 0.6 * sizes[1]  # tables stay in float32
     for path in whole.glob("*.onnx"):
         assert path.stat().st_size < 0.3 * sizes[1]
 

@@ -209,10 +209,19 @@ def python_frames(prompts, code):
     return asyncio.run(play())
 
 
-def levels(a, b):
-    difference = np.abs(a.astype(int) - b.astype(int))
-    print("levels by frame:", *difference.reshape(len(a), -1).max(1))
-    return difference.max()
+def differences(a, b):
+    """The largest difference of each frame, in levels of 255."""
+    return np.abs(a.astype(int) - b.astype(int)).reshape(len(a), -1).max(1)
+
+
+def alike(a, b):
+    """Whether two machines generated a session: one frame from the same past differs by a rounding.
+
+    Later frames build on that difference.
+    """
+    found = differences(a, b)
+    print("levels by frame:", *found)
+    return max(found[found > 0][:1], default=0) <= 1 and found.max() <= 8
 
 
 def test_plays_200_frames_with_keys_and_rewinds(anew):
@@ -220,7 +229,7 @@ def test_plays_200_frames_with_keys_and_rewinds(anew):
         anew.hold(code, 50)
     assert anew.total >= 204
     before = anew.frames(100, 110)
-    assert levels(before[0], before[9]) > 0
+    assert (before[0] != before[9]).any()
     anew.run("play.send({do: 'rewind', to: 99})")
     anew.until("return document.getElementById('place').textContent.startsWith('100 /')")
     anew.hold("ArrowUp", 1 - (anew.total - 100))  # a branch: what came later is forgotten
@@ -253,14 +262,14 @@ def test_a_code_of_the_page_is_read_by_the_python_page_and_the_other_way_round(a
     anew.hold("ArrowRight", 9)
     anew.hold("ArrowUp", 6)
     shown, code = anew.frames(0, anew.total), anew.code()
-    assert levels(python_frames(prompts, code), shown) <= 2
+    assert alike(python_frames(prompts, code), shown)
 
     recipe = share_code.decode(code)
     other = recipe._replace(source=ClipSource(40, 3), seed=4_000_000_001)
     other = other._replace(prompt_checksum=prompts.load(other.source).checksum).encoded
     anew.run("play.replay(arguments[0])", other)
     anew.until("return document.getElementById('note').textContent.startsWith('Played again')")
-    assert levels(python_frames(prompts, other), anew.frames(0, anew.total)) <= 2
+    assert alike(python_frames(prompts, other), anew.frames(0, anew.total))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +301,7 @@ def test_a_picture_of_ones_own_starts_a_session_that_python_reads(anew, prompts)
     anew.until("return document.getElementById('place').textContent == '1 / 1'")
     anew.hold("ArrowLeft", 3)
     code = anew.code()
-    assert levels(python_frames(prompts, code), anew.frames(0, anew.total)) <= 2
+    assert alike(python_frames(prompts, code), anew.frames(0, anew.total))
 
 
 def test_records_a_video(anew):
