@@ -26,7 +26,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.files import HUB
 from cwm_jax.sampling import sampler
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
-from cwm_jax.sampling.worlds import Generator, Outcomes, Worlds
+from cwm_jax.sampling.worlds import Outcomes, WorldGenerator, Worlds
 
 _SEEDS = 2**32
 
@@ -51,7 +51,7 @@ class WorldModel:
         steps = formats.usual_steps(trained) if denoising_steps is None else denoising_steps
         self.trained = trained
         self.denoising_steps = steps
-        self.generator = Generator(
+        self.generator = WorldGenerator(
             trained.network, trained.params, SamplerConfig(levels=ddim_levels(steps))
         )
         self._starts_folder = starts

@@ -23,7 +23,7 @@ from cwm_jax.evaluation import bootstrap
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.sampling.sampler import SamplerConfig
-from cwm_jax.sampling.worlds import Generator
+from cwm_jax.sampling.worlds import WorldGenerator
 
 HEADS = ("reward", "end")
 THRESHOLD = 0.5
@@ -124,7 +124,7 @@ def of_records(
 
 
 def of_rollouts(
-    generator: Generator, episodes: Episodes, numbers: Sequence[int], *, ahead: int, seed: int
+    generator: WorldGenerator, episodes: Episodes, numbers: Sequence[int], *, ahead: int, seed: int
 ) -> list[Told]:
     """What the heads tell of `ahead` generated frames, under the actions that were really pressed.
 
@@ -153,7 +153,7 @@ def of_rollouts(
     return found
 
 
-def _rolled_out(generator: Generator, jobs: Sequence, ahead: int, seed: int) -> list[Told]:
+def _rolled_out(generator: WorldGenerator, jobs: Sequence, ahead: int, seed: int) -> list[Told]:
     filled = [*jobs, *[jobs[-1]] * (_CLIPS_AT_ONCE - len(jobs))]
     prompts = [_clip(episode, start, PROMPT) for episode, start in filled]
     frames, led_in, _ = (np.stack(parts) for parts in zip(*prompts, strict=True))

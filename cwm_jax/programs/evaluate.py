@@ -47,7 +47,7 @@ from cwm_jax.rendering import video
 from cwm_jax.runtime import devices, user_cache
 from cwm_jax.sampling import sampler
 from cwm_jax.sampling.sampler import Sampler
-from cwm_jax.sampling.worlds import Generator
+from cwm_jax.sampling.worlds import WorldGenerator
 from cwm_jax.simulator import game, venv
 
 _CHECKPOINT = "a run, an export, or hf://USER/REPOSITORY[@REVISION] (checkpoints/pocket)"
@@ -306,7 +306,7 @@ def measure_outcomes(words: list[str]) -> None:
     if args.ahead:
         steps = formats.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
         how = sampler.SamplerConfig(levels=sampler.ddim_levels(steps))
-        generator = Generator(trained.network, trained.params, how)
+        generator = WorldGenerator(trained.network, trained.params, how)
         told = outcomes.of_rollouts(generator, episodes, numbers, ahead=args.ahead, seed=args.seed)
         results["rollouts"] = outcomes.summary(told)
         print(outcomes.table(f"{len(told)} rollouts of {args.ahead} frames", results["rollouts"]))

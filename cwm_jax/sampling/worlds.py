@@ -134,7 +134,7 @@ def _rollout(params, tables, worlds, actions_BF, *, network, config):
 _chosen = jax.jit(chosen)
 
 
-class Generator:
+class WorldGenerator:
     """A trained network that generates the frames of such worlds.
 
     Prompts of every length share one compiled program, and so do worlds of every age; only
