@@ -61,7 +61,7 @@ def real_frames() -> dict[str, float | dict]:
     return {
         "clips": len(clips),
         "probe_train_s": train_s,
-        **{side: {k: read[side][k] for k in _TOLD} for side in ("real", "shuffled")},
+        **{side: {k: read[side][k] for k in _REPORTED} for side in ("real", "shuffled")},
         "copy_last_psnr": rollout_quality.summary(floor, horizons)["psnr"]["mean"],
         "false_alarms": lasted["real"]["false_alarms"],
         "collapse": {name: found["frames_to_collapse"]["mean"] for name, found in lasted.items()},
@@ -69,7 +69,7 @@ def real_frames() -> dict[str, float | dict]:
     }
 
 
-_TOLD = ("accuracy", "balanced", "keys")
+_REPORTED = ("accuracy", "balanced", "keys")
 
 
 def ruined(frames_BTHWC: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -56,15 +56,15 @@ class Part(NamedTuple):
 def parts(size: str, clips: int, original: Path | None = None) -> list[Part]:
     """What is run, in order. Frames are drawn with the window full, so that all ways differ."""
     full = sizes.network(size).max_frames
-    draw = lambda name, share, how: Part(
+    generate = lambda name, share, how: Part(
         name, share, "benchmarks.sample", f"--size {size} --context {full} {how} --rows-only --json"
     )
     step = f"--size {size} --batch {clips}"
     found = [
         Part("network", 4.0, "benchmarks.network", f"{step} --output"),
-        draw("sampler-one", 1.2, "--batch 1 --steps 1,4,10 --window cached"),
-        draw("sampler-ways", 1.0, "--batch 1 --steps 10 --window plain,exact,hop"),
-        draw("sampler-many", 1.3, "--batch 4,16,64,256 --steps 1,4,10 --window cached"),
+        generate("sampler-one", 1.2, "--batch 1 --steps 1,4,10 --window cached"),
+        generate("sampler-ways", 1.0, "--batch 1 --steps 10 --window plain,exact,hop"),
+        generate("sampler-many", 1.3, "--batch 4,16,64,256 --steps 1,4,10 --window cached"),
     ]
     if original:
         theirs = f"--folder {original} {step} --steps 10 --draw {full} --compile --output"
@@ -103,12 +103,12 @@ def gather(output: Path, ended: dict[str, str]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for name, how in ended.items():
         file = output / f"{name}.json"
-        told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if name.startswith("sampler"):
-            told = {"sampler": told.get("rows", [])}
+            results = {"sampler": results.get("rows", [])}
         elif name == "original":
-            told = {"original": [{"what": what} | numbers for what, numbers in told.items()]}
-        for section, rows in told.items():
+            results = {"original": [{"what": what} | numbers for what, numbers in results.items()]}
+        for section, rows in results.items():
             found.setdefault(section, []).extend(rows)
         found.setdefault("parts", []).append({"part": name, "how it ended": how})
     return found

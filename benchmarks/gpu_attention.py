@@ -85,7 +85,7 @@ class Case:
             return x
         return x.reshape(-1, self.tokens, 1, x.shape[-1])
 
-    def told(self) -> Row:
+    def described(self) -> Row:
         found = dataclasses.asdict(self)
         return {name: value for name, value in found.items() if value}
 
@@ -293,7 +293,7 @@ class Timing:
             measure = lambda program=program, names=names, least=least: timed(
                 program.result(timeout=0), [arrays[name] for name in names], least
             )
-            self._report.add("times", self._case.told() | asked, measure)
+            self._report.add("times", self._case.described() | asked, measure)
         self._waiting.clear()
 
 
@@ -333,7 +333,7 @@ def measure_all(report: Report, pool: ThreadPoolExecutor, cases: list[Case], *, 
     for (case, tuning, extreme), result in zip(asked, found, strict=True):
         wait = lambda result=result: result.result(timeout=report.left())
         what = {"extreme": extreme} | cut(tuning)
-        report.add("checks", case.told() | what, wait)
+        report.add("checks", case.described() | what, wait)
     for timing in timings:
         timing.run()
     for timing in timings[:2]:  # of the larger network

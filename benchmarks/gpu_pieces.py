@@ -310,7 +310,7 @@ class Bench:
 
     def report(self, **row) -> None:
         self.rows.append({**row, "at_s": time.monotonic() - self.start})
-        print(machine.told(self.rows[-1]), flush=True)
+        print(machine.described(self.rows[-1]), flush=True)
         found = {"about": machine.description(), "rows": self.rows}
         self.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

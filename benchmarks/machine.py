@@ -53,13 +53,13 @@ def table(rows: list[dict], columns: Sequence[str] = ()) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def told(row: dict) -> str:
+def described(row: dict) -> str:
     """A row as one line."""
     return ", ".join(f"{name} {_shown(value)}" for name, value in row.items())
 
 
 def _shown(value) -> str:
     if isinstance(value, dict):
-        return told(value)
+        return described(value)
     text = f"{value:.3g}" if isinstance(value, float) else str(value)
     return text.replace("|", "/").replace("\n", " ")

@@ -34,11 +34,11 @@ Result = dict[str, object]
 
 def config(dtype: str, kernel: str) -> DiTConfig:
     """The network of the golden numbers."""
-    told = json.loads((GOLDEN / "model.json").read_text(encoding="utf-8"))
+    described = json.loads((GOLDEN / "model.json").read_text(encoding="utf-8"))
     names = "patch_size", "hidden_size", "depth", "num_heads", "num_actions", "max_frames"
     return DiTConfig(
-        **{name: told[name] for name in names},
-        image_size=told["input_size"],
+        **{name: described[name] for name in names},
+        image_size=described["input_size"],
         dtype=dtype,
         attention=kernel,
     )

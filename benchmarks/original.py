@@ -146,7 +146,7 @@ def their_frame(folder: Path, size: str, *, clips: int, context: int) -> Step:
     dit, _, rollout = their_modules(folder)
     device = their_device()
     pixels, actions = random_clips(size, clips=clips, frames=context + 1)
-    drawer = rollout.RolloutSampler(
+    sampler = rollout.RolloutSampler(
         their_network(dit, size, device).eval(),
         _Clips(clip_len=context + 1),
         device,
@@ -156,11 +156,11 @@ def their_frame(folder: Path, size: str, *, clips: int, context: int) -> Step:
     )
 
     @torch.no_grad()
-    def draw() -> float:
-        frames = drawer._rollout(pixels.to(device) * 2 - 1, actions.to(device))
+    def generate() -> float:
+        frames = sampler._rollout(pixels.to(device) * 2 - 1, actions.to(device))
         return float(frames[-1].float().mean())
 
-    return draw
+    return generate
 
 
 def their_steps(
@@ -295,7 +295,7 @@ def main() -> None:
         for name, numbers in timed(turns, args.steps).items():
             found[name] = about | numbers
             found[name] |= {"frames": _FRAMES[name]} if name in _FRAMES else {}
-            print(_told(name, numbers), flush=True)
+            print(_described(name, numbers), flush=True)
         if args.output:
             args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
@@ -305,8 +305,8 @@ def main() -> None:
         if absent := [name for name in ("torch", "einops") if _missing(name)]:
             raise UserError(f"the original needs {' and '.join(absent)}, not installed here")
         for clips in (1, 16) if args.draw else ():
-            draw = their_frame(args.folder, args.size, clips=clips, context=args.draw)
-            keep({f"original, a frame of {clips}": functools.partial(_take, draw)}, clips=clips)
+            generate = their_frame(args.folder, args.size, clips=clips, context=args.draw)
+            keep({f"original, a frame of {clips}": functools.partial(_take, generate)}, clips=clips)
         if args.beside:
             theirs = functools.partial(their_step, args.folder, **asked)
             makers = {"original": theirs, "ours": functools.partial(our_step, args.size, **shape)}
@@ -318,7 +318,7 @@ def main() -> None:
         keep(turns, clips=args.batch)
 
 
-def _told(name: str, numbers: dict[str, float]) -> str:
+def _described(name: str, numbers: dict[str, float]) -> str:
     return (
         f"{name:9} {numbers['step_s']:.4g} s a step (best {numbers['step_best_s']:.4g}; "
         f"{numbers['step_cpu_s']:.4g} s of processors; the first {numbers['first_step_s']:.3g})"

@@ -112,7 +112,7 @@ class Bench:
         after = np.append(alpha_bars[1:], np.float32(1))
 
         @jax.jit
-        def draw(params, frames_BTHWC, actions_BT, x):
+        def generate(params, frames_BTHWC, actions_BT, x):
             net = denoiser.bind(self.config, params)
             with_new = jnp.concatenate([frames_BTHWC, frames_BTHWC[:, -1:]], axis=1)
             earlier = net.earlier(with_new)
@@ -135,9 +135,9 @@ class Bench:
         x = jax.random.normal(KEY, (batch, *frames.shape[2:]))
         cast = jax.tree.map(lambda p: p.astype(self.config.compute_dtype), self.params)
         began = time.perf_counter()
-        jax.block_until_ready(draw(cast, frames, actions, x))
+        jax.block_until_ready(generate(cast, frames, actions, x))
         compiled = time.perf_counter() - began
-        once = device_speed.best_time(draw, cast, frames, actions, x, rounds=1, calls=1)
+        once = device_speed.best_time(generate, cast, frames, actions, x, rounds=1, calls=1)
         return once, compiled - once
 
 

@@ -157,7 +157,7 @@ def pace(address: str, args: argparse.Namespace) -> None:
                     "ms, fastest": round(times[0], 1),
                     "processor ms a frame": round(1000 * spent / count, 1),
                 })  # fmt: skip
-                print(machine.told(rows[-1]), flush=True)
+                print(machine.described(rows[-1]), flush=True)
     print(machine.table(rows))
 
 
@@ -177,7 +177,9 @@ def keys(address: str, args: argparse.Namespace) -> None:
         steps = page.run("return document.getElementById('r-steps').textContent")
         row = {"presses": len(delays), "p50 ms": round(delays[len(delays) // 2])}
         print(
-            machine.told(row | {"p95 ms": round(delays[int(0.95 * len(delays))]), "steps": steps})
+            machine.described(
+                row | {"p95 ms": round(delays[int(0.95 * len(delays))]), "steps": steps}
+            )
         )
 
 
@@ -217,7 +219,7 @@ def main() -> None:
     add("--only", default="pace,keys,load,memory")
     args = parser.parse_args()
     with shown_to_user(), _served(args.page) as address:
-        print(machine.told(machine.description()))
+        print(machine.described(machine.description()))
         for part in args.only.split(","):
             print(f"\n{part}", flush=True)
             globals()[part](address, args)

@@ -38,14 +38,14 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def rollouts(trained: run_checkpoint.Trained, prompt, led_in, actions, *, steps: int, seed: int):
     """Frames of each way, uint8 [B, F, H, W, C] by name."""
-    drawn = {}
+    generated = {}
     for name, (window, dtype) in WAYS.items():
         config = sampler.SamplerConfig(levels=sampler.ddim_levels(steps), window=window)
         network = dataclasses.replace(trained.network, dtype=dtype)
         generator = sampler.Sampler(network, trained.params, config)
         state = generator.start(prompt, led_in)
-        drawn[name] = np.asarray(generator.rollout(state, actions, jax.random.key(seed))[1])
-    return drawn
+        generated[name] = np.asarray(generator.rollout(state, actions, jax.random.key(seed))[1])
+    return generated
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     more = rng.integers(trained.network.num_actions, size=(args.clips, max(args.frames - 159, 0)))
     actions = np.concatenate([taken[:, 1:], more], axis=1)[:, : args.frames]
-    drawn = rollouts(
+    generated = rollouts(
         trained, real[:, :1], taken[:, :1], actions, steps=args.ddim_steps, seed=args.seed
     )
     window, rows = trained.network.max_frames, []
@@ -79,12 +79,14 @@ def main() -> None:
             continue
         row = {"frame": frame + 1}
         row |= {
-            f"{way} ~ exact": psnr(drawn[way][:, frame - 1], drawn["exact"][:, frame - 1])
+            f"{way} ~ exact": psnr(generated[way][:, frame - 1], generated["exact"][:, frame - 1])
             for way in list(WAYS)[1:]
         }
         in_record = frame < real.shape[1]
         row |= {
-            f"{way} ~ real": psnr(drawn[way][:, frame - 1], real[:, frame]) if in_record else "–"
+            f"{way} ~ real": psnr(generated[way][:, frame - 1], real[:, frame])
+            if in_record
+            else "–"
             for way in WAYS
         }
         rows.append(row)

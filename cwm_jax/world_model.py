@@ -158,8 +158,8 @@ class WorldModel:
         Raises:
             UserError: as `step`.
         """
-        self._worlds, frames, told = self.generator.rollout(self._begun(), actions_BF)
-        self._outcomes = jax.device_get(told)
+        self._worlds, frames, predicted = self.generator.rollout(self._begun(), actions_BF)
+        self._outcomes = jax.device_get(predicted)
         return np.asarray(jax.device_get(frames))
 
     @property

@@ -119,7 +119,7 @@ def test_a_prompt_may_be_one_picture_for_all_or_one_for_each(model):
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
     [
         (lambda m: m.step([7, 15]), r"action 15: actions are 0…14"),
         (lambda m: m.step([7, -1]), r"action -1: actions are 0…14"),
@@ -135,9 +135,9 @@ def test_a_prompt_may_be_one_picture_for_all_or_one_for_each(model):
         (lambda m: m.reset(np.zeros((3, 1, 64, 64, 3), np.uint8), batch=2), r"prompts of 3 worlds"),
     ],
 )
-def test_what_cannot_be_is_named_and_changes_nothing(model, call, told):
+def test_what_cannot_be_is_named_and_changes_nothing(model, call, message):
     before = model.reset(batch=2, seed=0)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         call(model)
     np.testing.assert_array_equal(model.frames, before)
 

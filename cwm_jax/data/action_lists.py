@@ -73,8 +73,8 @@ def _csv_rows(path: Path) -> Rows:
 def _separator(text: str) -> str:
     """The one that the first line has most of; a spreadsheet's own `sep=;` decides."""
     first = text.lstrip().partition("\n")[0].partition("\r")[0]
-    told = re.fullmatch(r'"?sep=(.)"?', first)
-    return told[1] if told else max(_SEPARATORS, key=first.count)
+    declared = re.fullmatch(r'"?sep=(.)"?', first)
+    return declared[1] if declared else max(_SEPARATORS, key=first.count)
 
 
 def _cells(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:

@@ -117,17 +117,17 @@ class DeviceBatches(loader.TrainBatches):
     def _allocate(self, rows: int) -> tuple[jax.Array, ...]:
         per_row = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self._kinds)
         needed, there = rows * per_row, _memory()
-        told = (
+        problem = (
             f"config.data.on_device={self._config.on_device}: {rows} frames take "
             f"{needed / 2**30:.1f} GiB of the device's memory"
         )
         if needed > there:
-            raise UserError(f"{told}, which has {there / 2**30:.1f} GiB: set it lower")
+            raise UserError(f"{problem}, which has {there / 2**30:.1f} GiB: set it lower")
         try:
             make = lambda: tuple(jnp.zeros((rows, *shape), dtype) for shape, dtype in self._kinds)
             return jax.block_until_ready(jax.jit(make, out_shardings=self._place)())
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"{told}, and cannot be had: set it lower ({error})") from None
+            raise UserError(f"{problem}, and cannot be had: set it lower ({error})") from None
 
     def _take_chunks(self) -> None:
         """Adds what has been read; waits until there is something, and as much as is wanted."""
@@ -183,9 +183,9 @@ class DeviceBatches(loader.TrainBatches):
                 bad.append(number)
                 continue
             rows = slice(row, row + len(episode))
-            told = episode.outcomes or (np.nan,) * len(OUTCOMES)
+            recorded = episode.outcomes or (np.nan,) * len(OUTCOMES)
             for array, values in zip(
-                arrays, (episode.frames, episode.actions, *told), strict=False
+                arrays, (episode.frames, episode.actions, *recorded), strict=False
             ):
                 array[rows] = np.reshape(values, (-1, *array.shape[1:]))
             of_episode = self._clips.of_episode(number)

@@ -12,18 +12,18 @@ KEY = "inferred_actions"
 def note(folder: str | os.PathLike) -> str | None:
     """A sentence for people where a data folder's actions were inferred; None where not."""
     try:
-        said = files.read_json_object(Path(folder) / METADATA).get(KEY)
+        recorded = files.read_json_object(Path(folder) / METADATA).get(KEY)
     except FileNotFoundError:
         return None
-    if said is None:
+    if recorded is None:
         return None
     try:
-        on = said["measured_on"]
+        on = recorded["measured_on"]
         return (
             f"actions: inferred from frames, not recorded; of held-out real ones "
-            f"{_percent(said['accuracy']['mean'])} are right (balanced over groups "
-            f"{_percent(said['balanced'])}; the commonest named always: "
-            f"{_percent(said['accuracy_floor'])} and {_percent(said['balanced_floor'])}; "
+            f"{_percent(recorded['accuracy']['mean'])} are right (balanced over groups "
+            f"{_percent(recorded['balanced'])}; the commonest named always: "
+            f"{_percent(recorded['accuracy_floor'])} and {_percent(recorded['balanced_floor'])}; "
             f"{on['actions']} actions of {on['clips']} clips)"
         )
     except (KeyError, TypeError, ValueError):

@@ -83,9 +83,9 @@ class _Tally:
         for number in numbers:
             if number not in self.episodes:
                 self.episodes.add(number)
-                self._tell(number)
+                self._report(number)
 
-    def _tell(self, number: int) -> None:
+    def _report(self, number: int) -> None:
         try:
             self._records[number]
             reason = "it could not be read a moment ago"
@@ -93,14 +93,14 @@ class _Tally:
             reason = bad.reason
         path, index = self._records.path(number)
         count = len(self.episodes)
-        told = f"{path}, record {index}: {reason}"
+        message = f"{path}, record {index}: {reason}"
         if count > self._limit:
             raise UserError(
-                f"{told}\nThat is bad record number {count} of this split, and "
+                f"{message}\nThat is bad record number {count} of this split, and "
                 f"data.max_bad_records={self._limit}: mend the data, or allow more."
             )
         echo(
-            f"warning: {told}; skipped ({count} of at most {self._limit})",
+            f"warning: {message}; skipped ({count} of at most {self._limit})",
         )
 
 

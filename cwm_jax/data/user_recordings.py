@@ -21,7 +21,7 @@ from cwm_jax.controls import Controls
 from cwm_jax.data import action_lists, pictures
 from cwm_jax.errors import UserError
 
-FILMS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 FITS = ("stretch", "crop", "pad")
 
 
@@ -41,10 +41,10 @@ def read_key_map(path: Path) -> Controls:
         UserError: there is no such file, or it is wrong, with the field at fault.
     """
     try:
-        said = tomllib.loads(files.read_text(path))
+        fields = tomllib.loads(files.read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the key map {path}: {error}") from None
-    return controls.from_json(said, path)
+    return controls.from_json(fields, path)
 
 
 def find(folder: Path, *, with_actions: bool = True) -> list[Recording]:
@@ -59,14 +59,14 @@ def find(folder: Path, *, with_actions: bool = True) -> list[Recording]:
     seen: dict[str, Path] = {}
     present = files.visible(folder)
     for path in present:
-        is_film = path.suffix.lower() in FILMS and path.is_file()
-        if is_film or (path.is_dir() and _pictures_in(path)):
+        is_video = path.suffix.lower() in VIDEOS and path.is_file()
+        if is_video or (path.is_dir() and _pictures_in(path)):
             name = path.name if path.is_dir() else path.stem
             if name in seen:
                 raise UserError(f"{seen[name]} and {path} are both the frames of {name!r}")
             seen[name] = path
     if not seen:
-        raise UserError(f"{folder} holds no films ({', '.join(FILMS)}) and no folders of PNGs")
+        raise UserError(f"{folder} holds no films ({', '.join(VIDEOS)}) and no folders of PNGs")
     if not with_actions:
         return [_without_actions(name, path, present) for name, path in seen.items()]
     return [Recording(name, path, _actions_of(name, present)) for name, path in seen.items()]

@@ -67,10 +67,12 @@ class Options:
             )
         return model
 
-    def earned(self, told: Outcomes) -> tuple[np.ndarray, np.ndarray]:
+    def earned(self, predicted: Outcomes) -> tuple[np.ndarray, np.ndarray]:
         """Rewards, float64, and whether episodes end, bool; shaped as the outcomes are."""
-        signs = (told.positive >= self.threshold) * 1.0 - (told.negative >= self.threshold)
-        return signs * float(self.reward_scale), told.end >= self.threshold
+        signs = (predicted.positive >= self.threshold) * 1.0 - (
+            predicted.negative >= self.threshold
+        )
+        return signs * float(self.reward_scale), predicted.end >= self.threshold
 
 
 def of(**given: Any) -> Options:

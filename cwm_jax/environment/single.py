@@ -68,12 +68,12 @@ class CoinRunEnv(gymnasium.Env):
         (self._frame,) = self.world.step(np.asarray(action).reshape(1))
         reward, ended, info = 0.0, False, {}
         if self.options.rewards:
-            told = self.world.outcomes
-            rewards, ends = self.options.earned(told)
+            predicted = self.world.outcomes
+            rewards, ends = self.options.earned(predicted)
             reward, ended = float(rewards[0, 0]), bool(ends[0, 0])
             info = {
-                "reward_probability": float(told.positive[0, 0]),
-                "end_probability": float(told.end[0, 0]),
+                "reward_probability": float(predicted.positive[0, 0]),
+                "end_probability": float(predicted.end[0, 0]),
             }
         self._show()
         return self._frame.copy(), reward, ended, False, info

@@ -120,10 +120,10 @@ class CoinRunVectorEnv(VectorEnv):
         """Rewards and ends of the worlds in which the action counted, and what is said of them."""
         if not self.options.rewards:
             return np.zeros(self.num_envs), np.zeros(self.num_envs, bool), {}
-        told = self.world.outcomes
-        rewards, ends = (x[:, 0] for x in self.options.earned(told))
+        predicted = self.world.outcomes
+        rewards, ends = (x[:, 0] for x in self.options.earned(predicted))
         infos = {}
-        for name, values in (("reward", told.positive), ("end", told.end)):
+        for name, values in (("reward", predicted.positive), ("end", predicted.end)):
             infos[f"{name}_probability"] = np.where(counts, values[:, 0], 0)
             infos[f"_{name}_probability"] = counts.copy()
         return np.where(counts, rewards, 0.0), ends & counts, infos
@@ -133,9 +133,9 @@ class CoinRunVectorEnv(VectorEnv):
         frames = np.full(self.num_envs, None, object)
         for i in np.nonzero(self._over)[0]:
             frames[i] = self._frames[i].copy()
-        said = {key: value for key, value in infos.items() if not key.startswith("_")}
+        values_by_key = {key: value for key, value in infos.items() if not key.startswith("_")}
         final_info = {}
-        for key, value in said.items():
+        for key, value in values_by_key.items():
             final_info |= {key: np.where(self._over, value, 0), f"_{key}": self._over.copy()}
         over = self._over.copy()
         return {

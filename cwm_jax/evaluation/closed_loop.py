@@ -29,7 +29,7 @@ class Loop(NamedTuple):
 
     levels: list[int]
     real: np.ndarray  # uint8 [B, T, H, W, C]
-    drawn: np.ndarray  # uint8 [B, T, H, W, C]; the prompt first, which is the game's
+    generated: np.ndarray  # uint8 [B, T, H, W, C]; the prompt first, which is the game's
     actions: np.ndarray  # int32 [B, T], the action that led into each frame
     scores: Scores  # of the T − P frames after the prompt
     n_prompt: int
@@ -77,21 +77,23 @@ def play(
     real = np.stack([played[i] for i in lasting])
     actions = np.pad(keys[lasting], ((0, 0), (1, 0)), constant_values=NO_ACTION)
     prompt = real[:, :n_prompt]
-    drawn = np.asarray(jax.device_get(generate(prompt, actions, random_numbers.key(seed))))
+    generated = np.asarray(jax.device_get(generate(prompt, actions, random_numbers.key(seed))))
     return Loop(
         [int(levels[i]) for i in lasting],
         real,
-        np.concatenate([prompt, drawn], axis=1),
+        np.concatenate([prompt, generated], axis=1),
         actions,
-        score(drawn, real[:, n_prompt:], prompt[:, -1]),
+        score(generated, real[:, n_prompt:], prompt[:, -1]),
         n_prompt,
     )
 
 
-def film(loop: Loop) -> Iterator[np.ndarray]:
+def video_images(loop: Loop) -> Iterator[np.ndarray]:
     """Film images for `video.write_mp4`: game above, model below, keys, and PSNR over time."""
     psnr = rollout_quality.capped(loop.scores.psnr)
-    frames = contact_sheet.side_by_side(loop.real, loop.drawn, loop.actions, n_prompt=loop.n_prompt)
+    frames = contact_sheet.side_by_side(
+        loop.real, loop.generated, loop.actions, n_prompt=loop.n_prompt
+    )
     for t, picture in enumerate(frames):
         done = max(0, t + 1 - loop.n_prompt)
         yield np.concatenate([picture, _graph(psnr, done, picture.shape[1])])

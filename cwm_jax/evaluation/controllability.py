@@ -20,8 +20,8 @@ def random_actions(
     """The prompt's actions, then `frames` uniform random ones: int32 [B, n_prompt + frames]."""
     # A column for each frame, so that a longer script begins as a shorter one.
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(num_actions, size=(frames, len(actions_BT)), dtype=np.int32).T
-    return np.concatenate([actions_BT[:, :n_prompt], drawn], axis=1)
+    sampled = rng.integers(num_actions, size=(frames, len(actions_BT)), dtype=np.int32).T
+    return np.concatenate([actions_BT[:, :n_prompt], sampled], axis=1)
 
 
 def delta_psnr(true: Scores, random: Scores, horizons: Sequence[int]) -> dict:

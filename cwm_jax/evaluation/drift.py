@@ -53,7 +53,9 @@ class Signs(NamedTuple):
     colour_shift: np.ndarray  # distance of the mean colours, 0…1
 
 
-def summary(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray, *, lpips: Lpips | None = None) -> dict:
+def summary(
+    generated_BFHWC: np.ndarray, real_BTHWC: np.ndarray, *, lpips: Lpips | None = None
+) -> dict:
     """Drift by time of F drawn frames, against T real frames of the same clips.
 
     With `lpips`, `nearest_real` too (`cwm_jax.evaluation.nearest_real`).
@@ -69,10 +71,10 @@ def summary(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray, *, lpips: Lpips | N
     half = real_BTHWC.shape[1] // 2
     start = moments(real_BTHWC[:, :half], features)
     real = signs(moments(real_BTHWC[:, half:], features), start)
-    drawn = signs(moments(drawn_BFHWC, features), start)
+    generated = signs(moments(generated_BFHWC, features), start)
     limits = {name: limits_of(name, values) for name, values in real._asdict().items()}
-    frames, rest = drawn_BFHWC.shape[1], real_BTHWC.shape[1] - half
-    lasted = frames_to_collapse(beyond(drawn, limits), frames)
+    frames, rest = generated_BFHWC.shape[1], real_BTHWC.shape[1] - half
+    lasted = frames_to_collapse(beyond(generated, limits), frames)
     by_window = {
         name: {
             "frame": [STRIDE * i for i in range(values.shape[1])],
@@ -80,9 +82,9 @@ def summary(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray, *, lpips: Lpips | N
             "real": float(getattr(real, name).mean()),
             "limits": limits[name],
         }
-        for name, values in drawn._asdict().items()
+        for name, values in generated._asdict().items()
     }
-    nearest = {"nearest_real": _nearest(drawn_BFHWC, real_BTHWC, lpips)} if lpips else {}
+    nearest = {"nearest_real": _nearest(generated_BFHWC, real_BTHWC, lpips)} if lpips else {}
     return nearest | {
         "frames": frames,
         "frames_to_collapse": rollout_quality.as_dict(*bootstrap.of_median(lasted)),
@@ -92,7 +94,7 @@ def summary(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray, *, lpips: Lpips | N
     }
 
 
-def _nearest(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray, lpips: Lpips) -> dict:
+def _nearest(generated_BFHWC: np.ndarray, real_BTHWC: np.ndarray, lpips: Lpips) -> dict:
     """Every `STRIDE`-th frame against the first half of the clip; the second half is the floor.
 
     `mean` is over all these frames; `by_window` over the frames of each window; `frames_to_leave`
@@ -106,12 +108,12 @@ def _nearest(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray, lpips: Lpips) -> d
         pairs = zip(clips_BFHWC, real_BTHWC[:, :half:REFERENCE], strict=True)
         return np.stack([distances(clip[::STRIDE], real) for clip, real in pairs])
 
-    drawn, real = found(drawn_BFHWC), found(real_BTHWC[:, half:])
-    windows, real_windows = _over_windows(drawn), _over_windows(real)
+    generated, real = found(generated_BFHWC), found(real_BTHWC[:, half:])
+    windows, real_windows = _over_windows(generated), _over_windows(real)
     limit = float(np.quantile(real_windows, _LIMIT))
-    lasted = frames_to_collapse(windows > limit, drawn_BFHWC.shape[1])
+    lasted = frames_to_collapse(windows > limit, generated_BFHWC.shape[1])
     return {
-        "mean": rollout_quality.as_dict(*bootstrap.of_mean(drawn.mean(1))),
+        "mean": rollout_quality.as_dict(*bootstrap.of_mean(generated.mean(1))),
         "real": rollout_quality.as_dict(*bootstrap.of_mean(real.mean(1))),
         "frames_to_leave": rollout_quality.as_dict(*bootstrap.of_median(lasted)),
         "by_window": {

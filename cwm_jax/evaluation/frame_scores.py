@@ -25,7 +25,7 @@ class Scores(NamedTuple):
         return {name: values for name, values in self._asdict().items() if values is not None}
 
 
-def score(drawn_BFHWC, real_BFHWC, given_BHWC, *, lpips: Lpips | None = None) -> Scores:
+def score(generated_BFHWC, real_BFHWC, given_BHWC, *, lpips: Lpips | None = None) -> Scores:
     """Scores frames against the real ones.
 
     Args:
@@ -34,29 +34,29 @@ def score(drawn_BFHWC, real_BFHWC, given_BHWC, *, lpips: Lpips | None = None) ->
             count as motion.
         lpips: its network; no LPIPS without.
     """
-    clips = min(_CLIPS, len(drawn_BFHWC))
+    clips = min(_CLIPS, len(generated_BFHWC))
     parts = []
-    for first in range(0, len(drawn_BFHWC), clips):
-        rows = np.minimum(np.arange(first, first + clips), len(drawn_BFHWC) - 1)
-        part = _score(*(x[rows] for x in (drawn_BFHWC, real_BFHWC, given_BHWC)))
+    for first in range(0, len(generated_BFHWC), clips):
+        rows = np.minimum(np.arange(first, first + clips), len(generated_BFHWC) - 1)
+        part = _score(*(x[rows] for x in (generated_BFHWC, real_BFHWC, given_BHWC)))
         parts.append(jax.device_get(part))
-    whole = (np.concatenate(x)[: len(drawn_BFHWC)] for x in zip(*parts, strict=True))
-    return Scores(*whole, distances(lpips, drawn_BFHWC, real_BFHWC) if lpips else None)
+    whole = (np.concatenate(x)[: len(generated_BFHWC)] for x in zip(*parts, strict=True))
+    return Scores(*whole, distances(lpips, generated_BFHWC, real_BFHWC) if lpips else None)
 
 
 @jax.jit
-def _score(drawn_BFHWC, real_BFHWC, given_BHWC) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _score(generated_BFHWC, real_BFHWC, given_BHWC) -> tuple[jax.Array, jax.Array, jax.Array]:
     # One frame of all clips at a time: SSIM needs a dozen float32 copies of what it works on.
     def of_frame(pair):
-        drawn, real = (frames.astype(jnp.float32) for frames in pair)
+        generated, real = (frames.astype(jnp.float32) for frames in pair)
         changed = (pair[1] != given_BHWC).any(-1)
         # Errors of whole numbers are exact: those of equal frames are 0, not nearly 0.
         psnr = lambda error: image_metrics.psnr_of_mse(error / 255**2)
         return (
-            psnr(image_metrics.mse(drawn, real)),
-            image_metrics.ssim(drawn / 255, real / 255),
-            psnr(image_metrics.masked_mse(drawn, real, changed)),
+            psnr(image_metrics.mse(generated, real)),
+            image_metrics.ssim(generated / 255, real / 255),
+            psnr(image_metrics.masked_mse(generated, real, changed)),
         )
 
-    pairs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (drawn_BFHWC, real_BFHWC))
+    pairs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (generated_BFHWC, real_BFHWC))
     return jax.tree.map(lambda x: x.T, jax.lax.map(of_frame, pairs))

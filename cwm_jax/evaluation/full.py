@@ -125,12 +125,12 @@ def measure(
         config, plan.split, frames=plan.frames, up_to=drift.REAL, clips=plan.clips
     )
     reader = probe.cached(config, probes)
-    drawn = draw_all(generation.by_sampler(sampler), clips, plan, watched=watched)
+    generated = generate_all(generation.by_sampler(sampler), clips, plan, watched=watched)
     scored = slice(max(plan.n_prompt) + plan.horizon)
     rendered = rollout_quality.reconstruction(
         network, params, clips.frames[:, scored], clips.actions[:, scored]
     )
-    measured = judge(drawn, plan, rendered=rendered, reader=reader, lpips=lpips)
+    measured = judge(generated, plan, rendered=rendered, reader=reader, lpips=lpips)
     if plan.seeds:
         maps = _uncertainty(network, sampler, clips, plan, watched=watched)
         measured.results["uncertainty"] = uncertainty.summary(maps, seeds=plan.seeds)
@@ -198,7 +198,7 @@ def _whole_batch(size: int) -> int:
     return math.ceil(size / jax.device_count()) * jax.device_count()
 
 
-def draw_all(
+def generate_all(
     generate: generation.Generate, clips: HeldOut, plan: Plan, *, watched: bool = False
 ) -> Rollouts:
     """Draws everything that a plan needs: the longest rollout of each kind, once."""
@@ -222,7 +222,7 @@ def draw_all(
 
 
 def judge(
-    drawn: Rollouts,
+    generated: Rollouts,
     plan: Plan,
     *,
     rendered: np.ndarray,
@@ -235,13 +235,13 @@ def judge(
         rendered: the reconstruction of the real clips, uint8 [B, T, H, W, C].
         lpips: its network; LPIPS is left out without.
     """
-    clips, horizons = drawn.clips, rollout_quality.horizons_to(plan.horizon)
+    clips, horizons = generated.clips, rollout_quality.horizons_to(plan.horizon)
     rollout, kept = {}, None
     for given in plan.n_prompt:
         span = slice(given, given + plan.horizon)
         prompt, real = clips.frames[:, :given], clips.frames[:, span]
         candidates = {
-            "model": drawn.true[given],
+            "model": generated.true[given],
             "copy_last": rollout_quality.copy_last(prompt, plan.horizon),
             "reconstruction": rendered[:, span],
             "blur": rollout_quality.blurred(real),
@@ -255,7 +255,7 @@ def judge(
     given = plan.n_prompt[0]
     prompt = clips.frames[:, :given]
     real = clips.frames[:, given : given + plan.horizon]
-    random = score(drawn.random[:, : plan.horizon], real, prompt[:, -1])
+    random = score(generated.random[:, : plan.horizon], real, prompt[:, -1])
     read = min(PROBED, plan.horizon)
     begun = lambda frames: np.concatenate([prompt[:, -1:], frames[:, :read]], axis=1)
     actions = clips.actions[:, given - 1 : given + read]
@@ -263,10 +263,10 @@ def judge(
         "clips": {"used": len(clips), "records": clips.records, "too_short": clips.too_short},
         "rollout": rollout,
         "control": controllability.delta_psnr(kept, random, horizons),
-        "probe": probe_accuracy.summary(reader, begun(drawn.true[given]), begun(real), actions),
-        "drift": drift.summary(drawn.random, clips.frames, lpips=lpips),
+        "probe": probe_accuracy.summary(reader, begun(generated.true[given]), begun(real), actions),
+        "drift": drift.summary(generated.random, clips.frames, lpips=lpips),
     }
-    return Measured(results, drawn, kept)
+    return Measured(results, generated, kept)
 
 
 def _quality(scored: Mapping[str, Scores], horizons: Sequence[int]) -> dict:

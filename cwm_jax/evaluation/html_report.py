@@ -48,20 +48,20 @@ def write(folder: Path, measured: Measured, plan: Plan) -> None:
         charts["uncertainty"] = report_charts.uncertainty
         strip = unsure_strip(measured, plan)
         video.write_png(folder / "unsure.png", strip)
-    pictures = {name: report_charts.both(draw, measured.results) for name, draw in charts.items()}
+    pictures = {name: report_charts.both(plot, measured.results) for name, plot in charts.items()}
     for name, variants in pictures.items():
         for suffix, png in zip(("", "_dark"), variants, strict=True):
             with written_whole(folder / f"{name}{suffix}.png") as temporary:
                 temporary.write_bytes(png)
     strips = chosen_strips(measured)
     for strip in strips:
-        real, drawn, actions = _clip(measured, plan, strip.clip)
-        still = contact_sheet.grid(
-            real, drawn, n_prompt=plan.n_prompt[0], max_columns=_STRIP_FRAMES
+        real, generated, actions = _clip(measured, plan, strip.clip)
+        sheet = contact_sheet.grid(
+            real, generated, n_prompt=plan.n_prompt[0], max_columns=_STRIP_FRAMES
         )
-        video.write_png(folder / f"{strip.name}.png", still)
-        film = contact_sheet.side_by_side(real, drawn, actions, n_prompt=plan.n_prompt[0])
-        video.write_mp4(folder / f"{strip.name}.mp4", film, fps=FPS)
+        video.write_png(folder / f"{strip.name}.png", sheet)
+        clip_video = contact_sheet.side_by_side(real, generated, actions, n_prompt=plan.n_prompt[0])
+        video.write_mp4(folder / f"{strip.name}.mp4", clip_video, fps=FPS)
     with written_whole(folder / FILE) as temporary:
         temporary.write_text(
             _page(folder, measured, plan, pictures, strips),
@@ -104,8 +104,12 @@ def _clip(measured: Measured, plan: Plan, clip: int):
     clips, given = measured.rollouts.clips, plan.n_prompt[0]
     span = slice(0, given + plan.horizon)
     real = clips.frames[clip, span][None]
-    drawn = measured.rollouts.true[given][clip][None]
-    return real, np.concatenate([real[:, :given], drawn], axis=1), clips.actions[clip, span][None]
+    generated = measured.rollouts.true[given][clip][None]
+    return (
+        real,
+        np.concatenate([real[:, :given], generated], axis=1),
+        clips.actions[clip, span][None],
+    )
 
 
 def _page(folder: Path, measured: Measured, plan: Plan, pictures, strips: list[Strip]) -> str:
@@ -151,7 +155,7 @@ def _uncertainty(folder: Path, results, pictures) -> str:
     found = results["uncertainty"]
     best = uncertainty.best_sign(found)
     where, beyond = (comparison.interval(found[best][kind]) for kind in ("where", "beyond"))
-    still = _data_uri((folder / "unsure.png").read_bytes(), "image/png")
+    sheet = _data_uri((folder / "unsure.png").read_bytes(), "image/png")
     without = (
         ""
         if "instability" in found
@@ -168,7 +172,7 @@ def _uncertainty(folder: Path, results, pictures) -> str:
         f'<div class="card">{_chart("uncertainty", *pictures["uncertainty"])}</div>'
         "<figure><figcaption>The clip of median error. From above: real, generated, then the "
         f"generated frames tinted by spread{', by instability' * ('instability' in found)} and by "
-        f'error</figcaption><img alt="uncertainty, stills" src="{still}" style="max-width:100%">'
+        f'error</figcaption><img alt="uncertainty, stills" src="{sheet}" style="max-width:100%">'
         "</figure>"
     )
 
@@ -242,14 +246,14 @@ def _tile(name: str, value: str, against: str) -> str:
 
 
 def _strip(folder: Path, strip: Strip) -> str:
-    still = _data_uri((folder / f"{strip.name}.png").read_bytes(), "image/png")
-    film = _data_uri((folder / f"{strip.name}.mp4").read_bytes(), "video/mp4")
+    sheet = _data_uri((folder / f"{strip.name}.png").read_bytes(), "image/png")
+    clip_video = _data_uri((folder / f"{strip.name}.mp4").read_bytes(), "video/mp4")
     label = f"{strip.name.capitalize()}: clip {strip.clip}, {strip.psnr:.2f} dB"
     return (
         f"<figure><figcaption>{label}</figcaption>"
-        f'<div class="strip"><video src="{film}" autoplay loop muted playsinline '
+        f'<div class="strip"><video src="{clip_video}" autoplay loop muted playsinline '
         'onclick="this.paused ? this.play() : this.pause()"></video>'
-        f'<img alt="{label}, stills" src="{still}"></div></figure>'
+        f'<img alt="{label}, stills" src="{sheet}"></div></figure>'
     )
 
 

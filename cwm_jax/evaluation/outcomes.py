@@ -31,7 +31,7 @@ PROMPT = 4  # real frames that a rollout starts from
 _CLIPS_AT_ONCE = 16
 
 
-class Told(NamedTuple):
+class Predicted(NamedTuple):
     """What is known of the frames of one record, or of one rollout, each [T]."""
 
     probability: dict[str, np.ndarray]  # by head, float32
@@ -87,11 +87,11 @@ def read(network: DiTConfig, params: Params, episodes: Sequence[Episode]) -> lis
         filled = batch + batch[-1:] * (_CLIPS_AT_ONCE - len(batch))
         clips = [_clip(episodes[n], window.start, size) for n, window in filled]
         arrays = (np.stack(parts) for parts in zip(*clips, strict=True))
-        told = np.asarray(_probabilities(params, *arrays, network=network))
-        for (n, window), told_2T in zip(batch, np.moveaxis(told, 1, 0), strict=False):
+        predicted = np.asarray(_probabilities(params, *arrays, network=network))
+        for (n, window), predicted_2T in zip(batch, np.moveaxis(predicted, 1, 0), strict=False):
             stop = min(window.start + size, len(episodes[n]))
             kept = slice(window.counted - window.start, stop - window.start)
-            found[n][:, window.counted : stop] = told_2T[:, kept]
+            found[n][:, window.counted : stop] = predicted_2T[:, kept]
     return found
 
 
@@ -107,7 +107,7 @@ def _clip(episode: Episode, start: int, size: int):
 
 def of_records(
     network: DiTConfig, params: Params, episodes: Episodes, numbers: Sequence[int]
-) -> list[Told]:
+) -> list[Predicted]:
     """What the heads tell of records, and what happened in them; those without outcomes left out.
 
     Raises:
@@ -118,14 +118,14 @@ def of_records(
     if not known:
         raise UserError("none of the records has rewards and ends of episodes to measure against")
     return [
-        Told(dict(zip(HEADS, told, strict=True)), happened(episode))
-        for told, episode in zip(read(network, params, known), known, strict=True)
+        Predicted(dict(zip(HEADS, predicted, strict=True)), happened(episode))
+        for predicted, episode in zip(read(network, params, known), known, strict=True)
     ]
 
 
 def of_rollouts(
     generator: WorldGenerator, episodes: Episodes, numbers: Sequence[int], *, ahead: int, seed: int
-) -> list[Told]:
+) -> list[Predicted]:
     """What the heads tell of `ahead` generated frames, under the actions that were really pressed.
 
     Rollouts start from `PROMPT` real frames: of a record whose episode ends, so that its last
@@ -153,17 +153,19 @@ def of_rollouts(
     return found
 
 
-def _rolled_out(generator: WorldGenerator, jobs: Sequence, ahead: int, seed: int) -> list[Told]:
+def _rolled_out(
+    generator: WorldGenerator, jobs: Sequence, ahead: int, seed: int
+) -> list[Predicted]:
     filled = [*jobs, *[jobs[-1]] * (_CLIPS_AT_ONCE - len(jobs))]
     prompts = [_clip(episode, start, PROMPT) for episode, start in filled]
     frames, led_in, _ = (np.stack(parts) for parts in zip(*prompts, strict=True))
     steps = [slice(start + PROMPT - 1, start + PROMPT - 1 + ahead) for _, start in filled]
     actions = np.stack([e.actions[step] for (e, _), step in zip(filled, steps, strict=True)])
     worlds = generator.begin(frames, led_in, [seed + i for i in range(len(filled))])
-    told = jax.device_get(generator.rollout(worlds, actions)[2])
+    predicted = jax.device_get(generator.rollout(worlds, actions)[2])
     return [
-        Told(
-            {"reward": told.positive[i], "end": told.end[i]},
+        Predicted(
+            {"reward": predicted.positive[i], "end": predicted.end[i]},
             {head: values[step] for head, values in happened(episode).items()},
         )
         for i, ((episode, _), step) in enumerate(zip(filled, steps, strict=True))
@@ -175,7 +177,7 @@ def happened(episode: Episode) -> dict[str, np.ndarray]:
     return {"reward": episode.outcomes.rewards > 0, "end": episode.outcomes.done}
 
 
-def summary(told: Sequence[Told], threshold: float = THRESHOLD) -> dict:
+def summary(predicted: Sequence[Predicted], threshold: float = THRESHOLD) -> dict:
     """Precision, recall and base rate of each head, frame by frame and event by event.
 
     Frame by frame: a frame is named where its probability is `threshold` or more. Event by event,
@@ -184,8 +186,8 @@ def summary(told: Sequence[Told], threshold: float = THRESHOLD) -> dict:
     """
     return {
         head: {
-            "frames": _scores(*_frame_counts(told, head, threshold)),
-            "events": _scores(*_event_counts(told, head, threshold)),
+            "frames": _scores(*_frame_counts(predicted, head, threshold)),
+            "events": _scores(*_event_counts(predicted, head, threshold)),
         }
         for head in HEADS
     }
@@ -194,19 +196,19 @@ def summary(told: Sequence[Told], threshold: float = THRESHOLD) -> dict:
 NEAR = 2  # frames between an event and the one that counts as naming it
 
 
-def _frame_counts(told: Sequence[Told], head: str, threshold: float):
+def _frame_counts(predicted: Sequence[Predicted], head: str, threshold: float):
     """By record: frames named and right, named, right ones, and all."""
     rows = []
-    for record in told:
+    for record in predicted:
         named, real = record.probability[head] >= threshold, record.happened[head]
         rows.append((np.sum(named & real), named.sum(), real.sum(), len(real)))
     return np.array(rows, float).T
 
 
-def _event_counts(told: Sequence[Told], head: str, threshold: float):
+def _event_counts(predicted: Sequence[Predicted], head: str, threshold: float):
     """The same of events: at most one is named, and at most one happens in a record."""
     rows = []
-    for record in told:
+    for record in predicted:
         (named,) = np.nonzero(record.probability[head] >= threshold)
         (real,) = np.nonzero(record.happened[head])
         right = len(named) and len(real) and abs(named[0] - real[0]) <= NEAR
@@ -226,13 +228,13 @@ def _scores(right_B, named_B, real_B, all_B) -> dict:
     }
 
 
-def best_threshold(told: Sequence[Told], head: str) -> float:
+def best_threshold(predicted: Sequence[Predicted], head: str) -> float:
     """The probability from which naming events has the highest F1."""
-    tried = np.unique(np.concatenate([record.probability[head] for record in told]).round(3))
+    tried = np.unique(np.concatenate([record.probability[head] for record in predicted]).round(3))
     tried = tried[(tried > 0.01) & (tried < 0.99)]
 
     def f1(threshold: float) -> float:
-        right, named, real, _ = _event_counts(told, head, threshold).sum(1)
+        right, named, real, _ = _event_counts(predicted, head, threshold).sum(1)
         return 2 * right / max(1, named + real)
 
     return float(max(tried, key=f1)) if len(tried) else THRESHOLD

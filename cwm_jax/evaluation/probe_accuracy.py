@@ -10,7 +10,7 @@ _SEED = 0
 
 
 def summary(
-    reader: Probe, drawn_BTHWC: np.ndarray, real_BTHWC: np.ndarray, actions_BT: np.ndarray
+    reader: Probe, generated_BTHWC: np.ndarray, real_BTHWC: np.ndarray, actions_BT: np.ndarray
 ) -> dict:
     """Accuracies on `drawn`, `real` frames, and against `shuffled` actions (of the drawn ones).
 
@@ -20,11 +20,11 @@ def summary(
     """
     pressed = actions_BT[:, 2:]
     shuffled = np.random.default_rng(_SEED).permutation(pressed.ravel()).reshape(pressed.shape)
-    drawn, real = (probe.read(reader, frames) for frames in (drawn_BTHWC, real_BTHWC))
+    generated, real = (probe.read(reader, frames) for frames in (generated_BTHWC, real_BTHWC))
     result = {
-        "drawn": _accuracies(drawn, pressed),
+        "drawn": _accuracies(generated, pressed),
         "real": _accuracies(real, pressed),
-        "shuffled": _accuracies(drawn, shuffled),
+        "shuffled": _accuracies(generated, shuffled),
         "actions": pressed.size,
         "groups": list(GROUP_NAMES),
     }

@@ -54,8 +54,8 @@ def prepare(
     random = controllability.random_actions(
         actions, n_prompt=1, frames=frames, seed=seed, num_actions=num_actions
     )
-    still = rollout_quality.copy_last(real[:, :1], frames)
-    floor = score(still, real[:, 1:], real[:, 0], lpips=lpips)
+    copied = rollout_quality.copy_last(real[:, :1], frames)
+    floor = score(copied, real[:, 1:], real[:, 0], lpips=lpips)
     return Quick(real, actions, random, floor, seed, lpips)
 
 

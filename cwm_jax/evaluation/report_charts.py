@@ -32,9 +32,9 @@ _DPI = 130
 RANKS = ("where", "beyond", "when", "which")  # the rank correlations of `uncertainty.summary`
 
 
-def both(draw: Callable[[Mapping, Theme], Figure], results: Mapping) -> tuple[bytes, bytes]:
+def both(make: Callable[[Mapping, Theme], Figure], results: Mapping) -> tuple[bytes, bytes]:
     """A chart as PNG for the light page and for the dark one; their paper is transparent."""
-    return _png(draw(results, LIGHT)), _png(draw(results, DARK))
+    return _png(make(results, LIGHT)), _png(make(results, DARK))
 
 
 def quality(results: Mapping, theme: Theme) -> Figure:

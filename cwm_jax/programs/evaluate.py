@@ -260,7 +260,7 @@ def close_the_loop(words: list[str]) -> None:
         loop = closed_loop.play(
             generate, replay, levels, keys, n_prompt=args.n_prompt, seed=args.seed
         )
-    video.write_video(args.output, closed_loop.film(loop), fps=FPS)
+    video.write_video(args.output, closed_loop.video_images(loop), fps=FPS)
     psnr = bootstrap.of_mean(rollout_quality.capped(loop.scores.psnr).mean(1))
     print(
         f"{len(loop.levels)} of {args.levels} levels lasted {args.frames} frames\n"
@@ -285,7 +285,7 @@ def _loop_flags() -> argparse.ArgumentParser:
         type=path_flag,
         help="folder of its environment (.venv-procgen; made if absent)",
     )
-    _add_drawing_flags(add)
+    _add_generation_flags(add)
     return parser
 
 
@@ -300,16 +300,23 @@ def measure_outcomes(words: list[str]) -> None:
     eligible = held_out.long_enough(episodes, config, args.split, frames=length)
     count = args.records or len(eligible)
     numbers = loader.pick_episodes(episodes, count=count, length=length, seed=args.seed)
-    told = outcomes.of_records(trained.network, trained.params, episodes, numbers)
-    results = {"real_frames": outcomes.summary(told)}
-    print(outcomes.table(f"real frames of {len(told)} records", results["real_frames"]), flush=True)
+    predicted = outcomes.of_records(trained.network, trained.params, episodes, numbers)
+    results = {"real_frames": outcomes.summary(predicted)}
+    print(
+        outcomes.table(f"real frames of {len(predicted)} records", results["real_frames"]),
+        flush=True,
+    )
     if args.ahead:
         steps = formats.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
         how = sampler.SamplerConfig(levels=sampler.ddim_levels(steps))
         generator = WorldGenerator(trained.network, trained.params, how)
-        told = outcomes.of_rollouts(generator, episodes, numbers, ahead=args.ahead, seed=args.seed)
-        results["rollouts"] = outcomes.summary(told)
-        print(outcomes.table(f"{len(told)} rollouts of {args.ahead} frames", results["rollouts"]))
+        predicted = outcomes.of_rollouts(
+            generator, episodes, numbers, ahead=args.ahead, seed=args.seed
+        )
+        results["rollouts"] = outcomes.summary(predicted)
+        print(
+            outcomes.table(f"{len(predicted)} rollouts of {args.ahead} frames", results["rollouts"])
+        )
     results["conditions"] = {"records": count, "split": args.split, "ahead": args.ahead}
     results["conditions"] |= {
         "seed": args.seed,
@@ -344,7 +351,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     default = full.Plan()
-    _add_drawing_flags(add)
+    _add_generation_flags(add)
     add(
         "--data",
         type=path_flag,
@@ -377,7 +384,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_drawing_flags(add) -> None:
+def _add_generation_flags(add) -> None:
     add("--checkpoint", type=model_flag, help=_CHECKPOINT)
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--ddim-steps", type=int, default=10, help="denoising steps a frame, 1…1000 (%(default)s)")

@@ -35,10 +35,10 @@ def main() -> None:
     with shown_to_user():
         args = parser().parse_args()
         _check(args)
-        drawing = _drawing(args)
+        settings = _sampler_settings(args)
         devices.check()
         checkpoint = pretrained.unless(args.checkpoint)
-        opened = formats.open_sampler(checkpoint, step=args.step, **drawing)
+        opened = formats.open_sampler(checkpoint, step=args.step, **settings)
         script = rollouts.write_script(
             _data_config(args.data, opened),
             args.split,
@@ -113,7 +113,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--fps {args.fps}: must be 1…{_MAX_FPS}")
 
 
-def _drawing(args: argparse.Namespace) -> dict[str, Any]:
+def _sampler_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of `SamplerConfig`, of which a fault is told before anything is opened."""
     fields = dict(window=args.window, eta=args.eta, context_level=args.stabilization_level - 1)
     if args.noise_levels:

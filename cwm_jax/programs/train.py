@@ -120,7 +120,7 @@ def _parse(argv: list[str]) -> list[str]:
             rest = app.parse_flags_with_usage(argv)
             _CONFIG.value.to_dict()  # a file that did not load says so only now
         except (AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:
-            raise UserError(_told(error, argv)) from None
+            raise UserError(_message(error, argv)) from None
     return rest
 
 
@@ -166,7 +166,7 @@ def _make_configs_importable() -> None:
         sys.path.append(str(shipped.root()))
 
 
-def _told(error: Exception, argv: list[str]) -> str:
+def _message(error: Exception, argv: list[str]) -> str:
     """What is wrong with the config; of an unknown key ml_collections names one part alone."""
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]

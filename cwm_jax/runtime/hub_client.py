@@ -37,7 +37,7 @@ def listing(
     api: HfApi, repo: str, kind: str, revision: str | None = None
 ) -> tuple[str, list[RepoFile]]:
     """The commit of a repository's revision, the newest by default, and the files in it."""
-    with told(api, repo):
+    with user_errors(api, repo):
         revision = api.repo_info(repo, repo_type=kind, revision=revision).sha
         tree = api.list_repo_tree(repo, repo_type=kind, revision=revision, recursive=True)
         return revision, [entry for entry in tree if isinstance(entry, RepoFile)]
@@ -62,7 +62,7 @@ def download(api: HfApi, repo: str, kind: str, commit: str, file: RepoFile, path
     """
     url = hf_hub_url(repo, file.path, repo_type=kind, revision=commit, endpoint=api.endpoint)
     part = path.with_name(f"{path.name}.part")
-    with told(api, repo):
+    with user_errors(api, repo):
         path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(path.with_name(f"{path.name}.lock")):
             for _ in range(2):  # a file that came damaged is asked for once more
@@ -86,7 +86,7 @@ def download(api: HfApi, repo: str, kind: str, commit: str, file: RepoFile, path
 
 
 @contextlib.contextmanager
-def told(api: HfApi, repo: str) -> Iterator[None]:
+def user_errors(api: HfApi, repo: str) -> Iterator[None]:
     """Turns what goes wrong with the hub into one clear sentence, which shows no secret."""
     try:
         yield
@@ -114,7 +114,7 @@ def told(api: HfApi, repo: str) -> Iterator[None]:
         raise UserError(f"the hub answered {code} for {repo}; try again later") from None
     except errors.LocalEntryNotFoundError as error:  # no answer, and nothing kept from before
         if isinstance(error.__cause__, errors.HfHubHTTPError):
-            with told(api, repo):
+            with user_errors(api, repo):
                 raise error.__cause__ from None
         raise UnreachableError(_unreachable(api)) from None
     except errors.OfflineModeIsEnabled:

@@ -86,12 +86,12 @@ class Simulator:
     """
 
     def __init__(self, python: Path):
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._worker = subprocess.Popen(
             [str(python), "-I", str(_WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._stderr,
             start_new_session=True,
         )
 
@@ -104,7 +104,7 @@ class Simulator:
         with contextlib.suppress(BrokenPipeError):  # a job that the process did not live to read
             self._worker.stdin.close()
         self._worker.stdout.close()
-        self._said.close()
+        self._stderr.close()
 
     def record(self, recording: Recording) -> Iterator[Chunk]:
         """Plays a recording; the same one gives the same chunks. To be gone through to its end.
@@ -207,8 +207,8 @@ class Simulator:
 
     def _broken(self) -> UserError:
         code = self._worker.wait()
-        self._said.seek(0)
-        lines = self._said.read().decode(errors="replace").strip().splitlines()
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         return UserError(
             f"the simulator's process ended with code {code}: {(lines or ['it said nothing'])[-1]}"
         )

@@ -121,10 +121,10 @@ class Ledger:
         elif folder.is_dir() and files.visible(folder):
             raise UserError(f"{folder} holds something that was not recorded; name a new folder")
 
-    def _known(self, said: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def _known(self, metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """The shards of an earlier call with the same recipe that are still there."""
         now = dataclasses.asdict(self._recipe)
-        then = said.get("recipe", {})
+        then = metadata.get("recipe", {})
         for field, value in now.items():
             if then.get(field) != value and not (
                 field == "records" and _grows(then.get(field), value)
@@ -136,7 +136,7 @@ class Ledger:
         whole = {_name(s, n): count for s in shards.SPLITS for n, count in self._counts(s)}
         return {
             name: held
-            for name, held in said["shards"].items()
+            for name, held in metadata["shards"].items()
             if (self._path.parent / name).is_file()
             and sum(held["lengths"].values()) == whole.get(name)  # a rest is made anew, as a whole
         }
@@ -150,7 +150,7 @@ class Ledger:
             self.write()
 
     def write(self) -> None:
-        said = {
+        metadata = {
             **controls.procgen(self._recipe.game).to_json(),
             "frame_shape": FRAME_SHAPE,
             "format": "as in the public dataset p-doom/coinrun-dataset, with extra fields",
@@ -161,7 +161,7 @@ class Ledger:
             "shards": dict(sorted(self.shards.items())),
         }
         with files.written_whole(self._path) as temporary:
-            temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
 
     def _totals(self, split: str) -> dict[str, Any]:
         held = [v for k, v in self.shards.items() if k.startswith(f"{split}/")]

@@ -184,7 +184,7 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
             (folder / f"{name}.stablehlo").write_bytes(program)
         weights.write(folder / bundle.PARAMS, params, _meta(trained))
         np.savez_compressed(folder / bundle.EXAMPLE, **example)
-        drawing = {name: getattr(config, name) for name in bundle.Generation._fields}
+        generation = {name: getattr(config, name) for name in bundle.Generation._fields}
         sizes = {f.name: getattr(network, f.name) for f in dataclasses.fields(bundle.Network)}
         manifest = {
             "format": bundle.FORMAT,
@@ -194,7 +194,7 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
             "dtype": dtype,
             "parameters": dit.parameter_count(params),
             "network": sizes,
-            "drawing": drawing,
+            "drawing": generation,
             "config": trained.config,
             "files": {p.name: files.sha256(p) for p in sorted(folder.iterdir())},
         }
@@ -210,11 +210,11 @@ def _example(network: DiTConfig, params: Params, config: SamplerConfig, dir: str
     (number,) = loader.pick_episodes(episodes, count=1, length=_EXAMPLE_FRAMES + 1)
     clip = loader.load_clips(episodes, [number], length=_EXAMPLE_FRAMES + 1)
     prompt, led_in = clip["frames"][:, :1], clip["actions"][:, :1]
-    drawer = sampler.Sampler(network, params, config)
-    state = drawer.start(prompt, led_in)
-    _, drawn = drawer.rollout(state, clip["actions"][:, 1:], random_numbers.key(0))
+    generator = sampler.Sampler(network, params, config)
+    state = generator.start(prompt, led_in)
+    _, generated = generator.rollout(state, clip["actions"][:, 1:], random_numbers.key(0))
     asked = {"prompt": prompt, "led_in": led_in, "actions": clip["actions"][:, 1:], "seed": 0}
-    return asked | {"frames": np.asarray(drawn)}
+    return asked | {"frames": np.asarray(generated)}
 
 
 def write_onnx(trained: Trained, out: Path, steps: Sequence[int], dtype: str) -> None:

@@ -51,8 +51,8 @@ def add_heads(
     held_out = loader.open_episodes(config, "val", **settings)
     count = min(val_records, int((held_out.lengths >= window).sum()))
     numbers = loader.pick_episodes(held_out, count=count, length=window, seed=seed)
-    told = outcomes.of_records(network, params, held_out, numbers)
-    best = {head: outcomes.best_threshold(told, head) for head in outcomes.HEADS}
+    predicted = outcomes.of_records(network, params, held_out, numbers)
+    best = {head: outcomes.best_threshold(predicted, head) for head in outcomes.HEADS}
     print(f"thresholds of best F1 on {count} validation records, which become 0.5: {best}")
     model = dict(trained.config["model"]) | {"heads": True}
     return trained._replace(

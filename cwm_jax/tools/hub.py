@@ -86,7 +86,7 @@ def get(api, repo, kind, revision, wanted: list[RepoFile], folder: Path, *, jobs
         path = folder / file.path
         place = dict(repo_type=kind, revision=revision, local_dir=folder)
         for _ in range(2):  # a file that came damaged is asked for once more
-            with hub_client.told(api, repo):
+            with hub_client.user_errors(api, repo):
                 api.hf_hub_download(repo, file.path, **place, force_download=path.exists())
             if hub_client.is_whole(path, file):
                 bar.update(file.size)
@@ -148,7 +148,7 @@ def upload(
     contents = {prefix + name: path for name, path in contents.items()}
     if not get_token():
         raise UserError("uploading needs a token: hf auth login, or set HF_TOKEN")
-    with hub_client.told(api, repo):
+    with hub_client.user_errors(api, repo):
         url = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
         if private and not api.repo_info(repo, repo_type="model").private:
             raise UserError(

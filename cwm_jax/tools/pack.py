@@ -199,13 +199,13 @@ def _claim(out: Path, folder: Path, known: Controls) -> None:
     """Makes sure that a folder was packed from the same source, or is empty: then it marks it."""
     path = out / controls.METADATA
     if path.is_file():
-        said, source = files.read_json_object(path), _source(folder)
-        if any(said.get(field, value) != value for field, value in source.items()):
+        content, source = files.read_json_object(path), _source(folder)
+        if any(content.get(field, value) != value for field, value in source.items()):
             raise UserError(
-                f"{out} holds other data, packed from another folder {said.get('source')!r}; name "
-                "a new folder, or remove this one"
+                f"{out} holds other data, packed from another folder {content.get('source')!r}; "
+                "name a new folder, or remove this one"
             )
-        if "source" not in said:
+        if "source" not in content:
             raise UserError(f"{out} holds data that was not packed; name a new folder")
     elif out.is_dir() and files.visible(out):
         raise UserError(f"{out} holds something that was not packed; name a new folder")
@@ -221,11 +221,11 @@ def _source(folder: Path) -> dict[str, str]:
 def _write_metadata(
     out: Path, folder: Path, known: Controls, inference: Inference | None = None
 ) -> None:
-    said = known.to_json() | _source(folder) | {"frame_shape": [64, 64, 3]}
+    content = known.to_json() | _source(folder) | {"frame_shape": [64, 64, 3]}
     if inference:
-        said[inferred_actions.KEY] = inference.note
+        content[inferred_actions.KEY] = inference.note
     with files.written_whole(out / controls.METADATA) as temporary:
-        temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _replace_shards(out: Path) -> None:

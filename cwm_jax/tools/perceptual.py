@@ -75,16 +75,16 @@ def address(of: Published) -> str:
     command = [sys.executable, "-m", "pip", "--no-input", "download", "-vv", "--no-deps"]
     with tempfile.TemporaryDirectory() as folder:
         command += ["--only-binary", ":all:", "--dest", folder, of.requirement]
-        said = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    return found_address(of, said.stdout + said.stderr)
+        output = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    return found_address(of, output.stdout + output.stderr)
 
 
-def found_address(of: Published, said: str) -> str:
+def found_address(of: Published, output: str) -> str:
     """The archive's address among what pip said. Raises `UserError` where it is not."""
     pattern = rf"(?:https?|file)://\S+/{re.escape(of.archive)}"
-    if not (found := re.search(pattern, said)):
+    if not (found := re.search(pattern, output)):
         lines = [
-            line for line in said.splitlines() if re.search(r"No module named|^\s*ERROR: ", line)
+            line for line in output.splitlines() if re.search(r"No module named|^\s*ERROR: ", line)
         ]
         reason = lines[0].strip()[:200] if lines else "it gave no reason"
         raise UserError(f"pip finds no {of.requirement} ({reason}): go online, or {_by_hand(of)}")

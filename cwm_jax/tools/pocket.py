@@ -119,9 +119,9 @@ def look_at(data: Path) -> Recorded:
     path = data / controls.METADATA
     if path.is_file():
         try:
-            said = files.read_json_object(path)
-            if "recipe" in said:
-                of = said["splits"]
+            metadata = files.read_json_object(path)
+            if "recipe" in metadata:
+                of = metadata["splits"]
                 records = {split: of[split]["records"] for split in shards.SPLITS}
                 wanted = {split: of[split]["wanted"] for split in shards.SPLITS}
                 return Recorded(True, records, of["train"]["frames"], wanted)

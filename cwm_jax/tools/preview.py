@@ -31,7 +31,7 @@ from cwm_jax.files import path_flag
 from cwm_jax.rendering import arrow_keys, key_panel, text, video
 from cwm_jax.rendering.contact_sheet import enlarged
 
-_STILLS = 10  # in a row of the sheet
+_COLUMNS = 10  # in a row of the sheet
 _HEADER = 30
 
 
@@ -56,7 +56,7 @@ def facts(episodes: Episodes, numbers: Sequence[int], known: Controls) -> Facts:
     return Facts(dict(sorted(lengths.items())), actions, (total / frames).round().astype(np.uint8))
 
 
-def film(
+def video_images(
     episodes: Episodes, numbers: Sequence[int], known: Controls, *, scale: int
 ) -> Iterator[np.ndarray]:
     """The images of a film: each frame under its place, over the keys pressed at it."""
@@ -64,10 +64,10 @@ def film(
         episode = episodes[number]
         for t in range(len(episode)):
             place = f"episode {number}   frame {t + 1} / {len(episode)}"
-            yield _film_image(episode, t, known, place, scale)
+            yield _video_image(episode, t, known, place, scale)
 
 
-def _film_image(episode: Episode, t: int, known: Controls, place: str, scale: int) -> np.ndarray:
+def _video_image(episode: Episode, t: int, known: Controls, place: str, scale: int) -> np.ndarray:
     picture = enlarged(episode.frames[t], scale)
     width = picture.shape[1]
     header = Image.new("RGB", (width, _HEADER), arrow_keys.BACKDROP)
@@ -84,10 +84,10 @@ def contact_sheet(
     rows = []
     for number in numbers:
         episode = episodes[number]
-        times = np.linspace(0, len(episode) - 1, min(len(episode), _STILLS)).round().astype(int)
-        tiles = [_still(episode, t, known, scale) for t in times]
+        times = np.linspace(0, len(episode) - 1, min(len(episode), _COLUMNS)).round().astype(int)
+        tiles = [_sheet_cell(episode, t, known, scale) for t in times]
         blank = np.full_like(tiles[0], arrow_keys.BACKDROP)
-        rows.append(np.concatenate(tiles + [blank] * (_STILLS - len(tiles)), axis=1))
+        rows.append(np.concatenate(tiles + [blank] * (_COLUMNS - len(tiles)), axis=1))
         title = Image.new("RGB", (rows[0].shape[1], 22), arrow_keys.BACKDROP)
         words = f"episode {number}, {len(episode)} frames"
         ImageDraw.Draw(title).text(
@@ -97,7 +97,7 @@ def contact_sheet(
     return np.concatenate(rows)
 
 
-def _still(episode: Episode, t: int, known: Controls, scale: int) -> np.ndarray:
+def _sheet_cell(episode: Episode, t: int, known: Controls, scale: int) -> np.ndarray:
     picture = enlarged(episode.frames[t], scale)
     tile = Image.new("RGB", (picture.shape[1] + 6, picture.shape[0] + 20), arrow_keys.BACKDROP)
     tile.paste(Image.fromarray(picture), (3, 0))
@@ -180,18 +180,20 @@ def write(args: argparse.Namespace) -> None:
     numbers = range(len(found))[args.first :][: args.n_episodes]
 
     total = int(found.lengths[numbers.start : numbers.stop].sum())
-    images = tqdm(film(found, numbers, known, scale=args.scale), "filming", total, unit=" frames")
+    images = tqdm(
+        video_images(found, numbers, known, scale=args.scale), "filming", total, unit=" frames"
+    )
     video.write_mp4(args.output, images, fps=args.fps)
-    stills, facts_page = args.output.with_suffix(".png"), args.output.with_suffix(".html")
-    video.write_png(stills, contact_sheet(found, numbers, known))
+    sheet, facts_page = args.output.with_suffix(".png"), args.output.with_suffix(".html")
+    video.write_png(sheet, contact_sheet(found, numbers, known))
     counted = np.linspace(0, len(found) - 1, min(len(found), args.count_episodes)).astype(int)
     source = str(args.shard or args.data / args.split)
     note = inferred_actions.note(args.shard.parent.parent if args.shard else args.data)
-    told = facts(found, counted.tolist(), known)
-    told = page(told, known, source=source, of=len(found), note=note)
+    counts = facts(found, counted.tolist(), known)
+    html_page = page(counts, known, source=source, of=len(found), note=note)
     with files.written_whole(facts_page) as temporary:
-        temporary.write_text(told, encoding="utf-8", errors="backslashreplace")
-    print(f"{args.output}, {stills}, {facts_page}")
+        temporary.write_text(html_page, encoding="utf-8", errors="backslashreplace")
+    print(f"{args.output}, {sheet}, {facts_page}")
     if note:
         print(note)
 

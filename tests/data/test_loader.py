@@ -481,9 +481,9 @@ def test_skipped_clips_give_way_to_those_of_the_next_good_record(config, capsys)
     expected = [[(1, 0) if place[0] == 0 else place for place in batch] for batch in whole]
     assert mended == expected
     assert batches.bad_records == 1
-    told = capsys.readouterr().err
-    assert told.count(f"{path}, record 0: ") == 1
-    assert "1 of at most 100" in told
+    message = capsys.readouterr().err
+    assert message.count(f"{path}, record 0: ") == 1
+    assert "1 of at most 100" in message
 
 
 @pytest.fixture
@@ -672,10 +672,10 @@ def test_too_little_shared_memory_for_reading_processes_is_told(tmp_path, monkey
     assert capsys.readouterr().err == ""
     free(64_000_000)  # what Docker gives
     shared_memory.warn_if_short(8, 50_000_000, tmp_path)
-    told = capsys.readouterr().err
-    assert "want about 1.8 GB there; 0.064 GB is free" in told
-    assert f"remount,size=2G {tmp_path}" in told
-    assert "data.num_workers=0" in told
+    message = capsys.readouterr().err
+    assert "want about 1.8 GB there; 0.064 GB is free" in message
+    assert f"remount,size=2G {tmp_path}" in message
+    assert "data.num_workers=0" in message
 
 
 def test_reading_processes_ask_for_shared_memory(config, monkeypatch):

@@ -11,7 +11,7 @@ from cwm_jax.data.shards import write_shard
 from cwm_jax.errors import UserError
 
 
-def told(length, *, ends=True):
+def outcomes_of(length, *, ends=True):
     """Rewards and ends as the recorder keeps them; action i earns i / 2."""
     done = np.zeros(length, bool)
     done[-1] = ends
@@ -23,20 +23,20 @@ def folder(tmp_path, marked_episode):
     """Records of 13 and 9 frames with outcomes, and one of 11 without."""
     (tmp_path / "train").mkdir()
     episodes = [marked_episode(number, length) for number, length in enumerate((13, 9, 11))]
-    extras = [told(13), told(9, ends=False), {}]
+    extras = [outcomes_of(13), outcomes_of(9, ends=False), {}]
     records = [encode(e, extra) for e, extra in zip(episodes, extras, strict=True)]
     write_shard(tmp_path / "train" / "data_0000.array_record", records)
     return tmp_path
 
 
 def test_outcomes_are_read_where_asked_for_and_there(marked_episode):
-    record = encode(marked_episode(1, 5), told(5))
+    record = encode(marked_episode(1, 5), outcomes_of(5))
     assert decode(record).outcomes is None
     read = decode(record, outcomes=True).outcomes
     np.testing.assert_array_equal(read.rewards, np.arange(5) / 2)
     assert read.done.tolist() == [False] * 4 + [True]
     assert decode(encode(marked_episode(1, 5)), outcomes=True).outcomes is None
-    alone = {"rewards": told(5)["rewards"]}
+    alone = {"rewards": outcomes_of(5)["rewards"]}
     assert decode(encode(marked_episode(1, 5), alone), outcomes=True).outcomes is None
 
 
@@ -51,7 +51,7 @@ def test_outcomes_are_read_where_asked_for_and_there(marked_episode):
     ],
 )
 def test_outcomes_that_cannot_be_are_named_and_only_where_asked_for(marked_episode, wrong, fault):
-    record = encode(marked_episode(1, 5), told(5) | wrong)
+    record = encode(marked_episode(1, 5), outcomes_of(5) | wrong)
     assert len(decode(record)) == 5
     with pytest.raises(BadRecord, match=fault):
         decode(record, outcomes=True)

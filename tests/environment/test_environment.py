@@ -101,10 +101,10 @@ def test_rewards_and_ends_are_what_the_heads_say(vector):
     envs = vector(reward_scale=3, threshold=0.6)
     _, found = played(envs, steps=40)
     rewards, ends = np.array([f[0] for f in found]), np.array([f[1] for f in found])
-    told = lambda name: np.array([f[3][name] for f in found])
+    probabilities = lambda name: np.array([f[3][name] for f in found])
     assert set(np.unique(rewards)) <= {-3.0, 0.0, 3.0}
-    np.testing.assert_array_equal(rewards == 3, told("reward_probability") >= 0.6)
-    np.testing.assert_array_equal(ends, told("end_probability") >= 0.6)
+    np.testing.assert_array_equal(rewards == 3, probabilities("reward_probability") >= 0.6)
+    np.testing.assert_array_equal(ends, probabilities("end_probability") >= 0.6)
     assert ends.any()
     assert not ends.all()
 
@@ -113,8 +113,8 @@ def test_rewards_and_ends_are_what_the_heads_say(vector):
 def test_worlds_begin_anew_as_the_mode_says(vector, monkeypatch, mode):
     envs = vector(autoreset_mode=mode, max_episode_steps=50)
     ending = iter([[False, True, False]] + [[False] * 3] * 9)
-    said = lambda counts: (np.ones(3), np.array(next(ending)) & counts, {})
-    monkeypatch.setattr(envs, "_earned", said)
+    earned = lambda counts: (np.ones(3), np.array(next(ending)) & counts, {})
+    monkeypatch.setattr(envs, "_earned", earned)
     envs.reset(seed=0)
     begun = []
     monkeypatch.setattr(

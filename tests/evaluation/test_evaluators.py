@@ -117,9 +117,9 @@ def test_motion_counts_only_the_pixels_that_changed_since_the_prompt():
     given = np.full((1, 64, 64, 3), 100, np.uint8)
     real = np.repeat(given[:, None], 2, axis=1)
     real[:, 1, :8, :8] = 151  # 51 / 255 = 0.2 from the given colour
-    drawn = np.repeat(given[:, None], 2, axis=1)
-    drawn[:, :, 40:] += 100  # wrong where nothing moves
-    (motion,) = score(drawn, real, given).psnr_motion
+    generated = np.repeat(given[:, None], 2, axis=1)
+    generated[:, :, 40:] += 100  # wrong where nothing moves
+    (motion,) = score(generated, real, given).psnr_motion
     assert np.isnan(motion[0])
     assert motion[1] == pytest.approx(-20 * np.log10(0.2), abs=1e-4)
 
@@ -183,11 +183,11 @@ def delta(generate, clips, frames=12):
     true = clips.actions[:, : 1 + frames]
     random = controllability.random_actions(clips.actions, n_prompt=1, frames=frames, seed=1)
     real = obeying(clips.frames[:, :1], true, None)
-    drawn = (
+    generated = (
         generation.in_batches(generate, clips.frames[:, :1], actions, seed=0, batch_size=3)
         for actions in (true, random)
     )
-    scores = (score(frames, real, clips.frames[:, 0]) for frames in drawn)
+    scores = (score(frames, real, clips.frames[:, 0]) for frames in generated)
     return controllability.delta_psnr(*scores, (1, frames))["delta_psnr"]["mean"][str(frames)]
 
 
@@ -219,7 +219,7 @@ def obedient(clips):
     """A probe that has seen the fake game, and clips of it that it has not seen."""
     rng = np.random.default_rng(0)
 
-    def film(seed_frames, seed):
+    def clips_with(seed_frames, seed):
         actions = np.random.default_rng(seed).integers(15, size=(len(seed_frames), 40))
         actions[:, 0] = NO_ACTION
         prompt = seed_frames[:, None]
@@ -227,7 +227,7 @@ def obedient(clips):
         return frames, actions.astype(np.int32)
 
     pictures = clips.frames[rng.integers(CLIPS, size=40), rng.integers(LENGTH, size=40)]
-    return probe.train(*film(pictures, 1)), *film(clips.frames[:, -1], 2)
+    return probe.train(*clips_with(pictures, 1)), *clips_with(clips.frames[:, -1], 2)
 
 
 def test_the_probe_learns_a_game_and_reads_it_from_other_clips(obedient):
@@ -244,8 +244,8 @@ def test_the_probe_learns_a_game_and_reads_it_from_other_clips(obedient):
 def test_an_oracle_that_replays_the_clip_is_read_as_real_frames_are(obedient):
     reader, frames, actions = obedient
     oracle = replaying(HeldOut(frames, actions, 5, 0, ""))
-    drawn = np.concatenate([frames[:, :1], oracle(frames[:, :1], actions, None)], axis=1)
-    found = probe_accuracy.summary(reader, drawn, frames, actions)
+    generated = np.concatenate([frames[:, :1], oracle(frames[:, :1], actions, None)], axis=1)
+    found = probe_accuracy.summary(reader, generated, frames, actions)
     assert found["drawn"] == found["real"]
     assert found["control"] == 1
     assert found["keys_of_real"]["left"] == found["keys_of_real"]["right"] == 1
@@ -655,8 +655,9 @@ def test_the_quick_form_passes_over_bad_records(make_data, marked_episode, capsy
     skipping = DataConfig(dir=str(folder), on_bad_record="skip")
     few = quick.prepare(skipping, "val", **sizes)  # of 0, 2, 4
     assert few.frames[:, 0, 0, 0, 0].tolist() == [1, 5, 4]
-    told = capsys.readouterr().err
-    assert [told.count(f"{shard}, record {number}: ") for number in range(6)] == [1, 0, 1, 1, 0, 0]
+    printed = capsys.readouterr().err
+    counts = [printed.count(f"{shard}, record {number}: ") for number in range(6)]
+    assert counts == [1, 0, 1, 1, 0, 0]
     few = quick.prepare(skipping, "val", **sizes | {"clips": 6})
     assert few.frames[:, 0, 0, 0, 0].tolist() == [1, 4, 5]  # as many as are good
     with pytest.raises(UserError, match=r"bad record number 2 .*data\.max_bad_records=1"):

@@ -53,9 +53,9 @@ def archive(tmp_path):
 def test_weights_of_an_archive_are_converted_once_and_found_in_the_cache(archive, cache, capsys):
     path, of = archive(published())
     assert published_weights.available(of) is None
-    said = capsys.readouterr().err
-    assert lpips_weights.FETCH in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert lpips_weights.FETCH in printed
+    assert printed.count("\n") == 1
     published_weights.convert(of, path, published_weights.path(of))
     assert [path.parent for path in cache.iterdir()] == [cache]
     found = published_weights.available(of)
@@ -159,9 +159,9 @@ def test_damaged_weights_in_the_cache_are_said_in_one_line_and_left_out(archive,
     for content in (b"", b"no weights", whole[: len(whole) // 2]):
         file.write_bytes(content)
         assert published_weights.available(of) is None
-        said = capsys.readouterr().err
-        assert "damaged" in said
-        assert said.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert "damaged" in printed
+        assert printed.count("\n") == 1
 
 
 def test_without_a_home_folder_weights_are_left_out(monkeypatch, capsys):

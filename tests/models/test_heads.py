@@ -183,7 +183,7 @@ def test_scores_are_those_of_frames_and_of_first_named_events():
     real = np.zeros(10, bool)
     real[9] = True
     said = lambda *frames: np.isin(np.arange(10), frames) * 1.0
-    record = lambda named, happened: outcomes.Told({"end": named}, {"end": happened})
+    record = lambda named, happened: outcomes.Predicted({"end": named}, {"end": happened})
     told = [
         record(said(7, 8), real),  # near enough as an event, wrong as a frame
         record(said(2, 9), real),  # right as a frame, too early as an event
@@ -191,7 +191,7 @@ def test_scores_are_those_of_frames_and_of_first_named_events():
         record(said(5), np.zeros(10, bool)),
     ]
     told = [
-        outcomes.Told(
+        outcomes.Predicted(
             {**t.probability, "reward": t.probability["end"]},
             {**t.happened, "reward": t.happened["end"]},
         )

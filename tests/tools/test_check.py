@@ -38,8 +38,8 @@ def test_every_fault_is_named_by_its_place(spoiled, capsys):
     with pytest.raises(SystemExit) as ended:
         check.main([str(spoiled), "--jobs", "2"])
     assert ended.value.code == 1
-    said = capsys.readouterr().out
-    bad = [line for line in said.splitlines() if line.startswith("BAD")]
+    printed = capsys.readouterr().out
+    bad = [line for line in printed.splitlines() if line.startswith("BAD")]
     place = lambda split, shard: f"{spoiled}/{split}/data_{shard:04d}.array_record"
     wanted = [
         f"{place('train', 2)}, record 1: it uses the instruction",
@@ -52,8 +52,8 @@ def test_every_fault_is_named_by_its_place(spoiled, capsys):
     assert len(bad) == len(wanted)
     for line, start in zip(bad, wanted, strict=True):
         assert line.startswith(f"BAD {start}"), line
-    assert "train: 3 shards, 6 readable records, 219 frames, 8 clips of 32 frames" in said
-    assert "6 faults" in said
+    assert "train: 3 shards, 6 readable records, 219 frames, 8 clips of 32 frames" in printed
+    assert "6 faults" in printed
 
 
 def test_a_mended_folder_is_healthy_and_holds_the_rest(spoiled, tmp_path, capsys):

@@ -84,13 +84,13 @@ def test_wrong_files_are_named(tmp_path):
     loaded = torch.load(FOLDER / "ckpt_step_0000000.pt", weights_only=True)
     del loaded["model"]["external_cond.bias"]
     torch.save(loaded, tmp_path / "holes.pt")
-    for name, told in (
+    for name, message in (
         ("none.pt", "no file"),
         ("text.pt", "text.pt"),
         ("half.pt", "it lacks"),
         ("holes.pt", "external_cond.bias"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             convert_torch.convert(tmp_path / name, tmp_path / "run", max_frames=8)
 
 

@@ -16,19 +16,19 @@ from cwm_jax.tools.doctor import BAD, NOTE, OK
 def test_a_healthy_machine_passes(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "devices", lambda: doctor.Finding(OK, "1 × gpu"))
     doctor.main([])
-    said = capsys.readouterr().out
-    assert said.endswith("all well\n")
-    assert "ok  python" in said
-    assert "BAD" not in said
+    printed = capsys.readouterr().out
+    assert printed.endswith("all well\n")
+    assert "ok  python" in printed
+    assert "BAD" not in printed
 
 
 def test_what_is_bad_decides_the_exit_code(capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         doctor.main(["--data", str(tmp_path / "none")])
     assert ended.value.code == 1
-    said = capsys.readouterr().out
-    assert "not well: data" in said
-    assert f"→ python -m cwm_jax.tools.hub download --to {tmp_path / 'none'}" in said
+    printed = capsys.readouterr().out
+    assert "not well: data" in printed
+    assert f"→ python -m cwm_jax.tools.hub download --to {tmp_path / 'none'}" in printed
 
 
 def test_old_pythons_and_packages_are_bad():
@@ -116,11 +116,11 @@ def test_a_check_that_fails_is_a_finding(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         doctor.main([])
     assert ended.value.code == 1
-    said = capsys.readouterr().out
-    assert "BAD  devices        JAX has no device for JAX_PLATFORMS=cuda" in said
-    assert "→ unset JAX_PLATFORMS" in said
-    assert "BAD  video          cannot be looked at" in said
-    assert "not well: devices, video" in said
+    printed = capsys.readouterr().out
+    assert "BAD  devices        JAX has no device for JAX_PLATFORMS=cuda" in printed
+    assert "→ unset JAX_PLATFORMS" in printed
+    assert "BAD  video          cannot be looked at" in printed
+    assert "not well: devices, video" in printed
 
 
 def test_a_machine_without_a_home_or_with_a_bad_proxy(monkeypatch, tmp_path):

@@ -26,7 +26,7 @@ NETWORK = DiTConfig(
     **dict(hidden_size=16, depth=1, num_heads=2, patch_size=16, image_size=64),
     **dict(num_actions=15, max_frames=4, dtype="float32"),
 )
-DRAWING = dict(levels=ddim_levels(2), window="cached")
+GENERATION = dict(levels=ddim_levels(2), window="cached")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def made(run, tmp_path_factory):
     return out
 
 
-def film(sampler, worlds=2):
+def generate(sampler, worlds=2):
     """Frames drawn from a prompt, past the window, with given actions."""
     rng = np.random.default_rng(4)
     prompt = rng.integers(256, size=(worlds, 2, 64, 64, 3), dtype=np.uint8)
@@ -74,16 +74,16 @@ def film(sampler, worlds=2):
 @pytest.fixture(scope="module")
 def wanted(run):
     trained = run_checkpoint.load(run)
-    return film(Sampler(trained.network, trained.params, SamplerConfig(**DRAWING)))
+    return generate(Sampler(trained.network, trained.params, SamplerConfig(**GENERATION)))
 
 
 def test_a_bundle_draws_what_the_model_draws(made, wanted):
     opened = formats.open_sampler(made)
     assert isinstance(opened.sampler, bundle.Bundle)
     assert opened.step == 7
-    drawn = film(opened.sampler)
-    assert drawn.shape == (2, 5, 64, 64, 3)
-    assert np.abs(drawn.astype(int) - wanted).max() <= 1
+    generated = generate(opened.sampler)
+    assert generated.shape == (2, 5, 64, 64, 3)
+    assert np.abs(generated.astype(int) - wanted).max() <= 1
     assert wanted.std() > 10
 
 
@@ -174,7 +174,7 @@ def test_parameters_alone_keep_every_bit_that_fits(run, tmp_path, format, name, 
 def test_a_safetensors_file_is_opened_to_draw(run, tmp_path, wanted):
     out = tmp_path / "m.safetensors"
     export.main([str(run), "--output", str(out), "--format", "safetensors"])
-    np.testing.assert_array_equal(film(formats.open_sampler(out, **DRAWING).sampler), wanted)
+    np.testing.assert_array_equal(generate(formats.open_sampler(out, **GENERATION).sampler), wanted)
 
 
 def test_how_a_model_draws_where_nothing_is_said(run, made, tmp_path):
@@ -213,7 +213,7 @@ BAD_CARDS = ["2", 2, [], [0], [1001], [1.0], [True], ["1"], None, {"1": 2}]
 @pytest.mark.parametrize("card", BAD_CARDS, ids=repr)
 def test_a_card_that_cannot_be_is_reported_with_file_field_and_value(run, tmp_path, card, capsys):
     trained, path = run_checkpoint.load(run), tmp_path / "m.safetensors"
-    weights.write(path, trained.params, _said(trained, sampler={"playable_steps": card}))
+    weights.write(path, trained.params, _metadata(trained, sampler={"playable_steps": card}))
     with pytest.raises(UserError) as caught:
         formats.playable_steps(formats.load(path))
     for part in (str(path), "config.sampler.playable_steps", repr(card), "whole numbers 1…1000"):
@@ -224,7 +224,7 @@ def test_a_card_that_cannot_be_is_reported_with_file_field_and_value(run, tmp_pa
     assert not (tmp_path / "o").exists()
 
 
-def _said(trained, **fields):
+def _metadata(trained, **fields):
     return {"step": 7, "config": trained.config | fields}
 
 
@@ -243,7 +243,7 @@ def test_every_form_holds_the_network_and_its_parameters(run, made, tmp_path):
     export.main([str(run), "--output", str(out), "--format", "safetensors"])
     trained = run_checkpoint.load(run)
     for form in (run, out, made):
-        for found in (formats.load(form), formats.open_sampler(form, **DRAWING)):
+        for found in (formats.load(form), formats.open_sampler(form, **GENERATION)):
             assert (found.network, found.step) == (trained.network, trained.step)
             for name, value in trained.params.items():
                 np.testing.assert_array_equal(found.params[name], value)
@@ -279,10 +279,10 @@ def test_a_bundle_from_a_stranger_calls_nothing_and_reads_nothing_else(made, tmp
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"tabulate.stablehlo calls lapack_spotrf_ffi, which"):
         bundle.Bundle(copy)
-    for name, told in (("../x", r"names '\.\./x'"), ("/etc/passwd", "names '/etc")):
+    for name, message in (("../x", r"names '\.\./x'"), ("/etc/passwd", "names '/etc")):
         listed = {name: ""} | manifest["files"]
         (copy / "manifest.json").write_text(json.dumps(manifest | {"files": listed}))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             bundle.Bundle(copy)
     (copy / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="format None"):
@@ -293,16 +293,20 @@ def test_a_manifest_or_header_with_parts_missing_is_told(made, run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(made, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
-    drawing = {"levels": 3} | {k: v for k, v in manifest["drawing"].items() if k != "levels"}
+    generation = {"levels": 3} | {k: v for k, v in manifest["drawing"].items() if k != "levels"}
     wrong = [manifest | {name: None} for name in ("files", "platforms", "network", "step")]
-    wrong += [manifest | {"files": {}}, manifest | {"drawing": drawing}, manifest | {"network": {}}]
-    for said in wrong:
-        (copy / "manifest.json").write_text(json.dumps(said))
+    wrong += [
+        manifest | {"files": {}},
+        manifest | {"drawing": generation},
+        manifest | {"network": {}},
+    ]
+    for content in wrong:
+        (copy / "manifest.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"manifest\.json (has no|does not)"):
             formats.open_sampler(copy)
     meta = {"step": 1, "config": {"model": {"hidden_size": 16}}}
-    for said in ([], {"step": 1}, meta | {"step": "1"}, meta):
-        weights.write(tmp_path / "x.safetensors", {"a": jnp.zeros(1)}, said)
+    for content in ([], {"step": 1}, meta | {"step": "1"}, meta):
+        weights.write(tmp_path / "x.safetensors", {"a": jnp.zeros(1)}, content)
         with pytest.raises(
             UserError, match=r"x\.safetensors (describes|has no step|is of an unknown)"
         ):

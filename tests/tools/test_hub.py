@@ -95,9 +95,9 @@ def test_faults_are_told_and_the_token_never_is(dataset, tmp_path, monkeypatch, 
         with pytest.raises(SystemExit) as ended:
             hub.main([*argv, "--to", str(tmp_path / "new")])
         assert ended.value.code == 2
-        said = capsys.readouterr()
-        assert TOKEN not in said.out + said.err
-        return said.err
+        printed = capsys.readouterr()
+        assert TOKEN not in printed.out + printed.err
+        return printed.err
 
     assert "knows no them/nothing" in fails("download", "--repo", "them/nothing")
     assert "no name of a repository" in fails("download", "--repo", "a/b/c")
@@ -124,9 +124,9 @@ def export(folder, rest):
     for name in names:
         (folder / name).write_bytes(b"program")
     digest = hashlib.sha256(b"program").hexdigest()
-    said = {"format": 1, "step": 70, "platforms": ["cpu", "cuda"], "config": rest}
-    said |= {"network": {}, "drawing": {}, "files": dict.fromkeys(names, digest)}
-    (folder / bundle.MANIFEST).write_text(json.dumps(said))
+    printed = {"format": 1, "step": 70, "platforms": ["cpu", "cuda"], "config": rest}
+    printed |= {"network": {}, "drawing": {}, "files": dict.fromkeys(names, digest)}
+    (folder / bundle.MANIFEST).write_text(json.dumps(printed))
 
 
 def test_a_model_goes_up_with_a_card_and_comes_back(stand_in, tmp_path, capsys):
@@ -150,9 +150,9 @@ def test_a_model_goes_up_with_a_card_and_comes_back(stand_in, tmp_path, capsys):
     capsys.readouterr()
     hub.main(["fetch", "them/things", "--folder", "pocket", "--to", str(tmp_path / "got")])
     assert (tmp_path / "got/pocket/draw.stablehlo").read_bytes() == b"program"
-    said = capsys.readouterr().out
-    assert f"cwm sample --checkpoint {tmp_path / 'got/pocket'}" in said
-    assert TOKEN not in said + card
+    printed = capsys.readouterr().out
+    assert f"cwm sample --checkpoint {tmp_path / 'got/pocket'}" in printed
+    assert TOKEN not in printed + card
 
 
 def test_uploading_needs_a_token_that_may_write(stand_in, tmp_path, monkeypatch, capsys):
@@ -169,7 +169,7 @@ def test_uploading_needs_a_token_that_may_write(stand_in, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("HTTPS_PROXY", "http://user:p#ss@127.0.0.1:9", "HTTPS_PROXY is not a proxy address"),
         ("ALL_PROXY", "socks4://127.0.0.1:9", "ALL_PROXY is not a proxy address"),
@@ -179,15 +179,15 @@ def test_uploading_needs_a_token_that_may_write(stand_in, tmp_path, monkeypatch,
     ],
 )
 def test_settings_that_cannot_be_used_are_named_and_never_shown(
-    stand_in, tmp_path, monkeypatch, capsys, name, value, told
+    stand_in, tmp_path, monkeypatch, capsys, name, value, message
 ):
     monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
         download(tmp_path)
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert told in said
-    assert not {"p#ss", "hf_abc"} & set(said.replace("@", " ").replace(":", " ").split())
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert not {"p#ss", "hf_abc"} & set(printed.replace("@", " ").replace(":", " ").split())
     assert not stand_in.sent
 
 
@@ -196,9 +196,9 @@ def test_an_endpoint_that_is_no_address_is_named(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint=endpoint))
     with pytest.raises(SystemExit):
         download(tmp_path)
-    said = capsys.readouterr().err
-    assert "HF_ENDPOINT is no address" in said
-    assert "secret" not in said
+    printed = capsys.readouterr().err
+    assert "HF_ENDPOINT is no address" in printed
+    assert "secret" not in printed
 
 
 def test_whatever_the_library_raises_is_a_line(stand_in, tmp_path, monkeypatch, capsys):
@@ -208,9 +208,9 @@ def test_whatever_the_library_raises_is_a_line(stand_in, tmp_path, monkeypatch, 
     monkeypatch.setattr(HfApi, "repo_info", odd)
     with pytest.raises(SystemExit):
         download(tmp_path)
-    said = capsys.readouterr().err
-    assert "could not be asked for them/things: UnicodeError" in said
-    assert "password" not in said
+    printed = capsys.readouterr().err
+    assert "could not be asked for them/things: UnicodeError" in printed
+    assert "password" not in printed
 
 
 def test_a_model_that_is_to_be_private_does_not_become_public(stand_in, tmp_path, capsys):

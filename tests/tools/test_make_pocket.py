@@ -39,9 +39,9 @@ def test_a_rehearsal_on_data_from_elsewhere_without_optional_packages(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     pocket.main(flags(tmp_path, *SETTINGS, "--config.schedule.max_steps=3"))
-    told = capfd.readouterr()
-    assert "was not recorded by cwm_jax.tools.collect" in told.err
-    assert "cannot write a rollout video: videos need PyAV" in told.err
+    printed = capfd.readouterr()
+    assert "was not recorded by cwm_jax.tools.collect" in printed.err
+    assert "cannot write a rollout video: videos need PyAV" in printed.err
     trained = formats.load(tmp_path / "run" / "model.safetensors")
     assert trained.step == 3
     assert trained.config["schedule"]["minutes"] == 5

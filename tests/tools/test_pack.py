@@ -41,9 +41,9 @@ def shade(t):
 
 
 @pytest.fixture
-def films(tmp_path):
+def videos(tmp_path):
     """Three films of 160×96 with a csv each, and their key map."""
-    folder = tmp_path / "films"
+    folder = tmp_path / "videos"
     folder.mkdir()
     (tmp_path / "keys.toml").write_text(PAD_KEYS)
     for number, length in enumerate((79, 47, 53)):
@@ -67,10 +67,10 @@ def every_episode(folder, known):
         yield from ((split, found[i]) for i in range(len(found)))
 
 
-def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
-    out = run(films, "--chunk", "40", "--min-chunk", "7")
-    said = capsys.readouterr().out
-    assert "--config.model.num_actions=3 --config.model.action_encoding=buttons" in said
+def test_films_of_a_pad_game_are_packed_and_trained_on(videos, capsys):
+    out = run(videos, "--chunk", "40", "--min-chunk", "7")
+    printed = capsys.readouterr().out
+    assert "--config.model.num_actions=3 --config.model.action_encoding=buttons" in printed
     assert controls.read(out).controls[0] == Control("A", ("KeyX",))
     check.main([str(out), "--clip-len", "5"])
     lengths = sorted(len(e) for _, e in every_episode(out, PAD))
@@ -107,7 +107,7 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(films, capsys):
 @pytest.mark.skipif(not venv.is_ready(SIMULATOR), reason="no simulator here: make install-procgen")
 def test_a_second_procgen_game_goes_through_films_into_training_batches(tmp_path):
     """Maze, filmed as a person would, comes back as the same game with the same actions."""
-    (tmp_path / "films").mkdir()
+    (tmp_path / "videos").mkdir()
     keys = controls.procgen("maze").to_json()
     rows = [f"{{name = {a['name']!r}, keys = {a['keys']!r}}}" for a in keys["actions"]]
     (tmp_path / "keys.toml").write_text(f'game = "maze"\nactions = [{", ".join(rows)}]')
@@ -116,11 +116,11 @@ def test_a_second_procgen_game_goes_through_films_into_training_batches(tmp_path
         runs = [(seed, row.tolist()) for seed, row in zip((3, 5, 7, 9, 11), actions, strict=True)]
         played = simulator.replay("maze", runs)
     for (seed, pressed), run_ in zip(runs, played, strict=True):
-        name = tmp_path / "films" / f"level{seed}"
+        name = tmp_path / "videos" / f"level{seed}"
         video.write_mp4(name.with_suffix(".mp4"), run_.frames, fps=15)
         names = [keys["actions"][a]["name"] for a in pressed[: len(run_.frames) - 1]]
         name.with_suffix(".csv").write_text("\n".join(["action", *names, ""]))
-    out = run(tmp_path / "films")
+    out = run(tmp_path / "videos")
     known = controls.read(out)
     assert known == controls.procgen("maze")
     config = DataConfig(dir=str(out), num_threads=1)
@@ -133,52 +133,52 @@ def test_a_second_procgen_game_goes_through_films_into_training_batches(tmp_path
     assert np.abs(batch["frames"][0].astype(int) - one.frames[:32]).mean() < 8  # H.264 blurs
 
 
-def test_packing_again_gives_the_same_and_strange_folders_are_left_alone(films, tmp_path):
-    out = run(films)
+def test_packing_again_gives_the_same_and_strange_folders_are_left_alone(videos, tmp_path):
+    out = run(videos)
     before = {p: p.read_bytes() for p in sorted(out.rglob("*.array_record"))}
     assert len(before) == 3
     before_one = next(iter(before))
     before_one.unlink()
-    run(films)
+    run(videos)
     assert {p: p.read_bytes() for p in sorted(out.rglob("*.array_record"))} == before
     (out / "metadata.json").write_text(json.dumps(DICE.to_json()))
     with pytest.raises(SystemExit):
-        run(films)
+        run(videos)
 
 
-def test_packing_again_replaces_the_shards_once_all_is_read(films, capsys):
+def test_packing_again_replaces_the_shards_once_all_is_read(videos, capsys):
     """Two recordings are split in time, four by recording: left side by side, splits would mix."""
     for number in (1, 2):
-        for path in films.glob(f"run{number}.*"):
-            path.rename(films.parent / path.name)
-    shutil.copy(films / "run0.mp4", films / "run3.mp4")
-    shutil.copy(films / "run0.csv", films / "run3.csv")
-    out = run(films, "--chunk", "20", "--min-chunk", "10")
+        for path in videos.glob(f"run{number}.*"):
+            path.rename(videos.parent / path.name)
+    shutil.copy(videos / "run0.mp4", videos / "run3.mp4")
+    shutil.copy(videos / "run0.csv", videos / "run3.csv")
+    out = run(videos, "--chunk", "20", "--min-chunk", "10")
     mine = out / "train" / "mine.array_record"
     shards.write_shard(mine, [b"not packed"])
     (out / "val" / ".data_0000.7.array_record").write_bytes(b"left by a call that was killed")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name[0] != "."}
 
-    csv = films / "run3.csv"
+    csv = videos / "run3.csv"
     whole = csv.read_text()
     for number in (1, 2):
-        for path in films.parent.glob(f"run{number}.*"):
-            path.rename(films / path.name)
+        for path in videos.parent.glob(f"run{number}.*"):
+            path.rename(videos / path.name)
     csv.write_text(whole.rsplit("\n", 4)[0])
     with pytest.raises(SystemExit):
-        run(films, "--chunk", "13", "--min-chunk", "7")
+        run(videos, "--chunk", "13", "--min-chunk", "7")
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
     csv.write_text(whole)
-    shutil.copy(films / "run1.mp4", films / "run3.mp4")
-    shutil.copy(films / "run1.csv", films / "run3.csv")
+    shutil.copy(videos / "run1.mp4", videos / "run3.mp4")
+    shutil.copy(videos / "run1.csv", videos / "run3.csv")
     capsys.readouterr()
-    run(films, "--chunk", "20", "--min-chunk", "10")
+    run(videos, "--chunk", "20", "--min-chunk", "10")
     assert mine.read_bytes() == before[mine]
     mine.unlink()
-    told = re.findall(r"(\d+) records of (\w+)", capsys.readouterr().out)
+    counts = re.findall(r"(\d+) records of (\w+)", capsys.readouterr().out)
     split_of = [split for split, _ in every_episode(out, PAD)]
-    assert [(str(split_of.count(s)), s) for s in shards.SPLITS] == told
+    assert [(str(split_of.count(s)), s) for s in shards.SPLITS] == counts
     assert len(list(out.rglob("*.array_record"))) == 4
 
 
@@ -408,8 +408,8 @@ def test_all_forms_of_button_actions_agree(tmp_path):
         assert user_recordings.read_actions(tmp_path / name, PAD).tolist() == [0, 5, 2], name
 
 
-def test_recordings_that_do_not_fit_together_are_named(films, capsys):
-    csv = films / "run1.csv"
+def test_recordings_that_do_not_fit_together_are_named(videos, capsys):
+    csv = videos / "run1.csv"
     whole = csv.read_text()
     for text, fault in (
         (whole.rsplit("\n", 4)[0], "run1.mp4 has more frames"),
@@ -418,7 +418,7 @@ def test_recordings_that_do_not_fit_together_are_named(films, capsys):
     ):
         csv.unlink() if text is None else csv.write_text(text)
         with pytest.raises(SystemExit):
-            run(films)
+            run(videos)
         assert fault in capsys.readouterr().err
     csv.write_text(whole.strip().rsplit("\n", 1)[0])  # no action for the last frame
-    run(films)
+    run(videos)

@@ -75,9 +75,9 @@ def test_labels_belong_to_their_frames_and_are_said_to_be_inferred(
     check.main([str(out), "--clip-len", "5"])
     shown = tmp_path / "preview.mp4"
     preview.main(["--data", str(out), "--n-episodes", "1", "--output", str(shown)])
-    said = "inferred from frames, not recorded; of held-out real ones 70.0 % are right"
-    assert capsys.readouterr().out.count(said) == 3
-    assert said in shown.with_suffix(".html").read_text()
+    printed = "inferred from frames, not recorded; of held-out real ones 70.0 % are right"
+    assert capsys.readouterr().out.count(printed) == 3
+    assert printed in shown.with_suffix(".html").read_text()
 
 
 def test_what_does_not_go_together_is_named(videos, inferred, tmp_path, capsys):

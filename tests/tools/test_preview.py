@@ -34,10 +34,10 @@ def test_film_sheet_and_page_are_written(bright, tmp_path):
     assert len(frames) == 12
     for t, frame in zip([*range(5), *range(7)], frames, strict=True):
         assert abs(int(frame[94, 64, 0]) - 10 * t) <= 2
-    stills = np.array(Image.open(out.with_suffix(".png")))
-    assert stills.shape == (2 * (22 + 148), 10 * 134, 3)
-    assert stills[22 + 64, 3 * 134 + 67, 0] == 30
-    assert stills[22 + 148 + 22 + 64, 6 * 134 + 67, 0] == 60
+    sheet = np.array(Image.open(out.with_suffix(".png")))
+    assert sheet.shape == (2 * (22 + 148), 10 * 134, 3)
+    assert sheet[22 + 64, 3 * 134 + 67, 0] == 30
+    assert sheet[22 + 148 + 22 + 64, 6 * 134 + 67, 0] == 60
     page = out.with_suffix(".html").read_text()
     assert "2 of 2 episodes, 12 frames" in page
     assert "<td>5 frames</td><td>1</td>" in page
