@@ -1,11 +1,11 @@
-"""Lists of actions, one for each frame, as people, spreadsheets and loggers write them.
+"""Lists of actions, one for each frame, as written by hand, spreadsheets or loggers.
 
     NAME.csv    a column `action` (number or name), or a column of 0 and 1 for each button
     NAME.jsonl  {"action": 3}, {"action": "LEFT"} or {"buttons": ["A", "LEFT"]} a line
-    NAME.npz    `actions`: whole numbers [T], or 0 and 1 [T, buttons]
+    NAME.npz    `actions`: integers [T], or 0 and 1 [T, buttons]
 
-A CSV may be separated by semicolons or tabs. The case of names does not matter, as long as it is
-clear which is meant; nor do spaces around them, a byte order mark, or blank lines.
+A CSV may be separated by semicolons or tabs. The case of names is ignored if names stay
+unambiguous; so are spaces around them, a byte order mark, and blank lines.
 """
 
 import csv
@@ -25,18 +25,18 @@ from cwm_jax.errors import UserError
 
 SUFFIXES = (".csv", ".jsonl", ".npz")
 _SEPARATORS = ",;\t"
-_WHOLE = re.compile(r"[+-]?\d+(\.0*)?")  # 3.0 where a column once held a gap
+_WHOLE = re.compile(r"[+-]?\d+(\.0*)?")  # 3.0 in a column that had a gap
 _BITS = {"0": 0, "1": 1, "false": 0, "true": 1}
-_IDLE = "NOOP"  # as `Controls.name` has it for a pad
+_IDLE = "NOOP"  # as in `Controls.name` for a pad
 
-Rows = list[tuple[int, Mapping[str, Any]]]  # the line that each begins at, and its values
+Rows = list[tuple[int, Mapping[str, Any]]]  # the line number of each, and its values
 
 
 def read(path: Path, known: Controls) -> np.ndarray:
     """The actions of a list, int32 [T]; buttons as bits.
 
     Raises:
-        UserError: naming the file, the line and the value that is wrong.
+        UserError: a wrong value; the message names the file, the line and the value.
     """
     if path.suffix.lower() == ".npz":
         return _from_array(path, known)
@@ -45,7 +45,7 @@ def read(path: Path, known: Controls) -> np.ndarray:
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"cannot read actions from {path}: {error}") from None
     if not rows:
-        raise UserError(f"{path} holds no actions")
+        raise UserError(f"{path} contains no actions")
     reader = _RowReader(known)
     return np.array([reader.action(row, f"{path}, line {line}") for line, row in rows], np.int32)
 
@@ -71,7 +71,7 @@ def _csv_rows(path: Path) -> Rows:
 
 
 def _separator(text: str) -> str:
-    """The one that the first line has most of; a spreadsheet's own `sep=;` decides."""
+    """The separator that is most frequent in the first line, or that of a `sep=;` line."""
     first = text.lstrip().partition("\n")[0].partition("\r")[0]
     declared = re.fullmatch(r'"?sep=(.)"?', first)
     return declared[1] if declared else max(_SEPARATORS, key=first.count)
@@ -108,7 +108,7 @@ def _json_line(text: str, line: int) -> Any:
 
 
 class _RowReader:
-    """Reads the action of one row after the other."""
+    """Reads the actions of rows."""
 
     def __init__(self, known: Controls):
         self._known = known
@@ -121,14 +121,14 @@ class _RowReader:
         if column is not None:
             return self._named(row[column], place)
         if self._known.encoding == "one_hot":
-            raise UserError(f"{place}: wanted `action`, and there is {_listed(row)}")
+            raise UserError(f"{place}: expected `action`, found {_listed(row)}")
         column = self._column(row, "buttons")
         if column is not None:
             return self._listed_buttons(row[column], place)
         return self._bits(row, place)
 
     def _column(self, row: Mapping[str, Any], name: str) -> str | None:
-        """The column of this name in whatever case; a button of that name has its own."""
+        """The column of this name, in any case; a button's column of that name is excluded."""
         if name in row:
             return name
         alike = [key for key in row if key.strip().casefold() == name]
@@ -180,7 +180,7 @@ class _RowReader:
             column = control.name if control.name in row else columns.get(number)
             if column is None:
                 raise UserError(
-                    f"{place}: wanted `action`, `buttons` or a column for each button; there is "
+                    f"{place}: expected `action`, `buttons` or a column for each button; found "
                     f"{_listed(row)}, and {control.name!r} is missing"
                 )
             bit = _bit(row[column])
@@ -193,7 +193,7 @@ class _RowReader:
 
 
 def _by_name(names: Iterable[str]) -> dict[str, int]:
-    """Numbers by name, and by name in lower case where that is one name's alone."""
+    """Numbers by name, and by name in lower case where that is unambiguous."""
     names = list(names)
     folded = [name.casefold() for name in names]
     clear = {name: i for i, name in enumerate(folded) if folded.count(name) == 1}
@@ -234,10 +234,10 @@ def _from_array(path: Path, known: Controls) -> np.ndarray:
         actions = (actions.astype(np.int32) << np.arange(actions.shape[1])).sum(axis=1)
     if actions.ndim == 2 and actions.shape[1] == 1:
         actions = actions[:, 0]
-    if actions.dtype.kind == "f" and (actions == np.round(actions)).all():  # once held a gap
+    if actions.dtype.kind == "f" and (actions == np.round(actions)).all():  # had a gap
         actions = actions.clip(-1, known.num_values).astype(np.int32)
     if actions.ndim != 1 or actions.dtype.kind not in "iu" or not len(actions):
-        raise UserError(f"{path}: actions are {actions.dtype} {actions.shape}, not whole [T]")
+        raise UserError(f"{path}: actions are {actions.dtype} {actions.shape}, not integers [T]")
     if wrong := actions[(actions < 0) | (actions >= known.num_values)].tolist():
         raise UserError(f"{path}: action {wrong[0]}; they must be 0…{known.num_values - 1}")
     return actions.astype(np.int32)

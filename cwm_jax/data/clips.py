@@ -1,9 +1,9 @@
-"""Every episode of a split by number, every clip of it by number, and clips put into batches.
+"""Numbered episodes and clips of a split, and batches of clips.
 
-Start-up reads no video: a record's length in bytes stands in its shard's chunk headers, and
-records of the same length in bytes are taken to have the same number of frames. One of each
-length is decoded to learn that number; all others are held to it when they are read. Where bad
-records may be passed over and the one decoded is bad, the next of its length is decoded instead.
+Start-up reads no video: a record's length in bytes is in its shard's chunk headers, and
+records of the same length in bytes are assumed to have the same number of frames. One of each
+length is decoded to find that number; all others are checked when they are read. If bad records
+are skipped and the decoded one is bad, the next of its length is decoded instead.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ from cwm_jax.data.shards import (
 from cwm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-OUTCOMES = ("rewards", "ends")  # of a batch, in the order of `records.Outcomes`
+OUTCOMES = ("rewards", "ends")  # in a batch, in the order of `records.Outcomes`
 
-_INDEX_THREADS = 16  # mostly waiting for the disk
+_INDEX_THREADS = 16  # they mostly wait for the disk
 _NEIGHBOURS = 100  # bad records in a row: a whole shard, not one record
 _SILENT_SECONDS = 2.0  # an index that takes longer shows its progress
 
@@ -37,11 +37,11 @@ _SILENT_SECONDS = 2.0  # an index that takes longer shows its progress
 class Episodes:
     """The episodes of some shards, numbered from 0 in order of shard and record.
 
-    `lengths` (int32 [R]) holds the number of frames of each: 0 of those in `bad`, the faults of
-    records of which no other one tells the length.
+    `lengths` (int32 [R]) is the number of frames of each: 0 for those in `bad`, the faults of
+    records whose length no other record determines.
 
     Args:
-        max_bad: so many bad records are passed over here; one more is raised as `BadRecord`.
+        max_bad: so many bad records are skipped here; one more is raised as `BadRecord`.
         outcomes: rewards and ends of episodes are read too, and put into clips.
     """
 
@@ -57,7 +57,7 @@ class Episodes:
         per_shard = index.lengths(shards)
         self.lengths = np.concatenate(per_shard)
         if not len(self.lengths):
-            raise UserError(f"{shards[0].parent} holds no records: its shards are all empty.")
+            raise UserError(f"{shards[0].parent} contains no records: its shards are all empty.")
         self._shard_ends = np.cumsum([len(lengths) for lengths in per_shard])
         self._readers = Readers(shards)
         self._num_actions, self.outcomes = num_actions, outcomes
@@ -81,7 +81,7 @@ class Episodes:
         return self._readers.shards[shard], index
 
     def __getitem__(self, number: int) -> Episode:
-        """Raises `BadRecord` with its place if the record is no episode, or its file has gone."""
+        """Raises `BadRecord` with its place if the record is no episode, or its file is missing."""
         if number in self.bad:
             raise self.bad[number]
         shard, index = self.place(number)
@@ -106,8 +106,8 @@ class Episodes:
 class Clips:
     """All clips of `clip_len` frames that start every `stride` frames of each episode.
 
-    With outcomes the last clip of each episode ends with its last frame instead, which alone tells
-    of the episode's end.
+    With outcomes the last clip of each episode ends with its last frame instead, since only that
+    frame has the episode's end.
     """
 
     def __init__(self, episodes: Episodes, *, clip_len: int, stride: int):
@@ -125,7 +125,7 @@ class Clips:
         return int(self._ends[-1])
 
     def locate(self, clip: int) -> tuple[int, int]:
-        """(number of the episode, its frame with which the clip starts)."""
+        """(number of the episode, the first frame of the clip)."""
         episode = int(np.searchsorted(self._ends, clip, side="right"))
         before = int(self._ends[episode - 1]) if episode else 0
         if self.episodes.outcomes and clip == self._ends[episode] - 1:
@@ -146,12 +146,12 @@ class Clips:
         return cut(self.episodes, [self.locate(clip) for clip in clips], self.clip_len)
 
     def batch_of_good(self, clips: Sequence[int]) -> tuple[Batch, list[int]]:
-        """As `batch`, but in place of a clip from a bad record comes one from the next good record.
+        """As `batch`, but a clip from a bad record is replaced by one from the next good record.
 
-        The replacement depends on the clip alone, so it is the same wherever the batch is made.
+        The replacement depends only on the clip, so it is the same in every process.
 
         Returns:
-            The batch, and the numbers of the episodes that were found bad.
+            The batch, and the numbers of the bad episodes.
 
         Raises:
             BadRecord: none of the next `_NEIGHBOURS` episodes with clips is good.
@@ -164,7 +164,7 @@ class Clips:
         return cut(self.episodes, places, self.clip_len), sorted(bad)
 
     def _good(self, clip: int) -> tuple[tuple[int, int], list[int]]:
-        """Where to cut a clip, or its replacement; and the bad episodes on the way there."""
+        """Where to cut a clip, or its replacement; and the bad episodes before it."""
         place, bad = self.locate(clip), []
         while True:
             try:
@@ -179,7 +179,7 @@ class Clips:
 
 
 def clip_counts(lengths: np.ndarray, clip_len: int, stride: int) -> np.ndarray:
-    """How many clips episodes of `lengths` frames give: (T − clip_len) // stride + 1, or none."""
+    """The number of clips in episodes of `lengths` frames: (T − clip_len) // stride + 1, or 0."""
     return np.maximum(0, (lengths.astype(np.int64) - clip_len) // stride + 1)
 
 
@@ -188,9 +188,9 @@ def cut(episodes: Episodes, places: Sequence[tuple[int, int]], length: int) -> B
 
     Returns `frames` uint8 [B, length, 64, 64, 3] and `actions` int32 [B, length], where
     `actions[:, i]` led to frame i and slot 0 is `NO_ACTION`. Each episode is decoded once for
-    all its clips that stand next to each other in `places`. With outcomes the batch has three more
-    arrays [B, length]: `pressed` (int32), the action pressed at each frame, and what it led to,
-    `rewards` and `ends` (float32; NaN where the record does not tell).
+    all its clips that are adjacent in `places`. With outcomes the batch has three more
+    arrays [B, length]: `pressed` (int32), the action pressed at each frame, and its results,
+    `rewards` and `ends` (float32; NaN if the record has none).
     """
     frames = np.empty((len(places), length, *FRAME_SHAPE), np.uint8)
     actions = np.full((len(places), length), NO_ACTION, np.int32)
@@ -212,12 +212,12 @@ def cut(episodes: Episodes, places: Sequence[tuple[int, int]], length: int) -> B
 
 
 class _Index:
-    """Finds the number of frames of each record; `bad` holds, by place, what it passed over."""
+    """Finds the number of frames of each record; `bad` holds, by place, the skipped records."""
 
     def __init__(self, num_actions: int, max_bad: int):
         self.bad: dict[tuple[Path, int], BadRecord] = {}
         self._num_actions, self._max_bad = num_actions, max_bad
-        self._frames: dict[int, int] = {}  # of a size; threads share it and may find one twice
+        self._frames: dict[int, int] = {}  # by size; threads share it and may compute one twice
 
     def lengths(self, shards: Sequence[Path]) -> list[np.ndarray]:
         """The number of frames of each record of each shard, 0 where it cannot be known."""
@@ -225,7 +225,7 @@ class _Index:
             found = pool.map(self._of_shard, shards)
             progress = tqdm(found, "Indexing", len(shards), unit=" shards", delay=_SILENT_SECONDS)
             pairs = list(zip(shards, progress, strict=True))
-        # A later shard may have told of a size of which an earlier one held bad records only.
+        # A later shard may have a good record of a size whose earlier records were all bad.
         return [known if known.all() else self._of_shard(shard) for shard, known in pairs]
 
     def _of_shard(self, shard: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ class DataConfig(ConfigGroup):
     PATH = "config.data"
 
     dir: str = setting(
-        "data/coinrun", "folder that holds `train/`, `val/` and `test/` with ArrayRecord files"
+        "data/coinrun", "folder with `train/`, `val/` and `test/` of ArrayRecord files"
     )
     clip_len: int = setting(32, "frames in a training clip", least=1)
     stride: int = setting(8, "a clip starts at every so many frames of a record", least=1)

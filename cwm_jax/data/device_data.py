@@ -1,10 +1,10 @@
-"""Training data in the memory of one device: filled in the background, gathered into batches.
+"""Training data in the memory of one device: loaded in the background, gathered into batches.
 
-The first episodes of the split `train`, as many as fit into `data.on_device` frames, are read
-once. Batch k holds the clips of batch k of `loader.TrainBatches`, in which each clip that is not on
-the device is replaced by one that is (its number modulo how many there are). So with all of the
-split on the device, batches are those of `TrainBatches`; until it is there, they also depend on
-how quickly it was read.
+The first episodes of the split `train`, as many as fit into `data.on_device` frames, are read once.
+Batch k holds the clips of batch k of `loader.TrainBatches`, in which each clip that is not on the
+device is replaced by one that is (its number modulo the number of clips there). So with the whole
+split on the device, batches are those of `TrainBatches`; until it is loaded, they also depend on
+the reading speed.
 """
 
 import contextlib
@@ -29,24 +29,24 @@ from cwm_jax.data.records import FRAME_BYTES, BadRecord, Episode
 from cwm_jax.errors import UserError
 from cwm_jax.runtime import device_speed, sharding
 
-_CHUNK_FRAMES = 16_384  # read, copied and added as one: 200 MB
+_CHUNK_FRAMES = 16_384  # read, copied and added in one piece: 200 MB
 _READERS = 8  # threads
-_KEPT = 4  # batches whose clips `origins` knows
+_KEPT = 4  # batches whose clips `origins` remembers
 _CLIPS = "clips_on_device"
 
 
 class _Chunk(NamedTuple):
-    """Episodes on their way to the device, padded to the rows of the largest chunk."""
+    """Episodes to be copied to the device, padded to the rows of the largest chunk."""
 
     arrays: tuple[jax.Array, ...]  # what is stored of each frame, see `_kinds`
     rows: int  # without the padding
-    clips: np.ndarray  # numbers of the clips that they hold …
+    clips: np.ndarray  # numbers of the clips in them …
     starts: np.ndarray  # … and the rows of their first frames
-    bad: list[int]  # numbers of the episodes that were found bad
+    bad: list[int]  # numbers of the bad episodes
 
 
 class DeviceBatches(loader.TrainBatches):
-    """As `loader.TrainBatches`, with batches on the device; see the module.
+    """As `loader.TrainBatches`, with batches on the device; see the module's docstring.
 
     Raises `UserError` for several devices, too little memory, or a limit below one episode.
     """
@@ -56,7 +56,7 @@ class DeviceBatches(loader.TrainBatches):
         if mesh.size > 1:
             raise UserError(
                 f"config.data.on_device={self._config.on_device} keeps data on one device, and "
-                f"there are {mesh.size}: set it to 0, or let this process see one device"
+                f"there are {mesh.size}: set it to 0, or make one device visible to this process"
             )
         self._chunks = _chunks(self._clips.episodes.lengths, self._config.on_device)
         self._rows = max(sum(self._clips.episodes.lengths[c].tolist()) for c in self._chunks)
@@ -66,7 +66,7 @@ class DeviceBatches(loader.TrainBatches):
         gather = lambda *arrays: _gather(*arrays, length=self._clips.clip_len)
         self._gather = jax.jit(gather, out_shardings=sharding.by_clip(mesh))
         self._numbers_of: dict[int, np.ndarray] = {}
-        self._wanted = 0  # clips that were there when the state was saved
+        self._wanted = 0  # clips on the device when the state was saved
         self._forget()
 
     def _next(self) -> Batch:
@@ -89,7 +89,7 @@ class DeviceBatches(loader.TrainBatches):
         return super().get_state() | {_CLIPS: len(self._present) or self._wanted}
 
     def set_state(self, state) -> None:
-        """As `TrainBatches`; before the next batch, as many clips as there were are read."""
+        """As `TrainBatches`; waits until as many clips are loaded as when the state was saved."""
         super().set_state(state)
         self._wanted = state.get(_CLIPS, 0)
 
@@ -127,10 +127,12 @@ class DeviceBatches(loader.TrainBatches):
             make = lambda: tuple(jnp.zeros((rows, *shape), dtype) for shape, dtype in self._kinds)
             return jax.block_until_ready(jax.jit(make, out_shardings=self._place)())
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"{problem}, and cannot be had: set it lower ({error})") from None
+            raise UserError(
+                f"{problem}, which cannot be allocated: set it lower ({error})"
+            ) from None
 
     def _take_chunks(self) -> None:
-        """Adds what has been read; waits until there is something, and as much as is wanted."""
+        """Adds what has been read; waits until there is something, and as much as is required."""
         while self._added < len(self._chunks):
             enough = len(self._present) and len(self._present) >= self._wanted
             try:
@@ -167,7 +169,7 @@ class DeviceBatches(loader.TrainBatches):
                 yield self._chunk(numbers, list(pool.map(self._episode, numbers)))
 
     def _episode(self, number: int) -> Episode | None:
-        """None for a bad record that may be passed over."""
+        """None for a bad record that may be skipped."""
         try:
             return self._clips.episodes[number]
         except BadRecord:
@@ -212,12 +214,12 @@ def _chunks(lengths: np.ndarray, most: int) -> list[range]:
 
 
 def _memory() -> int:
-    """Bytes that the device has; on a CPU, this machine's memory."""
+    """Memory of the device in bytes; on a CPU, this machine's memory."""
     return device_speed.memory_limit() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _kinds(outcomes: bool) -> list[tuple[tuple[int, ...], type]]:
-    """Shape and dtype of what is stored of a frame: its pixels, the action, what this led to."""
+    """Shape and dtype of what is stored of a frame: its pixels, the action, the outcomes."""
     return [((FRAME_BYTES,), np.uint8), ((), np.int32)] + outcomes * [((), np.float32)] * 2
 
 

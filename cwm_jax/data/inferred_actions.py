@@ -1,4 +1,4 @@
-"""Data whose actions nobody logged: how `metadata.json` says so, and with what accuracy."""
+"""The note in `metadata.json` on actions that were inferred, with their accuracy."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ KEY = "inferred_actions"
 
 
 def note(folder: str | os.PathLike) -> str | None:
-    """A sentence for people where a data folder's actions were inferred; None where not."""
+    """A sentence about a data folder's inferred actions; None if they were recorded."""
     try:
         recorded = files.read_json_object(Path(folder) / METADATA).get(KEY)
     except FileNotFoundError:
@@ -22,12 +22,12 @@ def note(folder: str | os.PathLike) -> str | None:
         return (
             f"actions: inferred from frames, not recorded; of held-out real ones "
             f"{_percent(recorded['accuracy']['mean'])} are right (balanced over groups "
-            f"{_percent(recorded['balanced'])}; the commonest named always: "
+            f"{_percent(recorded['balanced'])}; always the most common: "
             f"{_percent(recorded['accuracy_floor'])} and {_percent(recorded['balanced_floor'])}; "
             f"{on['actions']} actions of {on['clips']} clips)"
         )
     except (KeyError, TypeError, ValueError):
-        return "actions: inferred from frames, not recorded; their accuracy is not noted"
+        return "actions: inferred from frames, not recorded; their accuracy is not recorded"
 
 
 def _percent(share: float) -> str:

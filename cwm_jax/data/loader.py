@@ -1,8 +1,8 @@
 """Batches of clips: shuffled over the whole dataset, shared among processes, and resumable.
 
-An epoch is one permutation of all clip numbers of the split, drawn from the seed and the epoch's
-number. Global batch k is a run of `batch_size` clips of it, and process p of n takes the p-th of
-n equal runs of those, so the global batch is the same for every number of processes and workers.
+An epoch is one permutation of all clip numbers of the split, determined by the seed and the epoch's
+number. Global batch k is a run of `batch_size` clips of it, and process p of n takes the p-th of n
+equal runs of those, so the global batch is the same for every number of processes and workers.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from cwm_jax.data.shards import find_shards
 from cwm_jax.errors import UserError, echo
 from cwm_jax.runtime import process_memory
 
-_TRIED = 8  # records that are looked at for rewards
-_WORKER_LIVES = 5  # how often reading processes that died are replaced between two good batches
-BAD = "bad_episodes"  # beside a batch on its way to the caller: numbers of episodes passed over
+_TRIED = 8  # records that are checked for rewards
+_WORKER_STARTS = 5  # restarts of reading processes between two good batches
+BAD = "bad_episodes"  # key in a batch before it is returned: numbers of skipped episodes
 
 
 class _Loader:
@@ -58,14 +58,14 @@ class _Loader:
 
 
 class _Tally:
-    """Counts the bad records of a split that were passed over, and says when they are too many."""
+    """Counts the skipped bad records of a split, and raises an error above a limit."""
 
     def __init__(self, records: Episodes, limit: int):
         self.episodes: set[int] = set()
         self._records, self._limit = records, limit
 
     def take(self, batch: Batch) -> Batch:
-        """The batch alone. Raises `UserError` once more than `limit` records were bad."""
+        """The batch only. Raises `UserError` once more than `limit` records were bad."""
         self.add(batch.pop(BAD, np.array([], np.int64)).tolist())
         return batch
 
@@ -79,7 +79,7 @@ class _Tally:
         return True
 
     def add(self, numbers: Iterable[int]) -> None:
-        """Counts and tells bad records; raises as `take`."""
+        """Counts and logs bad records; raises as `take`."""
         for number in numbers:
             if number not in self.episodes:
                 self.episodes.add(number)
@@ -97,7 +97,7 @@ class _Tally:
         if count > self._limit:
             raise UserError(
                 f"{message}\nThat is bad record number {count} of this split, and "
-                f"data.max_bad_records={self._limit}: mend the data, or allow more."
+                f"data.max_bad_records={self._limit}: repair the data, or allow more."
             )
         echo(
             f"warning: {message}; skipped ({count} of at most {self._limit})",
@@ -113,8 +113,8 @@ _ON_OTHER_DEVICES = (
 class TrainBatches(Iterator[Batch]):
     """An iterator over training batches whose position is one number.
 
-    `get_state` tells how many batches were taken, however many are being prepared, and
-    `set_state` goes to that place, also with other numbers of processes, workers and threads.
+    `get_state` returns how many batches were taken, independent of how many are being prepared;
+    `set_state` continues at that place, also with other numbers of processes, workers and threads.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class TrainBatches(Iterator[Batch]):
         return batch
 
     def _next(self) -> Batch:
-        """The next batch, also if processes that prepare batches are killed."""
-        for life in range(_WORKER_LIVES):
+        """The next batch; killed reading processes are restarted."""
+        for attempt in range(_WORKER_STARTS):
             try:
                 if self._iterator is None:
                     remaining = self._batches.slice(slice(self._taken, None))
@@ -149,16 +149,16 @@ class TrainBatches(Iterator[Batch]):
                     raise
                 self.close()
                 echo(
-                    f"warning: a process that reads data has died ({error}); starting all of them "
-                    f"again at batch {self._taken} ({life + 1} of {_WORKER_LIVES} tries)",
+                    f"warning: a reading process has exited ({error}); restarting all of them "
+                    f"at batch {self._taken} ({attempt + 1} of {_WORKER_STARTS} tries)",
                 )
         raise UserError(
-            f"processes that read data died {_WORKER_LIVES} times at batch {self._taken}. If they "
-            f"want more memory than there is, lower data.num_workers={self._config.num_workers}."
+            f"reading processes exited {_WORKER_STARTS} times at batch {self._taken}. If they "
+            f"need more memory than there is, lower data.num_workers={self._config.num_workers}."
         )
 
     def origins(self, batch: int) -> list[dict[str, str | int]]:
-        """Where each clip of global batch number `batch` (from 0) lies in the files."""
+        """Where each clip of global batch number `batch` (from 0) is in the files."""
         return self._origins(self._numbers[batch])
 
     def _origins(self, clips: Iterable[int]) -> list[dict[str, str | int]]:
@@ -170,24 +170,24 @@ class TrainBatches(Iterator[Batch]):
 
     @property
     def per_epoch(self) -> int:
-        """Batches in an epoch; the clips left at its end, too few for a batch, are passed over."""
+        """Batches in an epoch; the clips left at its end, too few for a batch, are skipped."""
         return self._identity["clips"] // self._identity["batch_size"]
 
     @property
     def bad_records(self) -> int:
-        """Records passed over so far, each counted once."""
+        """Number of records skipped so far, each counted once."""
         return len(self._tally.episodes)
 
     def get_state(self) -> dict[str, Any]:
-        """The position and what it depends on, as plain values that JSON can hold."""
+        """The position and what it depends on, as JSON values."""
         bad = sorted(self._tally.episodes)
         return {"batches_taken": self._taken, BAD: bad, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position from `get_state`.
+        """Continues at a position from `get_state`.
 
-        Raises `UserError` if it belongs to other data, another batch size or another seed, where
-        the same number would mean other clips.
+        Raises `UserError` if it is of other data, another batch size or another seed, for which
+        the same number means other clips.
         """
         differing = [
             f"{field}={state.get(field)}, this run has {field}={now}"
@@ -223,11 +223,11 @@ def train_batches(
     epochs: int | None = None,
     make: Callable[..., TrainBatches] = TrainBatches,
 ) -> TrainBatches:
-    """Shuffled batches of the split `train`, for `epochs` epochs or, by default, for ever.
+    """Shuffled batches of the split `train`, for `epochs` epochs or, by default, endlessly.
 
     Each batch holds this process's `batch_size / process_count` clips: `frames` uint8
     [B, clip_len, 64, 64, 3] and `actions` int32 [B, clip_len], where `actions[:, i]` led to frame
-    i and slot 0 is `NO_ACTION`. An epoch visits every clip once, but for the clips at its end
+    i and slot 0 is `NO_ACTION`. An epoch contains every clip once, except those at its end
     that fill no batch (fewer than `batch_size`, others in each epoch). `seed` is 0…2³²-1.
     `make` is `TrainBatches` or a subclass of it.
 
@@ -265,13 +265,13 @@ def skips(config: DataConfig) -> bool:
 
 
 def _fingerprint(shards: Sequence[Path]) -> str:
-    """Tells one dataset from another by the names and sizes of its files, wherever they lie."""
+    """A digest of a dataset by the names and sizes of its files, independent of the folder."""
     listed = "".join(f"{shard.name} {shard.stat().st_size}\n" for shard in shards)
     return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
 class EvalBatches:
-    """A fixed series of batches, to be gone through as often as wanted; see `eval_batches`."""
+    """A fixed series of batches, which can be iterated repeatedly; see `eval_batches`."""
 
     def __init__(self, numbers: np.ndarray, batch_size: int, loader: _Loader, config: DataConfig):
         self.num_clips = len(numbers)  # in all batches of all processes, without the padding
@@ -312,7 +312,7 @@ def eval_batches(
 ) -> EvalBatches:
     """Every clip of `split` once, in order; or `limit` clips at even distances over the split.
 
-    The last batch is filled up by repeating the last clip, so that all have one shape; `mask`
+    The last batch is padded with the last clip, so that all have one shape; `mask`
     (bool [B]) is False for these. Otherwise batches and errors are as in `train_batches`.
     """
     clips = open_clips(config, split, num_actions=num_actions)
@@ -328,18 +328,18 @@ def open_episodes(
 ) -> Episodes:
     """The episodes of `split`, by number; with `outcomes`, with rewards and ends.
 
-    Raises `UserError` if there are none to be found, or their game has more actions than
-    `num_actions`, or outcomes are asked for and the first records have none; and `BadRecord` if
-    more of those that tell the lengths are bad than `config` allows.
+    Raises `UserError` if there are none, or their game has more actions than `num_actions`, or
+    outcomes are requested and the first records have none; and `BadRecord` if more of those
+    decoded for their lengths are bad than `config` allows.
     """
     known = controls.read(config.dir)
     if known.num_values > num_actions:
         what = f"{len(known.controls)} {'buttons' if known.encoding == 'buttons' else 'actions'}"
         raise UserError(
-            f"{config.dir} is of {known.game}, which has {what}, and the model knows "
+            f"{config.dir} is of {known.game}, which has {what}, and the model has "
             f"{num_actions} actions. To train on it, set "
             f"--config.model.num_actions={len(known.controls)} "
-            f"--config.model.action_encoding={known.encoding}; to use a model, name the data of "
+            f"--config.model.action_encoding={known.encoding}; to use a model, give the data of "
             "its game"
         )
     allowed = config.max_bad_records if skips(config) else 0
@@ -348,7 +348,7 @@ def open_episodes(
     if outcomes and not any(_has_outcomes(episodes, n) for n in range(len(episodes))[:_TRIED]):
         raise UserError(
             f"{config.dir}/{split}: its records have no rewards and ends of episodes "
-            f"({' and '.join(OUTCOME_KEYS)}), which config.model.heads=True learns; record some "
+            f"({' and '.join(OUTCOME_KEYS)}), which config.model.heads=True needs; record some "
             "with `python -m cwm_jax.tools.collect`, or set config.model.heads=False"
         )
     return episodes
@@ -357,7 +357,7 @@ def open_episodes(
 def _has_outcomes(episodes: Episodes, number: int) -> bool:
     try:
         return episodes[number].outcomes is not None
-    except BadRecord:  # which is raised, or skipped, where its clips are read
+    except BadRecord:  # raised or skipped later, when its clips are read
         return False
 
 
@@ -374,7 +374,7 @@ def pick_episodes(episodes: Episodes, *, count: int, length: int, seed: int = 0)
     (eligible,) = np.nonzero(episodes.lengths >= length)
     if not 1 <= count <= len(eligible):
         raise UserError(
-            f"{count} episodes of at least {length} frames were asked for; {len(eligible)} of "
+            f"{count} episodes of at least {length} frames were requested; {len(eligible)} of "
             f"{len(episodes)} are that long (the longest has {episodes.lengths.max()})"
         )
     return np.random.default_rng(seed).permutation(eligible)[:count].tolist()
@@ -385,8 +385,8 @@ def good_episodes(
 ) -> list[int]:
     """`numbers`; if `config` skips bad records, with the next good one in place of each bad one.
 
-    That one has at least `length` frames and is not among `numbers`. Where there is no such one,
-    the bad one is left out; if all are bad, none is. Bad records are told and counted as in
+    The replacement has at least `length` frames and is not among `numbers`. If there is none, the
+    bad one is left out; if all are bad, none is. Bad records are logged and counted as in
     batches, and too many raise `UserError`.
     """
     if not skips(config):
@@ -410,10 +410,10 @@ def load_clips(episodes: Episodes, numbers: Sequence[int], *, length: int) -> Ba
     """
     for number in numbers:
         if not 0 <= number < len(episodes):
-            raise UserError(f"there is no episode {number}; they count 0…{len(episodes) - 1}")
+            raise UserError(f"there is no episode {number}; valid are 0…{len(episodes) - 1}")
         if not 1 <= length <= episodes.lengths[number]:
             raise UserError(
-                f"{length} frames of episode {number} were asked for; it has "
+                f"{length} frames of episode {number} were requested; it has "
                 f"{episodes.lengths[number]}"
             )
     return cut(episodes, [(number, 0) for number in numbers], length)
@@ -432,9 +432,9 @@ def _in_background(batches: grain.MapDataset, config: DataConfig) -> grain.IterD
 
 
 def _as_worker(index: int, count: int) -> None:
-    """Makes a reading process leave signals of the terminal to its parent, and end with it.
+    """Makes a reading process ignore signals of the terminal, and end with its parent.
 
-    And keep its memory, record after record.
+    It also keeps freed memory for the next record.
     """
     process_memory.keep_freed()
     for number in (signal.SIGINT, signal.SIGHUP):

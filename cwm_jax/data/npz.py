@@ -1,4 +1,4 @@
-"""Arrays out of an .npz file, which may be damaged or something else."""
+"""Reads arrays from an .npz file, which may be damaged or of another format."""
 
 import zipfile
 from collections.abc import Collection
@@ -10,7 +10,7 @@ from cwm_jax.errors import UserError
 
 
 def read(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
-    """The arrays with these names; no other is unpacked.
+    """The arrays with these names; others are not unpacked.
 
     Raises:
         UserError: the file cannot be read, or lacks one of them.
@@ -18,12 +18,12 @@ def read(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:
             if not zipfile.is_zipfile(file):
-                raise ValueError("it is no whole .npz archive")
+                raise ValueError("it is no complete .npz archive")
             loaded = np.load(file)
             arrays = {name: loaded[name] for name in names}
         if wrong := [name for name in names if not isinstance(arrays[name], np.ndarray)]:
             raise ValueError(f"its {wrong[0]} is no array")
-    except Exception as error:  # of a damaged file nearly anything, from zlib's to a tokenizer's
+    except Exception as error:  # damaged files raise many types, from zlib's to a tokenizer's
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot read {path}: {reason}") from None
     return arrays

@@ -1,4 +1,4 @@
-"""Pictures and videos from outside the project, with the pixels that a viewer or player shows."""
+"""Pictures and videos from users, decoded to the pixels that a viewer or player shows."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from cwm_jax.errors import UserError
 
-# What libraries raise for files that are damaged, or not what their names claim.
+# What libraries raise for files that are damaged, or of another type than their names.
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 VIDEO_ERRORS = (av.FFmpegError, OSError, IndexError, ValueError)
 
@@ -45,12 +45,12 @@ def in_order(paths: list[Path]) -> list[Path]:
 
 
 def _by_number(stem: str) -> list[str | int]:
-    """Text and numbers in turn, text first, so that keys of different names compare."""
+    """Alternating text and numbers, text first, so that keys of different names compare."""
     return [int(p) if i % 2 else p for i, p in enumerate(_NUMBER.split(stem))]
 
 
 def _falls_as_decimal(before: str, after: str) -> bool:
-    """Whether two names in order by whole numbers are out of order by decimal ones."""
+    """Whether two names in order by integers are out of order by decimals."""
     one, other = _DECIMAL.findall(before), _DECIMAL.findall(after)
     if _DECIMAL.sub("", before) != _DECIMAL.sub("", after):
         return False
@@ -82,7 +82,7 @@ def _from_deep_grey(picture: Image.Image) -> Image.Image:
     """16 bits a sample to 8, by value; a transparent grey (PNG's tRNS) becomes black."""
     samples = np.asarray(picture)
     if samples.dtype.kind == "f":
-        raise ValueError("its samples are floating point; whole numbers of 8 or 16 bits are read")
+        raise ValueError("its samples are floating point; integers of 8 or 16 bits are supported")
     samples = samples.astype(np.int64)
     if (clear := picture.info.get("transparency")) is not None:
         samples = np.where(samples == clear, 0, samples)
@@ -95,23 +95,23 @@ def _over_black(picture: Image.Image) -> Image.Image:
 
 
 def _in_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours of another profile, such as a telephone's Display P3, as a screen shows them."""
+    """Converts colours of another profile, such as a telephone's Display P3, to sRGB."""
     if not profile or picture.mode not in ("RGB", "CMYK"):
         return picture
     try:
         own = ImageCms.ImageCmsProfile(BytesIO(profile))
         srgb = ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(picture, own, srgb, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # viewers ignore it as well
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # viewers also ignore it
         return picture
 
 
 def video_frames(path: Path) -> Iterator[Callable[[], Image.Image]]:
-    """What makes each frame of a video: frames that are passed over cost no conversion.
+    """Functions that convert each frame of a video, so that skipped frames cost no conversion.
 
     Raises `VIDEO_ERRORS`.
     """
-    # Absolute, since libav takes `take:1.mp4` for an address of the protocol `take`.
+    # Absolute, since libav reads `take:1.mp4` as an address of the protocol `take`.
     with av.open(str(path.absolute())) as container:
         stream = container.streams.best("video")
         if stream is None:
@@ -122,7 +122,7 @@ def video_frames(path: Path) -> Iterator[Callable[[], Image.Image]]:
 
 
 def _as_played(frame: av.VideoFrame, pixel_shape) -> Image.Image:
-    """A frame as players show it: pixels made square, turned as its display matrix says."""
+    """A frame as players show it: pixels made square, rotated by its display matrix."""
     if any(component.is_alpha for component in frame.format.components):
         picture = _over_black(Image.fromarray(frame.to_ndarray(format="rgba")))
     else:
@@ -150,7 +150,7 @@ _TURNS = {
 
 
 def _displayed(picture: Image.Image, matrix: bytes) -> Image.Image:
-    """Turned and mirrored by a display matrix: nine int32, of which a, b, c, d turn and scale.
+    """Rotated and mirrored by a display matrix: nine int32, of which a, b, c, d rotate and scale.
 
     See libavutil's display.h: the point (x, y) is shown at (a·x + c·y, b·x + d·y).
     """
@@ -160,7 +160,7 @@ def _displayed(picture: Image.Image, matrix: bytes) -> Image.Image:
     slanted = any(0.01 < abs(x) / size < 0.99 for x in (a, b, c, d))
     if slanted or turn not in _TURNS:
         raise ValueError(
-            f"it is to be shown turned or distorted by the matrix {a} {b} {c} {d}; only turns by "
-            f"90°, 180°, 270° and mirrored pictures are read: convert the video once with ffmpeg"
+            f"its display matrix {a} {b} {c} {d} rotates or distorts it; only rotations by "
+            f"90°, 180°, 270° and mirroring are supported: convert the video once with ffmpeg"
         )
     return picture if _TURNS[turn] is None else picture.transpose(_TURNS[turn])

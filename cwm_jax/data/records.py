@@ -1,8 +1,8 @@
-"""One dataset record ↔ one episode, safely; and what is wrong with a record that is none.
+"""Converts between dataset records and episodes, safely; describes faults of bad records.
 
 A record is a pickled dict, as in the public dataset `p-doom/coinrun-dataset`:
 `raw_video` (the bytes of uint8 [T, 64, 64, 3]), `sequence_length` (T) and `actions` (int [T]).
-Two more are read where they are asked for: `rewards` (float [T], what action i earned) and `done`
+Two more are read on request: `rewards` (float [T], what action i earned) and `done`
 (bool [T], whether action i ended the episode). Other keys are ignored.
 """
 
@@ -24,8 +24,8 @@ OUTCOME_KEYS = ("rewards", "done")
 FRAME_BYTES = math.prod(FRAME_SHAPE)
 
 
-class BadRecord(UserError):  # noqa: N818 (it is a record, before it is an error)
-    """A record that is no episode: `reason`, and where it lies once that is known."""
+class BadRecord(UserError):  # noqa: N818 (named after the record)
+    """A record that is no episode: `reason`, and its place once that is known."""
 
     def __init__(self, reason: str, shard: Path | None = None, index: int | None = None):
         super().__init__(reason)
@@ -36,15 +36,15 @@ class BadRecord(UserError):  # noqa: N818 (it is a record, before it is an error
         return where + self.reason
 
     def at(self, shard: Path, index: int) -> "BadRecord":
-        """The same fault, with its place (`index` counts the records of `shard` from 0)."""
+        """The same error, with its place (`index` counts the records of `shard` from 0)."""
         return BadRecord(self.reason, shard, index)
 
 
 class Outcomes(NamedTuple):
-    """What the actions of an episode led to."""
+    """The outcomes of an episode's actions."""
 
     rewards: np.ndarray  # float32 [T], what action i earned
-    done: np.ndarray  # bool [T], whether action i ended the episode: the last one's alone
+    done: np.ndarray  # bool [T], whether action i ended the episode: only the last can
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Episode:
 
     frames: np.ndarray  # uint8 [T, 64, 64, 3]
     actions: np.ndarray  # int32 [T], 0…14
-    outcomes: Outcomes | None = None  # None where they were not asked for, or not recorded
+    outcomes: Outcomes | None = None  # None if not requested, or not recorded
 
     def __post_init__(self):
         frames, actions = self.frames, self.actions
@@ -78,9 +78,9 @@ def decode(record: bytes, *, num_actions: int = NUM_ACTIONS, outcomes: bool = Fa
     except safe_pickle.RefusedError as refused:
         raise BadRecord(str(refused)) from None
     if not isinstance(fields, dict):
-        raise BadRecord(f"it holds a {type(fields).__name__}, not a dict with {', '.join(KEYS)}")
+        raise BadRecord(f"it is a {type(fields).__name__}, not a dict with {', '.join(KEYS)}")
     if missing := [key for key in KEYS if key not in fields]:
-        raise BadRecord(f"it lacks {', '.join(missing)}; a record holds {', '.join(KEYS)}")
+        raise BadRecord(f"it lacks {', '.join(missing)}; a record has {', '.join(KEYS)}")
     length = _length(fields["sequence_length"])
     frames = _frames(fields["raw_video"], length)
     actions = _actions(fields["actions"], length, num_actions)
@@ -91,7 +91,7 @@ def decode(record: bytes, *, num_actions: int = NUM_ACTIONS, outcomes: bool = Fa
 def encode(episode: Episode, extra: Mapping[str, int | np.ndarray] | None = None) -> bytes:
     """The record of `episode`, readable by `decode` and by `pickle.loads` under NumPy 1 and 2.
 
-    `extra` adds fields that `decode` passes over: whole numbers, and arrays of plain numbers.
+    `extra` adds fields that `decode` ignores: integers, and arrays of plain numbers.
     """
     fields = {
         "raw_video": episode.frames.tobytes(),
@@ -109,7 +109,7 @@ def encode(episode: Episode, extra: Mapping[str, int | np.ndarray] | None = None
 
 def _length(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise BadRecord(f"its sequence_length is a {type(value).__name__}, not a whole number")
+        raise BadRecord(f"its sequence_length is a {type(value).__name__}, not an integer")
     if value < 1:
         raise BadRecord(f"its sequence_length is {value}; an episode has at least 1 frame")
     return int(value)
@@ -129,7 +129,7 @@ def _frames(video: object, length: int) -> np.ndarray:
 def _actions(actions: object, length: int, num_actions: int) -> np.ndarray:
     if not isinstance(actions, np.ndarray) or actions.dtype.kind not in "iu":
         kind = actions.dtype if isinstance(actions, np.ndarray) else type(actions).__name__
-        raise BadRecord(f"its actions are {kind}, not an array of whole numbers")
+        raise BadRecord(f"its actions are {kind}, not an array of integers")
     if actions.shape != (length,):
         raise BadRecord(f"its actions have shape {actions.shape}; {length} frames need ({length},)")
     (wrong,) = np.nonzero((actions < 0) | (actions >= num_actions))

@@ -1,10 +1,10 @@
-"""Reads the pickles that dataset records are made of, without running them.
+"""Reads the pickles of dataset records without running them.
 
-A pickle is a program, and `pickle.load` calls whatever function the program names. The machine
-here knows only the instructions that a dict of plain values and NumPy arrays is written with
+A pickle is a program, and `pickle.load` calls any function that the program names. The interpreter
+here supports only the instructions for a dict of plain values and NumPy arrays
 (`pickletools` documents each). A global is a name to look up in a fixed table, never something
 to import, and nothing is called but `numpy.frombuffer`. Values are views onto the record, so
-reading a 2 MB video copies nothing, and a pickle cannot ask for more memory than it is long.
+reading a 2 MB video copies nothing, and a pickle cannot allocate more memory than its length.
 """
 
 import enum
@@ -21,7 +21,7 @@ MAX_DIMENSIONS = 32
 
 
 class RefusedError(Exception):
-    """The bytes are no pickle, or one that needs more than a record may; the text says what."""
+    """The bytes are no pickle, or one with forbidden content; the message says which."""
 
 
 class _Known(enum.Enum):
@@ -52,14 +52,14 @@ class _DType:
     def __init__(self, code: object):
         if not (isinstance(code, str) and code in _ITEM_CODES):
             kind = code[:20] if isinstance(code, str) else "?"
-            raise RefusedError(f"it holds an array of dtype {kind!r}, not of plain numbers")
+            raise RefusedError(f"it contains an array of dtype {kind!r}, not of plain numbers")
         self.code, self.order = code, "="
 
     def set_state(self, state: object) -> None:
         if not (isinstance(state, tuple) and len(state) >= 5 and state[2:5] == _NO_FIELDS):
-            raise RefusedError("it holds an array whose dtype is no plain number")
+            raise RefusedError("it contains an array whose dtype is no plain number")
         if state[1] not in ("<", ">", "|"):
-            raise RefusedError("it holds an array of unknown byte order")
+            raise RefusedError("it contains an array of unknown byte order")
         self.order = state[1]
 
 
@@ -70,25 +70,25 @@ class _Array:
 
     def set_state(self, state: object) -> None:
         if not (isinstance(state, tuple) and len(state) == 5):
-            raise RefusedError("it holds an array with an unknown kind of state")
+            raise RefusedError("it contains an array with an unknown kind of state")
         _, shape, dtype, fortran, buffer = state
         self.value = _array(buffer, dtype, shape, "F" if fortran else "C")
 
 
 def _array(buffer: object, dtype: object, shape: object, order: object) -> np.ndarray:
     if not (isinstance(dtype, _DType) and isinstance(buffer, memoryview) and order in ("C", "F")):
-        raise RefusedError("it holds an array that is not made of bytes and a dtype")
+        raise RefusedError("it contains an array that does not consist of bytes and a dtype")
     if not (isinstance(shape, tuple) and len(shape) <= MAX_DIMENSIONS):
-        raise RefusedError("it holds an array without a proper shape")
+        raise RefusedError("it contains an array without a proper shape")
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise RefusedError("it holds an array whose shape is not of whole numbers")
+        raise RefusedError("it contains an array whose shape is not integers")
     numpy_dtype = np.dtype(dtype.order + dtype.code)
     if math.prod(shape) * numpy_dtype.itemsize != len(buffer):
-        raise RefusedError(f"it holds {len(buffer)} bytes for an array of shape {shape}"[:200])
+        raise RefusedError(f"it contains {len(buffer)} bytes for an array of shape {shape}"[:200])
     try:
         return np.frombuffer(buffer, numpy_dtype).reshape(shape, order=order)
     except ValueError:  # of no bytes, and yet too large: (0, 2**70)
-        raise RefusedError(f"it holds an array of impossible shape {shape}"[:200]) from None
+        raise RefusedError(f"it contains an array of impossible shape {shape}"[:200]) from None
 
 
 def _call(function: object, args: object) -> object:
@@ -158,14 +158,14 @@ class _Machine:
         return self.stack.pop()
 
     def value(self) -> object:
-        """A finished value from the stack, as it may stand in the result."""
+        """A finished value from the stack, converted for the result."""
         value = self.pop()
         if isinstance(value, _Array):
             value = value.value
             if value is None:
-                raise RefusedError("it holds an array without contents")
+                raise RefusedError("it contains an array without contents")
         if isinstance(value, (_DType, _Known)):
-            raise RefusedError("it holds something that is no value")
+            raise RefusedError("it contains something that is no value")
         return value
 
     def mark(self) -> None:
@@ -203,13 +203,13 @@ class _Machine:
     def set_item(self) -> None:
         value, key = self.value(), self.pop()
         if type(key) not in (str, int):
-            raise RefusedError("it holds a dict whose keys are not names")
+            raise RefusedError("it contains a dict whose keys are not names")
         self.into(dict)[key] = value
 
     def set_items(self) -> None:
         items = self.since_mark()
         if len(items) % 2:
-            raise RefusedError("it is no pickle: it holds a key without a value")
+            raise RefusedError("it is no pickle: it contains a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.stack += (key, value)
             self.set_item()
@@ -228,7 +228,7 @@ class _Machine:
             raise RefusedError("it is no pickle: it names a global by something that is no text")
         if (module, name) not in _GLOBALS:
             named = f"{module}.{name}"[:100]
-            raise RefusedError(f"it asks for {named!r}, which no record needs")
+            raise RefusedError(f"it refers to {named!r}, which no record needs")
         self.stack.append(_GLOBALS[module, name])
 
     def stack_global(self) -> None:
@@ -306,7 +306,7 @@ _INSTRUCTIONS = _instructions()
 def loads(data: bytes) -> object:
     """The value that the pickle `data` describes; every `bytes` in it as a view onto `data`.
 
-    Understood are dicts with text or whole-number keys, lists, tuples, None, booleans, numbers,
+    Supported are dicts with text or integer keys, lists, tuples, None, booleans, numbers,
     text, bytes, and NumPy arrays and scalars of plain numbers (read-only views), as pickle
     protocols 3 to 5 of NumPy 1 and 2 write them. Raises `RefusedError` for anything else.
     """

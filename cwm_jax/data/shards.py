@@ -33,7 +33,7 @@ Name the small dataset that comes with the project, assets/coinrun, or download 
 def find_shards(dir: str | os.PathLike, split: str) -> list[Path]:
     """The `*.array_record` files of `dir/split` in order of name; `split` is one of `SPLITS`.
 
-    Hidden files are passed over: they are not whole yet, or never will be.
+    Hidden files are skipped: they are incomplete.
     """
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
@@ -66,24 +66,24 @@ def write_shard(path: Path, records: Iterable[bytes]) -> None:
     try:
         for record in records:
             writer.write(record)
-        writer.close()  # the call that raises what went wrong in all before
+        writer.close()  # errors of earlier calls are raised here
     except RuntimeError as error:
         raise UserError(f"cannot write {path}: {error}") from None
 
 
 def open_shard(shard: Path) -> ArrayRecordReader:
-    """A reader for single records. Raises `UserError` if the file is cut short or no shard."""
-    options = "readahead_buffer_size:0,max_parallelism:0"  # what array_record advises for this
+    """A reader for single records. Raises `UserError` if the file is truncated or no shard."""
+    options = "readahead_buffer_size:0,max_parallelism:0"  # as array_record recommends for this
     reader = ArrayRecordReader(str(shard), options=options, file_reader_buffer_size=1 << 15)
     if reader.ok():
         return reader
     try:
-        reader.close()  # the only call that tells what is wrong
+        reader.close()  # only this call raises the error's cause
         cause = "unknown cause"
     except RuntimeError as error:
         cause = str(error) or "its end is missing"
     raise UserError(
-        f"{shard} ({_size(shard)}) is not a whole ArrayRecord file: {cause}. "
+        f"{shard} ({_size(shard)}) is not a complete ArrayRecord file: {cause}. "
         "Download or write it again, or remove it."
     )
 
@@ -97,7 +97,7 @@ def read_record(reader: ArrayRecordReader, shard: Path, index: int) -> bytes:
 
 
 class Readers:
-    """Open readers of many shards, as many at a time as the process may hold file descriptors.
+    """Open readers of many shards, as many at a time as the limit of file descriptors allows.
 
     Safe to use from several threads. A copy sent to another process opens its own.
     """
@@ -128,7 +128,7 @@ class Readers:
         if reader is None:
             reader = open_shard(self.shards[shard])
         with self._lock:
-            self._open[shard] = reader  # last in line to be dropped
+            self._open[shard] = reader  # the last to be dropped
             # A dropped reader closes its file when the last thread is done with it.
             while len(self._open) > self._capacity:
                 self._open.popitem(last=False)
@@ -136,9 +136,9 @@ class Readers:
 
 
 def _allow_open_files(wanted: int) -> int:
-    """How many of `wanted` files to hold open: at most half of what the system allows.
+    """How many of `wanted` files to keep open: at most half of what the system allows.
 
-    Raises this process's soft limit first, if the hard limit lets it.
+    Raises this process's soft limit first, if the hard limit allows it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * wanted + 64
@@ -148,28 +148,28 @@ def _allow_open_files(wanted: int) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
             soft = target
         except (ValueError, OSError):
-            pass  # some systems allow less than they say; the old limit serves, more slowly
+            pass  # some systems allow less than they report; the old limit works, more slowly
     return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft // 2))
 
 
-_BLOCK, _BLOCK_HEADER = 1 << 16, 24  # every 64 KiB a block header interrupts the chunks
+_BLOCK, _BLOCK_HEADER = 1 << 16, 24  # every 64 KiB a block header is between the data of chunks
 _USABLE = _BLOCK - _BLOCK_HEADER
 _CHUNK_HEADER = struct.Struct("<8xQ8xQQ")  # sizes: data; type (1 byte), records (7); unpacked
-_SIGNATURE_END = 64  # a file begins with one block header and one empty chunk
-_HOLDING_RECORDS = b"rt"  # kinds of chunks: records one after the other, or transposed
+_SIGNATURE_END = 64  # a file starts with one block header and one empty chunk
+_HOLDING_RECORDS = b"rt"  # chunk types: records in sequence, or transposed
 _PLAIN = b"rp"  # or padding
 
 
 def record_sizes(shard: Path) -> list[int] | None:
     """The length in bytes of each record, unpacked, without reading the records.
 
-    Steps from chunk header to chunk header: some 40 bytes of each 100 KB. None where the layout
-    is not one plain record to a chunk, so that lengths must be found by reading. To be asked
-    before `open_shard`, which unpacks the footer.
+    Steps from chunk header to chunk header: some 40 bytes of each 100 KB. None if the layout
+    is not one plain record per chunk; then lengths must be found by reading. Call it before
+    `open_shard`, which unpacks the footer.
 
     Raises:
-        BadRecord: the layout is another, and a chunk claims more bytes than a record may have.
-        UserError: the footer does, or there is no file to be read.
+        BadRecord: the layout differs, and a chunk declares more bytes than a record may have.
+        UserError: the footer does, or there is no readable file.
     """
     chunks, plain = [], True
     with _opened(shard) as file:
@@ -204,7 +204,7 @@ def _opened(shard: Path) -> BinaryIO:
 
 
 def _check_chunks(shard: Path, chunks: Sequence[tuple[int, int]]) -> None:
-    """As `check_sizes`: to read one record is to unpack all of its chunk."""
+    """As `check_sizes`: reading one record unpacks its whole chunk."""
     first = 0
     for count, unpacked in chunks:
         what = "it" if count == 1 else f"its chunk of {count} records"
@@ -213,7 +213,7 @@ def _check_chunks(shard: Path, chunks: Sequence[tuple[int, int]]) -> None:
 
 
 def check_sizes(shard: Path, sizes: Sequence[int]) -> None:
-    """Raises `BadRecord` for a record that claims more bytes than one may have."""
+    """Raises `BadRecord` for a record that declares more bytes than one may have."""
     for index, size in enumerate(sizes):
         check_size(shard, index, size)
 
@@ -229,9 +229,9 @@ def check_size(shard: Path, index: int, size: int, what: str = "it") -> None:
 def _chunk_header(file: int, at: int) -> tuple[int, int, int]:
     raw = os.pread(file, _CHUNK_HEADER.size + 2 * _BLOCK_HEADER, at)
     into_block = at % _BLOCK
-    if into_block == 0:  # the block header comes first
+    if into_block == 0:  # the block header is first
         raw = raw[_BLOCK_HEADER:]
-    elif into_block + _CHUNK_HEADER.size > _BLOCK:  # the block header lies in the middle
+    elif into_block + _CHUNK_HEADER.size > _BLOCK:  # the block header is in the middle
         before = _BLOCK - into_block
         raw = raw[:before] + raw[before + _BLOCK_HEADER :]
     return _CHUNK_HEADER.unpack(raw[: _CHUNK_HEADER.size].ljust(_CHUNK_HEADER.size, b"\0"))

@@ -1,4 +1,4 @@
-"""Frames of recorded episodes to start worlds from: the seed alone decides which."""
+"""Frames of recorded episodes to start worlds from; the seed determines them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +23,8 @@ class Starts:
 
     Args:
         folder: a data folder with `val/` or the split that is named.
-        split: which episodes.
-        num_actions: how many action values the network knows; the data may have no others.
+        split: the split of the episodes.
+        num_actions: number of action values of the network; the data may have no others.
 
     Raises:
         UserError: there is no such data.

@@ -1,8 +1,8 @@
-"""Recordings of any game, as people keep them: films or folders of pictures, and action lists.
+"""Users' recordings of any game: videos or folders of pictures, and action lists.
 
-A recording is `NAME.mp4` (or another film) or a folder `NAME/` of PNGs, with its actions beside
+A recording is `NAME.mp4` (or another video) or a folder `NAME/` of PNGs, with its actions next to
 it in a list (`action_lists`), one for each frame: what was pressed while that frame was shown.
-Hidden files, and those that desktops and network drives make, are passed over.
+Hidden files, and those that desktops and network drives create, are skipped.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ FITS = ("stretch", "crop", "pad")
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """One film, or one folder of pictures, and the file of its actions."""
+    """One video, or one folder of pictures, and the file of its actions."""
 
     name: str
     frames: Path
-    actions: Path | None  # None: they are to be inferred
+    actions: Path | None  # None: they will be inferred
 
 
 def read_key_map(path: Path) -> Controls:
     """A game's controls from a TOML file: `game`, `action_encoding`, and `[[actions]]`.
 
     Raises:
-        UserError: there is no such file, or it is wrong, with the field at fault.
+        UserError: there is no such file, or a field is wrong; the message names it.
     """
     try:
         fields = tomllib.loads(files.read_text(path))
@@ -51,8 +51,8 @@ def find(folder: Path, *, with_actions: bool = True) -> list[Recording]:
     """The recordings of a folder by name.
 
     Raises:
-        UserError: there are none, or one lacks its actions or has two sets of them; or, where they
-            are to be without, one has actions.
+        UserError: there are none, or one lacks its actions or has two sets of them; or, if they
+            must have none, one has actions.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
@@ -66,7 +66,7 @@ def find(folder: Path, *, with_actions: bool = True) -> list[Recording]:
                 raise UserError(f"{seen[name]} and {path} are both the frames of {name!r}")
             seen[name] = path
     if not seen:
-        raise UserError(f"{folder} holds no films ({', '.join(VIDEOS)}) and no folders of PNGs")
+        raise UserError(f"{folder} contains no videos ({', '.join(VIDEOS)}) and no folders of PNGs")
     if not with_actions:
         return [_without_actions(name, path, present) for name, path in seen.items()]
     return [Recording(name, path, _actions_of(name, present)) for name, path in seen.items()]
@@ -97,7 +97,7 @@ def _actions_of(name: str, present: Sequence[Path]) -> Path:
 
 
 def _same_name(a: str, b: str) -> bool:
-    """Whether two names are written alike: a Mac takes an accented letter apart."""
+    """Whether two names are equal in Unicode's NFC: macOS decomposes accented letters."""
     return unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)
 
 
@@ -121,7 +121,7 @@ def read_frames(path: Path, *, fit: str, every: int) -> Iterator[np.ndarray]:
         fit: "stretch" both sides to 64; "crop" the longer side; or "pad" the shorter with black.
 
     Raises:
-        UserError: a film or picture cannot be read, or the order of pictures is unknown.
+        UserError: a video or picture cannot be read, or the order of pictures is unknown.
     """
     try:
         for number, picture in enumerate(_pictures(path)):
@@ -132,7 +132,7 @@ def read_frames(path: Path, *, fit: str, every: int) -> Iterator[np.ndarray]:
 
 
 def _pictures(path: Path) -> Iterator[Callable[[], Image.Image]]:
-    """What makes each picture: those that are passed over cost no conversion."""
+    """Functions that convert each picture, so that skipped ones cost no conversion."""
     if not path.is_dir():
         return pictures.video_frames(path)
     found = pictures.in_order(_pictures_in(path))
@@ -147,7 +147,7 @@ def _read_png(path: Path) -> Image.Image:
 
 
 def fitted(picture: Image.Image, fit: str) -> Image.Image:
-    """A picture of any size as 64×64; pixels are averaged, so that thin things stay."""
+    """A picture of any size as 64×64; pixels are averaged, so that thin objects stay visible."""
     size, filter_ = (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX
     if picture.size == size:
         return picture
@@ -167,7 +167,7 @@ def split_of(count: int, *, val: float, test: float, seed: int) -> Sequence[str]
     held = [max(1, round(count * share)) for share in (val, test)]
     if sum(held) >= count:
         raise UserError(
-            f"{count} pieces are too few to share out {val:.0%} to val and {test:.0%} to test: "
+            f"{count} pieces are too few to assign {val:.0%} to val and {test:.0%} to test: "
             "lower --val and --test, or record more"
         )
     names = ["val"] * held[0] + ["test"] * held[1] + ["train"] * (count - sum(held))

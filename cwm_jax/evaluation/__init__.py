@@ -1,1 +1,1 @@
-"""Evaluation: rollout quality, controllability and drift beside their floors, under a protocol."""
+"""Evaluation: rollout quality, controllability and drift with their floors, under a protocol."""

@@ -1,8 +1,9 @@
-"""Labels recordings of CoinRun whose keys nobody logged, by the inverse-dynamics probe.
+"""Labels recordings of CoinRun without logged keys, by the inverse-dynamics probe.
 
-Three frames tell the action between the last two (`cwm_jax.evaluation.probe`). So a recording of T
-frames gives labels of its frames 1 … T − 2: nothing is known of the first, and nothing follows the
-last. How often labels are right is measured on clips of levels that the probe was not trained on.
+Three frames determine the action between the last two (`cwm_jax.evaluation.probe`). So a recording
+of T frames gives labels of its frames 1 … T − 2: no frame precedes the first, and no frame follows
+the last. How often labels are right is measured on clips of levels that the probe was not trained
+on.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from cwm_jax.evaluation import held_out, probe, probe_accuracy
 from cwm_jax.evaluation.probe import Probe
 
 LOST = 2  # frames of a recording without a label: its first and its last
-_BLOCK = 160  # frames that are read at once
+_BLOCK = 160  # frames read in one call
 
 
 def label(reader: Probe, frames: Iterable[np.ndarray]) -> np.ndarray:
@@ -60,8 +61,8 @@ def trained(config: DataConfig) -> tuple[Probe, dict]:
     known = controls.read(config.dir)
     if not (known.is_procgen and "coinrun" in known.game.lower()):
         raise UserError(
-            f"--infer-actions {config.dir}: it is of {known.game}; actions can be inferred of "
-            "CoinRun alone, as learned from a data folder of CoinRun"
+            f"--infer-actions {config.dir}: its data is of {known.game}; actions can be inferred "
+            "for CoinRun only, from a data folder of CoinRun"
         )
     reader = probe.cached(config, probe.cache_folder())
     lengths = loader.open_episodes(config, "test").lengths
@@ -70,11 +71,11 @@ def trained(config: DataConfig) -> tuple[Probe, dict]:
 
 
 def accuracy(reader: Probe, frames_BTHWC: np.ndarray, actions_BT: np.ndarray) -> dict:
-    """How often the probe reads from real frames what was pressed.
+    """How often the probe reads the pressed action from real frames.
 
     `accuracy` with its interval over clips; `balanced` over the six groups of actions; of each
     key how often it is `read` where it was pressed, and where it was not (`false`). The floors of
-    both accuracies are those of always naming the commonest group.
+    both accuracies are those of a constant answer, the most common group.
     """
     found = probe_accuracy.of_real(reader, frames_BTHWC, actions_BT)
     groups = probe.GROUPS[actions_BT[:, 2:]]
@@ -90,7 +91,7 @@ def accuracy(reader: Probe, frames_BTHWC: np.ndarray, actions_BT: np.ndarray) ->
 
 
 def metadata(reader: Probe, config: DataConfig, measured: dict) -> dict:
-    """What `metadata.json` of a folder with inferred actions says of them."""
+    """What `metadata.json` of a folder with inferred actions records about them."""
     return {
         "probe": reader.name,
         "trained_on": Path(config.dir).resolve().name,

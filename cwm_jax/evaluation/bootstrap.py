@@ -10,7 +10,7 @@ _SEED = 0
 
 
 class Interval(NamedTuple):
-    """A mean, and where 95 % of the means of resampled clips lie."""
+    """A mean, and the interval of 95 % of the means of resampled clips."""
 
     mean: float
     low: float
@@ -21,7 +21,7 @@ class Interval(NamedTuple):
 
 
 def of_mean(values_B) -> Interval:
-    """The mean of one number for each clip; NaN counts for nothing, and is what nothing gives."""
+    """The mean of one number for each clip. NaN values are ignored; without others it is NaN."""
     mean, low, high = of_means(np.asarray(values_B)[:, None])
     return Interval(float(mean[0]), float(low[0]), float(high[0]))
 
@@ -29,8 +29,8 @@ def of_mean(values_B) -> Interval:
 def of_means(values_BF) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(mean, low, high) over clips of every column, float64 [F] each.
 
-    Whole clips are drawn again with replacement, the same ones for every column: the frames of a
-    clip are no independent witnesses.
+    Whole clips are resampled with replacement, the same ones for every column: the frames
+    within a clip are correlated.
     """
     values = np.asarray(values_BF, np.float64)
     counts = _resampled_counts(len(values))
@@ -62,7 +62,7 @@ def of_median(values_B) -> Interval:
 
 
 def of_statistic(statistic: Callable[..., float], *values_B: np.ndarray) -> Interval:
-    """As `of_mean`, of any statistic of numbers that belong together, one of each for each clip."""
+    """As `of_mean`, of any statistic of several numbers per clip, which are resampled together."""
     columns = [np.asarray(values, np.float64) for values in values_B]
     clips = len(columns[0])
     picks = np.random.default_rng(_SEED).integers(clips, size=(RESAMPLES, clips))
@@ -72,7 +72,7 @@ def of_statistic(statistic: Callable[..., float], *values_B: np.ndarray) -> Inte
 
 
 def _resampled_counts(clips: int) -> np.ndarray:
-    """How often each resampling has each clip, float64 [RESAMPLES, clips]."""
+    """How often each resampling contains each clip, float64 [RESAMPLES, clips]."""
     rng = np.random.default_rng(_SEED)
     return rng.multinomial(clips, np.full(clips, 1 / clips), size=RESAMPLES).astype(np.float64)
 

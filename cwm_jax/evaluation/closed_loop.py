@@ -29,18 +29,18 @@ class Loop(NamedTuple):
 
     levels: list[int]
     real: np.ndarray  # uint8 [B, T, H, W, C]
-    generated: np.ndarray  # uint8 [B, T, H, W, C]; the prompt first, which is the game's
+    generated: np.ndarray  # uint8 [B, T, H, W, C]; the prompt first, from the game
     actions: np.ndarray  # int32 [B, T], the action that led into each frame
     scores: Scores  # of the T − P frames after the prompt
     n_prompt: int
 
 
 def check(*, levels: int, frames: int, n_prompt: int) -> None:
-    """Raises a UserError where there is nothing to play, or no frames are left to draw."""
+    """Raises a UserError if there are no levels, or no frames are left to generate."""
     if levels < 1:
         raise UserError(f"levels={levels}: must be 1 or more")
     if not 1 <= n_prompt < frames:
-        raise UserError(f"{n_prompt} of {frames} frames given leave none to draw")
+        raise UserError(f"{n_prompt} of {frames} frames given leave none to generate")
 
 
 def random_keys(count: int, frames: int, *, seed: int) -> np.ndarray:
@@ -59,11 +59,11 @@ def play(
 ) -> Loop:
     """Plays `keys` [B, T − 1] in each level, in the game and, after `n_prompt` frames, the model.
 
-    Levels in which the player dies or wins before the end are left out: the game then goes on
-    with another level, which no model could know.
+    Levels in which the player dies or wins before the end are left out: the game then continues
+    with another level, which the model cannot predict.
 
     Raises:
-        UserError: where no level lasts so long, or there are no frames left to draw.
+        UserError: no level lasts long enough, or there are no frames left to generate.
     """
     length = keys.shape[1] + 1
     check(levels=len(keys), frames=length, n_prompt=n_prompt)
@@ -72,7 +72,7 @@ def play(
     if not lasting:
         raise UserError(
             f"in all {len(played)} levels the player's game ended before {length} frames (the "
-            f"longest had {max(map(len, played))}): ask for fewer frames or more levels"
+            f"longest had {max(map(len, played))}): request fewer frames or more levels"
         )
     real = np.stack([played[i] for i in lasting])
     actions = np.pad(keys[lasting], ((0, 0), (1, 0)), constant_values=NO_ACTION)
@@ -89,7 +89,7 @@ def play(
 
 
 def video_images(loop: Loop) -> Iterator[np.ndarray]:
-    """Film images for `video.write_mp4`: game above, model below, keys, and PSNR over time."""
+    """Video frames for `video.write_mp4`: game above, model below, keys, and PSNR over time."""
     psnr = rollout_quality.capped(loop.scores.psnr)
     frames = contact_sheet.side_by_side(
         loop.real, loop.generated, loop.actions, n_prompt=loop.n_prompt
@@ -100,7 +100,7 @@ def video_images(loop: Loop) -> Iterator[np.ndarray]:
 
 
 def _graph(psnr_BF: np.ndarray, done: int, width: int) -> np.ndarray:
-    """PSNR of the frames so far: each level faint, their mean bright; [_GRAPH, width, 3]."""
+    """PSNR of the frames so far: each level dim, their mean bright; [_GRAPH, width, 3]."""
     graph = Image.new("RGB", (width, _GRAPH), BACKDROP)
     pen = ImageDraw.Draw(graph)
     left, right = 4 * _MARGIN, width - _MARGIN

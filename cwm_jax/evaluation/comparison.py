@@ -20,14 +20,14 @@ _BESIDE = {
     "reconstruction": "  reconstruction: {}",
     "blur": "  blurred real frames: {}",
 }
-_READ_FROM = {"drawn": "drawn frames", "real": "real frames", "shuffled": "chance"}
+_READ_FROM = {"drawn": "generated frames", "real": "real frames", "shuffled": "chance"}
 
 
 def read(path: Path) -> dict:
     """The content of a metrics.json.
 
     Raises:
-        UserError: where it is none.
+        UserError: the file cannot be read, or is no metrics.json.
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -41,20 +41,20 @@ def read(path: Path) -> dict:
 
 
 def table(named: Sequence[tuple[str, Mapping]], *, across: Collection[str] = ()) -> str:
-    """The headline numbers of measurements, one column each; floors stand among the rows.
+    """The headline numbers of measurements, one column each; floors are among the rows.
 
-    Below it, where PSNR or SSIM ranks two of them, or the only one and a floor, otherwise than
-    LPIPS.
+    Below it, the cases where PSNR or SSIM ranks two of them, or the only one and a floor,
+    differently from LPIPS.
 
     Args:
-        across: conditions of `protocol.VARIABLE` that may differ, and stand in the table.
+        across: conditions of `protocol.VARIABLE` that may differ, and are rows of the table.
 
     Raises:
-        UserError: where protocols differ otherwise, naming what differs.
+        UserError: protocols differ in other conditions; the message lists them.
     """
     if unknown := sorted(set(across) - set(protocol.VARIABLE)):
         raise UserError(
-            f"--across {','.join(unknown)}: only how frames are drawn can be compared so: "
+            f"--across {','.join(unknown)}: only conditions of generation may differ: "
             f"{', '.join(protocol.VARIABLE)}"
         )
     (first_name, first), *others = named
@@ -62,8 +62,8 @@ def table(named: Sequence[tuple[str, Mapping]], *, across: Collection[str] = ())
         found = protocol.differences(first["protocol"], results["protocol"], across=across)
         if found:
             raise UserError(
-                f"{first_name} and {name} were not measured alike, so their numbers do not "
-                "compare. They differ in\n  " + "\n  ".join(found)
+                f"{first_name} and {name} were not measured under the same conditions, so their "
+                "numbers do not compare. They differ in\n  " + "\n  ".join(found)
             )
     columns = [
         {name: condition(results["protocol"].get(name, "–")) for name in across}
@@ -112,14 +112,14 @@ def _differences(one: Mapping, other: Mapping) -> Iterator[tuple[str, paired.Dif
 
 
 def pairs_ranked_otherwise(named: Sequence[tuple[str, Mapping]]) -> Iterator[str]:
-    """Where PSNR or SSIM ranks two measurements of the same clips otherwise than LPIPS."""
+    """Where PSNR or SSIM ranks two measurements of the same clips differently from LPIPS."""
     for (one, results), (other, beside) in itertools.combinations(named, 2):
         for prompt, found in _differences(results, beside):
             yield from _contradictions(prompt, found, one=one, other=other)
 
 
 def ranked_otherwise(results: Mapping) -> Iterator[str]:
-    """Where PSNR or SSIM ranks the model and a floor otherwise than LPIPS."""
+    """Where PSNR or SSIM ranks the model and a floor differently from LPIPS."""
     for prompt, sides in results["rollout"].items():
         for floor, found in sides.get("model_minus", {}).items():
             yield from _contradictions(prompt, found, one="the model", other=paired.FLOORS[floor])
@@ -132,7 +132,7 @@ def _contradictions(prompt: str, found: paired.Differences, **sides: str) -> Ite
 
 
 def condition(value) -> str:
-    """A condition in few words: of the noise labels of many steps, the ends and their number."""
+    """A condition in short form: of many noise levels, the first, the last and their number."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 4:
         return f"{len(value)}: {value[0]} … {value[-1]}"
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -165,7 +165,7 @@ def rows(results: Mapping) -> Iterator[tuple[str, str]]:
             found = read[name]["keys"][key]
             value = f"{number(found['read'])} (falsely {number(found['false'])})"
             yield f"  {key} read where pressed, {label}", value
-        yield f"  {key}, of what real frames show", number(read["keys_of_real"][key])
+        yield f"  {key}, share of that on real frames", number(read["keys_of_real"][key])
     yield "control, 0 chance … 1 real", number(read["control"])
     drift = results["drift"]
     yield f"frames to collapse, of {drift['frames']}", interval(drift["frames_to_collapse"], 0)
@@ -174,7 +174,7 @@ def rows(results: Mapping) -> Iterator[tuple[str, str]]:
         yield "LPIPS to the nearest of the level's real frames", interval(nearest["mean"], 3)
         yield "  of real frames of the same clips", interval(nearest["real"], 3)
         lasted = interval(nearest["frames_to_leave"], 0)
-        yield f"frames before the level is left, of {drift['frames']}", lasted
+        yield f"frames before it leaves the level, of {drift['frames']}", lasted
     yield from _of_uncertainty(results.get("uncertainty"))
     yield from _of_videos(results.get("videos"))
     for name, value in results["single_step"].items():
@@ -202,7 +202,7 @@ def _of_uncertainty(found: Mapping | None) -> Iterator[tuple[str, str]]:
 
 
 def _of_videos(videos: Mapping | None) -> Iterator[tuple[str, str]]:
-    """KVD and FVD, which bear their own conditions: they are measured on other clips."""
+    """KVD and FVD, with their own conditions: they are measured on other clips."""
     if not videos:
         return
     given, frames, digest = videos["given"], videos["frames"], videos["digest"]
@@ -210,7 +210,7 @@ def _of_videos(videos: Mapping | None) -> Iterator[tuple[str, str]]:
     kvd, fvd = videos["kvd"], videos["fvd"]
     yield f"KVD (lower is better), {where}", interval(kvd["model"], 3)
     yield f"  real clips against other real ones, {where}", interval(kvd["floor"], 3)
-    yield f"  model minus these, {where}", interval(kvd["model_minus_floor"], 3)
+    yield f"  model minus real clips, {where}", interval(kvd["model_minus_floor"], 3)
     yield f"FVD (lower is better), {where}", number(fvd["model"], 1)
     yield f"  FVD of real clips against other real ones, {where}", number(fvd["floor"], 1)
 

@@ -1,9 +1,9 @@
-"""Whether a long rollout stays a game: its patches, sharpness, contrast and colour by time.
+"""Drift of a long rollout: its patches, sharpness, contrast and colour by time.
 
-The drawn frames are held against the real frames of the clip they start from, since every level
+Generated frames are compared with the real frames of the clip they start from, since every level
 has its own scenery. Patches are compared as FID compares images (Heusel et al. 2017,
 https://arxiv.org/abs/1706.08500): the Fréchet distance between Gaussians fitted to features, here
-whitened principal components of 8 × 8 pixel patches, which blur shrinks and noise swells.
+whitened principal components of 8 × 8 pixel patches, which blur shrinks and noise widens.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from cwm_jax.evaluation import bootstrap, nearest_real, rollout_quality
 from cwm_jax.evaluation.lpips import Lpips
 
 PATCH = 8  # pixels on a side
-WINDOW = 16  # frames whose patches make one Gaussian
-REAL = 160  # frames of a real clip that are looked at, where it has them
+WINDOW = 16  # frames whose patches fit one Gaussian
+REAL = 160  # at most so many frames of a real clip are used
 STRIDE = 4  # frames between the starts of neighbouring windows
-REFERENCE = 2  # of real frames each so manieth is what others are held against
+REFERENCE = 2  # every `REFERENCE`-th real frame is a reference
 FEATURES = 64  # principal components
-_LIMIT = 0.99  # quantile of real windows, by how far from the start they are, that is the limit
+_LIMIT = 0.99  # quantile of real windows, by distance from the start, that is the limit
 _GREY = np.float32([0.299, 0.587, 0.114])
 
 
@@ -35,7 +35,7 @@ class Features(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What the frames of clips are, on the whole; float64, means over each frame."""
+    """Statistics of the frames of clips; float64, means over each frame."""
 
     first: np.ndarray  # [B, T, k], of its 64 patches' features
     second: np.ndarray  # [B, T, k, k], of their products
@@ -45,11 +45,11 @@ class Moments(NamedTuple):
 
 
 class Signs(NamedTuple):
-    """What is looked at in each window, float64 [B, windows], against the clip's own start."""
+    """The measures of each window, float64 [B, windows], relative to the clip's own start."""
 
     patch_distance: np.ndarray  # Fréchet distance of the patches' features
     sharpness: np.ndarray  # 1: as sharp
-    contrast: np.ndarray  # 1: as rich in contrast
+    contrast: np.ndarray  # 1: the same contrast
     colour_shift: np.ndarray  # distance of the mean colours, 0…1
 
 
@@ -60,12 +60,12 @@ def summary(
 
     With `lpips`, `nearest_real` too (`cwm_jax.evaluation.nearest_real`).
 
-    The first half of each real clip is what windows are compared with; the windows of its second
-    half say how far real frames go from it, and so where the `limits` lie. `frames_to_collapse`
-    is the number of frames before the first window that is beyond a limit and whose followers,
-    for a window's length, are too: the median over clips. Clips that never collapse count as F.
-    `survived` is their share, and `false_alarms` the share of the real second halves that would
-    be called collapsed.
+    Windows are compared with the first half of each real clip; the windows of its second half
+    measure how far real frames are from it, and so set the `limits`. `frames_to_collapse`
+    is the number of frames before the first window that is beyond a limit, as are the windows
+    after it for a window's length: the median over clips. Clips that never collapse count as F.
+    `survived` is their share, and `false_alarms` the share of the real second halves that
+    count as collapsed.
     """
     features = fit_features(real_BTHWC)
     half = real_BTHWC.shape[1] // 2
@@ -99,7 +99,7 @@ def _nearest(generated_BFHWC: np.ndarray, real_BTHWC: np.ndarray, lpips: Lpips) 
 
     `mean` is over all these frames; `by_window` over the frames of each window; `frames_to_leave`
     are the frames before the first window that is further off than 99 % of those of real second
-    halves and whose followers are too, the median over clips.
+    halves, as are the windows after it; the median over clips.
     """
     half = real_BTHWC.shape[1] // 2
     distances = lambda frames, real: nearest_real.distances(lpips, frames, real).places
@@ -126,15 +126,15 @@ def _nearest(generated_BFHWC: np.ndarray, real_BTHWC: np.ndarray, lpips: Lpips) 
 
 
 def _over_windows(values_BN: np.ndarray) -> np.ndarray:
-    """Means over the looked-at frames of each window, [B, windows]."""
+    """Means over the used frames of each window, [B, windows]."""
     size = min(WINDOW // STRIDE, values_BN.shape[1])
     return np.lib.stride_tricks.sliding_window_view(values_BN, size, axis=1).mean(-1)
 
 
 def limits_of(name: str, real_BW: np.ndarray) -> tuple[float, float]:
-    """Between which values of a sign a window may be real.
+    """The limits of each measure between which a window may be real.
 
-    Twice as sharp is as far away as half as sharp, whichever the real clips happen to be.
+    On a log scale: twice as sharp is as far away as half as sharp.
     """
     if name in ("sharpness", "contrast"):
         most = float(np.exp(np.quantile(np.abs(np.log(real_BW)), _LIMIT)))
@@ -143,7 +143,7 @@ def limits_of(name: str, real_BW: np.ndarray) -> tuple[float, float]:
 
 
 def beyond(found: Signs, limits: Mapping[str, tuple[float, float]]) -> np.ndarray:
-    """Windows with any sign outside its limits, bool [B, windows]."""
+    """Windows with any measure outside its limits, bool [B, windows]."""
     outside = [
         (values < limits[name][0]) | (values > limits[name][1])
         for name, values in found._asdict().items()
@@ -163,8 +163,8 @@ def fit_features(real_BTHWC: np.ndarray) -> Features:
 
 
 def moments(frames_BTHWC: np.ndarray, features: Features) -> Moments:
-    """All that signs are made of, clip by clip."""
-    with jax.default_matmul_precision("highest"):  # else a GPU would judge otherwise, in TF32
+    """The statistics that all measures are computed from, clip by clip."""
+    with jax.default_matmul_precision("highest"):  # a GPU would compute in TF32
         parts = [jax.device_get(_moments(clip, *features)) for clip in frames_BTHWC]
     return Moments(*(np.stack(x).astype(np.float64) for x in zip(*parts, strict=True)))
 
@@ -196,7 +196,7 @@ def _patches(frames, xp):
 
 
 def signs(windows: Moments, start: Moments) -> Signs:
-    """The signs of every window of `WINDOW` frames, one each `STRIDE`, against `start`."""
+    """The measures of every window of `WINDOW` frames, one each `STRIDE`, against `start`."""
     length = windows.first.shape[1]
     size = min(WINDOW, length)
     origin = _gaussian(start)
@@ -227,7 +227,7 @@ def frechet(mean_a, covariance_a, mean_b, covariance_b) -> np.ndarray:
 
 
 def frames_to_collapse(beyond_BW: np.ndarray, frames: int) -> np.ndarray:
-    """Frames before the first window that is beyond and stays so; `frames` if there is none."""
+    """Frames before the first window that is beyond and stays beyond; `frames` if there is none."""
     followers = WINDOW // STRIDE
     padded = np.pad(beyond_BW, ((0, 0), (0, followers)), mode="edge")
     windows = beyond_BW.shape[1]

@@ -1,4 +1,4 @@
-"""Scores of every drawn frame against the real one, on the device."""
+"""Scores of every generated frame against the real one, on the device."""
 
 from typing import NamedTuple
 
@@ -15,13 +15,13 @@ _CLIPS = 16  # scored in one call of the device
 class Scores(NamedTuple):
     """float32 [B, F] each."""
 
-    psnr: np.ndarray  # dB, infinite where a frame is the real one
+    psnr: np.ndarray  # dB, infinite where a frame equals the real one
     ssim: np.ndarray
-    psnr_motion: np.ndarray  # dB, over what changed since the last given frame; NaN: nothing did
+    psnr_motion: np.ndarray  # dB, over pixels that changed since the last given frame; NaN: none
     lpips: np.ndarray | None = None  # lower is better; None: its weights are missing
 
     def measured(self) -> dict[str, np.ndarray]:
-        """The scores that there are, by name."""
+        """The scores that were computed, by name."""
         return {name: values for name, values in self._asdict().items() if values is not None}
 
 
@@ -32,7 +32,7 @@ def score(generated_BFHWC, real_BFHWC, given_BHWC, *, lpips: Lpips | None = None
         drawn_BFHWC, real_BFHWC: uint8.
         given_BHWC: the last frame of the prompt, uint8: pixels that still have its colour do not
             count as motion.
-        lpips: its network; no LPIPS without.
+        lpips: its network; without it there is no LPIPS.
     """
     clips = min(_CLIPS, len(generated_BFHWC))
     parts = []
@@ -46,11 +46,11 @@ def score(generated_BFHWC, real_BFHWC, given_BHWC, *, lpips: Lpips | None = None
 
 @jax.jit
 def _score(generated_BFHWC, real_BFHWC, given_BHWC) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # One frame of all clips at a time: SSIM needs a dozen float32 copies of what it works on.
+    # One frame of all clips at a time: SSIM needs a dozen float32 copies of its input.
     def of_frame(pair):
         generated, real = (frames.astype(jnp.float32) for frames in pair)
         changed = (pair[1] != given_BHWC).any(-1)
-        # Errors of whole numbers are exact: those of equal frames are 0, not nearly 0.
+        # Errors of integers are exact: those of equal frames are 0, not nearly 0.
         psnr = lambda error: image_metrics.psnr_of_mse(error / 255**2)
         return (
             psnr(image_metrics.mse(generated, real)),

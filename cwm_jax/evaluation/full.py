@@ -40,20 +40,20 @@ from cwm_jax.runtime import sharding
 from cwm_jax.sampling.generator import Generator
 from cwm_jax.sampling.sampler import Sampler, check_seed
 
-PROBED = 31  # frames whose actions are read back: what fits the window of the original
+PROBED = 31  # frames whose actions are read back: they fit the window of the original
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to measure."""
+    """What to measure, and on which clips."""
 
     split: str = "test"
     clips: int = 0  # 0: all records that are long enough
     horizon: int = 120  # frames after the prompt
-    n_prompt: tuple[int, ...] = (1, 4)  # the first is the one that control and drift start from
+    n_prompt: tuple[int, ...] = (1, 4)  # control and drift start from the first
     drift_frames: int = 500
     seed: int = 0  # of all noise and of the random actions
-    batch_size: int = 32  # clips drawn at a time
+    batch_size: int = 32  # clips generated at a time
     seeds: int = 4  # over which the spread of generated frames is taken; 0: no uncertainty
 
     def __post_init__(self):
@@ -62,23 +62,23 @@ class Plan:
                 raise UserError(f"{name}={getattr(self, name)}: must be {least} or more")
         check_seed(self.seed)
         if self.seeds and self.seeds < 2:
-            raise UserError(f"seeds={self.seeds}: a spread needs 2 or more; 0 leaves it out")
+            raise UserError(f"seeds={self.seeds}: a spread needs 2 or more; 0 omits it")
         if min(self.n_prompt) < 1 or self.clips < 0:
             raise UserError(f"n_prompt={self.n_prompt}, clips={self.clips}: need at least one")
         if self.drift_frames < self.horizon:
             raise UserError(
-                f"drift_frames={self.drift_frames} is less than horizon={self.horizon}: the random "
-                "actions of the long rollouts serve for the control over the horizon too"
+                f"drift_frames={self.drift_frames} is less than horizon={self.horizon}: control "
+                "over the horizon uses the random actions of the long rollouts"
             )
 
     @property
     def frames(self) -> int:
-        """Frames that a record must have."""
+        """The number of frames that a record must have."""
         return max(max(self.n_prompt) + self.horizon, 2 * drift.WINDOW)
 
 
 class Rollouts(NamedTuple):
-    """Everything drawn for a plan, uint8 [B, F, H, W, C], and what it is held against."""
+    """All frames generated for a plan, uint8 [B, F, H, W, C], and the clips to compare with."""
 
     clips: HeldOut
     true: dict[int, np.ndarray]  # by length of the prompt: under the actions really taken
@@ -87,12 +87,12 @@ class Rollouts(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The numbers, and the frames and scores that pictures are made of."""
+    """The numbers, and the frames and scores for the pictures."""
 
     results: dict
     rollouts: Rollouts
     scores: Scores  # under true actions, from the first length of prompt
-    unsure: Maps | None = None  # what it is unsure of, from the same prompt
+    unsure: Maps | None = None  # its uncertainty, from the same prompt
 
 
 def measure(
@@ -109,14 +109,14 @@ def measure(
     """Measures a network; the numbers are described in docs/evaluation.md.
 
     Args:
-        sampler: draws with this network and these parameters.
-        config: where clips come from; the probe learns on its train split.
+        sampler: generates with this network and these parameters.
+        config: the data; the probe is trained on its train split.
         probes: folder where trained probes are kept.
-        lpips: its network; LPIPS is left out without.
-        watched: somebody waits at a terminal: show progress.
+        lpips: its network; without it LPIPS is left out.
+        watched: show progress on the terminal.
 
     Raises:
-        UserError: for data or a network that cannot be measured so.
+        UserError: for data or a network that cannot be measured.
     """
     generation.check_game(network)
     lengths = loader.open_episodes(config, plan.split).lengths
@@ -176,10 +176,10 @@ def _uncertainty(
 
 
 def check_memory(clips: int, plan: Plan, *, memory: float | None = None) -> None:
-    """Raises a UserError where the frames of a plan do not fit into memory (bytes; this machine's).
+    """Raises a UserError if the frames of a plan do not fit into memory (bytes; this machine's).
 
-    Half as much again as all frames, since rollouts are put together from their batches, what
-    drift keeps of each frame of the long ones, and the float copies of the uncertainty.
+    Counted are 1.5 times all frames, since rollouts are concatenated from batches, the statistics
+    that drift keeps of each long rollout, and the float copies for the uncertainty.
     """
     memory = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     frames = drift.REAL + plan.frames + len(plan.n_prompt) * plan.horizon + plan.drift_frames
@@ -189,19 +189,19 @@ def check_memory(clips: int, plan: Plan, *, memory: float | None = None) -> None
     if clips * per_clip > memory:
         raise UserError(
             f"{clips} clips need {clips * per_clip / 1e9:.1f} GB of memory to measure, and this "
-            f"machine has {memory / 1e9:.1f}: ask for --clips {int(memory // per_clip)} or fewer"
+            f"machine has {memory / 1e9:.1f}: use --clips {int(memory // per_clip)} or fewer"
         )
 
 
 def _whole_batch(size: int) -> int:
-    """`size`, rounded up to what can be shared out over all devices."""
+    """`size`, rounded up to a multiple of the number of devices."""
     return math.ceil(size / jax.device_count()) * jax.device_count()
 
 
 def generate_all(
     generate: generation.Generate, clips: HeldOut, plan: Plan, *, watched: bool = False
 ) -> Rollouts:
-    """Draws everything that a plan needs: the longest rollout of each kind, once."""
+    """Generates all rollouts that a plan needs: the longest of each kind, once."""
 
     def batches(actions, given: int, label: str):
         settings = dict(seed=plan.seed, batch_size=plan.batch_size)
@@ -229,11 +229,11 @@ def judge(
     reader: Probe,
     lpips: Lpips | None = None,
 ) -> Measured:
-    """All numbers about drawn frames.
+    """All numbers about generated frames.
 
     Args:
         rendered: the reconstruction of the real clips, uint8 [B, T, H, W, C].
-        lpips: its network; LPIPS is left out without.
+        lpips: its network; without it LPIPS is left out.
     """
     clips, horizons = generated.clips, rollout_quality.horizons_to(plan.horizon)
     rollout, kept = {}, None
@@ -270,7 +270,7 @@ def judge(
 
 
 def _quality(scored: Mapping[str, Scores], horizons: Sequence[int]) -> dict:
-    """Means of the model and what it stands beside, and the model minus floors, clip by clip."""
+    """Means of the model and its floors, and the model minus floors, clip by clip."""
     model, *floors = (paired.by_clip(scored[name], horizons) for name in ("model", *paired.FLOORS))
     minus = [paired.difference(model, floor) for floor in floors]
     return {name: rollout_quality.summary(scores, horizons) for name, scores in scored.items()} | {
@@ -280,7 +280,7 @@ def _quality(scored: Mapping[str, Scores], horizons: Sequence[int]) -> dict:
 
 
 def write_json(path: Path, results: Mapping) -> None:
-    """Writes results; JSON has neither NaN nor infinity, which become null."""
+    """Writes results; NaN and infinity, which JSON lacks, become null."""
     with written_whole(path) as temporary:
         temporary.write_text(
             json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8"

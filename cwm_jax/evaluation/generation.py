@@ -1,4 +1,4 @@
-"""How clips are drawn: by a sampler, or by anything that turns a prompt and actions into frames."""
+"""Generates clips by a sampler, or by any function from a prompt and actions to frames."""
 
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from cwm_jax.sampling.sampler import Sampler
 
 
 class Generate(Protocol):
-    """What is measured. A model to be compared needs to be no more than such a function."""
+    """What is measured. To compare another model, write such a function for it."""
 
     def __call__(self, prompt_BPHWC, actions_BT, key: jax.Array) -> jax.Array | np.ndarray:
         """The T − P frames after the prompt, uint8 [B, T − P, H, W, C].
@@ -31,33 +31,33 @@ def check_game(network: DiTConfig) -> None:
     """Raises a UserError for a network of another frame size, or of another game's actions."""
     if network.image_size != IMAGE_SIZE:
         raise UserError(
-            f"this checkpoint draws frames of {network.image_size}×{network.image_size} pixels, "
+            f"this checkpoint's frames have {network.image_size}×{network.image_size} pixels, "
             f"and the data has {IMAGE_SIZE}×{IMAGE_SIZE}: it cannot be measured against it"
         )
     if not network.has_coinrun_actions:
         raise UserError(
             f"this checkpoint has num_actions {network.num_actions} and action_encoding "
-            f"{network.action_encoding}; only CoinRun is measured here, which has {NUM_ACTIONS} "
+            f"{network.action_encoding}; only CoinRun is measured here, with {NUM_ACTIONS} "
             f"and one_hot"
         )
 
 
 def by_sampler(sampler: Generator) -> Generate:
-    """Draws with a sampler or a bundle: all frames of a batch in one call of the device.
+    """Generates with a sampler or a bundle: all frames of a batch in one call of the device.
 
     Raises:
-        UserError: (when called) where a frame is not finite; pixels would hide it.
+        UserError: (when called) a frame is not finite; conversion to pixels would hide it.
     """
 
     def generate(prompt_BPHWC, actions_BT, key):
         given = prompt_BPHWC.shape[1]
         state = sampler.start(prompt_BPHWC, actions_BT[:, :given])
         state, frames = sampler.rollout(state, actions_BT[:, given:], key)
-        # A frame that is NaN makes all later ones NaN, so the last ones tell.
+        # A frame that is NaN makes all later ones NaN, so the last ones are checked.
         if not np.isfinite(jax.device_get(state.frames_BMHWC)).all():
             raise UserError(
-                "the network draws frames that are not finite (NaN or infinity): its training "
-                "diverged, or the checkpoint is damaged; go back to an earlier checkpoint"
+                "the network generates frames that are not finite (NaN or infinity): its training "
+                "diverged, or the checkpoint is damaged; use an earlier checkpoint"
             )
         return frames
 
@@ -81,13 +81,13 @@ def in_batches(
 ) -> np.ndarray:
     """Generates many clips, `batch_size` at a time: uint8 [B, T − P, H, W, C].
 
-    Where `generate` gives several arrays, so does this. Every batch has one shape, so all share one
-    compiled program; the last is filled up with its last clip. Noise depends on the seed, the
-    batch's number and the place in the batch alone, so two calls with other actions differ by
+    If `generate` returns several arrays, so does this. Every batch has one shape, so all share one
+    compiled program; the last is padded with its last clip. Noise depends on the seed, the
+    batch's number and the place in the batch only, so two calls with other actions differ in
     nothing else.
 
     Args:
-        label: shown on a progress bar; none without.
+        label: of a progress bar; None shows none.
     """
     total = len(prompt_BPHWC)
     parts = []

@@ -1,8 +1,8 @@
-"""Which numbers of denoising steps, which window and how sharp a warp a model should be used with.
+"""Chooses the numbers of denoising steps, the window and the warp sharpness for a model.
 
-A setting is good enough to play with if its LPIPS is certainly below that of copying the last given
-frame, each key can be read off its frames, and its rollouts do not certainly collapse early. The
-best one is that of least LPIPS among those; where the difference from a cheaper one is not certain,
+A setting is playable if its LPIPS is significantly below that of copying the last given frame, each
+key can be read from its frames, and its rollouts do not collapse significantly earlier. The best
+one is that of least LPIPS among those; where the difference from a cheaper one is not significant,
 the cheaper one.
 """
 
@@ -18,8 +18,8 @@ from cwm_jax.errors import UserError, echo
 from cwm_jax.evaluation import comparison, paired
 from cwm_jax.models.config import DiTConfig
 
-READABLE = 0.5  # of what real frames show of a key
-SHARPER = 4.0  # the power of softmax filters that is tried beside 1
+READABLE = 0.5  # share of a key's readability on real frames
+SHARPER = 4.0  # the power of softmax filters that is tried besides 1
 LASTING = 0.5  # of the frames to collapse of the setting that lasts longest
 
 
@@ -38,14 +38,14 @@ class Setting(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A setting and what keeps it from being good enough to play with (nothing: empty)."""
+    """A setting and the reasons why it is not playable (empty if it is)."""
 
     setting: Setting
     faults: tuple[str, ...]
 
 
 class Answer(NamedTuple):
-    """What a model's config should say."""
+    """The recommended values of a model's config."""
 
     window: str
     ddim_steps: int
@@ -66,14 +66,16 @@ def judge(settings: Sequence[Setting]) -> list[Judged]:
         UserError: LPIPS was not measured.
     """
     if not all("lpips" in _sides(one)["model"] for one in settings):
-        raise UserError("settings are ranked by LPIPS, which was not measured: its weights miss")
+        raise UserError(
+            "settings are ranked by LPIPS, which was not measured: its weights are missing"
+        )
     longest = max(_lasted(one)["mean"] for one in settings)
     ranked = sorted(settings, key=lambda one: _lpips(one)["mean"])
     return [Judged(one, tuple(_faults(one, longest))) for one in ranked]
 
 
 def answer(judged: Sequence[Judged]) -> Answer | None:
-    """What to use; None where no setting is good enough."""
+    """The recommended settings; None if no setting is playable."""
     good = [one.setting for one in judged if not one.faults]
     if not good:
         return None
@@ -85,7 +87,7 @@ def answer(judged: Sequence[Judged]) -> Answer | None:
 
 
 def table(judged: Sequence[Judged]) -> str:
-    """One line a setting, then where PSNR or SSIM ranks two of them otherwise than LPIPS."""
+    """One line a setting, then where PSNR or SSIM ranks two of them differently from LPIPS."""
     cells = [["", "LPIPS", "minus copy last", "PSNR", "least readable key", "lasts", ""]]
     for one, faults in judged:
         horizon, sides = _horizon(one), _sides(one)
@@ -107,13 +109,13 @@ def table(judged: Sequence[Judged]) -> str:
 
 
 def sharpnesses(network: DiTConfig, wanted: Sequence[float] | None) -> tuple[float, ...]:
-    """Which powers of softmax filters to try; where the network has none, says so, and 1 alone.
+    """The powers of softmax filters to try; a network without such filters: a message, and 1 only.
 
     Args:
         wanted: None: the model as it is, and `SHARPER`.
 
     Raises:
-        UserError: powers that cannot be.
+        UserError: invalid powers.
     """
     if not network.warp_reach:
         kind = "copies whole pixels" if network.reach else "does not warp the last frame"
@@ -124,12 +126,12 @@ def sharpnesses(network: DiTConfig, wanted: Sequence[float] | None) -> tuple[flo
         return (1.0,)
     tried = wanted or sorted({1.0, network.warp_sharpness, SHARPER})
     for power in tried:
-        dataclasses.replace(network, warp_sharpness=power)  # raises where it cannot be
+        dataclasses.replace(network, warp_sharpness=power)  # raises if it is invalid
     return tuple(tried)
 
 
 def writable(path: Path) -> Path:
-    """The safetensors file of a model. Raises `UserError` where it is kept in another form."""
+    """The safetensors file of a model. Raises `UserError` for other formats."""
     file = path if path.suffix == weights.SUFFIX else path / weights.NAME
     if bundle.is_bundle(path) or not file.is_file():
         raise UserError(
@@ -139,12 +141,14 @@ def writable(path: Path) -> Path:
     if not shipped.is_checkout() and file.is_relative_to(shipped.root()):
         raise UserError(f"--write would change the installed package: copy {file} first")
     if hub_models.shown(file) != str(file):
-        raise UserError(f"--write would change a kept copy of {hub_models.shown(file)}: fetch it")
+        raise UserError(
+            f"--write would change the cached copy of {hub_models.shown(file)}: fetch it"
+        )
     return file
 
 
 def write(file: Path, found: Answer) -> None:
-    """Puts the answer into the config that a safetensors file holds; all else stays as it is."""
+    """Writes the settings into the config of a safetensors file; the rest is unchanged."""
     params, meta = weights.read(file)
     steps = {"ddim_steps": found.ddim_steps, "playable_steps": list(found.playable_steps)}
     config = meta["config"]
@@ -162,11 +166,11 @@ def _faults(one: Setting, longest: float):
         if share < READABLE:
             yield f"{key} is not readable"
     if _lasted(one)["high"] < LASTING * longest:
-        yield "does not last"
+        yield "collapses early"
 
 
 def _is_as_good(one: Setting, best: Setting) -> bool:
-    """Whether the interval of the difference from the best one holds 0."""
+    """Whether the interval of the difference from the best one contains 0."""
     clips = (_sides(x)["by_clip"] for x in (one, best))
     difference = paired.difference(*clips)["lpips"][_horizon(one)]
     return difference["low"] <= 0
@@ -185,7 +189,7 @@ def _lpips(one: Setting) -> Mapping[str, float]:
 
 
 def _keys(one: Setting) -> dict[str, float]:
-    """For each key, how readable it is beside real frames; without those that cannot be said."""
+    """For each key, how readable it is relative to real frames; without undefined ones."""
     shares = one.results["probe"]["keys_of_real"].items()
     return {key: share for key, share in shares if not math.isnan(share)}
 

@@ -1,4 +1,4 @@
-"""The real clips that rollouts start from and are held against."""
+"""The real clips that rollouts start from and are compared with."""
 
 import hashlib
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class HeldOut(NamedTuple):
     actions: np.ndarray  # int32 [B, T], the action that led into each frame
     records: int  # in the split
     too_short: int  # of these, with fewer than T frames
-    digest: str  # of the clips' frames and actions, whatever their files are called
+    digest: str  # of the clips' frames and actions, independent of file names
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -40,13 +40,13 @@ def load(
         up_to: take more than `frames`, up to so many, where each chosen record has them.
 
     Raises:
-        UserError: where no record is that long, or fewer than asked for.
+        UserError: no record is that long, or fewer than requested are.
     """
     episodes = loader.open_episodes(config, split, num_actions=num_actions)
     eligible = len(long_enough(episodes, config, split, frames=frames))
     if clips > eligible:
         raise UserError(
-            f"{clips} clips were asked for; {eligible} of {len(episodes)} records of "
+            f"{clips} clips were requested; {eligible} of {len(episodes)} records of "
             f"{config.dir}/{split} have the {frames} frames that this needs"
         )
     chosen = sorted(loader.pick_episodes(episodes, count=clips or eligible, length=frames))
@@ -61,13 +61,13 @@ def load(
 
 
 def long_enough(episodes: Episodes, config: DataConfig, split: str, *, frames: int) -> np.ndarray:
-    """The numbers of the records of `frames` or more. Raises `UserError` where there are none."""
+    """The numbers of the records of `frames` or more. Raises `UserError` if there are none."""
     (found,) = np.nonzero(episodes.lengths >= frames)
     if not len(found):
         longest = int(episodes.lengths.max())
         raise UserError(
             f"no record of {config.dir}/{split} has {frames} frames (the longest has {longest}): "
-            f"draw at least {frames - longest} frames fewer"
+            f"generate at least {frames - longest} frames fewer"
         )
     return found
 

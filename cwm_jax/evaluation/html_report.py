@@ -1,4 +1,4 @@
-"""`report.html`: numbers, charts, stills and films in one file that opens without a network."""
+"""`report.html`: numbers, charts, contact sheets and videos in one file that needs no network."""
 
 import base64
 import html
@@ -19,11 +19,11 @@ from cwm_jax.rendering import contact_sheet, patch_overlay, video
 
 FILE = "report.html"
 _TEMPLATE = "report_template.html"
-_STRIP_FRAMES = 12  # columns of stills
+_STRIP_FRAMES = 12  # columns of a contact sheet
 
 
 class Strip(NamedTuple):
-    """A clip worth showing."""
+    """A clip to show."""
 
     name: str
     clip: int
@@ -31,12 +31,12 @@ class Strip(NamedTuple):
 
 
 def write(folder: Path, measured: Measured, plan: Plan) -> None:
-    """Writes `report.html` and, beside it, each of its charts, stills and films by itself.
+    """Writes `report.html` and, beside it, each of its charts, contact sheets and videos.
 
-    `measured.results` must hold `checkpoint`, `code` and `device` by now.
+    `measured.results` must contain `checkpoint`, `code` and `device`.
 
     Raises:
-        UserError: where the folder cannot be written.
+        UserError: the folder cannot be written.
     """
     charts = {
         "quality": report_charts.quality,
@@ -71,7 +71,7 @@ def write(folder: Path, measured: Measured, plan: Plan) -> None:
 
 
 def chosen_strips(measured: Measured) -> list[Strip]:
-    """The clips of best, median and worst mean PSNR, as far as they are different ones."""
+    """The clips of best, median and worst mean PSNR, without repetitions."""
     means = capped(measured.scores.psnr).mean(1)
     order = np.argsort(-means, kind="stable")
     places = {"best": 0, "median": (len(order) - 1) // 2, "worst": len(order) - 1}
@@ -83,7 +83,7 @@ def chosen_strips(measured: Measured) -> list[Strip]:
 
 
 def unsure_strip(measured: Measured, plan: Plan) -> np.ndarray:
-    """Of the clip of median error: real and generated frames, then what spread and error tint."""
+    """The clip of median error: real, generated, then tinted by spread and error."""
     maps, given = measured.unsure, plan.n_prompt[0]
     errors = np.square(maps.error).mean((1, 2, 3))
     clip = int(np.argsort(errors)[(len(errors) - 1) // 2])
@@ -100,7 +100,7 @@ def unsure_strip(measured: Measured, plan: Plan) -> np.ndarray:
 
 
 def _clip(measured: Measured, plan: Plan, clip: int):
-    """(real, drawn with its prompt, actions) of one clip, each [1, T, …]."""
+    """(real, generated with its prompt, actions) of one clip, each [1, T, …]."""
     clips, given = measured.rollouts.clips, plan.n_prompt[0]
     span = slice(0, given + plan.horizon)
     real = clips.frames[clip, span][None]
@@ -126,7 +126,7 @@ def _page(folder: Path, measured: Measured, plan: Plan, pictures, strips: list[S
     used = results["clips"]
     template = (Path(__file__).parent / _TEMPLATE).read_text(encoding="utf-8")
     return template.format(
-        title=html.escape(f"How good the world is: {checkpoint['path']}"),
+        title=html.escape(f"Evaluation of {checkpoint['path']}"),
         step=checkpoint["step"],
         subject=html.escape(str(checkpoint["path"])),
         clips=used["used"],
@@ -149,7 +149,7 @@ def _page(folder: Path, measured: Measured, plan: Plan, pictures, strips: list[S
 
 
 def _uncertainty(folder: Path, results, pictures) -> str:
-    """The section on uncertainty; empty where it was not measured."""
+    """The section on uncertainty; empty if it was not measured."""
     if "uncertainty" not in pictures:
         return ""
     found = results["uncertainty"]
@@ -159,26 +159,26 @@ def _uncertainty(folder: Path, results, pictures) -> str:
     without = (
         ""
         if "instability" in found
-        else " Instability is left out: it needs two denoising steps or more, and a model whose "
-        "denoising can be watched."
+        else " Instability is not measured: it needs two denoising steps or more, and a model "
+        "whose denoising steps are accessible."
     )
     return (
-        "<h2>Uncertainty</h2><p>What the model is unsure of, held against its error from the "
+        "<h2>Uncertainty</h2><p>The model’s uncertainty, compared with its error from the "
         f"game’s own frames, patch by patch: the spread of {found['seeds']} rollouts with other "
         "noise, and how far the predicted frame moves from one denoising step to the next. Of "
-        f"these, {best} says best where a frame is wrong: rank correlation {where} over the "
-        f"patches of a frame, and {beyond} beyond what the model’s own change of the patch, which "
-        f"costs nothing, says.{html.escape(without)}</p>"
+        f"these, {best} best predicts where a frame is wrong: rank correlation {where} over the "
+        f"patches of a frame, and {beyond} with the model’s own change of the patch, which needs "
+        f"no computation, held fixed.{html.escape(without)}</p>"
         f'<div class="card">{_chart("uncertainty", *pictures["uncertainty"])}</div>'
         "<figure><figcaption>The clip of median error. From above: real, generated, then the "
         f"generated frames tinted by spread{', by instability' * ('instability' in found)} and by "
-        f'error</figcaption><img alt="uncertainty, stills" src="{sheet}" style="max-width:100%">'
+        f'error</figcaption><img alt="uncertainty sheet" src="{sheet}" style="max-width:100%">'
         "</figure>"
     )
 
 
 def tiles(results) -> list[tuple[str, str, str]]:
-    """The numbers to look at first: (name, value, what to hold it against)."""
+    """The headline numbers: (name, value, reference values)."""
     prompt, sides = next(iter(results["rollout"].items()))
     horizon = comparison.shown(sides["model"]["psnr"]["mean"])[0]
     psnr = lambda side: comparison.number(sides[side]["psnr"]["mean"][horizon]["mean"])
@@ -196,7 +196,7 @@ def tiles(results) -> list[tuple[str, str, str]]:
         ),
         *_perceptual_tile(sides, horizon, prompt),
         (
-            "What the actions are worth",
+            "Effect of the actions",
             f"{comparison.number(delta['mean'])} dB",
             f"ΔPSNR, 95 % in {comparison.number(delta['low'])} … "
             f"{comparison.number(delta['high'])}; 0 is a model that ignores them",
@@ -204,14 +204,14 @@ def tiles(results) -> list[tuple[str, str, str]]:
         (
             "Actions read back",
             percent("drawn"),
-            f"real frames {percent('real')}, chance {percent('shuffled')}; of what real frames "
-            f"show of each key: {keys}",
+            f"real frames {percent('real')}, chance {percent('shuffled')}; share of "
+            f"real frames for each key: {keys}",
         ),
         (
             "Frames to collapse",
             comparison.number(drift["frames_to_collapse"]["mean"], 0),
             f"median, of {drift['frames']}; {drift['survived']:.0%} of clips last to the end, "
-            f"{drift['false_alarms']:.0%} of real clips would be called collapsed",
+            f"{drift['false_alarms']:.0%} of real clips count as collapsed",
         ),
     ]
 
@@ -228,14 +228,14 @@ def _perceptual_tile(sides, horizon: str, prompt: str) -> Iterator[tuple[str, st
 
 
 def _ranked(results) -> str:
-    """What LPIPS ranks otherwise, as paragraphs; or that it was not measured."""
+    """Where LPIPS ranks differently, as paragraphs; or that it was not measured."""
     if not all("lpips" in sides["model"] for sides in results["rollout"].values()):
         return (
             f"<p>LPIPS was not measured: <code>{lpips_weights.FETCH}</code> gets its weights.</p>"
         )
     found = list(comparison.ranked_otherwise(results))
     if not found:
-        return "<p>PSNR, SSIM and LPIPS rank the model and its floors alike.</p>"
+        return "<p>PSNR, SSIM and LPIPS rank the model and its floors in the same order.</p>"
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in found)
     return f"<p>Ranked differently:</p><ul>{lines}</ul>"
 
@@ -253,7 +253,7 @@ def _strip(folder: Path, strip: Strip) -> str:
         f"<figure><figcaption>{label}</figcaption>"
         f'<div class="strip"><video src="{clip_video}" autoplay loop muted playsinline '
         'onclick="this.paused ? this.play() : this.pause()"></video>'
-        f'<img alt="{label}, stills" src="{sheet}"></div></figure>'
+        f'<img alt="{label}, contact sheet" src="{sheet}"></div></figure>'
     )
 
 

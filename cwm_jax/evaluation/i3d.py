@@ -1,4 +1,4 @@
-"""I3D: what a network that was trained to name actions sees in a short video.
+"""I3D: features of short videos, from a network trained to classify actions.
 
 Carreira & Zisserman 2017, "Quo Vadis, Action Recognition?", https://arxiv.org/abs/1705.07750: the
 RGB network for the 400 classes of Kinetics. Its 400 logits are the features by which FVD and KVD
@@ -19,10 +19,10 @@ from cwm_jax.coinrun import to_model
 from cwm_jax.errors import UserError
 
 FEATURES = 400
-MIN_FRAMES = 9  # fewer leave one frame after the strides, and the last pool needs two
-_SIDE = 224  # pixels to which frames are enlarged: the network's own size
-# Channels of the six convolutions of each mixed layer: alone, before and after two branches' 3 × 3,
-# after the pool.
+MIN_FRAMES = 9  # fewer leave one frame after the strides; the last pool needs two
+_SIDE = 224  # pixels to which frames are enlarged: the network's input size
+# Channels of the six convolutions of each mixed layer: single, before and after two branches' 3 ×
+# 3, after the pool.
 MIXED = {
     "3b": (64, 96, 128, 16, 32, 32),
     "3c": (128, 128, 192, 32, 96, 64),
@@ -61,7 +61,7 @@ class Unit(nnx.Module):
 
 
 class Mixed(nnx.Module):
-    """An Inception layer: four branches, whose channels stand side by side."""
+    """An Inception layer: four branches, whose outputs are concatenated."""
 
     def __init__(self, channels: int, features: tuple[int, ...], *, rngs: nnx.Rngs):
         alone, before_1, after_1, before_2, after_2, pooled = features
@@ -137,11 +137,11 @@ def _key(path: tuple) -> str:
 
 
 def features(i3d: I3d, clips_NTHWC: np.ndarray, *, label: str = "") -> np.ndarray:
-    """The features of videos, float32 [N, 400]; one video at a time, which is what fits a laptop.
+    """The features of videos, float32 [N, 400]; one video at a time, which limits the memory.
 
     Args:
         clips_NTHWC: RGB, uint8, or float in [−1, 1]; of any size, enlarged to 224 × 224 pixels.
-        label: shown on a progress bar; none without.
+        label: of a progress bar; None shows none.
 
     Raises:
         UserError: too few frames, or frames that are not RGB or not finite.
@@ -153,9 +153,9 @@ def features(i3d: I3d, clips_NTHWC: np.ndarray, *, label: str = "") -> np.ndarra
 
 
 def check(clips_NTHWC: np.ndarray) -> None:
-    """Raises a UserError for what is no stack of videos that the network can see."""
+    """Raises a UserError if the array is no stack of videos of a valid shape."""
     if clips_NTHWC.ndim != 5 or clips_NTHWC.shape[-1] != 3:
-        raise UserError(f"I3D sees RGB videos [N, T, H, W, 3], not {clips_NTHWC.shape}")
+        raise UserError(f"I3D needs RGB videos [N, T, H, W, 3], not {clips_NTHWC.shape}")
     if clips_NTHWC.shape[1] < MIN_FRAMES:
         raise UserError(
             f"videos of {clips_NTHWC.shape[1]} frames are too short for I3D, which needs "

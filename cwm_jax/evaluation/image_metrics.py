@@ -1,4 +1,4 @@
-"""Picture quality, computed on the device and equal to scikit-image's."""
+"""Picture quality, computed on the device; results equal scikit-image's."""
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ def mse(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def masked_mse(a: jax.Array, b: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean squared error over the pixels of `mask` (bool [..., H, W]); NaN where it has none."""
+    """Mean squared error over the pixels of `mask` (bool [..., H, W]); NaN if it has none."""
     squared = jnp.square(a - b).mean(-1)
     count = mask.sum((-2, -1))
     return jnp.where(count, (squared * mask).sum((-2, -1)) / count, jnp.nan)
 
 
 def psnr_of_mse(mse: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio in dB for values in [0, 1]; infinite where the error is 0."""
+    """Peak signal-to-noise ratio in dB for values in [0, 1]; infinite if the error is 0."""
     return -10 * jnp.log10(mse)
 
 
@@ -30,7 +30,7 @@ def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _local_mean(x_BHWC: jax.Array) -> jax.Array:
-    """Means over 7 × 7 windows that lie wholly inside, [B, H − 6, W − 6, C]."""
+    """Means over 7 × 7 windows inside the picture, [B, H − 6, W − 6, C]."""
     window = (1, _WINDOW, _WINDOW, 1)
     total = jax.lax.reduce_window(x_BHWC, 0.0, jax.lax.add, window, (1, 1, 1, 1), "VALID")
     return total / _WINDOW**2
@@ -43,7 +43,7 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     uniform windows, sample covariances, mean over places away from the border and over channels.
     """
     shape = a.shape[:-3]
-    # Variances are differences of close numbers: taken about ½ they lose less of float32.
+    # Variances are differences of close numbers: centring on ½ reduces the float32 error.
     a, b = (x.reshape(-1, *x.shape[-3:]).astype(jnp.float32) - 0.5 for x in (a, b))
     sample = _WINDOW**2 / (_WINDOW**2 - 1)
     mean_a, mean_b = _local_mean(a), _local_mean(b)

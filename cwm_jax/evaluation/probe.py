@@ -1,10 +1,10 @@
-"""An inverse-dynamics probe: a small network that reads from three frames what was pressed.
+"""An inverse-dynamics probe: a small network that reads the action from three frames.
 
-Trained on real clips of the train split, it tells whether frames drawn under an action look as if
-that action had been taken. It reads one of six groups of actions: nine of the 15 do what another
-one does. It cannot know everything: a jump begins on the ground alone, and in the air a key to
-the side shows only where it turns the player round. So its accuracy on the real frames of the
-same clips is the ceiling, and its accuracy on shuffled actions the floor.
+Trained on real clips of the train split, it measures whether frames generated under an action show
+that action. It reads one of six groups of actions: nine of the 15 have the same effect as another.
+Not every action is visible: a jump starts only on the ground, and in the air a key to the side
+shows only if it turns the player round. So its accuracy on the real frames of the same clips is
+the ceiling, and its accuracy on shuffled actions the floor.
 """
 
 import functools
@@ -30,14 +30,14 @@ from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.probe_features import Sight
 from cwm_jax.runtime import random_numbers
 
-_VERSION = 2  # of all that follows: a cached probe of another version is not used
+_VERSION = 2  # of the code below: a cached probe of another version is not used
 _EPOCHS, _BATCH, _RATE, _DECAY = 8, 128, 1e-3, 1e-3
-_CLIPS = 1000  # at most so many records are learnt from, those of median length or longer
+_CLIPS = 1000  # training records at most, of median length or longer
 _READ_AT_ONCE = 512  # frames
 
 
 def _group(action: int) -> int:
-    """Which of `MEANINGFUL_ACTIONS` an action does the same as."""
+    """Which of `MEANINGFUL_ACTIONS` has the same effect as an action."""
     keys = action_keys(action)._replace(down=False)
     same = [i for i, a in enumerate(MEANINGFUL_ACTIONS) if action_keys(a) == keys]
     return same[0]
@@ -76,10 +76,10 @@ def _skeleton() -> tuple[nnx.GraphDef, nnx.State]:
 
 
 class Probe(NamedTuple):
-    """A trained reader."""
+    """A trained probe."""
 
     params: nnx.State
-    name: str  # of what it has learnt from: equal for equal probes
+    name: str  # digest of the training data: equal for equal probes
 
 
 def read(probe: Probe, frames_BTHWC: np.ndarray) -> np.ndarray:
@@ -103,15 +103,15 @@ def _read(params, seen: Sight) -> jax.Array:
 
 
 def train(frames_BTHWC: np.ndarray, actions_BT: np.ndarray, *, name: str = "", seed: int = 0):
-    """A probe that has learnt from real clips.
+    """A probe trained on real clips.
 
-    Half of what it sees is mirrored, and all of it in colours exchanged at random: levels differ
-    in their scenery, and there are few of them.
+    Augmentation: half of its clips are mirrored, and the colour channels of all are permuted at
+    random, since there are few levels and they differ in scenery.
 
     Args:
         frames_BTHWC: uint8.
         actions_BT: the action that led into each frame; those of a clip's first two are not used.
-        name: kept with the probe.
+        name: stored with the probe.
     """
     groups, whole = GROUPS[actions_BT[:, 2:].ravel()], probe_features.look(frames_BTHWC)
     batch = min(_BATCH, len(groups))
@@ -153,12 +153,12 @@ def _learn(params, state, examples, *, steps: int):
 
 
 def cached(config: DataConfig, folder: Path | None) -> Probe:
-    """The probe of this data's train split, from `folder` or trained and put there.
+    """The probe of this data's train split, from `folder`, or trained and stored there.
 
-    A folder that is None or cannot be used costs only time: the probe is trained.
+    If the folder is None or cannot be used, the probe is trained.
 
     Raises:
-        UserError: where there is no train split.
+        UserError: there is no train split.
     """
     lengths = loader.open_episodes(config, "train").lengths
     length = int(np.median(lengths))
@@ -180,7 +180,7 @@ def cached_on(clips: HeldOut, folder: Path | None) -> Probe:
 
 
 def _kept(path: Path) -> nnx.State | None:
-    """The parameters in a file; None where there is none that can be used."""
+    """The parameters in a file; None if there is no usable one."""
     flat = nnx.to_flat_state(_skeleton()[1])
     try:
         if not path.exists():
@@ -201,7 +201,7 @@ def _keep(probe: Probe, path: Path) -> None:
         with files.written_whole(path) as temporary:
             np.savez(temporary, **{_key(at): np.asarray(leaf[...]) for at, leaf in flat})
     except (UserError, OSError) as error:
-        echo(f"warning: the probe is not kept, and the next call trains it again: {error}")
+        echo(f"warning: the probe is not stored, and the next call trains it again: {error}")
 
 
 def _key(path: tuple) -> str:

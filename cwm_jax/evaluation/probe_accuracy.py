@@ -1,4 +1,4 @@
-"""How well a probe reads actions back: from drawn frames, real ones, and with shuffled actions."""
+"""How well a probe reads actions from generated and real frames, and the floor by shuffling."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ _SEED = 0
 def summary(
     reader: Probe, generated_BTHWC: np.ndarray, real_BTHWC: np.ndarray, actions_BT: np.ndarray
 ) -> dict:
-    """Accuracies on `drawn`, `real` frames, and against `shuffled` actions (of the drawn ones).
+    """Accuracies on `drawn` (generated) and `real` frames, and against `shuffled` actions.
 
     Args:
         drawn_BTHWC, real_BTHWC: uint8, the same clips; both begin with a given frame.
@@ -31,16 +31,16 @@ def summary(
     of_key = lambda side, key: (
         result[side]["keys"][key]["read"] - result[side]["keys"][key]["false"]
     )
-    # 1: as readable as the real game; 0: no more than chance.
+    # 1: as readable as the real game; 0: chance.
     result["keys_of_real"] = {k: _ratio(of_key("drawn", k), of_key("real", k)) for k in KEYS}
-    # Balanced, since half of all actions leave the player standing.
+    # Balanced, since half of all actions do not move the player.
     got, ceiling, floor = (result[side]["balanced"] for side in ("drawn", "real", "shuffled"))
     result["control"] = _ratio(got - floor, ceiling - floor)
     return result
 
 
 def of_real(reader: Probe, frames_BTHWC: np.ndarray, actions_BT: np.ndarray) -> dict:
-    """The accuracies on real frames alone, as `summary` has them under `real`."""
+    """The accuracies on real frames only, as `summary` has them under `real`."""
     return _accuracies(probe.read(reader, frames_BTHWC), actions_BT[:, 2:])
 
 
@@ -49,10 +49,10 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _accuracies(read_BT: np.ndarray, pressed_BT: np.ndarray) -> dict:
-    """How often what was read is what was pressed.
+    """How often the action that was read is the one that was pressed.
 
     `accuracy` over all frames; `by_group` and `by_action` over those where that was pressed (an
-    action is read where its group is), NaN where none was; `balanced`, the mean of the groups;
+    action is read where its group is), NaN if none was; `balanced`, the mean of the groups;
     `keys`, how often each was `read` where it was pressed, and where it was not (`false`);
     `confusion[i][j]`, in how many frames group i was pressed and j was read.
     """

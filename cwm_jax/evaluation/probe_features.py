@@ -1,10 +1,10 @@
-"""What the probe looks at: how the picture moved, and the player in its middle.
+"""The probe's features: the motion of the picture, and a crop of its centre with the player.
 
-Keys change velocities, and the player stands in the middle of the picture while the level moves
-past. So a frame becomes a cost volume (as in PWC-Net, Sun et al. 2018,
-https://arxiv.org/abs/1709.02371), how well it fits the frame before under every small shift, and
-a cutting of its middle, which shows the player and what it stands on. Neither has parameters:
-clips are looked at once, before anything is learnt.
+Keys change velocities, and the player is in the middle of the picture while the level scrolls.
+So a frame becomes a cost volume (as in PWC-Net, Sun et al. 2018,
+https://arxiv.org/abs/1709.02371), how well it fits the previous frame under every small shift, and
+a crop of its middle, which shows the player and the ground below. Neither has parameters:
+features are computed once, before training.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ def look(frames_BTHWC: np.ndarray) -> Sight:
 
 
 def at(sight: Sight, places: np.ndarray) -> Sight:
-    """What is seen of each of the frames 2 … T − 1 of clips: two steps, and two frames, up to it.
+    """The features of each of the frames 2 … T − 1 of clips: two steps, and two frames, up to it.
 
     Args:
         places: int [n], counted through all clips.
@@ -51,10 +51,10 @@ def mirrored(sight: Sight) -> Sight:
 
 @jax.jit
 def _motion(frames_THWC: jax.Array) -> jax.Array:
-    """How badly each frame fits the one before under each shift: float32 [T − 1, SHIFTS].
+    """How badly each frame fits the previous one under each shift: float32 [T − 1, SHIFTS].
 
-    Logarithms of mean squared differences, less their mean: a still picture and a flat one look
-    alike, whatever their contrast.
+    Logarithms of mean squared differences, less their mean: the values
+    do not depend on contrast.
     """
     grey = frames_THWC.astype(jnp.float32).mean(-1) / 127.5
     before, after = grey[:-1], grey[1:, DOWN:-DOWN, ACROSS:-ACROSS]

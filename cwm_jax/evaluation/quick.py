@@ -1,7 +1,7 @@
 """The quick form, for training: a short rollout on a few clips, under `eval/…` names.
 
-The same scores as in the full form, on fewer clips and without intervals: good for seeing a run
-improve, too coarse for comparing runs.
+The same scores as in the full form, on fewer clips and without intervals: enough to see a run
+improve, too coarse to compare runs.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from cwm_jax.evaluation.lpips import Lpips
 
 
 class Quick(NamedTuple):
-    """Clips of T frames, the first given, and random actions to draw them under once more."""
+    """Clips of T frames, the first given, and random actions for a second rollout."""
 
     frames: np.ndarray  # uint8 [B, T, H, W, C]
     actions: np.ndarray  # int32 [B, T]
@@ -38,12 +38,12 @@ def prepare(
     seed: int,
     lpips: Lpips | None = None,
 ) -> Quick:
-    """Loads the clips, the same for a run's whole life: as many as asked for, or as there are.
+    """Loads the clips, the same ones throughout a run: as many as requested, or as available.
 
-    They come from records at even distances over the split. Without `lpips`, LPIPS is left out.
+    The records are evenly spaced over the split. Without `lpips`, LPIPS is left out.
 
     Raises:
-        UserError: where no record has `frames` + 1 frames, or a bad one may not be skipped.
+        UserError: no record has `frames` + 1 frames, or a bad one may not be skipped.
     """
     episodes = loader.open_episodes(config, split, num_actions=num_actions)
     eligible = held_out.long_enough(episodes, config, split, frames=frames + 1)

@@ -33,7 +33,7 @@ RANKS = ("where", "beyond", "when", "which")  # the rank correlations of `uncert
 
 
 def both(make: Callable[[Mapping, Theme], Figure], results: Mapping) -> tuple[bytes, bytes]:
-    """A chart as PNG for the light page and for the dark one; their paper is transparent."""
+    """A chart as PNG for the light page and for the dark one; their background is transparent."""
     return _png(make(results, LIGHT)), _png(make(results, DARK))
 
 
@@ -43,7 +43,7 @@ def quality(results: Mapping, theme: Theme) -> Figure:
     labels = {
         "psnr": "PSNR (dB)",
         "ssim": "SSIM",
-        "psnr_motion": "PSNR of what moved (dB)",
+        "psnr_motion": "PSNR of moving pixels (dB)",
         "lpips": "LPIPS (lower is better)",
     }
     labels = {name: label for name, label in labels.items() if name in first[1]["model"]}
@@ -61,7 +61,7 @@ def quality(results: Mapping, theme: Theme) -> Figure:
         for prompt, sides in others:
             text = f"model, {given(prompt)}"
             _band(ax, sides["model"][measure]["by_frame"], theme.second, text, style="--")
-    # Under all of them, where no line is hidden by it.
+    # Below all charts, so that it hides no line.
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(
         handles[::-1], names[::-1], loc="outside lower center", ncols=len(names), **_legend(theme)
@@ -74,7 +74,7 @@ def control(results: Mapping, theme: Theme) -> Figure:
     figure, (ax,) = _figure(theme, 1, width=5.4, height=3.1)
     ax.axhline(0, color=theme.floor, linewidth=1)
     series = results["control"]
-    _band(ax, series["delta_psnr_motion"]["by_frame"], theme.second, "what moved", style="--")
+    _band(ax, series["delta_psnr_motion"]["by_frame"], theme.second, "moving pixels", style="--")
     _band(ax, series["delta_psnr"]["by_frame"], theme.model, "whole frame")
     ax.set_title("ΔPSNR (dB): true minus random actions", color=theme.ink, fontsize=10, loc="left")
     ax.set_xlabel("frame after the prompt", color=theme.faint, fontsize=9)
@@ -83,11 +83,11 @@ def control(results: Mapping, theme: Theme) -> Figure:
 
 
 def confusion(results: Mapping, theme: Theme) -> Figure:
-    """Which action was read where which was pressed: on drawn frames, and on real ones."""
+    """Which action was read where which was pressed: on generated frames, and on real ones."""
     figure, axes = _figure(theme, 2, width=8.6, height=4.3)
     names = results["probe"]["groups"]
     shades = LinearSegmentedColormap.from_list("", [theme.paper, theme.model])
-    for ax, (key, title) in zip(axes, (("drawn", "drawn"), ("real", "real")), strict=True):
+    for ax, (key, title) in zip(axes, (("drawn", "generated"), ("real", "real")), strict=True):
         counts = np.array(results["probe"][key]["confusion"], float)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         ax.imshow(shares, cmap=shades, vmin=0, vmax=1)
@@ -132,7 +132,7 @@ def drift(results: Mapping, theme: Theme) -> Figure:
 
 
 def uncertainty(results: Mapping, theme: Theme) -> Figure:
-    """Signs of uncertainty and the error by time and by patch, and how they rank the errors."""
+    """Uncertainty measures and the error by time and by patch, and their rank correlations."""
     found = results["uncertainty"]
     colours = {
         "spread": theme.model,
@@ -190,7 +190,7 @@ def _legend(theme: Theme) -> dict:
 
 
 def _band(ax: Axes, series: Mapping, colour: str, label: str, *, x=None, style: str = "-") -> None:
-    """A line in its interval; a single point is drawn as one."""
+    """A line in its interval; a single point as a marker."""
     mean, low, high = (np.array(series[name], float) for name in ("mean", "low", "high"))
     x = np.arange(1, len(mean) + 1) if x is None else x
     marker = "o" if len(mean) == 1 else None

@@ -1,9 +1,9 @@
-"""Rollout quality by horizon, and the lines that it stands between.
+"""Rollout quality by horizon, with its floors and its ceiling.
 
-Horizon h is the h-th frame after the prompt. "Copy last" holds the last given frame for ever: a
-model below it has learnt nothing that shows. "Reconstruction" is what the network makes of each
-real frame when it is shown that frame whole: what its own rendering costs. "Blur" is each real
-frame out of focus: PSNR forgives it, eyes and LPIPS do not.
+Horizon h is the h-th frame after the prompt. "Copy last" repeats the last given frame: a
+model below it is no better than a constant picture. "Reconstruction" is the network's output for
+each real frame with almost no noise: the ceiling of its rendering. "Blur" is each real frame
+blurred: PSNR penalises it little, people and LPIPS do.
 """
 
 import functools
@@ -24,11 +24,11 @@ from cwm_jax.models.dit import Params
 
 HORIZONS = (*range(1, 11), 16, 31, 64, 120)
 BLUR = 1.0  # pixels: standard deviation of the Gaussian
-PSNR_CAP = 60.0  # dB: what a frame equal to the real one, of infinite PSNR, counts in a mean
+PSNR_CAP = 60.0  # dB: value in means for a frame equal to the real one (infinite PSNR)
 
 
 def horizons_to(longest: int) -> tuple[int, ...]:
-    """The horizons up to `longest`, itself among them."""
+    """The horizons up to `longest`, inclusive."""
     return (*(h for h in HORIZONS if h < longest), longest)
 
 
@@ -45,7 +45,7 @@ def summary(scores: Scores, horizons: Sequence[int]) -> dict:
 
 
 def capped(values: np.ndarray) -> np.ndarray:
-    """PSNR in dB, at most `PSNR_CAP`; SSIM is far below and stays."""
+    """PSNR in dB, at most `PSNR_CAP`; SSIM is below and unchanged."""
     return np.minimum(values, PSNR_CAP)
 
 
@@ -88,7 +88,7 @@ def copy_last(prompt_BPHWC: np.ndarray, frames: int) -> np.ndarray:
 
 
 def blurred(frames_BFHWC: np.ndarray) -> np.ndarray:
-    """Every frame under a Gaussian of `BLUR` pixels, uint8."""
+    """Every frame filtered by a Gaussian of `BLUR` pixels, uint8."""
     sigma = (0, 0, BLUR, BLUR, 0)
     return np.stack(
         [ndimage.gaussian_filter(x[None], sigma, mode="nearest")[0] for x in frames_BFHWC]
@@ -96,10 +96,10 @@ def blurred(frames_BFHWC: np.ndarray) -> np.ndarray:
 
 
 def reconstruction(network: DiTConfig, params: Params, frames_BTHWC, actions_BT) -> np.ndarray:
-    """The single-step x0 of every real frame at the lowest noise label, without noise.
+    """The single-step x0 of every real frame at the lowest noise level, without noise.
 
-    Frames are shown in windows of `max_frames`, as in training. Returns uint8 [B, T, H, W, C].
-    With history, windows overlap by a frame, since the first of a window has no change to draw.
+    Frames are predicted in windows of `max_frames`, as in training. Returns uint8 [B, T, H, W, C].
+    With history, windows overlap by a frame, since the first of a window has no residual.
     """
     length = frames_BTHWC.shape[1]
     window = min(network.max_frames, length)

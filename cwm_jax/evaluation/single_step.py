@@ -1,4 +1,4 @@
-"""Evaluators: each goes through batches and yields (name, value) pairs."""
+"""Evaluators: each iterates over batches and yields (name, value) pairs."""
 
 import functools
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ Batches = Iterable[dict[str, np.ndarray]]
 
 @functools.partial(jax.jit, static_argnames="network")
 def _sums(params, batch, key, *, network: DiTConfig) -> dict[str, jax.Array]:
-    """Sums over a batch's clips (those with mask) and frames, at random noise labels."""
+    """Sums over a batch's clips (those with mask) and frames, at random noise levels."""
     frames, bound = to_model(batch["frames"]), bind(network, params)
     earlier = bound.earlier(frames)
     x0 = bound.to_sample(frames, earlier)
@@ -52,16 +52,16 @@ def _means(network: DiTConfig, params: Params, batches: Batches, mesh: Mesh) -> 
 
 
 def validation(network, params, batches: Batches, mesh: Mesh) -> Iterator[tuple[str, float]]:
-    """`val/loss`: the diffusion loss, each frame at a random noise label."""
+    """`val/loss`: the diffusion loss, each frame at a random noise level."""
     yield "val/loss", _means(network, params, batches, mesh)["loss"]
 
 
 def epoch_end(network, params, batches: Batches, mesh: Mesh) -> Iterator[tuple[str, float]]:
     """`epoch/val_loss`, `epoch/psnr` (dB), `epoch/ssim`, as the original defines them.
 
-    Quality of the single-step x0 prediction at random noise labels; PSNR from the mean squared
-    error over the whole split. These say how well the network denoises, not how well it plays:
-    most of a frame shows through the noise at most labels.
+    Quality of the single-step x0 prediction at random noise levels; PSNR from the mean squared
+    error over the whole split. These measure denoising, not rollouts: at most noise levels,
+    most of a frame is visible through the noise.
     """
     means = _means(network, params, batches, mesh)
     yield "epoch/val_loss", means["loss"]

@@ -1,10 +1,10 @@
-"""Whether a model knows where it is wrong: what it is unsure of, held against its errors.
+"""Whether a model's uncertainty predicts its errors.
 
-Two signs can be had while a model generates (Hansen & Wang 2026, "Hallucination in World Models is
-Predictable and Preventable", https://arxiv.org/abs/2606.27326), here for each patch of each frame:
-the spread of frames generated from other seeds, and the instability of the denoising. They are held
-against the error of a rollout from the game's own frames, by rank correlation, beside a sign that
-costs nothing: how much the model itself changes the patch from frame to frame.
+Two measures are available while a model generates (Hansen & Wang 2026, "Hallucination in World
+Models is Predictable and Preventable", https://arxiv.org/abs/2606.27326), here for each patch of
+each frame: the spread of frames generated from other seeds, and the instability of the denoising.
+They are compared with the error of a rollout from the game's own frames, by rank correlation, and
+with a measure that needs no computation: the model's own change of the patch from frame to frame.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from cwm_jax.evaluation import bootstrap, generation, rollout_quality
 from cwm_jax.evaluation.generation import Generate
 from cwm_jax.sampling.sampler import Sampler
 
-FRAMES = 32  # of a rollout that are looked at, at most
+FRAMES = 32  # of a rollout, at most
 SIGNS = ("spread", "instability", "change")
 
 
@@ -31,7 +31,7 @@ class Maps(NamedTuple):
     error: np.ndarray  # of the first seed's frame from the real one
 
     def signs(self) -> dict[str, np.ndarray]:
-        """What may foretell the error, by name."""
+        """The measures that may predict the error, by name."""
         found = {name: getattr(self, name) for name in SIGNS}
         return {name: values for name, values in found.items() if values is not None}
 
@@ -49,13 +49,13 @@ def measure(
     batch_size: int,
     label: str = "",
 ) -> Maps:
-    """Generates the frames after the prompt `seeds` + 1 times, under the actions really taken.
+    """Generates the frames after the prompt `seeds` + 1 times, under the recorded actions.
 
     Args:
-        sampler: what `generate` generates with, where its denoising can be watched; else None.
+        sampler: the sampler of `generate` if its denoising steps are accessible; else None.
         patch: pixels on a side.
-        seeds: how many the spread is taken over, 2 or more.
-        label: shown on progress bars; none without.
+        seeds: number of seeds for the spread, 2 or more.
+        label: of progress bars; None shows none.
     """
     settings = dict(batch_size=batch_size)
     again = lambda generate, k: generation.in_batches(
@@ -106,11 +106,11 @@ def _by_patch(values_BFHWC: np.ndarray, patch: int) -> np.ndarray:
 
 
 def summary(maps: Maps, *, seeds: int) -> dict:
-    """Each sign and the error by time and by patch, and how each sign ranks the errors.
+    """Each measure and the error by time and by patch, and the rank correlations.
 
     Rank correlations (Spearman), 1: a perfect order, 0: none; means over clips with intervals:
 
-    where   over the patches of a frame, mean over frames: does it say where in the picture?
+    where   over the patches of a frame, mean over frames: where in the picture is it wrong?
     beyond  as `where`, with the model's own change held fixed (partial correlation)
     when    over the frames of a clip
     which   over clips; its interval is over resampled clips
@@ -171,13 +171,13 @@ def _flat(*maps: np.ndarray) -> list[np.ndarray]:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Of what is a number; NaN where nothing is."""
+    """Means without NaN; NaN if there is nothing else."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if known.size else float("nan")
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Rank correlation along the last axis; NaN where one side is all the same."""
+    """Rank correlation along the last axis; NaN if one side is constant."""
     a, b = (stats.rankdata(x, axis=-1) for x in (a, b))
     a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -185,6 +185,6 @@ def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def best_sign(found: Mapping) -> str:
-    """The sign that says best where a frame is wrong."""
+    """The measure that best predicts where a frame is wrong."""
     known = [name for name in SIGNS if name in found and name != "change"]
     return max(known, key=lambda name: found[name]["where"]["mean"])

@@ -3,10 +3,10 @@
 KVD (kernel video distance) and FVD (Fréchet video distance): Unterthiner et al. 2018,
 https://arxiv.org/abs/1812.01717. KVD is the unbiased estimate of the squared maximum mean
 discrepancy, here with the kernel (x · y / d + 1)³ of Bińkowski et al. 2018
-(https://arxiv.org/abs/1801.01401); FVD is biased upwards, the more so the fewer the videos.
+(https://arxiv.org/abs/1801.01401); FVD is biased upwards, more so for fewer videos.
 
 Both sides are compared with real clips of other levels: generated videos, and the real
-continuations of the very clips that they start from. The second is the floor.
+continuations of the clips that they start from. The second is the floor.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from cwm_jax.evaluation.generation import Generate
 from cwm_jax.evaluation.i3d import I3d
 
 MIN_CLIPS = 256  # fewer do not distinguish a model from copying the last frame
-_WITHIN = 1.96  # standard errors to either side that hold 95 %
+_WITHIN = 1.96  # standard errors to either side, for 95 %
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Plan:
             raise UserError(f"--kvd {self.clips}: must be {MIN_CLIPS} or more")
         if self.clips < MIN_CLIPS and not self.force:
             raise UserError(
-                f"--kvd {self.clips}: so few clips cannot distinguish a model from copying the "
+                f"--kvd {self.clips}: too few clips to distinguish a model from copying the "
                 f"last frame; use {MIN_CLIPS} or more, or --force"
             )
         if self.frames < i3d.MIN_FRAMES:
@@ -91,7 +91,7 @@ def measure(
 
 
 def load(config: DataConfig, plan: Plan) -> tuple[Side, Side]:
-    """Two sets of clips from different records, cut one after another and none twice.
+    """Two sets of clips from different records, consecutive and without overlap.
 
     Raises:
         UserError: there are too few.
@@ -111,7 +111,7 @@ def load(config: DataConfig, plan: Plan) -> tuple[Side, Side]:
 
 
 def _places(lengths, records, length: int, rng) -> list[tuple[int, int]]:
-    """(record, first frame) of all clips of these records; one of each record before a second."""
+    """(record, first frame) of all clips of these records; one clip of each record first."""
     rounds = [
         (turn, int(record), int(place) * length)
         for record in records
@@ -151,7 +151,7 @@ def summary(generated_Nd, real_Nd, other_Md, records_N, other_records_M) -> dict
 
 
 def kernel_distance(x_Nd: np.ndarray, y_Md: np.ndarray) -> float:
-    """The unbiased estimate of MMD² of independent videos; may be below 0 where sets are alike."""
+    """The unbiased estimate of MMD² of independent videos; may be below 0 for similar sets."""
     kernels = _kernels(x_Nd, y_Md, np.arange(len(x_Nd)), np.arange(len(y_Md)))
     return _discrepancy(kernels, np.ones(len(x_Nd)), np.ones(len(y_Md)))
 
@@ -159,7 +159,7 @@ def kernel_distance(x_Nd: np.ndarray, y_Md: np.ndarray) -> float:
 class _Kernels(NamedTuple):
     """Values of the kernel between pairs, and which pairs of a set are of different records.
 
-    Only those count: the others are more alike than two clips are in the mean, and would bias MMD².
+    Only those count: clips of one record are more similar than average, and would bias MMD².
     """
 
     xx: np.ndarray  # [N, N]
@@ -177,7 +177,7 @@ def _kernels(x_Nd, y_Md, records_N: np.ndarray, records_M: np.ndarray) -> _Kerne
 
 
 def _discrepancy(kernels: _Kernels, kept_N: np.ndarray, kept_M: np.ndarray) -> float:
-    """MMD² of the videos that are kept (1; left out: 0); NaN where a side is of one record."""
+    """MMD² of the videos that are kept (1; left out: 0); NaN if a side is of one record."""
     mean = lambda values, pairs, kept: (kept @ values @ kept) / (kept @ pairs @ kept)
     with np.errstate(invalid="ignore"):
         alike_x = mean(kernels.xx, kernels.apart_x, kept_N)
