@@ -1,14 +1,14 @@
-"""Where the files that come with the project are: its model, its embedded data, its configs.
+"""Paths of the files that are part of the project: its model, embedded data and configs.
 
 They have the same names everywhere: `checkpoints/pocket`, `assets/coinrun`, `configs/NAME.py`. In a
-checkout these are folders beside the package; in an installed package they lie inside of it. A
-person may give such a name from any folder: what does not exist there is looked for here.
+checkout these are folders next to the package; in an installed package they are inside it. Users
+may give such a name from any folder: if it does not exist there, it is found here.
 """
 
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
-_INSTALLED = _PACKAGE / "_shipped"  # made when a wheel is built, see hatch_build.py
+_INSTALLED = _PACKAGE / "_shipped"  # created when a wheel is built, see hatch_build.py
 
 MODEL = "checkpoints/pocket"
 DATA = "assets/coinrun"
@@ -17,12 +17,12 @@ PAGE = "web"  # sources of the page without a server
 
 
 def is_checkout() -> bool:
-    """Whether the package runs from a checkout, with its Makefile, and not as it was installed."""
+    """Whether the package runs from a checkout, with its Makefile, not as an installed package."""
     return (_PACKAGE.parent / "pyproject.toml").is_file()
 
 
 def root() -> Path:
-    """The folder that the names of this module are in."""
+    """The folder of this module's names."""
     return _PACKAGE.parent if is_checkout() else _INSTALLED
 
 
@@ -44,16 +44,18 @@ def config(name: str) -> Path:
 
 
 def missing(name: str) -> str:
-    """Why a name of this module is not here, and what would be right; empty where it is."""
+    """Why a name of this module is missing, with the fix; empty if it exists."""
     if (root() / name).exists():
         return ""
     if is_checkout():
         return f"{name} is not in this checkout: git checkout -- {name}"
-    return f"this package was built without its {name}: install it from a whole wheel or a checkout"
+    return (
+        f"this package was built without its {name}: install it from a complete wheel or a checkout"
+    )
 
 
 def found(path: Path | str) -> Path:
-    """`path`, or what comes with the project under that name where there is nothing at `path`."""
+    """`path`, or the project's file of that name if `path` does not exist."""
     path = Path(path)
     if path.exists() or path.is_absolute() or ".." in path.parts:
         return path

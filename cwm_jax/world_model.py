@@ -37,7 +37,7 @@ class WorldModel:
     Args:
         trained: the network and its parameters.
         denoising_steps: for each frame, 1…1000; those of the model's config by default.
-        starts: a data folder whose validation episodes `reset` starts from where no prompt is
+        starts: a data folder whose validation episodes `reset` starts from if no prompt is
             given; the embedded frames of CoinRun by default.
     """
 
@@ -69,7 +69,7 @@ class WorldModel:
             source: a run's workdir, one of its checkpoints, an export or a bundle; or a model on
                 the hub, `USER/REPOSITORY[@REVISION]`, or with a folder
                 `hf://USER/REPOSITORY[@REVISION]/FOLDER`;
-                the model that comes with the project by default.
+                the project's own model by default.
             step: which checkpoint of a run; the newest by default.
             options: `denoising_steps` and `starts`, as above.
 
@@ -109,7 +109,7 @@ class WorldModel:
         prompt_frames: int = 4,
         where: Sequence[bool] | np.ndarray | None = None,
     ) -> np.ndarray:
-        """Begins B worlds anew, and returns the newest frame of each, uint8 [B, H, W, C].
+        """Starts B worlds, and returns the newest frame of each, uint8 [B, H, W, C].
 
         Without `frames` each world starts from recorded frames that its seed chooses. The same
         prompt, seed and actions give the same frames.
@@ -118,14 +118,14 @@ class WorldModel:
             frames: the prompt, uint8: one frame [H, W, C] or P frames [P, H, W, C] that all worlds
                 share, or [B, P, H, W, C]; 1 ≤ P ≤ the network's window.
             actions: the action that led into each prompt frame, [P] or [B, P]; −1 for none, which
-                only the first may have. Needed where P is more than 1.
+                only the first may have. Required if P > 1.
             batch: B; the present number, or 1, by default.
             seed: of world 0; world i gets seed + i. Or B seeds.
-            prompt_frames: P, where no `frames` are given.
-            where: bool [B]; worlds where it is False go on as they are. All begin by default.
+            prompt_frames: P, if no `frames` are given.
+            where: bool [B]; worlds where it is False are unchanged. All start by default.
 
         Raises:
-            UserError: naming the argument and what would be right.
+            UserError: an invalid argument.
         """
         batch = self._batch(frames, batch, where)
         seeds = _seeds(seed, batch)
@@ -164,14 +164,14 @@ class WorldModel:
 
     @property
     def outcomes(self) -> Outcomes:
-        """What the actions of the last `step` or `rollout` led to: probabilities, [B, F] each.
+        """Outcomes of the actions of the last `step` or `rollout`: probabilities, [B, F] each.
 
         Raises:
-            UserError: the model has no heads, or there was no action yet.
+            UserError: the model has no heads, or no action has been taken.
         """
         if not self.trained.network.heads:
             raise UserError(
-                f"{self.trained.path} has no heads, which tell rewards and ends of episodes: train "
+                f"{self.trained.path} has no heads, to predict rewards and ends of episodes: train "
                 "with --config.model.heads=True, or add them with `python -m cwm_jax.tools.heads`"
             )
         if self._outcomes is None:
@@ -180,7 +180,7 @@ class WorldModel:
 
     def _begun(self) -> Worlds:
         if self._worlds is None:
-            raise UserError("no world has begun: call reset() first")
+            raise UserError("no world was started: call reset() first")
         return self._worlds
 
     def _batch(self, frames, batch: int | None, where) -> int:
@@ -188,13 +188,13 @@ class WorldModel:
         given = len(frames) if np.ndim(frames) == 5 else None
         wanted = batch if batch is not None else given or self.batch or 1
         if not isinstance(wanted, int | np.integer) or wanted < 1:
-            raise UserError(f"batch={batch!r}: must be a whole number, 1 or more")
+            raise UserError(f"batch={batch!r}: must be an integer, 1 or more")
         if given not in (None, wanted):
             raise UserError(f"batch={batch}, but frames are the prompts of {given} worlds")
         if where is not None and (np.shape(where) != (wanted,) or wanted != self.batch):
             raise UserError(
-                f"where has the shape {np.shape(where)} for a reset of {wanted} worlds, and there "
-                f"are {self.batch}: wanted one bool for each that there is"
+                f"where has the shape {np.shape(where)} for a reset of {wanted} worlds, but there "
+                f"are {self.batch}: expected one bool for each of these"
             )
         return int(wanted)
 
@@ -207,7 +207,7 @@ class WorldModel:
 
 
 def _located(source: Path | str) -> Path:
-    """Where a model lies; what is no path here and has the form of a hub's name is one."""
+    """The path of a model; a name of the hub's form that is no path here is of the hub."""
     if not isinstance(source, str) or shipped.found(source).exists():
         return pretrained.located(source)
     if hub_models.may_be_one(source):
@@ -223,7 +223,9 @@ def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
         sampler.check_seed(seed)
         return [(int(seed) + i) % _SEEDS for i in range(batch)]
     if len(seed) != batch:
-        raise UserError(f"{len(seed)} seeds for {batch} worlds: wanted one for each, or one number")
+        raise UserError(
+            f"{len(seed)} seeds for {batch} worlds: expected one for each, or one number"
+        )
     return [int(one) for one in seed]
 
 
@@ -237,7 +239,7 @@ def _for_all(frames: np.ndarray, actions, batch: int) -> tuple[np.ndarray, np.nd
     if actions is None:
         if count > 1:
             raise UserError(
-                f"{count} prompt frames without actions: wanted the action that led into each "
+                f"{count} prompt frames without actions: expected the action that led into each "
                 "(−1 for the first)"
             )
         actions = np.full((batch, 1), NO_ACTION)

@@ -34,14 +34,14 @@ from cwm_jax.tools import (
         (sample, "--fps -3", "--fps -3: must be"),
         (sample, "--fps 9999999999", "--fps 9999999999: must be"),
         (evaluate, "--seed -1", "seed=-1: must be"),
-        (evaluate, "--kvd 24", "--kvd 24: so few clips"),
+        (evaluate, "--kvd 24", "--kvd 24: too few clips"),
         (evaluate, "--seeds 1", "seeds=1: a spread needs 2 or more"),
         (evaluate, "settings --seed -1", "seed=-1: must be"),
         (evaluate, "settings --steps 1,x", "--steps 1,x: wanted whole numbers, such as 1,2,4"),
         (evaluate, "settings --steps 1,0", "ddim_steps must be 1…1000, not 0"),
         (evaluate, "closed-loop --seed -1", "seed=-1: must be"),
         (evaluate, "closed-loop --levels 0", "levels=0: must be 1 or more"),
-        (evaluate, "closed-loop --frames 0", "1 of 0 frames given leave none to draw"),
+        (evaluate, "closed-loop --frames 0", "1 of 0 frames given leave none to generate"),
         (evaluate, "closed-loop --frames 4 --n-prompt 4", "4 of 4 frames given"),
     ],
 )
@@ -61,7 +61,7 @@ def test_numbers_are_written_even_if_the_report_fails(tmp_path, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "cwm_jax.evaluation.html_report", None)  # cannot be imported
     monkeypatch.delattr("cwm_jax.evaluation.html_report", raising=False)
     assert evaluate._write_report(tmp_path, None, None) == ""
-    assert "there is no report: " in capsys.readouterr().err
+    assert "no report was written: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -143,4 +143,4 @@ for call in (
     assert told.count("this package was built without its ") == 4
     for name in ("checkpoints/pocket", "assets/coinrun", "configs"):
         assert f"{name}" in told
-    assert "install it from a whole wheel" in told
+    assert "install it from a complete wheel" in told

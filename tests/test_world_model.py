@@ -144,7 +144,7 @@ def test_what_cannot_be_is_named_and_changes_nothing(model, call, message):
 
 def test_nothing_is_generated_before_a_world_begins(trained):
     for call in (lambda m: m.step(7), lambda m: m.rollout(ACTIONS), lambda m: m.frames):
-        with pytest.raises(UserError, match=r"no world has begun: call reset\(\) first"):
+        with pytest.raises(UserError, match=r"no world was started: call reset\(\) first"):
             call(WorldModel(trained))
 
 

@@ -1,7 +1,7 @@
 """A trained model as a Gymnasium environment, one world or many.
 
     import gymnasium
-    import cwm_jax.environment  # makes cwm/CoinRun-v0 known to Gymnasium
+    import cwm_jax.environment  # registers cwm/CoinRun-v0 with Gymnasium
 
     env = gymnasium.make("cwm/CoinRun-v0", checkpoint="checkpoints/pocket")
     envs = gymnasium.make_vec("cwm/CoinRun-v0", num_envs=8, vectorization_mode="vector_entry_point")
@@ -14,7 +14,7 @@ import importlib.util
 ID = "cwm/CoinRun-v0"
 MAX_EPISODE_STEPS = 500
 
-if importlib.util.find_spec("gymnasium"):  # the modules below say what is missing
+if importlib.util.find_spec("gymnasium"):  # the modules below report what is missing
     import gymnasium
 
     gymnasium.register(

@@ -6,7 +6,7 @@ from cwm_jax.errors import UserError
 
 
 class Display:
-    """A window; closing it by its button closes the window alone."""
+    """A window; its close button closes only the window."""
 
     def __init__(self, title: str, fps: int):
         try:
@@ -20,7 +20,7 @@ class Display:
         self._is_closed = False
 
     def show(self, frame_HWC: np.ndarray) -> None:
-        """Shows a frame, uint8, and waits until it is its time."""
+        """Shows a frame, uint8, and waits to keep the frame rate."""
         if self._is_closed:
             return
         pygame = self._pygame

@@ -1,4 +1,4 @@
-"""What an environment can be made with, checked; and what a step earns."""
+"""Options of an environment, with checks; and the rewards of a step."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ class Options:
     """Options of an environment.
 
     Fields:
-        checkpoint: whatever `WorldModel.from_pretrained` opens, or a `WorldModel` that is not used
-            elsewhere; None: the model that comes with the project.
+        checkpoint: any model that `WorldModel.from_pretrained` opens, or a `WorldModel` that is not
+            used elsewhere; None: the project's own model.
         denoising_steps: of each frame; None: the model's own number.
         data: a data folder from whose validation episodes worlds start; None: the embedded one.
         prompt_frames: real frames that a world starts from.
-        rewards: whether the model's heads give rewards and end episodes; without, there are none.
-        reward_scale: the reward where the heads say that it is positive; negated where negative.
-        threshold: from which probability the heads count.
+        rewards: whether the model's heads give rewards and end episodes; False: neither.
+        reward_scale: the reward if the heads predict a positive one; negated for a negative one.
+        threshold: smallest probability that counts as a prediction.
     """
 
     checkpoint: str | Path | WorldModel | None = None
@@ -42,14 +42,14 @@ class Options:
         if not isinstance(self.rewards, bool):
             raise UserError(f"rewards={self.rewards!r}: must be True or False")
         if not (isinstance(self.prompt_frames, int) and self.prompt_frames >= 1):
-            raise UserError(f"prompt_frames={self.prompt_frames!r}: must be a whole number ≥ 1")
+            raise UserError(f"prompt_frames={self.prompt_frames!r}: must be an integer ≥ 1")
         for name, low, high in (("threshold", 0, 1), ("reward_scale", -1e9, 1e9)):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and low <= value <= high):
                 raise UserError(f"{name}={value!r}: must be a number {low:g}…{high:g}")
 
     def open(self) -> WorldModel:
-        """The model, which has heads if rewards are wanted.
+        """The model, which must have heads if rewards are enabled.
 
         Raises:
             UserError: it cannot be opened, or has no heads.
@@ -68,7 +68,7 @@ class Options:
         return model
 
     def earned(self, predicted: Outcomes) -> tuple[np.ndarray, np.ndarray]:
-        """Rewards, float64, and whether episodes end, bool; shaped as the outcomes are."""
+        """Rewards, float64, and whether episodes end, bool; of the shape of the outcomes."""
         signs = (predicted.positive >= self.threshold) * 1.0 - (
             predicted.negative >= self.threshold
         )
@@ -80,13 +80,13 @@ def of(**given: Any) -> Options:
     names = [field.name for field in dataclasses.fields(Options)]
     if unknown := sorted(set(given) - set(names)):
         raise UserError(
-            f"there is no option {unknown[0]!r} of cwm/CoinRun-v0; there are {', '.join(names)}"
+            f"there is no option {unknown[0]!r} of cwm/CoinRun-v0; valid are {', '.join(names)}"
         )
     return Options(**given)
 
 
 def prompt(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The arguments of `WorldModel.reset` that options of `reset` give.
+    """The arguments of `WorldModel.reset` from options of `reset`.
 
     Raises:
         UserError: for an option that does not exist, or actions without frames.
@@ -94,20 +94,20 @@ def prompt(options: Mapping[str, Any] | None) -> dict[str, Any]:
     options = options or {}
     if unknown := sorted(set(options) - set(RESET_OPTIONS)):
         raise UserError(
-            f"there is no option {unknown[0]!r} of reset; there are {', '.join(RESET_OPTIONS)}: "
+            f"there is no option {unknown[0]!r} of reset; valid are {', '.join(RESET_OPTIONS)}: "
             "frames to start from, uint8 [P, 64, 64, 3], and the action that led into each, [P]"
         )
     if "actions" in options and "frames" not in options:
-        raise UserError("reset has the option actions without frames, into which they led")
+        raise UserError("reset needs the option frames with the option actions")
     return dict(options)
 
 
 def check_render_mode(mode: str | None, modes: list[str]) -> None:
     """Raises a UserError for a render mode that does not exist."""
     if mode is not None and mode not in modes:
-        raise UserError(f"render_mode={mode!r}: there are {', '.join(modes)}, and None")
+        raise UserError(f"render_mode={mode!r}: must be {', '.join(modes)}, or None")
 
 
 def enlarged(frame_HWC: np.ndarray) -> np.ndarray:
-    """A frame for people, each pixel `SCALE` × `SCALE`."""
+    """A rendered frame, each pixel `SCALE` × `SCALE`."""
     return frame_HWC.repeat(SCALE, axis=0).repeat(SCALE, axis=1)

@@ -23,17 +23,17 @@ class CoinRunEnv(gymnasium.Env):
     """CoinRun as a model generates it.
 
     Observations are frames, uint8 [64, 64, 3]; actions are Procgen's 15. Rewards and ends of
-    episodes are what the model's heads say of the action and the frames before it, and `info` has
-    their probabilities. Longest episodes are up to Gymnasium (`max_episode_steps` of `make`).
+    episodes are predicted by the model's heads from the action and earlier frames; `info` has
+    their probabilities. Gymnasium limits episodes (`max_episode_steps` of `make`).
 
     `reset(options={"frames": …, "actions": …})` starts from these frames instead of recorded ones.
 
     Args:
-        render_mode: "rgb_array", frames for people, uint8 [512, 512, 3]; "human", a window.
+        render_mode: "rgb_array", enlarged frames, uint8 [512, 512, 3]; "human", a window.
         settings: see `cwm_jax.environment.options.Options`.
 
     Raises:
-        UserError: for an option that cannot be, or a model without heads where rewards are wanted.
+        UserError: an invalid option, or a model without heads if rewards are enabled.
     """
 
     metadata: ClassVar = {"render_modes": ["rgb_array", "human"], "render_fps": FPS}
@@ -64,7 +64,7 @@ class CoinRunEnv(gymnasium.Env):
 
     def step(self, action) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         if self._frame is None:
-            raise UserError("step() before reset(): no world has begun")
+            raise UserError("step() before reset(): no world was started")
         (self._frame,) = self.world.step(np.asarray(action).reshape(1))
         reward, ended, info = 0.0, False, {}
         if self.options.rewards:

@@ -25,8 +25,8 @@ class CoinRunVectorEnv(VectorEnv):
 
     Observations, rewards, ends and options are those of `cwm_jax.environment.single.CoinRunEnv`;
     `reset(seed=s)` gives world i the seed s + i, and frames of the options are for all worlds
-    [P, 64, 64, 3] or for each [N, P, 64, 64, 3]. A world whose episode is over begins anew as
-    `autoreset_mode` says, which has Gymnasium's meanings.
+    [P, 64, 64, 3] or for each [N, P, 64, 64, 3]. A world whose episode is over restarts by
+    `autoreset_mode`, as defined by Gymnasium.
 
     Args:
         num_envs: N.
@@ -51,7 +51,7 @@ class CoinRunVectorEnv(VectorEnv):
         self.options = option_checks.of(**settings)
         option_checks.check_render_mode(render_mode, ["rgb_array"])
         if not (isinstance(num_envs, int) and num_envs >= 1):
-            raise UserError(f"num_envs={num_envs!r}: must be a whole number ≥ 1")
+            raise UserError(f"num_envs={num_envs!r}: must be an integer ≥ 1")
         if max_episode_steps is not None and not max_episode_steps >= 1:
             raise UserError(f"max_episode_steps={max_episode_steps!r}: must be 1 or more, or None")
         self.num_envs, self.render_mode = num_envs, render_mode
@@ -78,7 +78,7 @@ class CoinRunVectorEnv(VectorEnv):
         seed: int | Sequence[int | None] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begins all worlds, or with `options={"reset_mask": bool [N], …}` those that it names."""
+        """Starts all worlds, or with `options={"reset_mask": bool [N], …}` those that are True."""
         options = dict(options or {})
         where = self._mask(options.pop("reset_mask", None))
         self._seed(seed)
@@ -89,17 +89,17 @@ class CoinRunVectorEnv(VectorEnv):
         self, actions
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         if self._frames is None:
-            raise UserError("step() before reset(): no world has begun")
+            raise UserError("step() before reset(): no world was started")
         actions = np.asarray(actions)
         if actions.shape != (self.num_envs,):
             raise UserError(
-                f"actions of shape {actions.shape}: wanted one for each of the "
+                f"actions of shape {actions.shape}: expected one for each of the "
                 f"{self.num_envs} worlds"
             )
         begins = self._over.copy()
         if begins.any() and self.autoreset_mode == AutoresetMode.DISABLED:
             raise UserError(
-                f"world {int(begins.argmax())}: its episode is over; begin it anew by "
+                f"world {int(begins.argmax())}: its episode is over; restart it by "
                 'reset(options={"reset_mask": …}) before the next step'
             )
         self._frames = self.world.step(np.where(begins, 0, actions))
@@ -110,14 +110,14 @@ class CoinRunVectorEnv(VectorEnv):
         self._over = ends | cut
         if self.autoreset_mode == AutoresetMode.NEXT_STEP and begins.any():
             self._begin(begins)
-            self._over = ends | cut  # of the worlds that went on
+            self._over = ends | cut  # of the worlds that made a step
         elif self.autoreset_mode == AutoresetMode.SAME_STEP and self._over.any():
             infos |= self._final(infos)
             self._begin(self._over.copy())
         return self._frames.copy(), rewards, ends, cut, infos
 
     def _earned(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        """Rewards and ends of the worlds in which the action counted, and what is said of them."""
+        """Rewards, ends and infos of the worlds in which the action counted."""
         if not self.options.rewards:
             return np.zeros(self.num_envs), np.zeros(self.num_envs, bool), {}
         predicted = self.world.outcomes
@@ -163,7 +163,7 @@ class CoinRunVectorEnv(VectorEnv):
             return
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
         if len(seeds) != self.num_envs:
-            raise UserError(f"{len(seeds)} seeds for {self.num_envs} worlds: wanted one for each")
+            raise UserError(f"{len(seeds)} seeds for {self.num_envs} worlds: expected one for each")
         for i, one in enumerate(seeds):
             if one is not None:
                 self._random[i] = np.random.default_rng(one)
@@ -173,9 +173,9 @@ class CoinRunVectorEnv(VectorEnv):
             return np.ones(self.num_envs, bool)
         mask = np.asarray(mask)
         if mask.dtype != bool or mask.shape != (self.num_envs,) or not mask.any():
-            raise UserError(f"reset_mask: wanted {self.num_envs} booleans, one at least True")
+            raise UserError(f"reset_mask: expected {self.num_envs} booleans, one at least True")
         if self._frames is None and not mask.all():
-            raise UserError("reset_mask: the first reset begins all worlds")
+            raise UserError("reset_mask: the first reset must start all worlds")
         return mask
 
     def render(self) -> tuple[np.ndarray, ...] | None:
@@ -189,4 +189,4 @@ def _mode(mode: AutoresetMode | str) -> AutoresetMode:
         return AutoresetMode(mode)
     except ValueError:
         modes = ", ".join(m.value for m in AutoresetMode)
-        raise UserError(f"autoreset_mode={mode!r}: there are {modes}") from None
+        raise UserError(f"autoreset_mode={mode!r}: must be one of {modes}") from None

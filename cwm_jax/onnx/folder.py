@@ -1,7 +1,7 @@
-"""An ONNX export: a folder of graphs, the weights that they share, and a description.
+"""An ONNX export: a folder of graphs, their shared weights, and a description.
 
-    model.json        sizes, noise levels, the files' checksums; what the graphs' metadata holds too
-    weights.bin       all numbers
+    model.json        sizes, noise levels, the files' checksums; also in the graphs' metadata
+    weights.bin       all parameters
     denoise.onnx      one denoising step of one or several frames
     frame-S.onnx      a whole frame of S denoising steps
     encode.onnx       keys and values of clean frames: of a prompt, of half a window, of one frame
@@ -41,9 +41,9 @@ def write(trained: Trained, out: Path, *, steps: Sequence[int], dtype: str) -> d
     """Writes the graphs, and returns the description.
 
     Args:
-        out: a folder that is there.
+        out: an existing folder.
         steps: the numbers S of denoising steps that a frame may be generated with.
-        dtype: float32 or float16, in which the numbers are stored; all is computed in float32.
+        dtype: float32 or float16, of the stored weights; all computation is in float32.
 
     Raises:
         UserError: the libraries for ONNX are not installed.
@@ -118,10 +118,10 @@ def _versions() -> dict[str, str]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The description, once every file has been found to be as it says.
+    """The description, after every file was checked against it.
 
     Raises:
-        UserError: naming the file that is missing, damaged or of another format.
+        UserError: a file is missing, damaged or of another format.
     """
     path = folder / DESCRIPTION
     try:

@@ -1,7 +1,7 @@
 """The generator's graphs: a denoising step, a whole frame of S steps, and the keys of clean frames.
 
 `cwm_jax.sampling.sampler` computes the same with JAX. Each graph is made of the same layers
-(`cwm_jax.onnx.network`); what a noise level and an action say to a frame is tabulated, as there.
+(`cwm_jax.onnx.network`); modulations by noise level and action are tabulated, as there.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ MODULATIONS = "modulations"  # [levels · (A + 1), …]; the last level is that 
 
 
 class Plan(NamedTuple):
-    """Which denoising steps the graphs have."""
+    """The denoising steps of the graphs."""
 
     steps: tuple[int, ...]  # the numbers S of steps that a frame may be generated with
     context_level: int  # noise level of clean frames
@@ -45,26 +45,26 @@ class Plan(NamedTuple):
         return rows
 
     def first_row(self, steps: int) -> int:
-        """Where in `table` the steps of S = `steps` begin."""
+        """Index in `table` of the first step of S = `steps`."""
         return sum(self.steps[: self.steps.index(steps)])
 
 
 def store(weights: Weights, params: dict[str, np.ndarray], tables: Tables) -> None:
-    """Stores all numbers of a network: its layers' and the modulations of `tables`."""
+    """Stores all weights of a network: its layers' parameters and the modulations of `tables`."""
     layers.store(weights, params)
     every = (np.concatenate([x, y[None]]) for x, y in zip(tables.steps, tables.context))  # noqa: B905
     rows = [np.asarray(x).reshape(*x.shape[:2], -1) for x in every]
     rows = np.concatenate(rows, axis=-1)
-    # float32 always: parameters often come from bfloat16 and lose nothing in float16, tables would.
+    # Always float32: parameters often are bfloat16 values, exact in float16; tables are not.
     weights.add(MODULATIONS, rows.reshape(-1, rows.shape[-1]), exact=True)
 
 
 class Graphs:
-    """Builds the graphs of one network, whose numbers are stored in `weights`.
+    """Builds the graphs of one network, whose parameters are stored in `weights`.
 
     The graphs have these inputs, of T lanes after P frames of the past:
 
-        sample    float32 [T, H, W, 3]: noise, or the result of the denoising step before
+        sample    float32 [T, H, W, 3]: noise, or the result of the previous denoising step
         frames    float32 [T, H, W, 3]: clean frames in [-1, 1]
         earlier   float32 [T, history, H, W, 3], the frames before each lane, newest first; only
                   for networks with history
@@ -72,7 +72,7 @@ class Graphs:
         place     int32 [T], the lane's place in time within the window, from 0
         attends   float32 [T, P + T], 1 where a lane attends to a frame of the past or to a lane
         keys_0, values_0, …  float32 [P, S, N, K] of the past for each block, as `encode` returns
-                  them; P ≥ 1 (one that no lane attends to where there is no past)
+                  them; P ≥ 1 (without a past, one that no lane attends to)
         row       int32 [], row of the table of denoising steps
     """
 
@@ -80,7 +80,7 @@ class Graphs:
         self._config, self._weights, self._plan, self._notes = config, weights, plan, notes
 
     def denoise(self) -> onnx.ModelProto:
-        """One denoising step: `sample` after it, and the frame that this is if it was the last."""
+        """One denoising step: `sample` after it, and the clean frame if it was the last."""
         nodes = Nodes(self._weights)
         levels, alpha_bars, after = zip(*self._plan.table, strict=True)
         pick = lambda column: nodes("Gather", column, "row", axis=0)
@@ -128,7 +128,7 @@ class Graphs:
         return "earlier" if self._config.history else None
 
     def _last(self, nodes: Nodes) -> str:
-        """The frame before each lane, [T, H, W, 3]."""
+        """The previous frame of each lane, [T, H, W, 3]."""
         size = self._config.image_size
         return nodes.reshape(nodes.slice("earlier", 1, 0, 1), -1, size, size, 3)
 

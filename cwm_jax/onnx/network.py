@@ -4,7 +4,7 @@ A graph takes T new frames ("lanes") and P frames of the past. Which lane attend
 an argument, so that one graph serves one frame after its past, a clip (each frame attends to those
 before it), and frames of several worlds at once.
 
-The keys and values of the past come block by block, and are read where they lie.
+The keys and values of the past are separate inputs for each block, and are not copied.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _HIDDEN = -1e9  # added to the scores of frames that a lane does not attend to
 
 
 class Lanes(NamedTuple):
-    """The inputs that say what the new frames attend to; names of a graph's inputs."""
+    """Names of the graph inputs that determine what the new frames attend to."""
 
     place: str  # int32 [T], place in time of each lane, 0 … max_frames − 1
     attends: str  # float32 [T, P + T], 1 where lane t attends to that frame (past, then lanes)
@@ -37,13 +37,13 @@ class NewKV(NamedTuple):
 
 
 def store(weights: Weights, params: dict[str, np.ndarray]) -> None:
-    """Stores the parameters of all layers but those that `Tables` replace; q | k | v columns."""
+    """Stores the parameters of all layers except those that `Tables` replace; q | k | v columns."""
     tabulated = ("modulation.", "time_in.", "time_out.", "action.")
     outs = ("patch_out.", "doubt_out.", "motion_out.", "displacement_out.")
     for name, value in params.items():
         if not any(part in name for part in tabulated) and not name.startswith(outs):
             weights.add(name, value)
-    for part, axis in (("kernel", 1), ("bias", 0)):  # one product for all that is predicted
+    for part, axis in (("kernel", 1), ("bias", 0)):  # one product for all outputs
         every = [params[out + part] for out in outs if out + part in params]
         weights.add(f"outputs.{part}", np.concatenate(every, axis=axis))
 
@@ -102,7 +102,7 @@ class Network:
         """All blocks; x [T, S, D] to the stream after the last, and the lanes' keys and values.
 
         Args:
-            kv_alone: leaves out what no key and no value depends on; the stream is then unusable.
+            kv_alone: omits nodes that no key or value depends on; the stream is then unusable.
         """
         kv, depth = NewKV([], []), self._config.depth
         for block in range(depth):
@@ -111,7 +111,7 @@ class Network:
         return x, kv
 
     def outputs(self, x: str) -> str:
-        """All that is predicted for each token, side by side, [T, S, …]."""
+        """All outputs for each token, concatenated, [T, S, …]."""
         return self._linear(self._norm(x, *self._vectors[-2:]), "outputs")
 
     def _split(self, modulation: str) -> list[str]:
@@ -155,7 +155,7 @@ class Network:
     def _project(self, x: str, layer: str, number: int, turns: Sequence) -> list[str]:
         """Queries and keys, both rotated and scaled, and values of the normed tokens, [T, S, N, K].
 
-        Queries and keys go through the same nodes: fewer, larger ones cost less.
+        Queries and keys share the same nodes: fewer, larger nodes cost less.
         """
         nodes, config = self._nodes, self._config
         kernel = nodes.parameter(f"{layer}.qkv.kernel")
@@ -174,7 +174,7 @@ class Network:
         return nodes("Div", x, nodes("Sqrt", nodes.add(mean, np.float32(_EPSILON))))
 
     def _turned(self, x: str, cos: str | np.ndarray, sin: str | np.ndarray) -> str:
-        """x [T, S, …, K] rotated; `sin` has the sign of the half that it is for."""
+        """x [T, S, …, K] rotated; `sin` has the sign of its half."""
         nodes, half = self._nodes, self._config.head_size // 2
         first, second = nodes.several("Split", 2, x, np.array([half, half], np.int64), axis=-1)
         swapped = nodes("Concat", second, first, axis=-1)
@@ -183,7 +183,7 @@ class Network:
     def _tables(self, angles: np.ndarray) -> list[np.ndarray]:
         """Cosines, and sines with the sign of each half, float32 [..., K], of angles [..., K/2].
 
-        Both are scaled by K^(-1/4), since the scores of attention are by K^(-1/2).
+        Both are scaled by K^(-1/4), so that the scores of attention are scaled by K^(-1/2).
         """
         cos, sin = rope.cos_sin(angles)
         scale = np.float32(self._config.head_size**-0.25)
@@ -202,7 +202,7 @@ class Network:
         return self._nodes.reshape(heads, -1, config.tokens, config.hidden_size)
 
     def _over_time(self, q: str, kv: NewKV, block: int) -> str:
-        """Lanes attend to the past and to lanes, each token place on its own."""
+        """Lanes attend to the past and to lanes, separately for each token place."""
         nodes, config = self._nodes, self._config
         heads = config.tokens * config.num_heads
         fold = lambda x: nodes.reshape(x, -1, heads, config.head_size)

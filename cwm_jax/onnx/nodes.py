@@ -1,4 +1,4 @@
-"""Writes an ONNX graph node by node; parameters are named once, and their numbers stored apart."""
+"""Writes an ONNX graph node by node; parameters are named once, and stored in a separate file."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,12 +7,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-OPSET = 20  # the first with GELU; runtimes from onnxruntime 1.17 on have it
+OPSET = 20  # the first with GELU; onnxruntime 1.17 or newer supports it
 IR_VERSION = 9
 
 
 class Stored(NamedTuple):
-    """Where the numbers of one parameter lie in the file of weights."""
+    """The place of one parameter in the file of weights."""
 
     offset: int
     length: int
@@ -21,10 +21,10 @@ class Stored(NamedTuple):
 
 
 class Weights:
-    """The numbers that all graphs share, in one file.
+    """The weights that all graphs share, in one file.
 
     Args:
-        dtype: float32 or float16, of what `add` stores without another.
+        dtype: float32 or float16, of `add` without an explicit dtype.
     """
 
     def __init__(self, file_name: str, dtype: str):
@@ -34,7 +34,7 @@ class Weights:
         self._bytes = bytearray()
 
     def add(self, name: str, array: np.ndarray, *, exact: bool = False) -> None:
-        """Stores an array under a name; `exact` in float32 whatever the others are in."""
+        """Stores an array under a name; `exact`: in float32 regardless of the dtype."""
         dtype = np.dtype("float32") if exact else self._dtype
         if name in self._stored:
             return
@@ -140,8 +140,8 @@ class Nodes:
         """The graph as a model.
 
         Args:
-            inputs: dtype and shape by name; an axis of a free length is a word.
-            outputs: by name, the node output that it is, and the shape; all float32.
+            inputs: dtype and shape by name; a dynamic axis is a string.
+            outputs: by name, the node's output and the shape; all float32.
             notes: the model's metadata.
         """
         for output, (source, _) in outputs.items():

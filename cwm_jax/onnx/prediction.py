@@ -1,6 +1,6 @@
-"""What the network's outputs mean for a noisy sample, as ONNX nodes.
+"""The interpretation of the network's outputs for a noisy sample, as ONNX nodes.
 
-`cwm_jax.diffusion.denoiser`, `warp` and `displacement` say the same in JAX. All is done in patches:
+`cwm_jax.diffusion.denoiser`, `warp` and `displacement` compute the same in JAX, here in patches:
 rows of P · P · 3 numbers, one for each token.
 """
 
@@ -13,11 +13,11 @@ from cwm_jax.onnx.nodes import Nodes
 
 
 class Prediction:
-    """Adds the meaning of outputs to a graph.
+    """Adds the interpretation of outputs to a graph.
 
     Args:
         outputs: `Network.outputs`: residual, log-variance, then the logits of filters or of
-            displacements, side by side.
+            displacements, concatenated.
     """
 
     def __init__(self, nodes: Nodes, config: DiTConfig, net: Network, outputs: str):
@@ -48,7 +48,7 @@ class Prediction:
         return nodes.add(nodes("Div", known, whole), nodes.mul(self._residual, unknown))
 
     def _displaced(self, last: str) -> str:
-        """How each small patch's copy, by its likeliest displacement, differs from `last`."""
+        """How each small patch's copy, by its most likely displacement, differs from `last`."""
         nodes, reach = self._nodes, self._config.reach
         side, grid = self._config.patch_size // reach.patch, self._config.grid
         logits = nodes.reshape(self._logits, -1, grid, grid, side, side, reach.count)
@@ -79,7 +79,7 @@ class Prediction:
         return nodes.reshape(nodes("GatherElements", pixels, every, axis=1), -1, size, size, 3)
 
     def _filtered(self, last: str) -> str:
-        """How each patch, seen through its two filters, differs from `last`; see `warp.change`."""
+        """How each patch, warped by its two filters, differs from `last`; see `warp.change`."""
         nodes, config = self._nodes, self._config
         reach, patch, size = config.warp_reach, config.patch_size, config.image_size
         wide = patch + 2 * reach

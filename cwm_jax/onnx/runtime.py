@@ -1,6 +1,6 @@
 """Generates frames from an ONNX export with onnxruntime: the sampler's window modes, in NumPy.
 
-It shows what a program in any language has to do around the graphs. A world is its frames, their
+It shows how a program in any language uses the graphs. A world is its frames, their
 actions, and the rotated keys and values of each at places 0, 1, 2 …
 """
 
@@ -28,10 +28,10 @@ class OnnxGenerator:
     """Generates frames with an export.
 
     Args:
-        folder: what `cwm_jax.tools.export --format onnx` made.
+        folder: made by `cwm_jax.tools.export --format onnx`.
         steps: S, one of the export's.
         window: as in `cwm_jax.sampling.kv_cache`.
-        threads: of onnxruntime; 0 leaves the choice to it.
+        threads: of onnxruntime; 0: its default.
 
     Raises:
         UserError: onnxruntime or a file is missing, a file is damaged, or S is not in the export.
@@ -48,18 +48,18 @@ class OnnxGenerator:
 
     @property
     def slots(self) -> int:
-        """Frames that the next one looks back on at most."""
+        """The largest number of earlier frames that a new one attends to."""
         return self.sizes["max_frames"] - 1
 
     def start(self, frames_FHWC: np.ndarray, actions_F: np.ndarray) -> World:
-        """A world that begins with these clean frames in [-1, 1]; the newest where too many."""
+        """A world that starts with these clean frames in [-1, 1], at most the newest that fit."""
         frames_FHWC, actions_F = frames_FHWC[-self.slots :], actions_F[-self.slots :]
         size = self.sizes["image_size"]
         past = World(np.zeros((0, size, size, 3), np.float32), np.zeros(0, np.int32), {})
         return self._appended(past, frames_FHWC, actions_F)
 
     def step(self, world: World, action: int, noise_HWC: np.ndarray) -> tuple[World, np.ndarray]:
-        """One frame on: (the older world, the frame, float32 [H, W, C], unclamped)."""
+        """Generates one frame: (the next world, the frame, float32 [H, W, C], unclamped)."""
         lanes = self._lanes(world, np.array([action], np.int32))
         feeds = {"sample": noise_HWC[None].astype(np.float32)} | lanes
         if self.sizes["history"]:
@@ -78,7 +78,7 @@ class OnnxGenerator:
         return self.start(frames[-keep:], actions[-keep:])
 
     def _appended(self, world: World, frames_THWC, actions_T) -> World:
-        """The world with T frames more, encoded together."""
+        """The world with T more frames, encoded together."""
         feeds = {"frames": frames_THWC.astype(np.float32)} | self._lanes(world, actions_T)
         if self.sizes["history"]:
             every = [*world.frames_FHWC, *frames_THWC]
@@ -107,7 +107,7 @@ class OnnxGenerator:
         past, new = len(world.frames_FHWC), len(actions_T)
         attends = np.concatenate([np.ones((new, past)), np.tri(new)], axis=1)
         kv = world.kv
-        if not past:  # one that nobody attends to
+        if not past:  # one that no lane attends to
             shape = (1, self.sizes["tokens"], self.sizes["num_heads"], self._head_size)
             kv = {name: np.zeros(shape, np.float32) for name in self._kv_names}
             attends = np.concatenate([np.zeros((new, 1)), attends], axis=1)

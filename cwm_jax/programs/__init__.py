@@ -1,1 +1,1 @@
-"""The four programs, one story each, and `cwm`, the command that starts every program."""
+"""The four main programs, and `cwm`, the command that starts every program."""

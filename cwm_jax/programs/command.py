@@ -1,7 +1,7 @@
 """`cwm`: one command for all programs.
 
-A subcommand's module is imported when it is called, and nothing before: `cwm --help` loads neither
-JAX nor any other large library. The words after the subcommand are the program's own.
+A subcommand's module is imported only when it is called: `cwm --help` loads neither JAX nor any
+other large library. The words after the subcommand are the program's own.
 """
 
 import difflib
@@ -26,25 +26,29 @@ SUBCOMMANDS = {
     "train": Subcommand("cwm_jax.programs.train", "train a world model"),
     "sample": Subcommand("cwm_jax.programs.sample", "generate rollouts as a video"),
     "play": Subcommand("cwm_jax.programs.play", "play in a world model, in the browser"),
-    "evaluate": Subcommand("cwm_jax.programs.evaluate", "measure, compare, play beside the game"),
+    "evaluate": Subcommand(
+        "cwm_jax.programs.evaluate", "measure, compare, replay next to the game"
+    ),
     "collect": Subcommand("cwm_jax.tools.collect", "record the real game (Procgen)"),
-    "pack": Subcommand("cwm_jax.tools.pack", "make a data folder of your own recordings"),
-    "preview": Subcommand("cwm_jax.tools.preview", "look at a data folder"),
-    "check": Subcommand("cwm_jax.tools.check", "find and leave out bad records"),
+    "pack": Subcommand("cwm_jax.tools.pack", "make a data folder from your own recordings"),
+    "preview": Subcommand("cwm_jax.tools.preview", "show a data folder"),
+    "check": Subcommand("cwm_jax.tools.check", "find and remove bad records"),
     "export": Subcommand("cwm_jax.tools.export", "safetensors, orbax or a bundle of a model"),
     "heads": Subcommand("cwm_jax.tools.heads", "add rewards and ends of episodes to a model"),
     "web": Subcommand("cwm_jax.tools.web", "make a page that runs a model in the browser"),
-    "import": Subcommand("cwm_jax.tools.convert_torch", "a .pt of the PyTorch original, and back"),
+    "import": Subcommand(
+        "cwm_jax.tools.convert_torch", "convert a .pt of the PyTorch original, or back"
+    ),
     "hub": Subcommand("cwm_jax.tools.hub", "data and models from and to the Hugging Face Hub"),
-    "perceptual": Subcommand("cwm_jax.tools.perceptual", "get the weights of LPIPS"),
+    "perceptual": Subcommand("cwm_jax.tools.perceptual", "download the weights of LPIPS"),
     "pocket": Subcommand("cwm_jax.tools.pocket", "record, train and export the pocket model"),
-    "doctor": Subcommand("cwm_jax.tools.doctor", "what is wrong with this machine"),
+    "doctor": Subcommand("cwm_jax.tools.doctor", "check this machine"),
     "completion": Subcommand("cwm_jax.programs.completion", "print shell completion"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the subcommand that `argv` begins with; the program's own by default."""
+    """Runs the subcommand of `argv`; of `sys.argv` by default."""
     words = list(sys.argv[1:] if argv is None else argv)
     with shown_to_user():
         if not words or words[0] in ("-h", "--help"):
@@ -56,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(name: str, words: Sequence[str]) -> None:
-    """Raises `UserError` where there is no such subcommand."""
+    """Raises `UserError` if there is no such subcommand."""
     known = available()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"there is no `cwm {name}`{meant}; there are {', '.join(known)}")
-    sys.argv = [f"cwm {name}", *words]  # what the programs read, and name in their messages
+    sys.argv = [f"cwm {name}", *words]  # read by the programs, and named in their messages
     importlib.import_module(known[name].module).main()
 
 
@@ -76,7 +80,7 @@ def usage() -> str:
     return (
         f"A playable CoinRun world model in JAX, {__version__}.\n\n"
         f"usage: cwm SUBCOMMAND …      cwm SUBCOMMAND --help      cwm --version\n\n{rows}\n\n"
-        "cwm play begins with the model that is in the package. A model is named by its folder or\n"
+        "cwm play uses the model of the package by default. A model is named by its folder or\n"
         "file, or by its place on the hub: hf://USER/REPOSITORY[@REVISION][/FOLDER]."
     )
 

@@ -1,10 +1,10 @@
-"""Prints what makes a shell complete `cwm`, its subcommands, flags and files.
+"""Prints a script with which a shell completes `cwm`, its subcommands, flags and files.
 
     cwm completion bash > ~/.local/share/bash-completion/completions/cwm
     cwm completion zsh > ~/.zfunc/_cwm
     cwm completion tcsh >> ~/.tcshrc
 
-The script is made once, from the flags that the programs have, and starts no program itself.
+The script is generated once, from the programs' flags, and starts no program itself.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def everything() -> argparse.ArgumentParser:
 
 
 def _add(own: argparse.ArgumentParser, further: dict) -> None:
-    """Subcommands of a program, which it takes before its flags."""
+    """Subcommands of a program, before its flags."""
     jobs = own.add_subparsers()
     for name, make in further.items():
         _complete_files(jobs.add_parser(name, parents=[make()], add_help=False))

@@ -1,4 +1,4 @@
-"""Measures how good a world model is, and gathers numbers and pictures in one page.
+"""Measures a world model, and writes the numbers and an HTML report.
 
     python evaluate.py --checkpoint runs/small --data data/coinrun --output metrics.json
     python evaluate.py compare small.json large.json
@@ -7,8 +7,8 @@
     python evaluate.py closed-loop --checkpoint runs/small --output closed_loop.mp4
     python evaluate.py outcomes --checkpoint checkpoints/pocket --data data/mine
 
-docs/evaluation.md says what each number means. Without --checkpoint the repository's own model is
-measured, `checkpoints/pocket`.
+docs/evaluation.md explains each number. Without --checkpoint the repository's own model,
+`checkpoints/pocket`, is measured.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def _video_plan(args: argparse.Namespace) -> video_distance.Plan | None:
-    """What KVD is measured on; None where it is not asked for."""
+    """The settings of KVD; None if it is not requested."""
     if not args.kvd:
         return None
     shared = dict(split=args.split, seed=args.seed, batch_size=args.batch_size)
@@ -139,15 +139,15 @@ def _measured(
 
 
 def _write_report(folder: Path, measured: full.Measured, plan: full.Plan) -> str:
-    """Returns what to print of the report. The numbers, which take long, stand without it."""
+    """Returns the line to print about the report. A failure does not affect the numbers."""
     try:
-        from cwm_jax.evaluation import html_report  # Matplotlib, which reads its settings here
+        from cwm_jax.evaluation import html_report  # imports Matplotlib, which reads its settings
 
         html_report.write(folder, measured, plan)
     except UserError:
         raise
     except Exception as error:
-        echo(f"WARNING: there is no report: {type(error).__name__}: {error}")
+        echo(f"WARNING: no report was written: {type(error).__name__}: {error}")
         return ""
     return f"\npictures → {folder / html_report.FILE}"
 
@@ -184,12 +184,14 @@ def rank_settings(words: list[str]) -> None:
     )
     numbers = _numbers(args.steps, "--steps", "1,2,4")
     for steps in numbers:
-        sampler.ddim_levels(steps)  # raises where there is no such number
+        sampler.ddim_levels(steps)  # raises for an invalid number
     args.checkpoint = pretrained.unless(args.checkpoint)
     file = generation_settings.writable(args.checkpoint) if args.write else None
     lpips = lpips_weights.available()
     if lpips is None:
-        raise UserError(f"settings are ranked by LPIPS: `{lpips_weights.FETCH}` gets its weights")
+        raise UserError(
+            f"settings are ranked by LPIPS: `{lpips_weights.FETCH}` downloads its weights"
+        )
     network = formats.load(args.checkpoint, step=args.step).network
     powers = args.sharpness and _numbers(args.sharpness, "--sharpness", "1,4", float)
     powers = generation_settings.sharpnesses(network, powers)
@@ -204,7 +206,7 @@ def rank_settings(words: list[str]) -> None:
     judged = generation_settings.judge(found)
     print(generation_settings.table(judged))
     answer = generation_settings.answer(judged)
-    print(answer or "no setting is good enough to play with")
+    print(answer or "no setting is playable")
     if file and answer:
         generation_settings.write(file, answer)
         print(f"→ {file}")
@@ -214,8 +216,8 @@ def _settings_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_called("settings"),
         description="Ranks numbers of denoising steps, windows and, for networks with softmax "
-        "filters, their sharpness by LPIPS, readable keys and how long rollouts last, and says "
-        "which the model should be used with.",
+        "filters, their sharpness by LPIPS, readable keys and the length of stable rollouts, and "
+        "prints the recommended ones.",
     )
     add = parser.add_argument
     add("--checkpoint", type=model_flag, help=_CHECKPOINT)
@@ -223,7 +225,7 @@ def _settings_flags() -> argparse.ArgumentParser:
     add("--steps", default="1,2,4,10", help="denoising steps a frame (%(default)s)")
     add(
         "--sharpness",
-        help="powers of the warp's softmax filters (1 and 4; a network without them has none)",
+        help="powers of the warp's softmax filters (1 and 4; without effect on other networks)",
     )
     add("--windows", nargs="+", default=["hop"], choices=sampler.WINDOWS, help="(hop)")
     add(
@@ -242,7 +244,7 @@ def _settings_flags() -> argparse.ArgumentParser:
     add(
         "--output", type=path_flag, default=Path("settings"), help="folder of numbers (%(default)s)"
     )
-    add("--write", action="store_true", help="put the answer into the model's safetensors file")
+    add("--write", action="store_true", help="write the result to the model's safetensors file")
     return parser
 
 
@@ -271,8 +273,8 @@ def close_the_loop(words: list[str]) -> None:
 def _loop_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_called("closed-loop"),
-        description="Plays the real game (Procgen) and the model under the same keys, and films "
-        "both with PSNR over time.",
+        description="Plays the real game (Procgen) and the model under the same keys, and writes "
+        "a video of both with PSNR over time.",
     )
     add = parser.add_argument
     add("--levels", type=int, default=4, help="how many levels to play (%(default)s)")
@@ -329,8 +331,8 @@ def measure_outcomes(words: list[str]) -> None:
 def _outcome_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate.py outcomes",
-        description="How well a model's heads tell rewards and ends of episodes, on real frames "
-        "and on its own.",
+        description="How well a model's heads predict rewards and ends of episodes, on real "
+        "and on generated frames.",
     )
     add = parser.add_argument
     add("--checkpoint", type=model_flag, help=_CHECKPOINT)
@@ -362,7 +364,7 @@ def parser() -> argparse.ArgumentParser:
     add("--report", type=path_flag, help="folder of report.html (beside the output, OUTPUT_report)")
     add("--split", default=default.split, choices=shards.SPLITS, help="(%(default)s)")
     add("--clips", type=int, default=default.clips, help="0: all that are long enough (0)")
-    add("--horizon", type=int, default=default.horizon, help="frames to draw (%(default)s)")
+    add("--horizon", type=int, default=default.horizon, help="frames to generate (%(default)s)")
     add("--n-prompt", default="1,4", help="real frames to start from (%(default)s)")
     add("--drift-frames", type=int, default=default.drift_frames, help="(%(default)s)")
     add("--batch-size", type=int, default=default.batch_size, help="clips at once (%(default)s)")
@@ -371,7 +373,7 @@ def parser() -> argparse.ArgumentParser:
         "--seeds",
         type=int,
         default=default.seeds,
-        help="rollouts with other noise, whose spread is held against the error (%(default)s)",
+        help="rollouts with other noise, whose spread is compared with the error (%(default)s)",
     )
     add(
         "--kvd",
@@ -402,7 +404,7 @@ def _open(args: argparse.Namespace) -> formats.Opened:
     if power == opened.network.warp_sharpness or not opened.network.warp_reach:
         return opened
     if not isinstance(opened.sampler, Sampler):
-        raise UserError(f"{args.checkpoint} is a bundle, whose filters are as sharp as they are")
+        raise UserError(f"{args.checkpoint} is a bundle, whose warp sharpness is fixed")
     network = dataclasses.replace(opened.network, warp_sharpness=power)
     sharper = Sampler(network, opened.params, opened.sampler.config)
     return opened._replace(network=network, sampler=sharper)
@@ -417,7 +419,7 @@ def _numbers(text: str, flag: str = "--n-prompt", such_as: str = "1,4", kind: ty
         return tuple(kind(word) for word in text.split(","))
     except ValueError:
         whole = "whole " if kind is int else ""
-        raise UserError(f"{flag} {text}: wanted {whole}numbers, such as {such_as}") from None
+        raise UserError(f"{flag} {text}: expected {whole}numbers, such as {such_as}") from None
 
 
 SUBCOMMANDS = {

@@ -3,8 +3,8 @@
     python play.py                                  then open http://127.0.0.1:7860
     python play.py --checkpoint runs/small
 
-Without --checkpoint the repository's own model is played, `checkpoints/pocket`; with --demo the
-page replays real clips, so that it can be seen without any model.
+Without --checkpoint the repository's own model, `checkpoints/pocket`, is played; with --demo the
+page replays real clips and needs no model.
 """
 
 import argparse
@@ -21,7 +21,9 @@ _CHECKPOINT = "a run, an export, or hf://USER/REPOSITORY[@REVISION] (checkpoints
 def main() -> None:
     with shown_to_user():
         args = parser().parse_args()
-        from cwm_jax.play.web import launch  # light: the heavy libraries load behind the first page
+        from cwm_jax.play.web import (
+            launch,
+        )  # light: the heavy libraries load after the first page is served
 
         launch.serve(
             launch.Options(
@@ -38,7 +40,7 @@ def main() -> None:
                 address=args.address,
             )
         )
-    os._exit(0)  # a thread may be compiling, which nothing can interrupt; all else has ended
+    os._exit(0)  # a thread may be compiling, which cannot be interrupted; the rest has ended
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,25 +50,30 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", type=model_flag, help=_CHECKPOINT)
     add("--step", type=int, help="which checkpoint of the run (the newest)")
-    add("--demo", action="store_true", help="no model: replay real clips, to see the page")
+    add("--demo", action="store_true", help="no model: replay real clips, to try the page")
     add("--data", type=path_flag, help="folder with val/, where sessions start (the embedded one)")
     add(
         "--host",
         default="127.0.0.1",
-        help="0.0.0.0 to be reached from other machines (%(default)s)",
+        help="0.0.0.0: reachable from other machines (%(default)s)",
     )
-    add("--port", type=int, default=7860, help="0: any that is free (%(default)s)")
+    add("--port", type=int, default=7860, help="0: any free port (%(default)s)")
     add(
         "--address",
         default="",
         metavar="URL",
-        help="of the page as visitors see it, behind a proxy that does not tell (its own)",
+        help="public address of the page, behind a proxy that does not send it (its own)",
     )
     add("--share", action="store_true", help="also make a public link, through Gradio's relay")
-    add("--auth", metavar="USER:PASSWORD", help="ask everyone for these first")
+    add("--auth", metavar="USER:PASSWORD", help="require these of everyone")
     add("--fps", type=int, default=15, help="frames a second to aim at, 1…60 (%(default)s)")
-    add("--players", type=int, default=8, help="people at once (%(default)s)")
-    add("--idle-minutes", type=float, default=5, help="then a place is given up (%(default)s)")
+    add("--players", type=int, default=8, help="simultaneous players (%(default)s)")
+    add(
+        "--idle-minutes",
+        type=float,
+        default=5,
+        help="until an idle player's place is freed (%(default)s)",
+    )
     return parser
 
 
@@ -75,7 +82,7 @@ def _auth(text: str | None) -> tuple[str, str] | None:
         return None
     user, colon, password = text.partition(":")
     if not (user and colon and password):
-        raise UserError("--auth takes USER:PASSWORD, neither of them empty")
+        raise UserError("--auth needs USER:PASSWORD, neither of them empty")
     return user, password
 
 

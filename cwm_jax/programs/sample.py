@@ -1,11 +1,11 @@
-"""Draws rollouts from a checkpoint and films them beside the real clips.
+"""Generates rollouts from a checkpoint and writes a video of them with the real clips.
 
     python sample.py --frames 64 --n-samples 4 --output generated.mp4
     python sample.py --checkpoint runs/small
 
-Real frames on top, drawn ones below, the pressed keys under each. The checkpoint alone tells what
-network it is; the data gives the frames that rollouts start from. Without --checkpoint the model
-that comes with the repository draws, `checkpoints/pocket`.
+Real frames are on top, generated ones below, the pressed keys under each. The checkpoint contains
+the network's config; the data provides the frames that rollouts start from. Without --checkpoint
+the repository's own model, `checkpoints/pocket`, is used.
 """
 
 import argparse
@@ -51,7 +51,9 @@ def main() -> None:
             seed=args.seed,
         )
         if script.real is None:
-            print(f"no {args.n_samples} real clips have {args.frames} frames: drawn frames alone")
+            print(
+                f"no {args.n_samples} real clips have {args.frames} frames: generated frames only"
+            )
         key = random_numbers.key(args.seed)
         frames = rollouts.write(
             opened.sampler, script, args.output, key=key, fps=args.fps, watched=True
@@ -61,7 +63,7 @@ def main() -> None:
             video.write_png(
                 args.grid, contact_sheet.grid(script.real, frames, n_prompt=args.n_prompt)
             )
-            print(f"stills → {args.grid}")
+            print(f"contact sheet →  {args.grid}")
         if args.save_npz:
             _save_npz(args.save_npz, script, frames, args.seed)
             print(f"raw frames → {args.save_npz}")
@@ -80,20 +82,20 @@ def parser() -> argparse.ArgumentParser:
         help="folder with train/, val/, test/ (that of the run, else the embedded one)",
     )
     add("--split", default="val", choices=shards.SPLITS, help="where clips come from (%(default)s)")
-    add("--frames", type=int, default=32, help="length with the prompt; may pass the window (32)")
-    add("--n-samples", type=int, default=4, help="clips, each of another episode (%(default)s)")
+    add("--frames", type=int, default=32, help="length with the prompt; may exceed the window (32)")
+    add("--n-samples", type=int, default=4, help="clips, each of a different episode (%(default)s)")
     add("--n-prompt", type=int, default=1, help="real frames to start from (%(default)s)")
     add("--ddim-steps", type=int, help="denoising steps a frame, 1…1000 (the model's own)")
-    add("--noise-levels", default="", help="instead of steps: falling labels, such as 999,749,249")
+    add("--noise-levels", default="", help="instead of steps: falling levels, such as 999,749,249")
     add("--eta", type=float, default=0.0, help="0: deterministic … 1: as random as DDPM (0)")
-    add("--stabilization-level", type=int, default=15, help="noise label of the context + 1 (15)")
+    add("--stabilization-level", type=int, default=15, help="noise level of the context + 1 (15)")
     add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")
     add("--action-source", default="gt", choices=rollouts.ACTION_SOURCES, help="(%(default)s)")
     add("--pattern", default="", help="actions to repeat, such as 7,7,7,8,8")
     add("--seed", type=int, default=0, help="of clips, random actions and noise (%(default)s)")
-    add("--fps", type=int, default=FPS, help="frames a second of the film (%(default)s)")
+    add("--fps", type=int, default=FPS, help="frames a second of the video (%(default)s)")
     add("--output", type=path_flag, default=Path("generated.mp4"), help="or a .gif (%(default)s)")
-    add("--grid", type=path_flag, help="also write stills to this PNG")
+    add("--grid", type=path_flag, help="also write a contact sheet to this PNG")
     add("--save-npz", type=path_flag, help="also write raw frames, actions and seed to this file")
     return parser
 
@@ -107,17 +109,17 @@ def _data_config(folder: Path | None, opened: formats.Opened) -> DataConfig:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises `UserError` for numbers that nothing checks before frames are drawn."""
+    """Raises `UserError` for invalid numbers before frames are generated."""
     sampler.check_seed(args.seed)
     if not 1 <= args.fps <= _MAX_FPS:
         raise UserError(f"--fps {args.fps}: must be 1…{_MAX_FPS}")
 
 
 def _sampler_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of `SamplerConfig`, of which a fault is told before anything is opened."""
+    """Fields of `SamplerConfig`; errors are reported before anything is opened."""
     fields = dict(window=args.window, eta=args.eta, context_level=args.stabilization_level - 1)
     if args.noise_levels:
-        falling = _numbers("--noise-levels", args.noise_levels, "falling labels, such as 999,749")
+        falling = _numbers("--noise-levels", args.noise_levels, "falling levels, such as 999,749")
         fields["levels"] = tuple(falling)
     elif args.ddim_steps is not None:
         fields["levels"] = sampler.ddim_levels(args.ddim_steps)
@@ -133,7 +135,7 @@ def _numbers(flag: str, text: str, wanted: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",") if word.strip()]
     except ValueError:
-        raise UserError(f"{flag} {text}: wanted {wanted}") from None
+        raise UserError(f"{flag} {text}: expected {wanted}") from None
 
 
 def _save_npz(path: Path, script: rollouts.Script, frames: np.ndarray, seed: int) -> None:

@@ -4,7 +4,7 @@
 
 Started again with the same workdir, it continues from the last checkpoint. SIGTERM, SIGHUP or
 Ctrl-C make it finish its step, save, and exit with code 75; a second one ends it at once. With
-`--dry-run` it trains nothing, and tells how much memory and time the run will take. Over several
+`--dry-run` it trains nothing, and prints how much memory and time the run needs. Over several
 hosts, see docs/scaling.md.
 """
 
@@ -29,8 +29,8 @@ from cwm_jax.models import attention
 from cwm_jax.runtime import compile_cache, devices, hosts, preemption, process_memory
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config: small, large, …, or a file.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, films and metrics go.")
-_DRY_RUN = flags.DEFINE_bool("dry-run", False, "Tell the run's memory and time; train nothing.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, videos and metrics.")
+_DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print the run's memory and time; train nothing.")
 _CACHE = flags.DEFINE_string(
     "compile_cache", "auto", "Folder of compiled programs; auto: the user's cache; empty: none."
 )
@@ -55,13 +55,13 @@ def main() -> None:
     flags.register_multi_flags_validator(
         ["workdir", "dry-run"],
         lambda given: given["workdir"] or given["dry-run"],
-        "say where the run goes: --workdir=runs/NAME",
+        "set the run's folder: --workdir=runs/NAME",
     )
     app.run(_run, flags_parser=_parse)
 
 
 def _run(_) -> None:
-    logging.set_verbosity(logging.WARNING)  # orbax tells every step of every save
+    logging.set_verbosity(logging.WARNING)  # orbax logs every step of every save
     with shown_to_user():
         config = _CONFIG.value.to_dict()
         settings = Settings.from_config(config)
@@ -81,7 +81,7 @@ def _run(_) -> None:
 
 
 def _compile_cache() -> str:
-    """The flag with its home folder; JAX itself keeps compiled programs at addresses too."""
+    """The flag with its home folder expanded; JAX also accepts URLs."""
     given = _CACHE.value
     return (
         given
@@ -93,8 +93,10 @@ def _compile_cache() -> str:
 def _train(settings: Settings, config: dict, workdir: Path) -> None:
     try:
         loop.train(settings, workdir, config=config)
-        gc.collect()  # the last batches, lest the exit complain of their shared memory, …
-        time.sleep(_LAST_BATCHES_SECONDS)  # … which Grain frees in a thread that the exit would end
+        gc.collect()  # frees the last batches, else the exit warns about their shared memory, …
+        time.sleep(
+            _LAST_BATCHES_SECONDS
+        )  # … which Grain frees in a thread that the exit would stop
     except preemption.Preempted as stopped:
         echo(str(stopped))
         raise SystemExit(preemption.EXIT_CODE) from None
@@ -112,20 +114,20 @@ def _join_others() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; ml_collections' own errors become ones that a person can read."""
+    """Parses flags; ml_collections' errors become readable messages."""
     with shown_to_user():
         argv = _with_config_found(argv)
         _make_configs_importable()
         try:
             rest = app.parse_flags_with_usage(argv)
-            _CONFIG.value.to_dict()  # a file that did not load says so only now
+            _CONFIG.value.to_dict()  # a file that did not load raises only now
         except (AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:
             raise UserError(_message(error, argv)) from None
     return rest
 
 
 def _with_config_found(argv: list[str]) -> list[str]:
-    """The words with the config's file in place of how it was named, see `_config_file`."""
+    """The words with the path of the config file, see `_config_file`."""
     words, is_next = [], False
     for word in argv:
         flag, equals, name = word.partition("=")
@@ -140,7 +142,7 @@ def _with_config_found(argv: list[str]) -> list[str]:
 
 
 def _config_file(name: str) -> str:
-    """A path with its home folder; `small` and `configs/small.py` are the project's from anywhere.
+    """A path with its home folder; `small` and `configs/small.py` are found from any folder.
 
     What follows a colon is the config's own argument (`ml_collections.config_flags`).
     """
@@ -157,17 +159,17 @@ def _no_config(name: str) -> str:
     if why := shipped.missing(shipped.CONFIGS):
         return f"--config {name}: {why}"
     known = sorted(path.stem for path in (shipped.root() / shipped.CONFIGS).glob("[a-z]*.py"))
-    return f"--config {name}: there is no such file; use one, or a name of {', '.join(known)}"
+    return f"--config {name}: there is no such file; use a file, or one of {', '.join(known)}"
 
 
 def _make_configs_importable() -> None:
-    """`from configs import base`, in any config, is the project's own where there is no other."""
+    """Makes `from configs import base` work in any config, if there is no other `configs`."""
     if importlib.util.find_spec("configs") is None:
         sys.path.append(str(shipped.root()))
 
 
 def _message(error: Exception, argv: list[str]) -> str:
-    """What is wrong with the config; of an unknown key ml_collections names one part alone."""
+    """The error of the config; for an unknown key ml_collections names only one part."""
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
@@ -183,7 +185,7 @@ def _message(error: Exception, argv: list[str]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags above as argparse has them, for shells that complete them."""
+    """The flags above for argparse, for shell completion."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

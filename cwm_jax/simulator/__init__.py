@@ -1,1 +1,1 @@
-"""The real game: Procgen, run in an environment of its own, since its wheels need NumPy 1."""
+"""The real game: Procgen, run in a separate Python environment, since its wheels need NumPy 1."""

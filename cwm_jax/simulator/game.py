@@ -1,4 +1,4 @@
-"""The parent's side of the simulator: recordings as they are played, and replays of levels."""
+"""The parent's side of the simulator: recordings and replays of levels."""
 
 import contextlib
 import dataclasses
@@ -23,18 +23,18 @@ DIFFICULTIES = ("easy", "hard")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What one worker is to play.
+    """One worker's recording job.
 
     Fields:
         game: one of `GAMES`.
         first_level, num_levels: level seeds first_level … first_level + num_levels − 1.
-        policy: weight of each policy; an episode is played by one, drawn by weight.
+        policy: weight of each policy; each episode's policy is sampled by weight.
         seed: of the choice of levels and of all actions.
         records: chunks to record.
         chunk: frames in a chunk; an episode is cut into such chunks from its start.
-        min_chunk: a shorter rest of an episode is dropped.
-        num_envs: episodes played at once. Few, so that a shard holds whole episodes and not
-            only their beginnings.
+        min_chunk: a shorter remainder of an episode is dropped.
+        num_envs: episodes played at once. Few, so that a shard contains whole episodes and not
+            only their first frames.
     """
 
     game: str
@@ -50,13 +50,13 @@ class Recording:
 
 
 class Chunk(NamedTuple):
-    """A piece of one episode, and what the simulator knew besides."""
+    """A piece of one episode, with the simulator's rewards and ends."""
 
     episode: Episode
     rewards: np.ndarray  # float32 [T], what action i earned
     done: np.ndarray  # bool [T], whether action i ended the level
     level_seed: int
-    start: int  # the frame of its level that the chunk starts with
+    start: int  # number of the chunk's first frame in its level
 
 
 class Replay(NamedTuple):
@@ -68,7 +68,7 @@ class Replay(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a step of N levels shows."""
+    """The result of a step of N levels."""
 
     frames: np.ndarray  # uint8 [N, 64, 64, 3]; of a level that has ended, its last
     rewards: np.ndarray  # float32 [N], what the last actions earned
@@ -76,10 +76,10 @@ class Seen(NamedTuple):
 
 
 class Simulator:
-    """A process that plays; a context manager, which ends it. For one thread at a time.
+    """A simulator process, as a context manager that ends it. For one thread at a time.
 
-    It has a session of its own, so that Ctrl-C at the terminal reaches the parent alone, which
-    then ends it here.
+    It has a session of its own, so that Ctrl-C at the terminal reaches only the parent, which
+    then ends the process.
 
     Args:
         python: of the simulator's environment, see `venv.ensure`.
@@ -101,16 +101,16 @@ class Simulator:
     def __exit__(self, *_) -> None:
         self._worker.kill()
         self._worker.wait()
-        with contextlib.suppress(BrokenPipeError):  # a job that the process did not live to read
+        with contextlib.suppress(BrokenPipeError):  # the process exited before it read the job
             self._worker.stdin.close()
         self._worker.stdout.close()
         self._stderr.close()
 
     def record(self, recording: Recording) -> Iterator[Chunk]:
-        """Plays a recording; the same one gives the same chunks. To be gone through to its end.
+        """Plays a recording; the same one gives the same chunks. Iterate it to its end.
 
         Raises:
-            UserError: the process broke down, with its last words; or a thousand episodes in a
+            UserError: the process failed, with its last line; or a thousand episodes in a
                 row were all too short for a chunk.
         """
         self._ask({"do": "record", **dataclasses.asdict(recording)})
@@ -123,14 +123,14 @@ class Simulator:
     def replay(
         self, game: str, runs: Sequence[tuple[int, Sequence[int]]], *, difficulty: str = "hard"
     ) -> list[Replay]:
-        """Plays levels from their start: what really happens under these actions.
+        """Plays levels from their start under these actions.
 
         Args:
             game: one of `GAMES`.
             runs: (level seed, actions 0…14) of each.
 
         Raises:
-            UserError: for a game or an action that does not exist, or a process that broke down.
+            UserError: for a game or an action that does not exist, or a process that failed.
         """
         check_game(game)
         for _, actions in runs:
@@ -147,7 +147,7 @@ class Simulator:
     def play(
         self, game: str, levels: Sequence[int], *, difficulty: str = "hard"
     ) -> Generator[Seen, Sequence[int], None]:
-        """Plays levels by actions that depend on what is seen: a generator to send actions to.
+        """Plays levels by actions that depend on the frames: a generator to send actions to.
 
             playing = simulator.play("coinrun", range(4))
             seen = next(playing)
@@ -158,7 +158,7 @@ class Simulator:
             levels: level seeds, one or more.
 
         Raises:
-            UserError: for a game or an action that does not exist, or a process that broke down.
+            UserError: for a game or an action that does not exist, or a process that failed.
         """
         check_game(game)
         job = {"do": "play", "game": game, "difficulty": difficulty}
@@ -179,7 +179,9 @@ class Simulator:
         return Seen(frames.reshape(levels, *FRAME_SHAPE), rewards, over)
 
     def _ask(self, job: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it is dead; reading its answer will say why
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # it has exited; reading its answer reports the reason
             self._worker.stdin.write(json.dumps(job).encode() + b"\n")
             self._worker.stdin.flush()
 
@@ -210,7 +212,7 @@ class Simulator:
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         return UserError(
-            f"the simulator's process ended with code {code}: {(lines or ['it said nothing'])[-1]}"
+            f"the simulator's process ended with code {code}: {(lines or ['no message'])[-1]}"
         )
 
 

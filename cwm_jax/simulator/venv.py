@@ -1,4 +1,4 @@
-"""Makes the simulator's own Python environment, `.venv-procgen` beside the project's `.venv`."""
+"""Creates the simulator's Python environment, `.venv-procgen` next to the project's `.venv`."""
 
 import fcntl
 import os
@@ -13,8 +13,8 @@ from cwm_jax.errors import UserError, echo
 from cwm_jax.runtime import network, user_cache
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-PYTHONS = ((3, 12), (3, 11))  # that Procgen has wheels for, the first that is found
-LIBRARIES = {  # that Procgen loads and pip does not bring, and the Debian package of each
+PYTHONS = ((3, 12), (3, 11))  # with wheels of Procgen; the first found is used
+LIBRARIES = {  # that Procgen loads and pip does not install, with their Debian packages
     "libGL.so.1": "libgl1",
     "libglib-2.0.so.0": "libglib2.0-0",
     "libgthread-2.0.so.0": "libglib2.0-0",
@@ -23,13 +23,13 @@ LIBRARIES = {  # that Procgen loads and pip does not bring, and the Debian packa
 _COMPILED = (
     "cffi,glcontext,moderngl,numpy,pillow,procgen-mirror"  # takes minutes to build, or fails
 )
-_DONE = ".installed"  # holds the requirements that were installed; absent if that broke off
+_DONE = ".installed"  # contains the installed requirements; absent if installing was interrupted
 
 
 def default_folder() -> Path:
-    """Beside the running virtual environment; in the current folder where there is none.
+    """The folder next to the running virtual environment, or in the current folder if none.
 
-    For an installed package it is in the user's cache: its own environment may be thrown away.
+    For an installed package it is in the user's cache: its own environment may be deleted.
     """
     if not shipped.is_checkout() and (kept := user_cache.folder()):
         return kept / "procgen"
@@ -38,7 +38,7 @@ def default_folder() -> Path:
 
 
 def is_ready(folder: Path) -> bool:
-    """Whether `folder` holds an environment with the present requirements."""
+    """Whether `folder` has an environment with the present requirements."""
     done = folder / _DONE
     return done.is_file() and done.read_text(encoding="utf-8") == REQUIREMENTS.read_text(
         encoding="utf-8"
@@ -46,17 +46,17 @@ def is_ready(folder: Path) -> bool:
 
 
 def ensure(folder: Path | None = None) -> Path:
-    """The environment's Python; the environment is made, by pip, where it is not ready.
+    """The environment's Python; the environment is created by pip if it is not ready.
 
-    Takes half a minute the first time. Broken off, it starts anew at the next call; two calls at
-    once make one environment.
+    Takes half a minute the first time. If interrupted, it starts again at the next call; two
+    simultaneous calls create one environment.
 
     Raises:
-        UserError: no Python here can run Procgen, the packages cannot be had, with pip's last
-            word, or libraries of the system are missing.
+        UserError: no Python here can run Procgen, the packages cannot be installed (with pip's last
+            line), or libraries of the system are missing.
     """
     folder = (folder or default_folder()).absolute()
-    if not is_ready(folder):  # else it may be another user's, where nothing can be written
+    if not is_ready(folder):  # a ready one may be another user's, and not writable
         _make_alone(folder)
     if missing := missing_libraries():
         raise UserError(
@@ -67,7 +67,7 @@ def ensure(folder: Path | None = None) -> Path:
 
 
 def _make_alone(folder: Path) -> None:
-    """Makes it, unless another process does so meanwhile."""
+    """Creates it, unless another process does so meanwhile."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with folder.with_name(folder.name + ".lock").open("w", encoding="utf-8") as lock:
@@ -79,23 +79,23 @@ def _make_alone(folder: Path) -> None:
 
 
 def missing_libraries() -> list[str]:
-    """Those of `LIBRARIES` that cannot be loaded here. Another process tries, which then ends."""
+    """Those of `LIBRARIES` that cannot be loaded here, tested in another process."""
     load = "import ctypes, sys\nctypes.CDLL(sys.argv[1])"
     tries = {name: [sys.executable, "-c", load, name] for name in LIBRARIES}
     return [name for name, words in tries.items() if not _answers(words)]
 
 
 def install_command(missing: Sequence[str]) -> str:
-    """What installs libraries on Debian and Ubuntu."""
+    """The command that installs libraries on Debian and Ubuntu."""
     packages = sorted({LIBRARIES[name] for name in missing})
     return f"apt-get install -y {' '.join(packages)}  (as root)"
 
 
 def find_maker() -> list[str]:
-    """The command that makes an environment of a Python that Procgen has wheels for.
+    """The command that creates an environment of a Python with wheels of Procgen.
 
-    The running Python where it will do, else one from PATH, from pyenv, or from uv, which downloads
-    one where it has none.
+    The running Python if its version fits, else one from PATH, from pyenv, or from uv, which
+    downloads one if necessary.
 
     Raises:
         UserError: there is none.
@@ -107,10 +107,10 @@ def find_maker() -> list[str]:
         return [uv, "venv", "--quiet", "--seed", "--python", _dotted(PYTHONS[0])]
     wanted = " or ".join(map(_dotted, PYTHONS))
     raise UserError(
-        f"Procgen has wheels for Python {wanted} alone, and this is Python "
+        f"Procgen has wheels only for Python {wanted}, and this is Python "
         f"{_dotted(sys.version_info[:2])}. None of those, with its venv, is on PATH or in pyenv: "
         "install one (pyenv install 3.12, or apt-get install python3.12-venv), or install uv, "
-        "which brings one"
+        "which downloads one"
     )
 
 
@@ -131,7 +131,7 @@ def _dotted(version: Sequence[int]) -> str:
 
 
 def _answers(words: Sequence[str]) -> bool:
-    """Whether a program runs and ends well."""
+    """Whether a program runs and exits with 0."""
     try:
         return not subprocess.run(words, capture_output=True, check=False, timeout=60).returncode
     except (OSError, subprocess.SubprocessError):
@@ -142,9 +142,9 @@ def _make(folder: Path) -> None:
     if wrong := network.faults():
         raise UserError("pip cannot reach its index: " + "; ".join(wrong))
     maker = find_maker()
-    echo(f"making the simulator's environment in {folder} (once)")
+    echo(f"creating the simulator's environment in {folder} (once)")
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
-        raise UserError(f"{folder} is there and is no virtual environment; name another folder")
+        raise UserError(f"{folder} exists and is no virtual environment; choose another folder")
     shutil.rmtree(folder, ignore_errors=True)
     _run(folder, [*maker, str(folder)])
     python = str(folder / "bin" / "python")
@@ -158,7 +158,7 @@ def _run(folder: Path, command: list[str]) -> None:
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
         raise UserError(
-            f"cannot make the simulator's environment in {folder}: {lines[-1]}\n"
+            f"cannot create the simulator's environment in {folder}: {lines[-1]}\n"
             "Procgen has wheels for Python 3.11 and 3.12 on Linux (x86-64), and pip must reach "
             "its index."
         )

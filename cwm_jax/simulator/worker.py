@@ -1,15 +1,15 @@
 """Plays Procgen games; run by the simulator's own Python, so it imports nothing of this project.
 
-Jobs come in on stdin, a line of JSON each, and what they make goes out on stdout:
+Jobs are read from stdin, a line of JSON each, and results are written to stdout:
 
-    record  chunks of episodes, each a line of JSON and then the raw bytes of its arrays; or, where
-            no more will come, a line with the fault
-    replay  a line with a number of bytes, then an npz of so many: the frames of given levels
+    record  chunks of episodes, each a line of JSON and then the raw bytes of its arrays; or, if no
+            more follow, a line with the error
+    replay  a line with a number of bytes, then an npz of that size: the frames of given levels
             under given actions
     play    given levels, one step for each line with a list of actions, until a line with null:
             the raw frames of all (before the first line too), rewards and whether they have ended
 
-One process serves many jobs, since the game takes seconds to load its pictures.
+One process serves many jobs, since the game needs seconds to load its pictures.
 """
 
 import io
@@ -21,14 +21,14 @@ import numpy as np
 from procgen import ProcgenGym3Env
 
 NUM_ACTIONS = 15
-PATIENCE = 1000  # episodes in a row of which none is long enough to record
-MEAN_HOLD = 8  # frames that a sticky player holds an action on average
+PATIENCE = 1000  # consecutive episodes too short to record before giving up
+MEAN_HOLD = 8  # mean frames for which a sticky player repeats an action
 #                 left:+down   -    +up  down noop  up  right:+down  -    +up   the letter keys
 STICKY = np.array([0.01, 0.10, 0.05, 0.02, 0.08, 0.04, 0.02, 0.36, 0.32, 0, 0, 0, 0, 0, 0])
 
 
 class Players:
-    """One player for each environment: some choose at random, some hold their action a while."""
+    """One player for each environment: some choose at random, some repeat their action."""
 
     def __init__(self, policy, num, rng):
         self.rng, self.num = rng, num
@@ -39,7 +39,7 @@ class Players:
         self.restart(np.ones(num, bool))
 
     def restart(self, ended):
-        """Another player, perhaps of another kind, for each episode that begins."""
+        """A new player, possibly of another policy, for each new episode."""
         self.sticky = np.where(ended, self.rng.random(self.num) < self.share, self.sticky)
         self.fresh = self.fresh | ended
 
@@ -61,7 +61,7 @@ def environment(job, num, seed):
         start_level=job["first_level"],
         num_levels=job["num_levels"],
         rand_seed=seed,
-        num_threads=0,  # in this thread: several workers share a machine better than threads do
+        num_threads=0,  # in this thread: several workers use a machine better than threads
         distribution_mode=job["difficulty"],
     )
 
@@ -71,9 +71,9 @@ def level_seeds(env):
 
 
 def record(job, out):
-    """Writes `records` chunks of at most `chunk` frames; shorter ones only where a level ends.
+    """Writes `records` chunks of at most `chunk` frames; shorter ones only if a level ends.
 
-    Gives up, and writes why, after `PATIENCE` episodes without a chunk of `min_chunk` frames.
+    Stops, and writes the reason, after `PATIENCE` episodes without a chunk of `min_chunk` frames.
     """
     num, length = job["num_envs"], job["chunk"]
     rng = np.random.default_rng(job["seed"])
@@ -83,7 +83,7 @@ def record(job, out):
     actions = np.empty((num, length), np.int32)
     rewards = np.empty((num, length), np.float32)
     filled = np.zeros(num, int)  # frames in each unfinished chunk
-    starts = np.zeros(num, int)  # the frame of its level that each chunk starts with
+    starts = np.zeros(num, int)  # number of each chunk's first frame in its level
     seeds, rows, written = level_seeds(env), np.arange(num), 0
     passed_over, longest = 0, 0  # ends of episodes since the last chunk; frames of the longest
     while written < job["records"] and passed_over < PATIENCE:
@@ -121,7 +121,7 @@ def record(job, out):
 
 
 def replay(job, out):
-    """Plays each run's actions in its level, as far as the level lasts."""
+    """Plays each run's actions in its level until the level ends."""
     arrays = {}
     for number, run in enumerate(job["runs"]):
         level = {**job, "first_level": run["level_seed"], "num_levels": 1}
@@ -132,7 +132,7 @@ def replay(job, out):
             reward, seen, ended = env.observe()
             rewards.append(float(reward[0]))
             over = bool(ended[0])
-            if over:  # what is seen now is the next level
+            if over:  # the frame is of the next level
                 break
             frames.append(seen["rgb"][0].copy())
         env.close()
@@ -145,7 +145,7 @@ def replay(job, out):
 
 
 def play(job, out):
-    """Plays levels by actions that come in step by step; a level that has ended stands still."""
+    """Plays levels by actions read step by step; a level that has ended keeps its last frame."""
     envs = [environment({**job, "first_level": s, "num_levels": 1}, 1, 0) for s in job["levels"]]
     num = len(envs)
     frames = np.stack([env.observe()[1]["rgb"][0] for env in envs])
@@ -162,7 +162,7 @@ def play(job, out):
             envs[i].act(np.array([actions[i]], np.int32))
             reward, seen, ended = envs[i].observe()
             rewards[i], over[i] = reward[0], ended[0]
-            if not over[i]:  # else what is seen now is the next level
+            if not over[i]:  # else the frame is of the next level
                 frames[i] = seen["rgb"][0]
     for env in envs:
         env.close()
@@ -170,7 +170,7 @@ def play(job, out):
 
 def main():
     out = os.fdopen(os.dup(1), "wb", buffering=1 << 20)
-    os.dup2(2, 1)  # whatever a library prints must not land among the frames
+    os.dup2(2, 1)  # prints of libraries must not mix with the frames
     for line in sys.stdin.buffer:
         job = json.loads(line)
         {"record": record, "replay": replay, "play": play}[job["do"]](job, out)

@@ -1,1 +1,1 @@
-"""The page that plays a model in the browser alone: assembled from static files, and served."""
+"""The page that runs a model in the browser without a server: building and serving it."""

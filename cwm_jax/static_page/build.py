@@ -1,9 +1,9 @@
 """Assembles the page: the sources of `web/`, the model, the runtime and the clips in one folder.
 
-    index.html, sw.js      the only files whose names do not change with what is in them
+    index.html, sw.js      the only files whose names do not depend on their content
     app-HASH/              the page's modules and style sheet
     assets/NAME.HASH       everything else; weights, graphs and runtimes are packed with gzip, under
-                           a name of which no server thinks that a browser unpacks it
+                           a name for which no server sets a content encoding
 
 index.html lists each file with its length and SHA-256, and the page checks them.
 """
@@ -29,7 +29,7 @@ from cwm_jax.static_page import npm_package, recorded_rollout, start_clips
 SOURCE = shipped.page()
 MOST_BYTES = 30_000_000
 LEVEL = 9  # of compression
-MARK = "cwm-web.json"  # tells a folder that this made, which may be replaced
+MARK = "cwm-web.json"  # marks a folder built by this module, which may be replaced
 _PACKED = (".onnx", ".bin", ".wasm")
 _SCRIPTS = (".js", ".css")
 
@@ -44,15 +44,15 @@ def build(
     runtime: Path | None = None,
     dtype: str = "float16",
 ) -> int:
-    """Writes the page, whole or not at all; returns its length in bytes.
+    """Writes the page atomically; returns its size in bytes.
 
     Args:
-        name: what the page calls the model.
+        name: of the model on the page.
         steps: the denoising steps to choose from.
         runtime: the archive of the runtime; fetched with npm by default.
 
     Raises:
-        UserError: the network is of another game, a file is missing, or the page grows too large.
+        UserError: the network is of another game, a file is missing, or the page is too large.
     """
     _check(trained, prompts)
     assets = _model(trained, name, steps, dtype) | npm_package.files(runtime)
@@ -150,7 +150,7 @@ def _page(made: Path, listed: dict[str, dict]) -> None:
     names = [entry["path"] for entry in listed.values()]
     worker = (SOURCE / "sw.js").read_text(encoding="utf-8").replace("{files}", json.dumps(names))
     (made / "sw.js").write_text(worker, encoding="utf-8")
-    (made / ".nojekyll").touch()  # GitHub Pages: take the files as they are
+    (made / ".nojekyll").touch()  # GitHub Pages: serve the files unchanged
     about = {"made_by": "cwm_jax.tools.web", "files": len(names) + 2}
     (made / MARK).write_text(json.dumps(about) + "\n", encoding="utf-8")
 
@@ -171,7 +171,7 @@ def _integrity(data: bytes, kind: str) -> str:
 def _written_whole(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out`, in place of an earlier page."""
     if out.exists() and not (out / MARK).is_file():
-        raise UserError(f"{out} is there and is no page that this made; name another folder")
+        raise UserError(f"{out} exists and is no page built by this program; choose another folder")
     temporary = out.with_name(f".{out.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -16,7 +16,7 @@ INTEGRITY = (
     "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02V"
     "b7QmRMDs1SigqR4CXAfKYQ=="
 )
-# What the page calls each file, and where it lies in the package.
+# Name of each file on the page, and its path in the package.
 FILES = {
     "ort.wasm.mjs": "dist/ort.wasm.min.mjs",
     "ort-wasm.mjs": "dist/ort-wasm-simd-threaded.mjs",
@@ -31,7 +31,7 @@ def files(archive: Path | None = None) -> dict[str, bytes]:
     """The files of the runtime by the page's names.
 
     Args:
-        archive: the package's .tgz; fetched with npm by default, and kept in the user's cache.
+        archive: the package's .tgz; fetched with npm by default, and stored in the user's cache.
 
     Raises:
         UserError: npm is missing or fails, or the archive is not the pinned one.

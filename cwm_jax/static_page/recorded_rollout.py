@@ -1,4 +1,4 @@
-"""A rollout as an animated PNG: what the page shows while it loads, and where it cannot play."""
+"""A rollout as an animated PNG: shown while the page loads or if it cannot play."""
 
 import io
 
@@ -14,11 +14,11 @@ from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 
 FRAMES = 48
-_HELD = ((RIGHT, 14), (JUMP_RIGHT, 10), (RIGHT, 8), (NOOP, 4))  # over and over
+_HELD = ((RIGHT, 14), (JUMP_RIGHT, 10), (RIGHT, 8), (NOOP, 4))  # repeated
 
 
 def picture(trained: Trained, prompts: ClipPrompts, clip: int) -> bytes:
-    """The rollout from a clip with the keys of a player who runs and jumps."""
+    """A rollout from a clip, with keys that run and jump."""
     given = prompts.load(ClipSource(clip, USUAL_PROMPT))
     levels = ddim_levels(formats.usual_steps(trained))
     generator = Sampler(trained.network, trained.params, SamplerConfig(levels=levels, window="hop"))

@@ -1,4 +1,4 @@
-"""Serves a built page on this machine, with the headers of an isolated page, which threads need."""
+"""Serves a built page on this machine, with headers for cross-origin isolation (for threads)."""
 
 import functools
 import http.server
@@ -12,7 +12,7 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
-_KEPT = "public, max-age=31536000, immutable"  # names that change with what is in the file
+_KEPT = "public, max-age=31536000, immutable"  # names that depend on the file's content
 _TYPES = {
     ".js": "text/javascript",
     ".mjs": "text/javascript",
@@ -34,7 +34,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, format: str, *args) -> None:
-        """Nothing: a line for each file helps nobody."""
+        """Prints nothing: a line for each file is not useful."""
 
 
 def serving(folder: Path, host: str, port: int) -> http.server.ThreadingHTTPServer:

@@ -1,6 +1,6 @@
 """The clips that a session starts from, as PNG strips: each record's frames, one below the other.
 
-The numbers of clips are those of the Python page with the same data, so share codes go both ways.
+The numbers of clips are those of the Python page with the same data, so share codes work on both.
 """
 
 import base64
@@ -18,7 +18,7 @@ LEVEL = 9  # of compression
 
 
 def files(prompts: ClipPrompts) -> dict[str, bytes]:
-    """records/N.png for each record, gallery.png, and what they are: clips.json, gallery.json."""
+    """records/N.png for each record, gallery.png, and their lists: clips.json, gallery.json."""
     episodes, found, records = prompts.episodes, {}, []
     for number in range(len(episodes)):
         episode = episodes[number]
@@ -36,9 +36,9 @@ def files(prompts: ClipPrompts) -> dict[str, bytes]:
 
 
 def gallery(prompts: ClipPrompts) -> list[int]:
-    """Clips that look least alike: of each record the one in which most moves at the start.
+    """Clips that differ most: of each record the one with the most motion at the start.
 
-    The first is that with most movement of all; each further one is farthest from those before.
+    The first has the most motion of all; each further one is farthest from those before.
     """
     lively = sorted(_liveliest(prompts), reverse=True)
     looks = {clip: _look(prompts, clip) for _, clip in lively}
@@ -77,5 +77,5 @@ def _json(value) -> bytes:
 
 
 def data_url(svg: bytes) -> str:
-    """A picture as part of a page."""
+    """A picture as a data URI."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

@@ -1,1 +1,1 @@
-"""Small programs around the world model; each runs as `python -m cwm_jax.tools.NAME --help`."""
+"""Further programs for the world model; each runs as `python -m cwm_jax.tools.NAME --help`."""

@@ -1,11 +1,11 @@
-"""Reads every record of a data folder and tells what is wrong with it.
+"""Reads every record of a data folder and reports bad ones.
 
     python -m cwm_jax.tools.check data/coinrun
     python -m cwm_jax.tools.check data/mine --repair data/mended
 
-Bad records are named by shard and index; so are records that hold the same episode twice. The
-exit code is 1 where there are any. `--repair` writes the good ones anew, each once; broken off,
-the same command does it again.
+Bad records are named by shard and index; so are duplicates of an episode. The
+exit code is 1 if there are any. `--repair` writes the good ones to a new folder, each once; if it
+is interrupted, run the same command again.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from cwm_jax.data.records import BadRecord
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.files import path_flag
 
-_MARK = ".repaired_from"  # in a repaired folder: the place of the one that it was made from
+_MARK = ".repaired_from"  # in a repaired folder: the path of the original folder
 
 
 @dataclasses.dataclass
 class Shard:
-    """What reading one shard found."""
+    """The contents of one shard."""
 
     path: Path
     lengths: dict[int, int]  # frames of each good record, by its index
@@ -42,12 +42,12 @@ class Shard:
     sizes: dict[int, int]  # bytes of each
     actions: np.ndarray  # how often each action was pressed
     bad: list[BadRecord]
-    unreadable: str = ""  # why nothing of it could be read
+    unreadable: str = ""  # why it could not be read
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A record, or a whole shard, that should not be trained on."""
+    """A record, or a whole shard, that is not fit for training."""
 
     shard: Path
     index: int | None  # None: the whole shard
@@ -60,7 +60,7 @@ class Fault:
 
 
 def read_shard(path: Path, num_actions: int) -> Shard:
-    """Decodes every record of a shard; its faults are part of the answer."""
+    """Decodes every record of a shard; its faults are part of the result."""
     found = Shard(path, {}, {}, {}, np.zeros(num_actions, int), [])
     try:
         shards.check_sizes(path, shards.record_sizes(path) or ())
@@ -84,7 +84,7 @@ def read_shard(path: Path, num_actions: int) -> Shard:
 
 
 def faults(found: Sequence[Shard]) -> list[Fault]:
-    """All that is wrong, over all splits: an episode in two splits is a fault of the second."""
+    """All faults of all splits: an episode in two splits is a fault of the second."""
     seen: dict[bytes, str] = {}
     frames_of_size: dict[tuple[Path, int], int] = {}
     wrong = []
@@ -105,7 +105,7 @@ def faults(found: Sequence[Shard]) -> list[Fault]:
 
 
 def read_folder(folder: Path, *, jobs: int) -> tuple[Controls, list[Shard]]:
-    """Every shard of every split that is there, read in parallel.
+    """Every shard of every existing split, read in parallel.
 
     Raises:
         UserError: there are no shards at all.
@@ -113,7 +113,7 @@ def read_folder(folder: Path, *, jobs: int) -> tuple[Controls, list[Shard]]:
     known = controls.read(folder)
     paths = [p for split in shards.SPLITS for p in sorted((folder / split).glob(shards.PATTERN))]
     if not paths:
-        shards.find_shards(folder, "train")  # which says what is missing and how to get it
+        shards.find_shards(folder, "train")  # raises what is missing and how to get it
     with ThreadPoolExecutor(jobs) as pool:
         read = pool.map(lambda path: read_shard(path, known.num_values), paths)
         return known, list(tqdm(read, "Reading", len(paths), unit=" shards"))
@@ -148,10 +148,10 @@ def _histogram(known: Controls, counts: np.ndarray) -> str:
 def repair(
     folder: Path, out: Path, found: Iterable[Shard], wrong: Sequence[Fault], *, jobs: int
 ) -> int:
-    """Writes all records but the faulty to `out`, shard by shard; returns how many.
+    """Writes all records except bad ones to `out`, shard by shard; returns how many.
 
     Raises:
-        UserError: `out` is the folder that is read, holds something else, or cannot be written.
+        UserError: `out` is the folder that is read, contains something else, or cannot be written.
     """
     _claim(folder, out)
     dropped = {(fault.shard, fault.index) for fault in wrong}
@@ -182,12 +182,12 @@ def _claim(folder: Path, out: Path) -> None:
     """
     taken = {folder.resolve(), *((folder / split).resolve() for split in shards.SPLITS)}
     if out.resolve() in taken:
-        raise UserError(f"--repair {out}: name a folder of its own, not one of {folder}")
+        raise UserError(f"--repair {out}: choose another folder, not one of {folder}")
     mark, source = out / _MARK, files.place_digest(folder)
     if mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == source:
         return
     if mark.is_file() or (out.is_dir() and files.visible(out)):
-        raise UserError(f"--repair {out}: it holds something else; name a new folder")
+        raise UserError(f"--repair {out}: it contains something else; choose a new folder")
     with files.written_whole(mark) as temporary:
         temporary.write_text(source, encoding="utf-8")
 

@@ -1,10 +1,10 @@
-"""Records Procgen games, CoinRun to begin with, into a data folder to train on.
+"""Records Procgen games, by default CoinRun, into a data folder for training.
 
     python -m cwm_jax.tools.collect --output data/mine --train 1000 --val 100 --test 100
     python -m cwm_jax.tools.collect --output data/maze --game maze --policy random=1,sticky=3
 
-The simulator lives in an environment of its own, which the first call makes. Broken off (Ctrl-C),
-the same command goes on from the shards that are whole. Each split has levels of its own.
+The simulator needs a separate environment, which the first call creates. After an interruption
+(Ctrl-C), the same command continues from the complete shards. Each split has its own levels.
 """
 
 import argparse
@@ -36,7 +36,7 @@ LEVELS = 500_000_000  # level seeds of each split; three times this stays below 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that decides what is recorded; kept in `metadata.json`."""
+    """All that determines what is recorded; stored in `metadata.json`."""
 
     game: str
     policy: dict[str, float]
@@ -57,12 +57,12 @@ class Recipe:
         _at_least(0, "seed", self.seed)
 
     def shards(self, split: str) -> list[int]:
-        """How many records each shard of a split gets."""
+        """The number of records in each shard of a split."""
         whole, rest = divmod(self.records[split], self.records_per_shard)
         return [self.records_per_shard] * whole + [rest] * bool(rest)
 
     def recording(self, split: str, number: int) -> game.Recording:
-        """What shard `number` of a split holds; the same in whatever order shards are made."""
+        """The contents of shard `number` of a split, independent of the order of recording."""
         records = self.shards(split)[number]
         return game.Recording(
             game=self.game,
@@ -73,7 +73,7 @@ class Recipe:
             records=records,
             chunk=self.chunk,
             min_chunk=self.min_chunk,
-            num_envs=min(8, max(1, records // 12)),  # a dozen chunks each: episodes to their end
+            num_envs=min(8, max(1, records // 12)),  # a dozen chunks each, so that episodes end
             difficulty=self.difficulty,
         )
 
@@ -98,14 +98,14 @@ def parse_policy(text: str) -> dict[str, float]:
             weights[name] = -1.0
         if name not in game.POLICIES or not 0 < weights[name] < 1e9:
             raise UserError(
-                f"--policy {text}: wanted {' or '.join(game.POLICIES)}, or a mix by weight such "
+                f"--policy {text}: expected {' or '.join(game.POLICIES)}, or a mix by weight such "
                 "as random=1,sticky=3"
             )
     return weights
 
 
 class Ledger:
-    """`metadata.json` while the data grows: the recipe, and what each whole shard holds."""
+    """`metadata.json` during recording: the recipe, and the contents of each complete shard."""
 
     def __init__(self, folder: Path, recipe: Recipe):
         self._path, self._recipe = folder / controls.METADATA, recipe
@@ -116,13 +116,13 @@ class Ledger:
                 self.shards = self._known(files.read_json_object(self._path))
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{self._path} is not as this program writes it ({error!r}); name a new folder"
+                    f"{self._path} was not written by this program ({error!r}); choose a new folder"
                 ) from None
         elif folder.is_dir() and files.visible(folder):
-            raise UserError(f"{folder} holds something that was not recorded; name a new folder")
+            raise UserError(f"{folder} contains other files; choose a new folder")
 
     def _known(self, metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """The shards of an earlier call with the same recipe that are still there."""
+        """The existing shards of an earlier call with the same recipe."""
         now = dataclasses.asdict(self._recipe)
         then = metadata.get("recipe", {})
         for field, value in now.items():
@@ -131,14 +131,14 @@ class Ledger:
             ):
                 raise UserError(
                     f"{self._path} was made with {field}={then.get(field)}, not {value}; repeat "
-                    "the same command to go on, or name a new folder"
+                    "the same command to continue, or choose a new folder"
                 )
         whole = {_name(s, n): count for s in shards.SPLITS for n, count in self._counts(s)}
         return {
             name: held
             for name, held in metadata["shards"].items()
             if (self._path.parent / name).is_file()
-            and sum(held["lengths"].values()) == whole.get(name)  # a rest is made anew, as a whole
+            and sum(held["lengths"].values()) == whole.get(name)  # others are recorded again
         }
 
     def _counts(self, split: str) -> Iterator[tuple[int, int]]:
@@ -181,7 +181,7 @@ class Ledger:
 
 
 def _grows(then: dict[str, int] | None, now: dict[str, int]) -> bool:
-    """Whether more records are wanted than before: shards that are whole stay as they are."""
+    """Whether more records are required than before: complete shards are kept."""
     return bool(then) and all(then.get(split, 0) <= count for split, count in now.items())
 
 
@@ -191,10 +191,10 @@ def _simulator_versions() -> list[str]:
 
 
 def collect(folder: Path, recipe: Recipe, *, python: Path, jobs: int) -> None:
-    """Records a data folder, or what is missing of it, `jobs` shards at a time.
+    """Records a data folder, or its missing shards, `jobs` shards at a time.
 
     Raises:
-        UserError: the folder holds something else, or the simulator broke down.
+        UserError: the folder contains something else, or the simulator failed.
     """
     ledger = Ledger(folder, recipe)
     ledger.write()
@@ -210,19 +210,19 @@ def collect(folder: Path, recipe: Recipe, *, python: Path, jobs: int) -> None:
         tqdm(desc=recipe.game, total=total, initial=have, unit=" records", mininterval=1) as bar,
         contextlib.ExitStack() as stack,
     ):
-        simulators = queue.SimpleQueue()  # those that are free; each serves one shard at a time
+        simulators = queue.SimpleQueue()  # the idle ones; each records one shard at a time
         for _ in range(min(jobs, len(missing))):
             simulators.put(stack.enter_context(game.Simulator(python)))
         stop = threading.Event()
         pool = stack.enter_context(ThreadPoolExecutor(jobs))
-        stack.callback(stop.set)  # first of all: shards in work break off and leave nothing
+        stack.callback(stop.set)  # runs first: unfinished shards stop and leave no files
 
         def make(place: tuple[str, int]) -> None:
             simulator = simulators.get()
             try:
                 held = _write_shard(folder, recipe, *place, simulator, bar, stop)
             except BaseException:
-                stop.set()  # or the others would record on for nothing
+                stop.set()  # or the others would continue to record
                 raise
             finally:
                 simulators.put(simulator)
@@ -242,7 +242,7 @@ class _StoppedError(Exception):
 
 
 def _write_shard(folder, recipe, split, number, simulator, bar, stop) -> dict[str, Any] | None:
-    """Records one shard; tells what it holds, or None where it was stopped."""
+    """Records one shard; returns its contents, or None if it was stopped."""
     lengths, actions = collections.Counter(), np.zeros(NUM_ACTIONS, int)
 
     def records() -> Iterator[bytes]:
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             collect(args.output, recipe, python=python, jobs=args.jobs)
         except KeyboardInterrupt:
-            raise UserError("broken off; the same command goes on from here") from None
+            raise UserError("interrupted; run the same command to continue") from None
         print(f"{args.output}: {json.dumps(recipe.records)} records of {recipe.game}")
 
 
@@ -298,7 +298,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--output", type=path_flag, required=True, help="data folder to make, or to go on with")
+    add("--output", type=path_flag, required=True, help="data folder to make or to continue")
     add("--game", default="coinrun", help="any game of Procgen by name (%(default)s)")
     add("--policy", default="random", help="random, sticky, or a mix: random=1,sticky=3 (random)")
     add("--difficulty", default="hard", choices=game.DIFFICULTIES, help="(%(default)s)")
@@ -306,7 +306,7 @@ def parser() -> argparse.ArgumentParser:
         add(f"--{split}", type=int, default=count, help=f"records of {split} (%(default)s)")
     add("--records-per-shard", type=int, default=100, help="(%(default)s)")
     add("--chunk", type=int, default=160, help="frames in a record (%(default)s)")
-    add("--min-chunk", type=int, default=32, help="shorter rests of episodes are dropped (32)")
+    add("--min-chunk", type=int, default=32, help="shorter remainders of episodes are dropped (32)")
     add("--seed", type=int, default=0, help="of levels and actions (%(default)s)")
     add("--jobs", type=int, default=os.cpu_count(), help="shards at a time (one for each core)")
     add("--environment", type=path_flag, help="the simulator's environment (.venv-procgen)")

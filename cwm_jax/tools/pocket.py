@@ -1,10 +1,10 @@
-"""Makes the pocket world: records the game, trains `configs/pocket.py` by the clock, exports it.
+"""Makes the pocket model: records the game, trains `configs/pocket.py` for a set time, exports it.
 
     python -m cwm_jax.tools.pocket --minutes 9 --frames 4000000
     python -m cwm_jax.tools.pocket --minutes 300 --data data/mine --output mine.safetensors
 
-`make pocket MINUTES=9 FRAMES=4000000` does the same. The same command goes on where an earlier
-one was interrupted. On a GPU the frames are kept in its memory. A data folder that was not
+`make pocket MINUTES=9 FRAMES=4000000` does the same. The same command continues an interrupted
+one. On a GPU the frames are stored in its memory. A data folder that was not
 recorded here is used as it is. Other arguments, --config.NAME=VALUE, go to train.py.
 """
 
@@ -32,10 +32,10 @@ from cwm_jax.runtime.preemption import EXIT_CODE
 POLICY, SEED = "random=1,sticky=3", 1
 HELD_OUT = 200  # records of val, and of test
 
-# Of 1,500 records by POLICY: a record is 160 frames, and less where an episode ends.
+# Of 1,500 records by POLICY: a record has 160 frames, or fewer if an episode ends.
 _FRAMES_PER_RECORD = 117
 _BYTES_PER_FRAME = 740  # compressed, on disk
-_STEP_BYTES = 14 * 10**9  # of GPU memory, beside the frames: 128 clips of 12 frames
+_STEP_BYTES = 14 * 10**9  # of GPU memory, besides the frames: 128 clips of 12 frames
 _GPU_BATCH = 128
 _PROBE = """
 import jax, json
@@ -49,11 +49,11 @@ print(json.dumps([d.platform, d.device_kind, limit, getattr(d, "compute_capabili
 
 
 class Device(NamedTuple):
-    """What training runs on."""
+    """The device of training."""
 
     platform: str  # of JAX: cpu, gpu, …
     kind: str
-    memory: int  # bytes, 0 where the device does not report them
+    memory: int  # bytes, 0 if the device does not report it
     capability: str  # compute capability of an NVIDIA GPU
 
     @property
@@ -62,15 +62,15 @@ class Device(NamedTuple):
 
     @property
     def has_kernels(self) -> bool:
-        """Whether the kernels of attention and norm were measured on such a GPU."""
+        """Whether the kernels of attention and norm were measured on this GPU type."""
         return self.is_gpu and self.capability == "9.0"
 
 
 def find_device() -> Device:
-    """The device that JAX chooses. Another process asks: asking claims the memory of a GPU.
+    """JAX's device, queried in another process, since a query allocates the memory of a GPU.
 
     Raises:
-        UserError: JAX finds no device that it can use.
+        UserError: JAX finds no usable device.
     """
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return Device("cpu", "cpu", 0, "")
@@ -88,33 +88,33 @@ def find_device() -> Device:
 
 
 def records_for(frames: int) -> int:
-    """Records that hold about so many frames, in whole shards."""
+    """Number of records with about so many frames, in whole shards."""
     return 100 * math.ceil(frames / _FRAMES_PER_RECORD / 100)
 
 
 def check_memory(frames: int, device: Device) -> None:
-    """Raises `UserError` where the frames do not fit into the GPU's memory beside training."""
+    """Raises `UserError` if the frames do not fit into the GPU's memory during training."""
     fitting = (device.memory - _STEP_BYTES) // FRAME_BYTES
     if device.is_gpu and device.memory and frames > fitting:
         gib = device.memory / 2**30
         raise UserError(
             f"FRAMES={frames} (--frames) take {frames * FRAME_BYTES / 2**30:.1f} GiB, and "
-            f"{device.kind} has {gib:.1f} GiB, of which training takes {_STEP_BYTES / 2**30:.1f}: "
+            f"{device.kind} has {gib:.1f} GiB, of which training needs {_STEP_BYTES / 2**30:.1f}: "
             f"use at most FRAMES={max(0, fitting)}"
         )
 
 
 class Recorded(NamedTuple):
-    """What a data folder holds."""
+    """The contents of a data folder."""
 
     by_us: bool  # there is a `metadata.json` of `cwm_jax.tools.collect`, or no data at all
-    records: dict[str, int]  # whole records of each split, where they are known
-    frames: int  # of train, where they are known
-    wanted: dict[str, int]  # records of each split that the last call was to record
+    records: dict[str, int]  # complete records of each split, if known
+    frames: int  # of train, if known
+    wanted: dict[str, int]  # records of each split requested by the last call
 
 
 def look_at(data: Path) -> Recorded:
-    """Reads what was recorded in a data folder; nothing where it does not exist."""
+    """The recorded contents of a data folder; empty if it does not exist."""
     none = dict.fromkeys(shards.SPLITS, 0)
     path = data / controls.METADATA
     if path.is_file():
@@ -132,7 +132,7 @@ def look_at(data: Path) -> Recorded:
 
 
 def record(data: Path, frames: int) -> None:
-    """Records what the folder lacks of so many frames, with all cores.
+    """Records the missing frames of the folder, with all cores.
 
     Raises:
         UserError: there is too little disk, or the game cannot be played here.
@@ -149,8 +149,8 @@ def record(data: Path, frames: int) -> None:
     needed, free = missing * _FRAMES_PER_RECORD * _BYTES_PER_FRAME, _free_disk(data)
     if needed > free:
         raise UserError(
-            f"FRAMES={frames} (--frames): {missing} records more take about "
-            f"{needed / 1e9:.1f} GB in {data}, and {free / 1e9:.1f} GB are free: make room, or "
+            f"FRAMES={frames} (--frames): {missing} more records need about "
+            f"{needed / 1e9:.1f} GB in {data}, and {free / 1e9:.1f} GB are free: free some, or "
             f"use fewer frames"
         )
     words = ["-m", "cwm_jax.tools.collect", "--output", str(data), "--policy", POLICY]
@@ -160,9 +160,9 @@ def record(data: Path, frames: int) -> None:
     code = _run(words)
     if code == 2:
         raise UserError(
-            f"{data} holds {have.records['train']} of {wanted['train']} records, and more could "
+            f"{data} has {have.records['train']} of {wanted['train']} records, and more could "
             f"not be recorded. Install Procgen (make install-procgen; Linux on x86-64, Python 3.11 "
-            f"or 3.12), or name a folder with train/ and val/: make pocket DATA=FOLDER"
+            f"or 3.12), or give a folder with train/ and val/: make pocket DATA=FOLDER"
         )
     _leave_unless_done(code)
 
@@ -179,7 +179,7 @@ def train_words(args: argparse.Namespace, device: Device, more: Sequence[str]) -
     if device.is_gpu:
         settings |= {"data.batch_size": _GPU_BATCH, "data.global_batch_size": _GPU_BATCH}
         settings |= {"data.on_device": args.frames}
-        # Each would compile a program of its own, which takes a minute of the few there are.
+        # Each would compile another program, which takes a minute of the training time.
         settings |= {"validation.every_steps": 0, "evaluation.every_steps": 0}
         settings |= {"rollouts.every_steps": 0}
     if device.has_kernels:
@@ -190,7 +190,7 @@ def train_words(args: argparse.Namespace, device: Device, more: Sequence[str]) -
 
 
 def _environment(**changes: str) -> dict[str, str]:
-    """For programs of ours: they find this package, and see one GPU."""
+    """Environment of our programs: they find this package, and use one GPU."""
     path = os.pathsep.join(filter(None, (str(shipped.root()), os.environ.get("PYTHONPATH"))))
     ours = {
         "CUDA_VISIBLE_DEVICES": "0",
@@ -200,7 +200,7 @@ def _environment(**changes: str) -> dict[str, str]:
 
 
 def _run(words: Sequence[str], **environment: str) -> int:
-    """Runs Python; hands on SIGTERM. Of Ctrl-C and its own end a terminal informs both."""
+    """Runs Python; forwards SIGTERM. A terminal sends Ctrl-C and SIGHUP to both processes."""
     program = subprocess.Popen([sys.executable, *words], env=_environment(**environment))
     before = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: program.terminate()),
@@ -227,10 +227,10 @@ def _saved(workdir: Path) -> Iterator[Path]:
 
 
 def make(args: argparse.Namespace, more: Sequence[str]) -> None:
-    """Records, trains and exports; exits with train.py's code where that is not 0.
+    """Records, trains and exports; exits with train.py's code if that is not 0.
 
     Raises:
-        UserError: for arguments, a machine or a folder that cannot be used.
+        UserError: unusable arguments, machine or folder.
     """
     device = find_device()
     if args.minutes is None:
@@ -268,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--minutes", type=float, help="of training, compilation included (GPU: 9; CPU: 300)")
+    add("--minutes", type=float, help="of training, including compilation (GPU: 9; CPU: 300)")
     add("--frames", type=int, help="to record and train on (GPU: 4,000,000; CPU: 500,000)")
     add("--data", type=path_flag, default=Path("data/pocket"), help="data folder (%(default)s)")
     add("--workdir", type=path_flag, default=Path("runs/pocket"), help="of training (%(default)s)")

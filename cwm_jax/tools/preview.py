@@ -1,10 +1,10 @@
-"""Shows what is in a data folder: a film of episodes with keys, a sheet of stills, a page of facts.
+"""Shows a data folder: a video of episodes with keys, a contact sheet, a page of statistics.
 
     python -m cwm_jax.tools.preview --data data/coinrun --n-episodes 5 --output preview.mp4
     python -m cwm_jax.tools.preview --shard data/coinrun/train/data_0001.array_record --fps 15
 
-Beside the film come rows of stills (preview.png) and a page (preview.html) with the lengths of
-the episodes, how often each action was pressed, and the mean of all frames.
+Next to the video it writes a contact sheet (preview.png) and a page (preview.html) with the lengths
+of the episodes, the frequency of each action, and the mean of all frames.
 """
 
 import argparse
@@ -36,9 +36,9 @@ _HEADER = 30
 
 
 class Facts(NamedTuple):
-    """What a page tells of some episodes."""
+    """Statistics of some episodes."""
 
-    lengths: dict[int, int]  # how many episodes have so many frames
+    lengths: dict[int, int]  # number of episodes by number of frames
     actions: np.ndarray  # how often each action was pressed, int [A]
     mean_frame: np.ndarray  # uint8 [H, W, C]
 
@@ -59,7 +59,7 @@ def facts(episodes: Episodes, numbers: Sequence[int], known: Controls) -> Facts:
 def video_images(
     episodes: Episodes, numbers: Sequence[int], known: Controls, *, scale: int
 ) -> Iterator[np.ndarray]:
-    """The images of a film: each frame under its place, over the keys pressed at it."""
+    """The images of a video: each frame below its number and above the pressed keys."""
     for number in numbers:
         episode = episodes[number]
         for t in range(len(episode)):
@@ -80,7 +80,7 @@ def _video_image(episode: Episode, t: int, known: Controls, place: str, scale: i
 def contact_sheet(
     episodes: Episodes, numbers: Sequence[int], known: Controls, *, scale: int = 2
 ) -> np.ndarray:
-    """A row of stills at even distances for each episode: uint8 [H, W, 3]."""
+    """A row of evenly spaced frames for each episode: uint8 [H, W, 3]."""
     rows = []
     for number in numbers:
         episode = episodes[number]
@@ -108,7 +108,7 @@ def _sheet_cell(episode: Episode, t: int, known: Controls, scale: int) -> np.nda
 
 
 def page(found: Facts, known: Controls, *, source: str, of: int, note: str | None = None) -> str:
-    """The facts as one HTML page that needs no other file; `note` is said of the actions."""
+    """The statistics as one self-contained HTML page; `note` is about the actions."""
     count = sum(found.lengths.values())
     frames = sum(length * n for length, n in found.lengths.items())
     png = io.BytesIO()
@@ -156,17 +156,17 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=path_flag, default=shipped.data(), help="data folder (the embedded one)")
     add("--split", default="train", choices=shards.SPLITS, help="(%(default)s)")
     add("--shard", type=path_flag, help="show this one file instead")
-    add("--n-episodes", type=int, default=3, help="episodes to film (%(default)s)")
+    add("--n-episodes", type=int, default=3, help="episodes in the video (%(default)s)")
     add("--first", type=int, default=0, help="number of the first of them (%(default)s)")
-    add("--count-episodes", type=int, default=500, help="episodes behind the page's facts (500)")
-    add("--fps", type=int, default=FPS, help="frames a second of the film (%(default)s)")
-    add("--scale", type=int, default=6, help="enlargement of the film's frames (%(default)s)")
-    add("--output", type=path_flag, default=Path("preview.mp4"), help="the film (%(default)s)")
+    add("--count-episodes", type=int, default=500, help="episodes for the page's statistics (500)")
+    add("--fps", type=int, default=FPS, help="frames a second of the video (%(default)s)")
+    add("--scale", type=int, default=6, help="enlargement of the video's frames (%(default)s)")
+    add("--output", type=path_flag, default=Path("preview.mp4"), help="the video (%(default)s)")
     return parser
 
 
 def write(args: argparse.Namespace) -> None:
-    """Writes film, sheet and page as the flags say."""
+    """Writes the video, the contact sheet and the page."""
     for flag in ("n_episodes", "count_episodes", "fps", "scale"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
@@ -181,7 +181,7 @@ def write(args: argparse.Namespace) -> None:
 
     total = int(found.lengths[numbers.start : numbers.stop].sum())
     images = tqdm(
-        video_images(found, numbers, known, scale=args.scale), "filming", total, unit=" frames"
+        video_images(found, numbers, known, scale=args.scale), "rendering", total, unit=" frames"
     )
     video.write_mp4(args.output, images, fps=args.fps)
     sheet, facts_page = args.output.with_suffix(".png"), args.output.with_suffix(".html")

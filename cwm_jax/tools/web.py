@@ -1,10 +1,10 @@
-"""The page that plays a model without a server: builds it, and serves it on this machine.
+"""Builds the page that runs a model without a server, and serves it on this machine.
 
-    python -m cwm_jax.tools.web                    # serves dist/web; builds it if it is not there
-    python -m cwm_jax.tools.web --build            # builds anew, and does not serve
+    python -m cwm_jax.tools.web                    # serves dist/web; builds it if missing
+    python -m cwm_jax.tools.web --build            # builds it again, does not serve
     python -m cwm_jax.tools.web --build --checkpoint runs/small --output dist/small
 
-The folder can be put on any static host, under any path. docs/web.md has the rest.
+The folder can be copied to any static host, under any path; see docs/web.md.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def _steps(text: str) -> tuple[int, ...]:
         return formats.check_playable_steps([int(word) for word in text.split(",")])
     except (ValueError, UserError):
         raise UserError(
-            f"--ddim-steps {text}: give whole numbers 1…1000 with commas between, such as 1,2,4"
+            f"--ddim-steps {text}: give integers 1…1000 with commas between, such as 1,2,4"
         ) from None
 
 
@@ -75,15 +75,15 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = flags.add_argument
-    add("--build", action="store_true", help="build anew, and do not serve")
+    add("--build", action="store_true", help="build it again, do not serve")
     add("--output", type=path_flag, default=_OUTPUT, help="the folder (%(default)s)")
     add("--checkpoint", type=path_flag, help="the model (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of a run (the newest)")
-    add("--name", help="what the page calls the model (the checkpoint's name)")
+    add("--name", help="name of the model on the page (the checkpoint's name)")
     add("--ddim-steps", metavar="S,S,…", help="denoising steps to choose from (the model's card)")
     add("--dtype", default="float16", choices=folder.DTYPES, help="of the weights (%(default)s)")
-    add("--data", type=path_flag, default=shipped.data(), help="where sessions start from")
-    add("--runtime", type=path_flag, help="the runtime's .tgz, where npm is not to fetch it")
+    add("--data", type=path_flag, default=shipped.data(), help="data of the start frames")
+    add("--runtime", type=path_flag, help="the runtime's .tgz (fetched with npm)")
     add("--host", default="127.0.0.1", help="to serve on (%(default)s)")
     add("--port", type=int, default=8080, help="to serve on (%(default)s)")
     return flags

@@ -310,9 +310,9 @@ def test_whole_episodes_by_number(config):
     episodes = open_episodes(config, "val")
     assert places(load_clips(episodes, [3, 0], length=40)) == [(3, 0), (0, 0)]
     assert load_clips(episodes, [3], length=160)["actions"].shape == (1, 160)
-    with pytest.raises(UserError, match="41 frames of episode 0 were asked for; it has 40"):
+    with pytest.raises(UserError, match="41 frames of episode 0 were requested; it has 40"):
         load_clips(episodes, [0], length=41)
-    with pytest.raises(UserError, match=r"no episode 6; they count 0…5"):
+    with pytest.raises(UserError, match=r"no episode 6; valid are 0…5"):
         load_clips(episodes, [6], length=1)
 
 
@@ -370,7 +370,9 @@ def test_a_seed_out_of_range(config):
 def test_a_damaged_shard_is_named_at_the_start(config):
     shard = Path(config.dir) / "train/data_0002.array_record"
     shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"data_0002\.array_record .* is not a whole ArrayRecord"):
+    with pytest.raises(
+        UserError, match=r"data_0002\.array_record .* is not a complete ArrayRecord"
+    ):
         train_batches(config, batch_size=1, seed=0)
 
 
@@ -652,7 +654,7 @@ def test_killed_workers_are_replaced_and_no_batch_is_lost(config, capsys):
         os.kill(worker.pid, signal.SIGKILL)
     found += taken(batches, 4)
     assert found == expected
-    assert "has died" in capsys.readouterr().err
+    assert "has exited" in capsys.readouterr().err
 
 
 def test_other_data_of_the_same_shape_is_refused(config, tmp_path):
@@ -673,7 +675,7 @@ def test_too_little_shared_memory_for_reading_processes_is_told(tmp_path, monkey
     free(64_000_000)  # what Docker gives
     shared_memory.warn_if_short(8, 50_000_000, tmp_path)
     message = capsys.readouterr().err
-    assert "want about 1.8 GB there; 0.064 GB is free" in message
+    assert "need about 1.8 GB there; 0.064 GB is free" in message
     assert f"remount,size=2G {tmp_path}" in message
     assert "data.num_workers=0" in message
 

@@ -145,9 +145,9 @@ def test_arrays_arrive_as_they_were():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"raw_video": ...}, r"lacks raw_video; a record holds raw_video, sequence_length, act"),
+        ({"raw_video": ...}, r"lacks raw_video; a record has raw_video, sequence_length, act"),
         ({"sequence_length": ..., "actions": ...}, "lacks sequence_length, actions"),
-        ({"sequence_length": "3"}, "sequence_length is a str, not a whole number"),
+        ({"sequence_length": "3"}, "sequence_length is a str, not an integer"),
         ({"sequence_length": True}, "sequence_length is a bool"),
         ({"sequence_length": 0}, "sequence_length is 0; an episode has at least 1 frame"),
         ({"sequence_length": -3}, "sequence_length is -3"),
@@ -159,7 +159,7 @@ def test_arrays_arrive_as_they_were():
             r"raw_video has 9216 bytes; 3 frames of 64×64×3 have 36864",
         ),
         ({"raw_video": bytes(3 * FRAME_BYTES + 1)}, "has 36865 bytes; 3 frames .* have 36864"),
-        ({"actions": [1, 2, 3]}, "actions are list, not an array of whole numbers"),
+        ({"actions": [1, 2, 3]}, "actions are list, not an array of integers"),
         ({"actions": np.ones(3, np.float32)}, "actions are float32, not"),
         ({"actions": np.ones(3, bool)}, "actions are bool, not"),
         ({"actions": np.zeros(4, np.int32)}, r"actions have shape \(4,\); 3 frames need \(3,\)"),

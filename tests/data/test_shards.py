@@ -134,7 +134,9 @@ def test_text_under_the_name_of_a_shard_is_named(tmp_path):
     path = tmp_path / "notes.array_record"
     for text in ("not data\n", "not data\n" * 20_000):
         path.write_text(text)
-        with pytest.raises(UserError, match=r"notes\.array_record .* is not a whole ArrayRecord"):
+        with pytest.raises(
+            UserError, match=r"notes\.array_record .* is not a complete ArrayRecord"
+        ):
             open_shard(path)
 
 

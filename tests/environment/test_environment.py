@@ -191,7 +191,7 @@ def test_bad_input_is_named(checkpoint, vector):
     env.reset()
     with pytest.raises(UserError, match=r"action 15: actions are 0…14"):
         env.step(15)
-    with pytest.raises(UserError, match="no option 'level' of reset; there are frames, actions"):
+    with pytest.raises(UserError, match="no option 'level' of reset; valid are frames, actions"):
         env.reset(options={"level": 3})
     for given, fault in (
         (dict(num_envs=0), "num_envs=0"),
@@ -205,7 +205,7 @@ def test_bad_input_is_named(checkpoint, vector):
         envs.step(np.zeros(2, int))
     with pytest.raises(UserError, match="2 seeds for 3 worlds"):
         envs.reset(seed=[1, 2])
-    with pytest.raises(UserError, match="reset_mask: wanted 3 booleans"):
+    with pytest.raises(UserError, match="reset_mask: expected 3 booleans"):
         envs.reset(options={"reset_mask": [1, 0, 0]})
 
 

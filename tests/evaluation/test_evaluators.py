@@ -538,7 +538,7 @@ def test_measurements_are_compared_clip_by_clip_and_rankings_that_differ_are_nam
         clips["lpips"]["6"] = [x + 0.5 for x in clips["lpips"]["6"]]
     table = comparison.table([("a", results), ("b", worse)])
     assert re.search(r"^LPIPS minus that of a, frames 1…6 from 1 +– +0\.500 \[", table, re.M)
-    assert "LPIPS ranks a above b, PSNR the other way round (a minus b: LPIPS -0.500" in table
+    assert "LPIPS ranks a above b, PSNR in the opposite order (a minus b: LPIPS -0.500" in table
     assert "ranks a" not in comparison.table([("a", results), ("b", results)])
 
 

@@ -56,7 +56,7 @@ def test_settings_are_ranked_by_lpips_with_what_keeps_each_from_play():
 def test_unreadable_keys_and_rollouts_that_do_not_last_are_faults():
     found = faults(setting(1, keys=0.3), setting(2, lasts=40), setting(4), setting(8, keys=0.6))
     assert found[1] == ("left is not readable",)
-    assert found[2] == ("does not last",)
+    assert found[2] == ("collapses early",)
     assert found[4] == found[8] == ()
     uncertain = setting(2, lasts=40)
     uncertain.results["drift"]["frames_to_collapse"]["high"] = 60

@@ -377,7 +377,7 @@ DEBUG = ["--config", "configs/debug.py", "--workdir", "W"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config", "configs/small.py"], "say where the run goes: --workdir=runs/NAME"),
+        (["--config", "configs/small.py"], "set the run's folder: --workdir=runs/NAME"),
         (
             ["--config", "configs/none.py", "--workdir", "W"],
             "No such file or directory: 'configs/none.py'",

@@ -107,7 +107,7 @@ def test_a_mended_folder_is_not_replaced_by_that_of_another(spoiled, tmp_path, c
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     with pytest.raises(SystemExit):
         check.main([str(other), "--repair", str(out)])
-    assert "it holds something else" in capsys.readouterr().err
+    assert "it contains something else" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 

@@ -96,7 +96,7 @@ def test_wrong_files_are_named(tmp_path):
 
 def test_an_existing_run_is_not_overwritten(tmp_path):
     run = imported(tmp_path, "ckpt_step_0000000.pt")
-    with pytest.raises(UserError, match="already holds"):
+    with pytest.raises(UserError, match="already contains"):
         convert_torch.convert(FOLDER / "ckpt_step_0000003.pt", run, max_frames=8)
     assert run_checkpoint.load(run).step == 0
 
@@ -104,7 +104,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
 def test_a_run_in_its_first_save_is_left_alone(tmp_path):
     half = tmp_path / "run" / "checkpoints" / "7.orbax-checkpoint-tmp"
     half.mkdir(parents=True)
-    with pytest.raises(UserError, match="already holds"):
+    with pytest.raises(UserError, match="already contains"):
         imported(tmp_path, "ckpt_step_0000003.pt")
     assert [p.name for p in half.parent.iterdir()] == [half.name]
 

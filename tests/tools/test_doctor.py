@@ -119,7 +119,7 @@ def test_a_check_that_fails_is_a_finding(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "BAD  devices        JAX has no device for JAX_PLATFORMS=cuda" in printed
     assert "→ unset JAX_PLATFORMS" in printed
-    assert "BAD  video          cannot be looked at" in printed
+    assert "BAD  video          cannot be checked" in printed
     assert "not well: devices, video" in printed
 
 

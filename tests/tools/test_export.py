@@ -233,7 +233,7 @@ def test_a_flag_that_is_no_card_is_reported(run, tmp_path, text, capsys):
     out = tmp_path / "o"
     with pytest.raises(SystemExit):
         export.main([str(run), "--output", str(out), "--format", "orbax", "--playable-steps", text])
-    assert f"--playable-steps {text}: give whole numbers 1…1000" in capsys.readouterr().err
+    assert f"--playable-steps {text}: give integers 1…1000" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -68,11 +68,11 @@ def test_what_is_not_of_the_repository_is_not_replaced(dataset, tmp_path, capsys
     mine.write_text("of my own")
     with pytest.raises(SystemExit):
         download(tmp_path, "--shards", "1")
-    assert f"{mine} is there already, and is not that of them/things" in capsys.readouterr().err
+    assert f"{mine} exists already, and is not that of them/things" in capsys.readouterr().err
     assert mine.read_text() == "of my own"
     mine.unlink()
     download(tmp_path, "--shards", "1")
-    with pytest.raises(UserError, match="holds files of them/things, and not of others/things"):
+    with pytest.raises(UserError, match="contains files of them/things, not of others/things"):
         hub._check_source(tmp_path, "others/things", [])
 
 

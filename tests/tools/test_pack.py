@@ -315,7 +315,7 @@ def write_npz(path, actions):
     ("name", "content", "known", "fault"),
     [
         ("x.csv", "action\n1\n2\n", DICE, "line 3: the action is '2'; it must be 0…1"),
-        ("x.csv", "actions\n1\n", DICE, "line 2: wanted `action`, and there is 'actions'"),
+        ("x.csv", "actions\n1\n", DICE, "line 2: expected `action`, found 'actions'"),
         ("x.csv", "A,LEFT\n1,0\n", PAD, "'A', 'LEFT', and 'RIGHT' is missing"),
         ("x.csv", "A,LEFT,RIGHT\n1,0,2\n", PAD, "'RIGHT' is '2'; it must be 0 or 1"),
         ("x.csv", "action\n", DICE, "no actions"),
@@ -345,7 +345,7 @@ def damaged(archive):
 @pytest.mark.parametrize(
     ("make", "fault"),
     [
-        (lambda whole: whole[: len(whole) // 2], "it is no whole .npz archive"),
+        (lambda whole: whole[: len(whole) // 2], "it is no complete .npz archive"),
         (damaged, "x.npz: Error -3 while decompressing"),
         (lambda whole: whole.replace(b"actions", b"ACTIONS"), "'actions is not a file"),
     ],
@@ -363,7 +363,7 @@ def test_what_is_no_archive_of_actions_is_told(tmp_path):
     path = tmp_path / "x.npz"
     with path.open("wb") as file:
         np.save(file, np.array([0, 1]))
-    with pytest.raises(UserError, match=r"x\.npz: it is no whole \.npz archive"):
+    with pytest.raises(UserError, match=r"x\.npz: it is no complete \.npz archive"):
         user_recordings.read_actions(path, DICE)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("actions", "0 1")

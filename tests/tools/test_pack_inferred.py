@@ -97,7 +97,9 @@ def test_data_of_another_game_cannot_teach_coinrun(tmp_path, capsys):
     (tmp_path / METADATA).write_text('{"game": "chess", "actions": ["e4", "d4"]}')
     with pytest.raises(SystemExit):
         pack.main([str(tmp_path), "--infer-actions", str(tmp_path), "--output", str(tmp_path)])
-    assert "it is of chess; actions can be inferred of CoinRun alone" in capsys.readouterr().err
+    assert (
+        "its data is of chess; actions can be inferred for CoinRun only" in capsys.readouterr().err
+    )
 
 
 def test_labels_of_blocks_are_those_of_the_whole(monkeypatch):
