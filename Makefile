@@ -11,7 +11,7 @@ UV := $(shell command -v uv 2>/dev/null)
 .PHONY: help install install-torch install-procgen demo play web pocket test test-torch-extra faults check-gpu bench-gpu
 .PHONY: lint format lock wheel space docs clean
 
-help:  ## List what make can do here
+help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## Create .venv with everything pinned (PYTHON=python3.12 to choose; uses uv if there)
@@ -29,13 +29,13 @@ else
 endif
 	@touch $@
 
-install-torch: $(STAMP)  ## Add the pinned PyTorch, which only .pt files need
+install-torch: $(STAMP)  ## Add the pinned PyTorch, for .pt files
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 
-install-procgen: $(STAMP)  ## Make .venv-procgen with the real game, to record data from
+install-procgen: $(STAMP)  ## Make .venv-procgen with the real game, to record data
 	$(BIN)/python -c 'from cwm_jax.simulator import venv; venv.ensure()'
 
-demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagines
+demo: $(STAMP)  ## Train a small model on the CPU and write a video of its rollouts
 	rm -rf $(DEMO)
 	$(BIN)/python train.py --config configs/debug.py --workdir $(DEMO)
 	$(BIN)/python sample.py --checkpoint $(DEMO) --ddim-steps 1 \
@@ -48,7 +48,7 @@ demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagin
 play: $(STAMP)  ## Play in the browser (CHECKPOINT=runs/small to choose; else checkpoints/pocket)
 	$(BIN)/python play.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
-web: $(STAMP)  ## Build dist/web, the page that plays in the browser alone (needs npm; CHECKPOINT=…)
+web: $(STAMP)  ## Build dist/web, the page that runs in the browser without a server (needs npm; CHECKPOINT=…)
 	$(BIN)/python -m cwm_jax.tools.web --build $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
 # PYTHON=… on the command line is used as it is, on a machine that has the packages but no .venv.
@@ -68,34 +68,34 @@ pocket:  ## Record the game, train for MINUTES (a GPU: 9; a CPU: 300), export to
 test: $(STAMP)  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --durations=10 -rs
 
-test-torch-extra: install-torch  ## Run the whole suite with PyTorch present: the .pt tests run too
+test-torch-extra: install-torch  ## Run the whole suite with PyTorch, including the .pt tests
 	$(BIN)/python -m pytest -n 2 --durations=10 -rs
 
-faults: $(STAMP)  ## Kill, starve and mislead training runs for MINUTES=10 (RESULTS=FILE adds up)
+faults: $(STAMP)  ## Inject faults into training runs for MINUTES=10 (RESULTS=FILE adds up)
 	$(BIN)/python -m tests.faults --minutes $(or $(MINUTES),10) $(if $(RESULTS),--results $(RESULTS))
 
-check-gpu:  ## Check in 2 minutes that this GPU computes what a CPU does (PYTHON=…)
+check-gpu:  ## Check in 2 minutes that this GPU computes the same as a CPU (PYTHON=…)
 	$(PROGRAM_PYTHON) -m benchmarks.check_gpu
 
-bench-gpu:  ## Measure this GPU in 8 minutes (PYTHON=…; ORIGINAL=DIR, the PyTorch one, beside it)
+bench-gpu:  ## Measure this GPU in 8 minutes (PYTHON=…; ORIGINAL=DIR: also the PyTorch original)
 	$(PROGRAM_PYTHON) -m benchmarks.gpu $(if $(ORIGINAL),--original $(ORIGINAL))
 
 lint: $(STAMP)  ## Check format and lint, change nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-format: $(STAMP)  ## Format the code and mend what ruff can mend
+format: $(STAMP)  ## Format the code and apply ruff's fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock:  ## Choose the pinned versions anew (needs uv)
+lock:  ## Update the pinned versions (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
 	  --custom-compile-command 'make lock' --all-extras pyproject.toml --output-file constraints.txt
 
 wheel: $(STAMP)  ## Build wheel and sdist into dist/
 	$(BIN)/python -m build --no-isolation
 
-space: wheel  ## Put the wheel into launch/space, which then is a Hugging Face Space
+space: wheel  ## Copy the wheel to launch/space, a Hugging Face Space
 	rm -f launch/space/*.whl
 	cp dist/cwm_jax-*.whl constraints.txt launch/space/
 
@@ -103,7 +103,7 @@ docs: $(STAMP)  ## Build the documentation site into site/; any warning is an er
 	$(BIN)/python -m pip install --quiet -e '.[docs]' -c constraints.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-clean:  ## Remove .venv, the demo, caches and build leftovers
+clean:  ## Remove .venv, the demo, caches and build files
 	rm -rf $(VENV) $(VENV)-procgen $(VENV)-procgen.lock $(DEMO) build dist site launch/space/*.whl launch/space/constraints.txt *.egg-info .pytest_cache .ruff_cache .hypothesis
 	-test ! -d runs || rmdir --ignore-fail-on-non-empty runs
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

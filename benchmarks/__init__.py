@@ -1,1 +1,1 @@
-"""What is fast, measured against what: each module is a program, `python -m benchmarks.NAME`."""
+"""Measurements of speed; each module is a program, `python -m benchmarks.NAME`."""

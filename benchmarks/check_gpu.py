@@ -1,15 +1,14 @@
-"""Whether this device computes what it should: `make check-gpu`, two minutes on a GPU.
+"""Checks this device's results: `make check-gpu`, two minutes on a GPU.
 
     python -m benchmarks.check_gpu [--parts original,debug,pocket,small,large] [--clips 1]
 
 The network against the PyTorch original's numbers; generated rollouts against its rollouts; each
 kernel against a float32 formula, on random and on extreme numbers; and three updates of each
 shipped config's network on random clips, in float32 and bfloat16, against float32 on this machine's
-CPU. One line each, `ok` or `FAIL` (`--`: nothing to check); the exit code is 1 where one failed.
-On a GPU each part (the original's numbers, or a network) is a process of its own, since most of the
-time is Python's and the compiler's; XLA does not autotune, which changes speed and not results.
-Needs jax, flax, optax and numpy, and a checkout. It runs on a CPU too, where kernels are not
-checked.
+CPU. One line each, `ok` or `FAIL` (`--`: nothing to check); the exit code is 1 if one failed. On a
+GPU each part (the original's numbers, or a network) is a process of its own, since Python and the
+compiler take most of the time; XLA does not autotune, which changes speed and not results. Needs
+jax, flax, optax and numpy, and a checkout. It runs on a CPU too, where kernels are not checked.
 """
 
 import argparse
@@ -48,7 +47,7 @@ from cwm_jax.training.train_step import TrainSetup
 ROOT = Path(__file__).parents[1]
 ORIGINAL = "original"
 PARTS = (ORIGINAL, "debug", "pocket", "small", "large")
-EXAMPLES = {  # of the configs, where it is not the default; with one pass of generated context
+EXAMPLES = {  # of the configs, if not the default; with one pass of generated context
     "debug": ExampleConfig().changed({"noise_levels.top_share": 0.2}),
     "pocket": ExampleConfig().changed(
         {
@@ -69,9 +68,9 @@ ROLLOUTS = (
     *(("rollout_within_window", "exact"), ("rollout_past_window", "exact")),
     *(("rollout_prompt4_ddim5", "cached"), ("rollout_prompt4_ddim5", "hop")),
 )
-_KEPT = 4096  # numbers of each gradient that are compared
+_KEPT = 4096  # compared numbers of each gradient
 _SECONDS = 110
-_GRACE = 8  # seconds more, in which a process says what it has
+_GRACE = 8  # extra seconds in which a process prints its results
 
 Numbers = dict[str, np.ndarray]
 
@@ -135,13 +134,13 @@ def kernel(network: DiTConfig, setting: str, name: str, frames: int) -> Verdict:
         return Verdict(None, f"will not be used: {type(error).__name__}")
     right = all(errors[check.name] <= check.near for check in trial.checks)
     text = "off by " + ", ".join(f"{error:.2g} on {what}" for what, error in errors.items())
-    if name == "cudnn" and not right:  # not a fault of this project; no run takes it then
+    if name == "cudnn" and not right:  # not a fault of this project; no run uses it then
         return Verdict(None, f"will not be used: {text}")
     return Verdict(right, text)
 
 
 def with_kernels(network: DiTConfig, frames: int) -> DiTConfig:
-    """The network with the kernels of this project, where they take its shapes."""
+    """The network with the kernels of this project, if they support its shapes."""
     if not attention.fuses():
         return network
     taken = {
@@ -152,7 +151,7 @@ def with_kernels(network: DiTConfig, frames: int) -> DiTConfig:
 
 
 def parameters(network: DiTConfig) -> dit.Params:
-    """Random ones that are all at work, the same on each device."""
+    """Random parameters, all of them used, the same on each device."""
     rng = np.random.default_rng(0)
     shapes = sorted(dit.shapes(network).items())
     scale = lambda shape: 0.3 * shape[0] ** -0.5 if len(shape) > 1 else 0.02
@@ -203,7 +202,7 @@ class References:
         )
 
     def of(self, size: str) -> Numbers:
-        """Waits for them."""
+        """Waits for the updates."""
         path = self._folder / f"{size}.npz"
         while not path.exists():
             ended = self.process.poll() is not None
@@ -255,7 +254,7 @@ def network_checks(
 
 def run(asked: list[tuple[str, Check]], seconds: float | None) -> bool:
     """Prints a line for each check when it is done; whether none failed."""
-    # Compiling takes most of the time, and a GPU machine's cores can share it.
+    # Compiling takes most of the time, so it runs in parallel on the machine's cores.
     pool = futures.ThreadPoolExecutor(8 if jax.default_backend() == "gpu" else 1)
     end = None if seconds is None else time.monotonic() + seconds
     running = [(name, pool.submit(check)) for name, check in asked]
@@ -266,7 +265,7 @@ def run(asked: list[tuple[str, Check]], seconds: float | None) -> bool:
             verdict = future.result(left)
         except futures.TimeoutError:
             verdict = Verdict(False, f"not done within {seconds:g} s")
-        except Exception as error:  # one check that fails must not hide the others
+        except Exception as error:  # one failed check must not hide the others
             verdict = Verdict(False, " ".join(f"{type(error).__name__}: {error}".split())[:300])
         failed += verdict.right is False
         print(f"{verdict.word:4}  {name}: {verdict.text}", flush=True)
@@ -287,9 +286,9 @@ def run_part(part: str, clips: int, frames: int, seconds: float | None) -> bool:
 
 
 def run_processes(commands: dict[str, list[str]], seconds: float) -> bool:
-    """Runs the commands of all parts at once and prints what they print, part by part.
+    """Runs the commands of all parts in parallel and prints their output, part by part.
 
-    A part that is not done within the time is killed. Whether all ended with code 0.
+    A part that exceeds the time is killed. Returns whether all ended with code 0.
     """
     end = time.monotonic() + seconds
     whole = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE)
@@ -340,4 +339,4 @@ def main() -> int:
 if __name__ == "__main__":
     with shown_to_user():
         code = main()
-    os._exit(code)  # what did not end in time is not waited for
+    os._exit(code)  # does not wait for unfinished parts

@@ -1,11 +1,11 @@
-"""How fast clips come from disk, against what reading alone would allow.
+"""Speed of reading clips from disk, compared with that of reading only.
 
     python -m benchmarks.data --dir assets/coinrun --batch 128 --seconds 8
 
 Three rates, in clips a second, each in total and for each second of a processor: the training
-batches, shuffled over the whole dataset; the same records read and thrown away undecoded (the
-floor); and one clip from each record, read and decoded in order of the records. Beside them, how
-well the batches are shuffled: from how many episodes the clips of one come, on average.
+batches, shuffled over the whole dataset; the same records read but not decoded (the
+limit); and one clip from each record, read and decoded in order of the records. It also
+measures shuffling: the mean number of episodes in a batch.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _BATCHES = "training batches, global shuffle"
 def rate(counts: Iterator[int], seconds: float) -> dict[str, float]:
     """Clips a second from an iterator of numbers of clips; the first item is not counted.
 
-    `per_core` and `cores` know the processors of this process alone.
+    `per_core` and `cores` count only this process's processor time.
     """
     next(counts)
     clips, start, cpu = 0, time.perf_counter(), time.process_time()
@@ -60,7 +60,7 @@ def episodes_per_batch(config: DataConfig, batch: int, *, batches: int = 20) -> 
 
 
 def records_alone(config: DataConfig) -> Iterator[int]:
-    """Each record, undecoded, in a random order for ever; each is one clip's worth of reading."""
+    """Each record, not decoded, in a random order, endlessly; each counts as one clip."""
     shards = find_shards(config.dir, "train")
     readers = [open_shard(shard) for shard in shards]
     places = [(s, i) for s, reader in enumerate(readers) for i in range(reader.num_records())]
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="for each of the rates")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="reading processes; 0: threads")
-    parser.add_argument("--output", type=path_flag, help="gets the numbers as JSON")
+    parser.add_argument("--output", type=path_flag, help="JSON file of the numbers")
     args = parser.parse_args()
     process_memory.keep_freed()  # as train.py does
     config = DataConfig(dir=str(args.dir), num_threads=args.threads, num_workers=args.workers)

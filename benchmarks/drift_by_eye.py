@@ -1,13 +1,13 @@
-"""Do measures of drift agree with the eye? Twenty rollouts, sorted by what their sheets look like.
+"""Agreement of drift measures with a visual ranking of twenty rollouts by contact sheets.
 
     python -m benchmarks.drift_by_eye sheets --data data/pocket-eval --output eye
     python -m benchmarks.drift_by_eye agree --data data/pocket-eval --output eye
 
 The first generates rollouts of the repository's model under random actions, in one, two or four
-denoising steps, and writes a contact sheet of each. Their numbers do not say which is which. A
-judge (a vision-language model) looked at these alone and put them in order, from the one that looks
-most like the game for longest to the one that looks least like it; that order is
-`drift_by_eye.json`, written down before anything was measured. The second measures the rollouts and
+denoising steps, and writes a contact sheet of each. Their numbers do not reveal the setting. A
+judge (a vision-language model) ranked them by these sheets only, from the one that is most similar
+to the game for longest to the least similar one; that ranking is `drift_by_eye.json`, recorded
+before any measurement. The second measures the rollouts and
 prints each measure's rank correlation with the order, with the interval of resampled rollouts.
 
 The data: python -m cwm_jax.tools.collect --output data/pocket-eval --train 140 --val 0 --test 80

@@ -1,4 +1,4 @@
-"""What evaluation costs, and what its evaluators say of real frames, whose answers are known.
+"""The cost of evaluation, and the evaluators' results on real frames with known answers.
 
     python -m benchmarks.evaluation --size debug --clips 2 --frames 8 --every 400
 
@@ -36,7 +36,7 @@ _DATA = DataConfig(dir=str(Path(__file__).parents[1] / "assets" / "coinrun"))
 
 
 def quick_form(network: DiTConfig, *, clips: int, frames: int, every: int) -> dict[str, float]:
-    """Seconds of the quick form, as `configs/debug.py` sets it, beside those of training."""
+    """Seconds of the quick form, as `configs/debug.py` sets it, and of training."""
     few = quick.prepare(_DATA, "val", clips=4, frames=8, num_actions=15, seed=0)
     generate = generation.by_sampler(Sampler(network, dit.init(network, 0), SamplerConfig()))
     first, again = (_seconds(lambda: dict(quick.run(generate, few))) for _ in range(2))
@@ -47,7 +47,7 @@ def quick_form(network: DiTConfig, *, clips: int, frames: int, every: int) -> di
 
 
 def real_frames() -> dict[str, float | dict]:
-    """What is said of the real test clips themselves: the probe, the floor, and drift."""
+    """Results on the real test clips: the probe, the floor, and drift."""
     learnt = held_out.load(_DATA, "train", frames=160)
     start = time.perf_counter()
     reader = probe.train(learnt.frames, learnt.actions)
@@ -73,7 +73,7 @@ _REPORTED = ("accuracy", "balanced", "keys")
 
 
 def ruined(frames_BTHWC: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Real frames, and the same spoilt in several ways from the first on."""
+    """Real frames, and the same degraded in several ways from the first on."""
     yield "real", frames_BTHWC
     values = frames_BTHWC.astype(np.float32)
     noise = np.random.default_rng(0).normal(scale=20, size=values.shape)

@@ -1,12 +1,12 @@
-"""Everything that a GPU should be asked, within a time limit: `make bench-gpu`.
+"""All measurements of a GPU, within a time limit: `make bench-gpu`.
 
     python -m benchmarks.gpu --minutes 7.5 --output runs/bench-gpu [--original DIR]
 
-Golden parity, training steps and attention (`benchmarks.network`), then drawn frames
-(`benchmarks.sample`), then, where torch and a checkout of the PyTorch original are there, its
+Golden parity, training steps and attention (`benchmarks.network`), then generated frames
+(`benchmarks.sample`), then, if torch and a checkout of the PyTorch original are present, its
 frames and its training step on the same card (`benchmarks.original`). Each is a program of its own
-with a share of the minutes, so that none can take the memory or the time of another.
-`results.json` and `results.md` hold whatever is known at any moment. Needs jax, flax, optax,
+with a share of the minutes, so that none uses the memory or the time of another.
+`results.json` and `results.md` are updated after each part. Needs jax, flax, optax,
 orbax-checkpoint and numpy, and a checkout; `--size tiny --batch 2` tries it on a CPU.
 """
 
@@ -45,16 +45,16 @@ Row = dict[str, object]
 
 
 class Part(NamedTuple):
-    """A program to run; time that it leaves of its share goes to those after it."""
+    """A program to run; unused time of its share is available to later ones."""
 
     name: str
     share: float  # of all minutes, relative to the other parts
     module: str
-    words: str  # the last is the flag that names its file of numbers
+    words: str  # the last is the flag of its output file
 
 
 def parts(size: str, clips: int, original: Path | None = None) -> list[Part]:
-    """What is run, in order. Frames are drawn with the window full, so that all ways differ."""
+    """The parts, in order. Frames are generated with a full window, so that all modes differ."""
     full = sizes.network(size).max_frames
     generate = lambda name, share, how: Part(
         name, share, "benchmarks.sample", f"--size {size} --context {full} {how} --rows-only --json"
@@ -73,7 +73,7 @@ def parts(size: str, clips: int, original: Path | None = None) -> list[Part]:
 
 
 def run(part: Part, seconds: float, output: Path) -> str:
-    """Runs a part for so many seconds at the most, and says how it ended."""
+    """Runs a part for at most so many seconds, and returns how it ended."""
     command = [sys.executable, "-m", part.module, *part.words.split()]
     begun = time.monotonic()
     with (output / f"{part.name}.log").open("w", encoding="utf-8") as log:
@@ -88,14 +88,14 @@ def run(part: Part, seconds: float, output: Path) -> str:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            return f"cut off after {seconds:.0f} s; the rows it had are kept"
+            return f"stopped after {seconds:.0f} s; its rows so far are kept"
     took = f"{time.monotonic() - begun:.0f} s"
     return f"done in {took}" if code == 0 else f"failed after {took}: {_last_line(log.name)}"
 
 
 def _last_line(log: str) -> str:
     lines = Path(log).read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")[:300]
+    return next((line for line in reversed(lines) if line.strip()), "no output")[:300]
 
 
 def gather(output: Path, ended: dict[str, str]) -> dict[str, list[Row]]:

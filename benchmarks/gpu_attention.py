@@ -5,9 +5,9 @@
 First the kernel of `cwm_jax.models.kernels.rotary_attention` against the formula in float32 on the
 CPU, on random numbers and on rows with a logsumexp near −150 and +250: values and gradients, of
 clips of 1 to 32 frames. Then the seconds of a forward pass, and of a forward and a backward pass,
-of every way to attend at the shapes of `small` and `pocket`, with rotation, split and join. The
-kernel is tried with several tunings. What fails is recorded and passed over; the file is written
-anew after each result. `--tiny` tries it all on a CPU, in the interpreter.
+of every attention at the shapes of `small` and `pocket`, with rotation, split and join. The
+kernel is tried with several tunings. Failures are recorded and skipped; the file is rewritten
+after each result. `--tiny` tries it all on a CPU, in the interpreter.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from cwm_jax.runtime import device_speed
 
 Row = dict[str, object]
 
-# Most wanted first; the first is the default.
+# The most important first; the first is the default.
 TUNINGS = [
     Tuning(),
     Tuning(whole_q=False),
@@ -70,17 +70,17 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of qkv, as the projection writes it."""
+        """The shape of qkv, as the projection writes it."""
         return self.clips, self.frames, self.tokens, 3 * self.heads * self.size
 
     @property
     def least_bytes(self) -> tuple[int, int]:
-        """That a forward pass, and a forward and a backward pass, read and write in bfloat16."""
+        """Bytes read and written by a forward pass, and by both passes, in bfloat16."""
         qkv = 2 * int(np.prod(self.shape))
         return qkv * 4 // 3, qkv * 4 // 3 + qkv * 7 // 3
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """[B, T, S, …] as sequences side by side, [R, L, M, …]."""
+        """[B, T, S, …] as separate sequences, [R, L, M, …]."""
         if self.causal:
             return x
         return x.reshape(-1, self.tokens, 1, x.shape[-1])
@@ -102,13 +102,13 @@ class Report:
         return max(0.0, self._end - time.monotonic())
 
     def add(self, section: str, asked: Row, measure: Callable[[], Row]) -> Row:
-        """Runs what measures, unless time is over; an error becomes part of the row."""
+        """Runs a measurement, unless the time is over; an error becomes part of the row."""
         if self.left() <= 0:
             row = asked | {"failed": "no time left"}
         else:
             try:
                 row = asked | measure()
-            except Exception as error:  # one way that fails must not cost the others
+            except Exception as error:  # one failure must not stop the others
                 row = asked | {"failed": f"{type(error).__name__}: {error}"[:600]}
         self.rows.setdefault(section, []).append(row)
         self._path.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
@@ -128,13 +128,13 @@ def fused(case: Case, turn, *, tuning=TUNINGS[0], interpret=False):
 
 
 def wired(case: Case, name: str):
-    """As the network has it."""
+    """As in the network."""
     along = attention.along_time if case.causal else attention.along_space
     return lambda qkv: along(qkv, case.angles, num_heads=case.heads, implementation=name)
 
 
 def little_kept(case: Case, turn):
-    """The formula whose backward pass keeps nothing but qkv."""
+    """The formula whose backward pass keeps only qkv."""
     known = dict(num_heads=case.heads, causal=case.causal)
 
     def attend(qkv_BTSC):
@@ -146,7 +146,7 @@ def little_kept(case: Case, turn):
 
 
 def both(attend):
-    """A function that returns what `attend` does, and the gradient at qkv."""
+    """A function that returns the result of `attend`, and the gradient at qkv."""
 
     def value_and_gradient(qkv, grad):
         out, pull = jax.vjp(attend, qkv)
@@ -171,13 +171,13 @@ def numbers(case: Case, *, extreme: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def turns(case: Case, *, extreme: bool):
-    """cos and sin; extreme scores are not turned, as what is rounded then is far off."""
+    """cos and sin; extreme scores are not rotated, since rounding errors would be large."""
     cos, sin = rope.cos_sin(case.angles)
     return (np.ones_like(cos), np.zeros_like(sin)) if extreme else (cos, sin)
 
 
 def check(case: Case, tuning: Tuning, *, extreme: bool, interpret: bool) -> Row:
-    """Errors relative to the root mean square, and whether they are as small as they should be."""
+    """Errors relative to the root mean square, and whether they are within the tolerance."""
     turn = turns(case, extreme=extreme)
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in numbers(case, extreme=extreme)]
     attend = fused(case, turn, tuning=tuning, interpret=interpret)
@@ -205,7 +205,7 @@ def check(case: Case, tuning: Tuning, *, extreme: bool, interpret: bool) -> Row:
 
 
 def checks(*, tiny: bool) -> Iterator[tuple[Case, Tuning, bool]]:
-    """Cases, and whether their numbers are extreme; the most wanted first."""
+    """Cases, and whether their numbers are extreme; the most important first."""
     tokens, clips = (4, 2) if tiny else (64, 3)
     small = dict(clips=clips, heads=8, size=64, tokens=tokens)
     if tiny:
@@ -239,7 +239,7 @@ def timed(program, arrays, least: int) -> Row:
 
 
 class Timing:
-    """Programs at one shape: compiled side by side, then timed one after the other."""
+    """Programs at one shape: compiled in parallel, then timed in sequence."""
 
     def __init__(self, report: Report, pool: ThreadPoolExecutor, case: Case, *, interpret: bool):
         self._report, self._pool, self._case = report, pool, case
@@ -287,7 +287,7 @@ class Timing:
                 keys, (("qkv", self._qkv), ("grad", self._grad)), strict=True
             )
         }
-        # Compiling XLA's products tries them on the device, which would disturb what is timed.
+        # Compiling XLA's products runs them on the device, which would disturb timing.
         futures.wait([program for _, program, _, _ in self._waiting], timeout=self._report.left())
         for asked, program, names, least in self._waiting:
             measure = lambda program=program, names=names, least=least: timed(
@@ -300,7 +300,9 @@ class Timing:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=path_flag, default=Path("attention.json"))
-    parser.add_argument("--seconds", type=float, default=60, help="nothing is begun after these")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="no measurement starts after these"
+    )
     parser.add_argument("--tiny", action="store_true", help="on a CPU, in the interpreter")
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,10 @@
     python -m benchmarks.gpu_pieces --output runs/pieces.json --seconds 90
     python -m benchmarks.gpu_pieces --output /tmp/pieces.json --tiny         (tries it on a CPU)
 
-Every program is lowered first and compiled in threads, the most wanted first; then each is timed,
-forward and backward apart, and compared with float32 on random and on extreme numbers. A variant
-that fails is a row with its error. Each result is printed and written when it is there; after
-`--seconds` nothing new is begun. Needs jax, flax, optax and numpy; no data.
+Every program is lowered first and compiled in threads, the most important first; then each is
+timed, forward and backward apart, and compared with float32 on random and on extreme numbers. A
+variant that fails is a row with its error. Each result is printed and written at once; after
+`--seconds` no measurement starts. Needs jax, flax, optax and numpy; no data.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from cwm_jax.runtime import process_memory
 from cwm_jax.training import train_step
 
 BY_LIBRARY = {"xla_gpu_enable_triton_gemm": False}  # products in cuBLAS, with bias and GELU
-Patches = tuple[tuple[object, str, object], ...]  # (module, name, what stands there instead)
+Patches = tuple[tuple[object, str, object], ...]  # (module, name, replacement)
 
 
 class Attention(NamedTuple):
@@ -51,7 +51,7 @@ def _always(function: Callable, implementation: str) -> Callable:
     return lambda *qkv, **_: function(*qkv, implementation=implementation)
 
 
-# Kernels of one's own are added here: fields that choose them, or functions in place of others.
+# Add your own kernels here: fields that choose them, or replacement functions.
 ATTENTION_VARIANTS: dict[str, Attention] = {
     "cudnn over space, xla over time": Attention(
         {"attention": "cudnn"}, ((attention, "over_time", _always(attention.over_time, "xla")),)
@@ -89,7 +89,7 @@ class Step(NamedTuple):
     options: dict | None = None
 
 
-# How the layers were before: kept here to be compared with.
+# Earlier versions of the layers, for comparison.
 
 
 @jax.custom_vjp
@@ -154,7 +154,7 @@ def replaced(patches: Patches) -> Iterator[None]:
 
 
 def pieces(clips: int, frames: int, tokens: int, size: int, dtype) -> list[Piece]:
-    """The pieces of a half block at these sizes, the most wanted first."""
+    """The pieces of a half block at these sizes, the most important first."""
     stream, row = (clips, frames, tokens, size), (clips, frames, size)
     one = int(np.prod(stream)) * jnp.dtype(dtype).itemsize  # bytes of the stream
     fused = functools.partial(layers.add_and_norm, kernel="triton")
@@ -230,7 +230,7 @@ def attention_pieces(clips: int, frames: int, tokens: int, size: int, heads: int
                 choice.patches,
             )
             for name, choice in ATTENTION_VARIANTS.items()
-            if name != "fused"  # which starts at qkv: see `benchmarks.gpu_attention`
+            if name != "fused"  # it starts at qkv: see `benchmarks.gpu_attention`
         }
         variants["xla, products by library"] = variants["xla"]._replace(options=BY_LIBRARY)
         yield Piece(
@@ -244,7 +244,7 @@ def attention_pieces(clips: int, frames: int, tokens: int, size: int, heads: int
 
 
 def _attend(over: str, implementation: str, *qkv):
-    """Looked up when it is traced, so that replaced functions count."""
+    """Looked up during tracing, so that replaced functions are used."""
     return (getattr(attention, over)(*qkv, implementation=implementation),)
 
 
@@ -276,7 +276,7 @@ def _arguments(shapes, kind: str, *, dtype) -> tuple:
 
 
 def steps() -> dict[str, Step]:
-    """Training steps, the most wanted first."""
+    """Training steps, the most important first."""
     chosen = next(iter(ATTENTION_VARIANTS))
     found = {}
 
@@ -296,7 +296,7 @@ def steps() -> dict[str, Step]:
 
 
 class Bench:
-    """Rows of results, the time that is left, and threads that compile."""
+    """Rows of results, the remaining time, and threads that compile."""
 
     def __init__(self, output: Path, seconds: float, workers: int):
         self.start, self.seconds, self.output = time.monotonic(), seconds, output
@@ -327,7 +327,7 @@ class Bench:
         return self.futures[-1]
 
     def wait(self, share: float) -> None:
-        """Until all is compiled or this share of the time is over: compiling disturbs timing."""
+        """Waits until all is compiled or this share of the time is over: compiling disturbs timing."""
         timeout = max(0.0, self.left - (1 - share) * self.seconds)
         concurrent.futures.wait(self.futures, timeout=timeout)
         dropped = sum(future.cancel() for future in self.futures)
@@ -339,16 +339,16 @@ class Bench:
 
     @contextlib.contextmanager
     def isolated(self, **row) -> Iterator[None]:
-        """A failure becomes a row, and the next variant has its turn."""
+        """A failure becomes a row, and the next variant follows."""
         try:
             yield
-        except Exception as error:  # whatever a compiler or a device may say
+        except Exception as error:  # any error of a compiler or a device
             text = f"{type(error).__name__}: {error}"
             self.report(**row, error=text[:600])
 
 
 class Compiled(NamedTuple):
-    """Forward with what it keeps, and backward, of a variant of a piece; both in the making."""
+    """Forward with its residuals, and backward, of a variant of a piece; both being compiled."""
 
     forward: concurrent.futures.Future
     backward: concurrent.futures.Future
@@ -357,7 +357,7 @@ class Compiled(NamedTuple):
 def lower_piece(bench: Bench, piece: Piece, variant: Variant) -> Compiled:
     """Compiles arguments → (results, kept) and (arguments, results, kept, gradients) → gradients.
 
-    As in a step; what is kept and is an argument or a result already is not copied.
+    As in a step; residuals that are arguments or results already are not copied.
     """
     shapes = jax.eval_shape(lambda: piece.arguments("random"))
     how = []
@@ -375,13 +375,13 @@ def lower_piece(bench: Bench, piece: Piece, variant: Variant) -> Compiled:
         leaves = [next(kept) if i is None else known[i] for i in places]
         return jax.tree.unflatten(tree, leaves)(grads)
 
-    jax.clear_caches()  # a replaced function must be traced anew
+    jax.clear_caches()  # a replaced function must be traced again
     with replaced(variant.patches):
         forward = jax.jit(forward_and_kept).lower(*shapes)
         results, kept = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), forward.out_info
         )
-        # An argument that is not used would be dropped, and then be refused at the call.
+        # An unused argument would be dropped, and then rejected at the call.
         backward = jax.jit(pull, keep_unused=True).lower(shapes, results, kept, results)
     return Compiled(
         bench.compile(forward, variant.options), bench.compile(backward, variant.options)
@@ -389,7 +389,7 @@ def lower_piece(bench: Bench, piece: Piece, variant: Variant) -> Compiled:
 
 
 def seconds_of(function: Callable, repeats: int) -> float:
-    """Median over 5 rounds of back-to-back calls, each round waited for."""
+    """Median over 5 rounds of back-to-back calls, with a wait after each round."""
     jax.block_until_ready(function())
     found = []
     for _ in range(5):
@@ -527,7 +527,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=128)
     parser.add_argument("--workers", type=int, default=8, help="threads that compile")
     parser.add_argument("--steps", type=int, default=6, help="variants of the training step")
-    parser.add_argument("--only", choices=("pieces", "steps"), help="leaves out the others")
+    parser.add_argument("--only", choices=("pieces", "steps"), help="only these")
     parser.add_argument("--tiny", action="store_true", help="small shapes, kernels interpreted")
     args = parser.parse_args()
     process_memory.claim_gpu()
@@ -587,7 +587,7 @@ def run(
         lower(piece)
     bench.report(part="lowered", programs=len(bench.futures))
     bench.wait(0.55)
-    # Those that are still being compiled come last.
+    # Those not compiled yet are last.
     names = sorted(step_programs, key=lambda name: not step_programs[name].done())
     for name in names[:1]:
         time_step(bench, name, network, step_programs, batch, repeats)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_program --output gpu_program.json
 
-This times nothing: the program is compiled, read and thrown away. Needs the CUDA plugin of jax
+This times nothing: the program is compiled and analysed, not run. Needs the CUDA plugin of jax
 (`pip install "jax[cuda13]"`), of jax 0.11 or newer, but no GPU; some minutes for each variant.
 """
 
@@ -44,7 +44,7 @@ def compile_for_target(network, step: ComputeConfig, *, clips: int, frames: int,
     shape = clips * devices, frames
     batch = {"frames": place((*shape, *FRAME_SHAPE), jnp.uint8), "actions": place(shape, jnp.int32)}
     key = sharding.abstract(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-    # Kernels of Pallas ask for the kind of device when they are lowered.
+    # Kernels of Pallas query the kind of device when they are lowered.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         setup = train_step.TrainSetup(network=network, optim=OPTIM, compute=step, mesh=mesh)
         traced = train_step.train_step.trace(state, batch, key, setup)
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=path_flag,
-        help="gets all numbers as JSON; what it holds is not compiled again",
+        help="JSON file of all numbers; variants in it are not compiled again",
     )
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # there is no GPU to start

@@ -1,4 +1,4 @@
-"""A contact sheet of held-out levels under held keys: whether a world lasts, seen by eye.
+"""A contact sheet of held-out levels under held keys, to inspect long rollouts by eye.
 
     python -m benchmarks.held_keys --output held_keys.png
 

@@ -1,7 +1,7 @@
-"""Reads a program that XLA has compiled: its kernels, and the bytes that they read and write.
+"""Analyses a program compiled by XLA: its kernels, and the bytes that they read and write.
 
 Every instruction left at the top of a compiled GPU program is about one kernel; its operands are
-read and its results written. A cache may save some of that traffic, a workspace add to it.
+read and its results written. A cache may reduce that traffic, a workspace increase it.
 """
 
 import collections

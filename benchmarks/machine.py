@@ -1,4 +1,4 @@
-"""What stands beside a figure: the machine, the versions, the memory, and tables of them."""
+"""Conditions of a measurement: the machine, the versions, the memory, and tables of them."""
 
 import platform
 import resource
@@ -9,7 +9,7 @@ import jax
 
 
 def description() -> dict[str, str]:
-    """Processor or card, and the versions that matter."""
+    """Processor or card, and the relevant versions."""
     device = jax.devices()[0]
     info = Path("/proc/cpuinfo")
     names = (
@@ -29,7 +29,7 @@ def description() -> dict[str, str]:
 
 
 def peak_bytes() -> int:
-    """Most memory used so far: of the device where it tells, else of this process."""
+    """Peak memory so far: of the device if it reports it, else of this process."""
     stats = jax.devices()[0].memory_stats() or {}
     return (
         stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -37,7 +37,7 @@ def peak_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds now (Linux)."""
+    """Memory of this process now (Linux)."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize()
 
@@ -45,7 +45,7 @@ def resident_bytes() -> int:
 def table(rows: list[dict], columns: Sequence[str] = ()) -> str:
     """Rows as a Markdown table of `columns`, by default those of the first row.
 
-    What a row lacks stays empty; columns that all rows lack are left out.
+    Missing values are empty; columns without values are left out.
     """
     head = [name for name in columns or rows[0] if any(name in row for row in rows)]
     lines = [head, ["---"] * len(head)]

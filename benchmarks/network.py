@@ -2,7 +2,7 @@
 
     python -m benchmarks.network --size small --batch 128 --output network.json
 
-Each result is printed and written when it is there, the most wanted first. Run by
+Each result is printed and written at once, the most important first. Run by
 `benchmarks.gpu`; needs jax, flax, optax and numpy, and a checkout.
 """
 
@@ -45,7 +45,7 @@ def config(dtype: str, kernel: str) -> DiTConfig:
 
 
 def arrays(name: str) -> dict[str, np.ndarray]:
-    """Those of a golden file."""
+    """The parameters of a golden file."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         return {name: file[name] for name in file.files}
 
@@ -57,7 +57,7 @@ def parameters(network: DiTConfig) -> dit.Params:
 
 
 def parity(dtype: str, kernel: str) -> Result:
-    """Largest difference of a velocity, and of the loss, from what the original computed.
+    """Largest difference of a velocity, and of the loss, from the original's results.
 
     `within`: at most 1e-4 everywhere in float32; in bfloat16, root mean squares of 5 %.
     """
@@ -104,7 +104,7 @@ def attention_time(network: DiTConfig, kernel: str, over: str, *, clips: int) ->
         "over": over,
         "forward_s": times[0],
         "forward_and_back_s": times[1],
-        "forward_gb_s": (qkv.nbytes + grad.nbytes) / times[0] / 1e9,  # read and written at least
+        "forward_gb_s": (qkv.nbytes + grad.nbytes) / times[0] / 1e9,  # least bytes read and written
     }
 
 
@@ -118,11 +118,11 @@ class Variant(NamedTuple):
 
 
 def variants(*, on_gpu: bool) -> list[Variant]:
-    """The most wanted first."""
+    """The variants, the most important first."""
     if not on_gpu:
         return [Variant("xla", "xla", remat) for remat in ("gelu_norm", "none", "layer")]
     return [
-        Variant("fused", "triton", "gelu_norm"),  # what configs/small.py takes
+        Variant("fused", "triton", "gelu_norm"),  # as in configs/small.py
         Variant("fused", "triton"),
         Variant("fused", "xla"),
         Variant("cudnn", "xla"),
@@ -133,7 +133,7 @@ def variants(*, on_gpu: bool) -> list[Variant]:
 
 
 def measurements(size: str, clips: int) -> Iterator[tuple[str, Result, Callable[[], Result]]]:
-    """Section, what is asked, and how to answer it; the most wanted first."""
+    """Section, description and function of each measurement; the most important first."""
     on_gpu = jax.default_backend() == "gpu"
     dtype = "bfloat16" if on_gpu else "float32"
     kernels = ("fused", "cudnn", "xla") if on_gpu else ("xla",)
@@ -166,7 +166,7 @@ def measurements(size: str, clips: int) -> Iterator[tuple[str, Result, Callable[
 
 
 def tried(measure: Callable[[], Result]) -> Result:
-    """A variant that a card cannot do must not cost the others their turn."""
+    """A variant that a card does not support must not stop the others."""
     try:
         return measure()
     except (RuntimeError, ValueError, NotImplementedError) as error:  # XLA's are RuntimeErrors

@@ -1,15 +1,15 @@
-"""The PyTorch original's training step, timed like ours, and how long it takes to draw a frame.
+"""The PyTorch original's training step, timed like ours, and its time to generate a frame.
 
     python -m benchmarks.original --folder DIR --size small --batch 2 --steps 5 --beside
 
-DIR is a checkout of the original, of which nothing is kept here; needs torch and einops. The step
-is the one of its training script: noise, forward pass, loss, gradients, clipping, AdamW; on a GPU
-with bfloat16 autocast and `torch.compile`, in turn with the frames on the card already, which is
-the number to compare ours with, and with frames that are copied from pinned memory in the step, as
-its script does. With `--beside` our step takes its turn after each of its steps, on the same CPU
-cores, so that whatever else the machine does meets both alike; each in a process of its own, as
-each would train, and the one whose turn it is not sleeps. With `--draw 32` a frame is drawn after
-so many, one and sixteen at once, before the training steps.
+DIR is a checkout of the original, which is not part of this project; needs torch and einops. The
+step is the one of its training script: noise, forward pass, loss, gradients, clipping, AdamW; on a
+GPU with bfloat16 autocast and `torch.compile`, alternately with the frames on the card already,
+which is the number to compare with ours, and with frames copied from pinned memory in the step, as
+its script does. With `--beside` our step and its steps alternate on the same CPU cores, so that
+other load on the machine affects both equally; each is a separate process, and the inactive one
+sleeps. With `--draw 32` a frame is generated after so many, one and sixteen at a time, before the
+training steps.
 """
 
 import argparse
@@ -37,12 +37,12 @@ ON_DEVICE, COPIED = "on the device", "pinned, copied in the step"
 
 _FRAMES = {"original": ON_DEVICE, "original, frames copied": COPIED}  # by name of a measurement
 
-Step = Callable[[], float]  # takes one update and tells its loss
+Step = Callable[[], float]  # makes one update and returns its loss
 Taken = tuple[float, float]  # seconds, seconds of processors
 
 
 def stand_in_for_timm() -> None:
-    """Puts the two pieces of timm that the original borrows where it looks for them."""
+    """Installs the two parts of timm that the original imports."""
     from torch import nn
 
     class Mlp(nn.Module):
@@ -68,9 +68,9 @@ def stand_in_for_timm() -> None:
 
 
 def stand_in_for_write_video() -> None:
-    """Puts a name where the original's sampler imports it; torchvision has none since 0.26.
+    """Adds a name that the original's sampler imports; torchvision lacks it since 0.26.
 
-    Its videos are not written here.
+    No videos are written here.
     """
     if _missing("torchvision"):
         sys.modules["torchvision"] = types.ModuleType("torchvision")
@@ -131,7 +131,7 @@ def their_device() -> str:
 
 
 class _Clips(NamedTuple):
-    """What the original's sampler asks of its data before it draws: this, and a length, here 1."""
+    """The data that the original's sampler needs: this, and a length, here 1."""
 
     clip_len: int
 
@@ -139,7 +139,7 @@ class _Clips(NamedTuple):
 def their_frame(folder: Path, size: str, *, clips: int, context: int) -> Step:
     """One frame of the original for each of `clips` worlds, in ten steps, after `context` frames.
 
-    As its training script draws: the network as it is, under bfloat16 autocast on a GPU.
+    As its training script generates: the network as it is, under bfloat16 autocast on a GPU.
     """
     import torch
 
@@ -166,10 +166,10 @@ def their_frame(folder: Path, size: str, *, clips: int, context: int) -> Step:
 def their_steps(
     folder: Path, size: str, *, clips: int, frames: int, compiled: bool
 ) -> dict[str, Step]:
-    """One update of the original on clips that stay the same, as its training script makes it.
+    """One update of the original on fixed clips, as in its training script.
 
-    By where the clips are: on the device already, or in pinned memory of the host, as its loader
-    has them. Both update the same network. On a CPU there is one step.
+    By where the clips are: on the device already, or in pinned memory of the host, as in its
+    loader. Both update the same network. On a CPU there is one step.
     """
     import torch
 
@@ -198,7 +198,7 @@ def their_steps(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        return loss.item()  # so does the original, at every step
+        return loss.item()  # as in the original, at every step
 
     return {place: functools.partial(step, place) for place in places}
 
@@ -209,7 +209,7 @@ def their_step(*args, **kwargs) -> Step:
 
 
 def our_step(size: str, *, clips: int, frames: int) -> Step:
-    """One update of ours, waited for, in float32."""
+    """One update of ours, with a wait for the result, in float32."""
     import jax
 
     from benchmarks import train
@@ -235,13 +235,13 @@ def _take(step: Step) -> Taken:
 
 
 class _Child:
-    """The step of a process that takes turns with others; set by `_begin`, there alone."""
+    """The step of a process that alternates with others; set only by `_begin`."""
 
     step: Step
 
 
 def _begin(make: Callable[[], Step]) -> None:
-    process_memory.keep_freed()  # as train.py does; the original gets it too
+    process_memory.keep_freed()  # as in train.py; also for the original
     _Child.step = make()
 
 
@@ -251,14 +251,16 @@ def _take_there() -> Taken:
 
 @contextlib.contextmanager
 def in_own_process(make: Callable[[], Step]):
-    """What makes a step, as a turn that is taken in a process of its own."""
+    """A function that makes a step in a separate process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        process.submit(_begin, make).result()  # no initializer, whose errors would not be told
+        process.submit(
+            _begin, make
+        ).result()  # not an initializer, whose errors would not be reported
         yield lambda: process.submit(_take_there).result()
 
 
 def timed(turns: dict[str, Callable[[], Taken]], count: int) -> dict[str, dict[str, float]]:
-    """Seconds, and seconds of processors, of each; they take turns, the first turn not counted."""
+    """Seconds, and seconds of processors, of each; they alternate, the first round is not counted."""
     taken: dict[str, list[Taken]] = {name: [] for name in turns}
     for _ in range(count + 1):
         for name, turn in turns.items():
@@ -285,9 +287,9 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=32, help="of a clip")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="torch.compile, as on its GPUs")
-    parser.add_argument("--beside", action="store_true", help="our step in turn with it, on a CPU")
+    parser.add_argument("--beside", action="store_true", help="alternate with our step, on a CPU")
     parser.add_argument("--output", type=path_flag, help="gets the numbers as JSON")
-    parser.add_argument("--draw", type=int, default=0, help="draw a frame after so many first")
+    parser.add_argument("--draw", type=int, default=0, help="generate a frame after so many first")
     args = parser.parse_args()
     found: dict[str, dict[str, float | str]] = {}
 

@@ -1,9 +1,9 @@
-"""What play costs: frames a second, key-to-frame times, fairness, and what is left behind.
+"""The cost of play: frames a second, key-to-frame times, fairness, and leaks.
 
     python -m benchmarks.play --checkpoint runs/debug [--seconds 10] [--sessions 200]
         [--frames 10000] [--only pace,players,sessions,memory]
 
-A server of this process plays with clients over real sockets, as browsers would.
+A server in this process serves clients over real sockets, like browsers.
 """
 
 import argparse
@@ -37,7 +37,7 @@ _EMBEDDED = Path(__file__).parents[1] / "assets" / "coinrun"
 
 
 class Client:
-    """Holds a key now and then, and notes when frames come."""
+    """Holds a key now and then, and records when frames arrive."""
 
     def __init__(self, address: str, **settings):
         self.socket = connect(address, max_size=None).__enter__()
@@ -86,7 +86,7 @@ def served(engine: Engine, *, fps: int, players: int):
                 yield f"ws://127.0.0.1:{listener.getsockname()[1]}/play/socket", studio
             finally:
                 running.should_exit = True
-                thread.join()  # before the scheduler goes, which it still waits for
+                thread.join()  # before the scheduler, which it waits for, is removed
 
 
 def _compiled(engine: Engine, lanes=(1,)) -> None:
@@ -106,7 +106,7 @@ def _shown(client: Client, rate: float) -> str:
 
 
 def pace(engine: Engine, args) -> None:
-    """One player: at the rate of the page with the governor, and as fast as each S goes."""
+    """One player: at the page's rate with the governor, and at full speed for each S."""
     _compiled(engine)
     with served(engine, fps=15, players=8) as (address, _):
         for name, settings in (
@@ -121,7 +121,7 @@ def pace(engine: Engine, args) -> None:
 
 
 def players(engine: Engine, args) -> None:
-    """Eight at once, as fast as it goes with S = 1."""
+    """Eight players in parallel, at full speed with S = 1."""
     _compiled(engine, (1, 8))
     with served(engine, fps=60, players=8) as (address, _):
         clients = [Client(address, fps=60, steps=1) for _ in range(8)]
@@ -144,7 +144,7 @@ def players(engine: Engine, args) -> None:
 
 
 def sessions(engine: Engine, args) -> None:
-    """Opens sessions, draws a few frames, drops the connection without a word."""
+    """Opens sessions, generates a few frames, drops the connection without closing it."""
     _compiled(engine)
     with served(engine, fps=60, players=8) as (address, studio):
         for number in range(args.sessions + 1):
@@ -152,7 +152,7 @@ def sessions(engine: Engine, args) -> None:
             client.send("settings", auto=True)
             for _ in range(3):
                 client._frame()
-            client.socket.socket.shutdown(socket.SHUT_RDWR)  # without a farewell
+            client.socket.socket.shutdown(socket.SHUT_RDWR)  # without a close message
             while studio.players:
                 time.sleep(0.005)
             client.socket.close()  # ends the client's own threads

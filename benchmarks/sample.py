@@ -1,16 +1,16 @@
-"""How fast frames are drawn, against the plain way and against what the machine could do.
+"""Speed of generating frames, compared with the plain way and with the machine's limits.
 
     python -m benchmarks.sample --size small --json sample.json           everything; for a GPU
     python -m benchmarks.sample --size small --quick --json sample.json   minutes on two CPU cores
     python -m benchmarks.sample --size debug --long 1000                  does it slow down or grow?
 
-The plain way is the original's: each of the S passes goes over the whole window, nothing is
-remembered. It is timed in the same run on the same weights, so the speed-up is a ratio that anyone
-can repeat. Operations are those of `cwm_jax.models.flops`, without the conditioning that the tables
-save.
+The plain way is the original's: each of the S denoising steps covers the whole window, without
+a cache. It is timed in the same run on the same weights, so the speed-up is a reproducible
+ratio. Operations are those of `cwm_jax.models.flops`, without the conditioning, which is
+tabulated.
 
-A row says how many frames come before the drawn one. Up to the window's length less two, nothing
-slides; with the window's length, `exact` encodes it anew and `hop` is the mean over its period.
+A row has the number of frames before the generated one. Up to the window's length less two, nothing
+slides; with the window's length, `exact` encodes it again and `hop` is the mean over its period.
 """
 
 import argparse
@@ -36,12 +36,12 @@ KEY = jax.random.key(0)
 
 
 def forward_flops(config: DiTConfig, in_view: int) -> float:
-    """Operations of a pass over one frame whose conditioning comes from a table."""
+    """Operations of a denoising step of one frame with tabulated conditioning."""
     return flops.frame(config, in_view=in_view)._replace(conditioning=0).total
 
 
 def frame_flops(config: DiTConfig, steps: int, window: str, context: int) -> float:
-    """Operations of one drawn frame: its passes, and keeping the memory up to date after it."""
+    """Operations of one generated frame: its denoising steps, and the update of the cache."""
     in_view = min(context + 1, config.max_frames)
     one = forward_flops(config, in_view)
     clip = lambda frames: sum(forward_flops(config, i + 1) for i in range(frames))
@@ -57,7 +57,7 @@ def frame_flops(config: DiTConfig, steps: int, window: str, context: int) -> flo
 
 
 class Bench:
-    """One network, drawn from in every way."""
+    """One network, sampled with every window."""
 
     def __init__(self, config: DiTConfig):
         self.config = config
@@ -65,7 +65,7 @@ class Bench:
         self.speed = device_speed.matmul_flops(config.compute_dtype)
 
     def row(self, window: str, batch: int, steps: int, context: int) -> dict:
-        """Milliseconds and frames/s after so many context frames; a full window of them slides."""
+        """Milliseconds and frames/s after so many context frames; a full window slides."""
         ours = self._plain if window == "plain" else self._remembering
         per_frame, compiled = ours(window, batch, steps, context)
         operations = frame_flops(self.config, steps, window, context)
@@ -93,7 +93,7 @@ class Bench:
         generator = sampler.Sampler(self.config, self.params, config)
         action, prompt = np.full(batch, 7), self._prompt(batch, context)
         # With a full window a hop comes every half window: its mean is over a whole period, and
-        # the other ways are timed again and again after the same frames.
+        # the other windows are timed repeatedly after the same frames.
         hops = window == "hop" and context >= self.config.max_frames
         state, taken = generator.start(*prompt), []
         for _ in range(1 + (self.config.max_frames // 2 if hops else 3)):
@@ -142,7 +142,7 @@ class Bench:
 
 
 def endurance(config: DiTConfig, params, window: str, frames: int, steps: int) -> list[dict]:
-    """One world drawn on and on: time per frame and memory of the process, tenth by tenth."""
+    """A long rollout of one world: time per frame and memory of the process, tenth by tenth."""
     levels = sampler.ddim_levels(steps)
     generator = sampler.Sampler(config, params, sampler.SamplerConfig(levels=levels, window=window))
     blank = np.zeros((1, 1, config.image_size, config.image_size, 3), np.uint8)
@@ -180,7 +180,7 @@ def cached_compile_seconds(config: DiTConfig, params) -> tuple[float, float]:
             jax.block_until_ready(generator.step(state, [7], KEY)[1])
             taken.append(time.perf_counter() - began)
         jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()  # else it goes on writing into the folder that has gone
+        compilation_cache.reset_cache()  # else it continues to write into the removed folder
     return taken[0], taken[1]
 
 
@@ -196,7 +196,7 @@ def main() -> None:
     result = {"about": about, "matmul_flops_per_second": bench.speed, "rows": []}
 
     def keep(rows: list[dict], name: str = "rows") -> None:
-        """Prints and writes what is known, so that a run that is cut off loses nothing."""
+        """Prints and writes the results so far, so that a stopped run loses nothing."""
         result.setdefault(name, []).extend(rows)
         if rows:
             print(machine.table(rows).split("\n", 2)[2], flush=True)
@@ -223,7 +223,7 @@ def main() -> None:
 
 
 def contexts(network: DiTConfig, *, quick: bool = False) -> list[int]:
-    """Frames before the drawn one: the first, half a window, the last that fit, a slid window."""
+    """Frames before the generated one: the first, half a window, the last that fit, a slid window."""
     full = network.max_frames
     return [full - 2, full] if quick else sorted({1, full // 2, full - 2, full})
 
@@ -236,12 +236,12 @@ def _flags() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--size", default="small", choices=sizes.SIZES)
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
-    add("--batch", type=numbers, default=[1, 4, 16, 64], help="players or clips at once")
+    add("--batch", type=numbers, default=[1, 4, 16, 64], help="players or clips in a batch")
     add("--steps", type=numbers, default=[1, 4, 10], help="DDIM steps a frame")
-    add("--context", type=numbers, help="frames before the drawn one (see above)")
-    add("--window", default="plain,exact,cached,hop", help="which ways, by comma")
-    add("--quick", action="store_true", help="one player, and a full and a slid window alone")
-    add("--rows-only", action="store_true", help="leave out the time to the first frame")
+    add("--context", type=numbers, help="frames before the generated one (see above)")
+    add("--window", default="plain,exact,cached,hop", help="windows, separated by commas")
+    add("--quick", action="store_true", help="only one player, and a full and a slid window")
+    add("--rows-only", action="store_true", help="omit the time to the first frame")
     add("--long", type=int, default=0, help="instead: so many frames in a row with each window")
     add("--json", type=path_flag, help="also write everything to this file, row by row")
     return parser

@@ -1,4 +1,4 @@
-"""The networks of `configs/`, said again for machines that lack ml_collections; a test compares."""
+"""The networks of `configs/`, repeated for machines without ml_collections; a test compares them."""
 
 from cwm_jax.models.config import DiTConfig
 

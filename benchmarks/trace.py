@@ -1,4 +1,4 @@
-"""Where the time of a compiled program goes: one run under JAX's profiler, by kind of kernel."""
+"""Time of a compiled program by kind of kernel, from one run under JAX's profiler."""
 
 import collections
 import re
@@ -11,7 +11,7 @@ import jax
 
 from benchmarks import hlo
 
-# Kernels of libraries, and copies, have names of their own; the first pattern that is found counts.
+# Kernels of libraries, and copies, have their own names; the first matching pattern counts.
 _LIBRARIES = (
     (re.compile(r"cudnn|fmha|flash", re.IGNORECASE), "attention (cuDNN)"),
     (re.compile(r"nvjet|gemm|cublas|cutlass|xmma|splitk", re.IGNORECASE), "matmul (cuBLAS)"),
@@ -21,19 +21,19 @@ _LIBRARIES = (
 
 
 class Event(NamedTuple):
-    """What the profiler saw run."""
+    """An event of the profiler."""
 
     name: str
     seconds: float
     on_gpu: bool
-    # The instruction, where the profiler has it; within a CUDA graph that of the command buffer.
+    # The instruction, if the profiler has it; within a CUDA graph that of the command buffer.
     op: str = ""
 
 
 def seconds_by_kind(run: Callable[[], object], text: str) -> dict[str, float]:
     """Seconds that the kernels of each kind took in `run`, the longest first.
 
-    Kernels that overlap, on several streams or cores, count each for itself.
+    Kernels that overlap, on several streams or cores, each count.
 
     Args:
         run: runs the program once, and may return before it is done.
@@ -57,12 +57,12 @@ def by_kind(events: Iterable[Event], text: str) -> dict[str, float]:
 
 
 def _kernel(instruction: str) -> str:
-    """The name of the kernel that XLA makes of an instruction."""
+    """The name of XLA's kernel for an instruction."""
     return re.sub(r"[^\w]", "_", instruction)
 
 
 def _events(run) -> Iterator[Event]:
-    """All that the profiler saw."""
+    """All events of the profiler."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
@@ -72,7 +72,7 @@ def _events(run) -> Iterator[Event]:
         ]
     on_devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     for plane in on_devices or planes:
-        # Of a GPU, kernels are on the lines of its streams; others may sum up the same time again.
+        # On a GPU, kernels are on the lines of its streams; other lines may repeat the same time.
         lines = [line for line in plane.lines if line.name.startswith("Stream")]
         for line in lines if on_devices and lines else plane.lines:
             for event in line.events:

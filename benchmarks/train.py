@@ -2,11 +2,11 @@
 
     python -m benchmarks.train --size small --batch 2 --dtype float32 --output train.json
 
-Prints the arithmetic that the model asks for (our count, beside XLA's), the bytes that the compiled
-program moves, the least time that both would take at the speeds measured on this machine, the time
-it takes, and what kinds of kernels take it (one step more, under JAX's profiler). XLA counts the
+Prints the model's arithmetic (our count and XLA's), the bytes that the compiled program moves, the
+least time for both at the speeds measured on this machine, the measured time, and the time by kind
+of kernel (one step more, under JAX's profiler). XLA counts the
 body of a loop once; with `--accumulate` its counts are multiplied by the parts, a little too much
-for what is outside of their loop. MFU is the model's arithmetic over the measured time and matmul
+for operations outside the loop. MFU is the model's arithmetic over the measured time and matmul
 speed. Needs jax, flax, optax and numpy; no data.
 """
 
@@ -104,7 +104,7 @@ def machine_speed(dtype: jnp.dtype) -> dict[str, float]:
 def _times(compiled, state, batch, key, steps: int) -> tuple:
     """The last state; seconds, and seconds of processors, of each step but the first; a loss.
 
-    Each step is waited for, after the next is under way, as the training loop does.
+    Each step is waited for after the next was started, as in the training loop.
     """
     state, metrics = compiled(state, batch, key)
     jax.block_until_ready(metrics)
@@ -124,7 +124,7 @@ def _times(compiled, state, batch, key, steps: int) -> tuple:
 
 
 def show(found: dict) -> str:
-    """A measurement as lines for people."""
+    """A measurement as readable lines."""
     floor = found["floor_matmul_s"], found["floor_copy_s"]
     return "\n".join(
         [
@@ -149,7 +149,7 @@ def show(found: dict) -> str:
 
 
 def _shares(seconds: dict[str, float]) -> str:
-    """Where the time goes; kernels side by side count each, so these can exceed a step."""
+    """Time by kind; parallel kernels each count, so the sum can exceed a step."""
     total = sum(seconds.values())
     return ", ".join(f"{kind} {s:.3g} s ({s / total:.0%})" for kind, s in seconds.items())
 

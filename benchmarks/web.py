@@ -1,12 +1,12 @@
-"""What the page without a server costs, in headless Chromium.
+"""The cost of the page without a server, in headless Chromium.
 
     make web
     python -m benchmarks.web [--page dist/web] [--seconds 10] [--frames 5000] [--threads 1,2]
         [--steps 1,2,4] [--only pace,keys,load,memory]
 
-Frames a second by steps and threads, with the time that a processor spends on each and the slowest
-frame beside the median; from a key to its frame; from opening the page to its first frame; memory
-over many frames. WebGPU is measured where the browser has an adapter.
+Frames a second by steps and threads, with the processor time of each and the slowest
+frame besides the median; from a key to its frame; from opening the page to its first frame; memory
+over many frames. WebGPU is measured if the browser has an adapter.
 """
 
 import argparse
@@ -33,11 +33,11 @@ _FLAGS = (
 )
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PATIENCE = 300  # seconds
-_WARM = 40  # frames before anything is timed
+_WARM = 40  # frames before timing starts
 
 
 class Page:
-    """One tab that plays, and the process behind it."""
+    """One tab that plays, and its process."""
 
     def __init__(self, driver, address: str):
         self.driver = driver
@@ -58,7 +58,7 @@ class Page:
         raise UserError(f"the page did nothing for {_PATIENCE} s: {self.run(_TEXT)}")
 
     def frames(self, count: int) -> list[float]:
-        """Milliseconds between so many frames of auto-run, as fast as they come."""
+        """Milliseconds between so many frames of auto-run at full speed."""
         self.run("play.times = []; play.seen = (message, now) => play.times.push(now);"
                  "play.send({do: 'settings', fps: 1000, auto: true})")  # fmt: skip
         self.wait(f"return play.times.length > {count}")
@@ -132,7 +132,7 @@ def pace(address: str, args: argparse.Namespace) -> None:
             page = Page(driver, f"{address}?backend={backend}&threads={threads}")
             model = page.run("return play.model")
             if model["backend"] != backend:
-                print("no WebGPU here, or one that computes otherwise than WASM")
+                print("no WebGPU here, or its results differ from WASM's")
                 continue
             process = _renderer(profile)
             for steps in args.steps:
@@ -165,7 +165,7 @@ _RESTART = "play.send({do: 'start', clip: 5, frames: 4})"
 
 
 def keys(address: str, args: argparse.Namespace) -> None:
-    """From a key to the frame that it led to, the page being still, and with 15 frames a second."""
+    """From a key to its frame, without auto-run and with 15 frames a second."""
     with tempfile.TemporaryDirectory() as profile, _browser(profile) as driver:
         page = Page(driver, f"{address}?backend=wasm&threads=1")
         page.settings(fps=15, steps=0)
@@ -184,7 +184,7 @@ def keys(address: str, args: argparse.Namespace) -> None:
 
 
 def load(address: str, args: argparse.Namespace) -> None:
-    """From opening the page to the first frame that a person can play on from."""
+    """From opening the page to the first playable frame."""
     with tempfile.TemporaryDirectory() as profile, _browser(profile) as driver:
         for visit in ("first", "second"):
             began = time.perf_counter()
@@ -192,7 +192,7 @@ def load(address: str, args: argparse.Namespace) -> None:
             print(f"{visit} visit: {time.perf_counter() - began:.1f} s to the first frame")
             if visit == "first":
                 page.wait("return navigator.serviceWorker.controller")
-                time.sleep(5)  # the service worker keeps the rest
+                time.sleep(5)  # the service worker caches the rest
 
 
 def memory(address: str, args: argparse.Namespace) -> None:

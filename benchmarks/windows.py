@@ -1,10 +1,10 @@
-"""What the cheaper ways change: `cached`, `hop` and bfloat16 beside `exact`, with the same noise.
+"""Differences of `cached`, `hop` and bfloat16 from `exact`, with the same noise.
 
     python -m benchmarks.windows --checkpoint runs/demo --json windows.json
 
-Rollouts from one real frame and its true actions, which go on with random ones where the record
-ends. Two questions: how far is a frame from the one that `exact` draws in float32 (PSNR, dB; the
-windows are equal until they slide), and how far is each from the real frame, while there is one.
+Rollouts start from one real frame and its true actions, followed by random ones after the record's
+end. Two distances: of a frame from that of `exact` in float32 (PSNR, dB; the windows are equal
+until they slide), and of each from the real frame, as long as there is one.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
     add("--checkpoint", type=model_flag, required=True)
     add("--data", type=path_flag, default="assets/coinrun", help="(%(default)s)")
     add("--clips", type=int, default=8, help="records of 160 frames (%(default)s)")
-    add("--frames", type=int, default=256, help="drawn after the first (%(default)s)")
+    add("--frames", type=int, default=256, help="generated after the first (%(default)s)")
     add("--ddim-steps", type=int, default=10, help="(%(default)s)")
     add("--seed", type=int, default=0)
     add("--json", type=path_flag)

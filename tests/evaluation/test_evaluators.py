@@ -323,7 +323,7 @@ def test_a_probe_that_cannot_be_kept_or_read_is_trained(clips, tmp_path, monkeyp
     (tmp_path / "file").write_text("no folder")
     for folder in (None, tmp_path / "file"):
         fresh = probe.cached_on(clips, folder)
-    assert "the probe is not kept" in capsys.readouterr().err
+    assert "the probe is not stored" in capsys.readouterr().err
     path = tmp_path / f"probe_{probe.cached_on(clips, tmp_path).name}.npz"
     whole = path.read_bytes()
     with np.load(path) as arrays:

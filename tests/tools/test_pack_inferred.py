@@ -85,8 +85,8 @@ def test_what_does_not_go_together_is_named(videos, inferred, tmp_path, capsys):
     (videos / "run0.csv").write_text("action\n" + "0\n" * 41)
     for flags, fault in (
         (["--infer-actions", "data"], "run0.csv: pack it without --infer-actions"),
-        ([], "name one of the two: --keys"),
-        (["--infer-actions", "data", "--keys", "keys.toml"], "name one of the two: --keys"),
+        ([], "give one of the two: --keys"),
+        (["--infer-actions", "data", "--keys", "keys.toml"], "give one of the two: --keys"),
     ):
         with pytest.raises(SystemExit):
             pack.main([str(videos), *out, *flags])
