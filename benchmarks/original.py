@@ -260,7 +260,7 @@ def in_own_process(make: Callable[[], Step]):
 
 
 def timed(turns: dict[str, Callable[[], Taken]], count: int) -> dict[str, dict[str, float]]:
-    """Seconds, and seconds of processors, of each; they alternate, the first round is not counted."""
+    """Seconds, and seconds of processors, of each; they alternate, without the first round."""
     taken: dict[str, list[Taken]] = {name: [] for name in turns}
     for _ in range(count + 1):
         for name, turn in turns.items():

@@ -223,7 +223,7 @@ def main() -> None:
 
 
 def contexts(network: DiTConfig, *, quick: bool = False) -> list[int]:
-    """Frames before the generated one: the first, half a window, the last that fit, a slid window."""
+    """Numbers of earlier frames: the first, half a window, the last that fit, a slid window."""
     full = network.max_frames
     return [full - 2, full] if quick else sorted({1, full // 2, full - 2, full})
 
