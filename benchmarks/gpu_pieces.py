@@ -327,7 +327,7 @@ class Bench:
         return self.futures[-1]
 
     def wait(self, share: float) -> None:
-        """Waits until all is compiled or this share of the time is over (compiling disturbs timing)."""
+        """Waits for all or until this share of the time is over: compiling disturbs timing."""
         timeout = max(0.0, self.left - (1 - share) * self.seconds)
         concurrent.futures.wait(self.futures, timeout=timeout)
         dropped = sum(future.cancel() for future in self.futures)

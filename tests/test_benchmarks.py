@@ -197,7 +197,7 @@ def test_parts_that_fail_or_are_cut_off_leave_their_rows(tmp_path, monkeypatch):
     }
     assert ended["network"].startswith("failed")
     assert "no such card" in ended["network"]
-    assert ended["sampler-one"].startswith("cut off after 2 s")
+    assert ended["sampler-one"].startswith("stopped after 2 s")
     gpu.keep(tmp_path, ended)
     assert json.loads((tmp_path / "results.json").read_text())["sampler"] == [
         {"B": 1, "ms/frame": 5.0}

@@ -1,4 +1,4 @@
-// BLAKE2b (RFC 7693) without a key, for texts of some kilobytes: the checksum of share codes.
+// BLAKE2b (RFC 7693) without a key, for texts of a few kilobytes: the checksum of share codes.
 
 const MASK = (1n << 64n) - 1n;
 const IV = [

@@ -1,4 +1,4 @@
-// Small tools for bytes: CRC-32, zlib, base64, checked SHA-256.
+// Functions for bytes: CRC-32, zlib, base64, checked SHA-256.
 
 const CRC_TABLE = Uint32Array.from({length: 256}, (_, n) => {
   for (let bit = 0; bit < 8; bit++) n = n & 1 ? 0xEDB88320 ^ n >>> 1 : n >>> 1;
@@ -43,7 +43,7 @@ export function toBase64Url(bytes) {
   return btoa(text).replaceAll("+", "-").replaceAll("/", "_").replace(/=+$/, "");
 }
 
-// Throws for text that is no base64url.
+// Throws if the text is not base64url.
 export function fromBase64Url(text) {
   if (/[^\w-]/.test(text)) throw new RangeError("base64");
   const plain = atob(text.replaceAll("-", "+").replaceAll("_", "/"));
@@ -52,7 +52,7 @@ export function fromBase64Url(text) {
 
 export const toHex = (bytes) => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 
-// SHA-256 in hex; null where the browser computes none (a page without https).
+// SHA-256 in hex; null if the browser provides none (a page without https).
 export async function sha256(bytes) {
   if (!globalThis.crypto?.subtle) return null;
   return toHex(new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)));

@@ -1,2 +1,2 @@
-// What a person can understand or mend; its message is shown as it is.
+// An error for the user; its message is shown unchanged.
 export class UserError extends Error {}

@@ -1,4 +1,4 @@
-// Fetches the page's files and checks each against the SHA-256 that the build wrote down.
+// Fetches the page's files and checks each against the SHA-256 in index.html.
 
 import {gunzip, sha256} from "./bytes.js";
 import {UserError} from "./errors.js";
@@ -16,8 +16,8 @@ export class Files {
     return new URL(this.list[name].path, this.base).href;
   }
 
-  // The bytes of a file, unpacked. A file that arrives damaged or cut short is fetched once more.
-  // `progress(bytes)` hears how many more have arrived; negative numbers take some back.
+  // The bytes of a file, unpacked. A damaged or truncated file is fetched once more.
+  // `progress(bytes)` receives the number of new bytes; negative after a failed attempt.
   async fetch(name, progress = () => {}) {
     const {bytes, sha256: wanted, packed} = this.list[name];
     let problem = "";

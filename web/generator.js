@@ -1,12 +1,13 @@
-// The model: graphs in onnxruntime-web, and what a world remembers.
-// `cwm_jax/onnx/generator.py` says what the graphs take; `cwm_jax/play/inference/staggered_cache.py`
-// what a memory is: two worlds, staggered by half a window, of which the next frame sees the older.
+// The model: graphs in onnxruntime-web, and the KV caches of a world.
+// `cwm_jax/onnx/generator.py` lists the inputs of the graphs. As in
+// `cwm_jax/play/inference/staggered_cache.py`, a memory is two caches, staggered by half a window;
+// the next frame attends to the older one.
 
 import {frameNoise} from "./noise.js";
 
 const TO_MODEL = Float32Array.from({length: 256}, (_, u) => Math.fround(Math.fround(u / 255) * 2) - 1);
 
-// Frames as uint8 pixels to float32 in [−1, 1], and back, as `cwm_jax/coinrun.py` does both.
+// Frames as uint8 pixels to float32 in [−1, 1], and back, as in `cwm_jax/coinrun.py`.
 export const toModel = (pixels) => Float32Array.from(pixels, (u) => TO_MODEL[u]);
 
 export function toPixels(frame) {
@@ -44,7 +45,7 @@ export class Memory {
 
 export const stride = (slots) => Math.floor(slots / 2) + 1;
 
-// The number of the oldest frame still in use when a session has so many frames.
+// The number of the oldest cached frame of a session with so many frames.
 export function firstRemembered(frames, slots) {
   return Math.ceil(Math.max(0, frames - slots) / stride(slots)) * stride(slots);
 }
@@ -74,7 +75,7 @@ export class Generator {
     return memory;
   }
 
-  // Takes one more frame into a memory.
+  // Adds a frame to a memory.
   async remember(memory, frame, action) {
     if (memory.inUse.count === this.slots) {
       memory.inUse.clear();
@@ -101,7 +102,7 @@ export class Generator {
     return sample;
   }
 
-  // Made in advance, while nobody waits.
+  // Sampled in advance, after a frame was shown.
   noiseOf(seed, number) {
     if (this.noise?.seed !== seed || this.noise.number !== number)
       this.noise = {seed, number, values: frameNoise(seed, number, this.pixels)};

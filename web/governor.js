@@ -1,12 +1,12 @@
-// Picks the denoising steps of a frame, as `cwm_jax/play/inference/governor.py` does.
+// Chooses the denoising steps of a frame, as `cwm_jax/play/inference/governor.py` does.
 
-const PATIENCE = 1500;  // ms between changes: a person sees each one
-const FULL = .9, ROOMY = .7;  // shares of a frame's time: above one too slow, below the other room
+const PATIENCE = 1500;  // ms between changes, since they are visible
+const FULL = .9, ROOMY = .7;  // shares of a frame's time: more is too slow, less leaves time for more steps
 const SMOOTHING = .2;  // weight of the newest measurement
-const OVERHEAD = 2;  // runs that a frame costs besides its steps: two worlds take it in
+const OVERHEAD = 2;  // runs of a frame besides its steps: it is added to two caches
 
 export class Governor {
-  // choices: numbers of steps that the model's card lists, at most those it does best with.
+  // choices: numbers of steps that the model's card lists, at most those that are best for it.
   constructor(choices, clock = () => performance.now()) {
     this.choices = [...choices].sort((a, b) => a - b);
     this.clock = clock;
@@ -20,7 +20,7 @@ export class Governor {
     this.run = this.run === null ? each : this.run + SMOOTHING * (each - this.run);
   }
 
-  // The steps for the next frame where `fps` frames a second are wanted; `now`: without patience.
+  // The steps for the next frame at `fps` frames a second; `now`: without a delay.
   choose(fps, now = false) {
     if (this.run === null || (!now && this.clock() - this.changed < PATIENCE)) return this.steps;
     const best = this.#best(1000 / fps);
@@ -44,7 +44,7 @@ export class Governor {
   }
 }
 
-// The choices of a model: those that its card lists, at most the number that it does best with.
+// The choices of a model: those that its card lists, at most the number that is best for it.
 export function automatic({steps, usual_steps: usual}) {
   const best = steps.filter((n) => n <= usual);
   return best.length ? best : [Math.min(...steps)];

@@ -1,10 +1,10 @@
-// A session on record: each frame, the action that led into it, the steps it was generated with.
-// Old frames are kept compressed, block by block: 18,000 frames raw would be 220 MB.
+// The history of a session: each frame, the action that led into it, the steps it was generated with.
+// Old frames are stored compressed, block by block: 18,000 frames raw would be 220 MB.
 
 import {deflate, inflate} from "./bytes.js";
 
 const BLOCK = 64;  // frames
-const RAW_BLOCKS = 3;  // the newest stay as they are
+const RAW_BLOCKS = 3;  // the newest are not compressed
 
 export class History {
   constructor(frameBytes) {
@@ -27,13 +27,13 @@ export class History {
     if (!place) this.#pack(this.blocks.length - 1 - RAW_BLOCKS);
   }
 
-  // Forgets all frames from number `length` on; those of the prompt stay.
+  // Removes all frames from number `length` on, except the prompt.
   async cut(length) {
     length = Math.max(length, this.given);
     if (length === this.length) return;
     this.actions.length = this.programs.length = length;
     this.blocks.length = Math.ceil(length / BLOCK);
-    const last = this.blocks.length - 1;  // a new object: what is being packed of the old one is dropped
+    const last = this.blocks.length - 1;  // a new object: a pending compression of the old one is discarded
     if (last >= 0) this.blocks[last] = {raw: await this.#raw(last)};
   }
 

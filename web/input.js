@@ -1,4 +1,4 @@
-// Keys, buttons and gamepads as one set of held directions, and the action that they make.
+// Keys, buttons and gamepads as one set of held directions, and their action.
 
 const CODES = {
   ArrowLeft: "left", ArrowRight: "right", ArrowUp: "up", ArrowDown: "down",
@@ -8,7 +8,7 @@ export const LABELS = {1: "← left", 2: "↖ jump left", 4: "· nothing", 5: "�
 export const IDLE = 4;
 
 export class Input {
-  // changed(action, held) is called when the held keys make another action; commands: by key code.
+  // changed(action, held) is called when the action of the held keys changes; commands: by key code.
   constructor({pads, changed, commands}) {
     this.sources = {keyboard: new Set(), touch: new Map(), gamepad: new Set()};
     this.pads = [...pads];

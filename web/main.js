@@ -1,4 +1,4 @@
-// The page: shows what the worker generates, and hands it keys and commands.
+// The page: shows the worker's frames, and sends it keys and commands.
 
 import {IDLE, Input, LABELS} from "./input.js";
 import {Files} from "./files.js";
@@ -20,7 +20,7 @@ let startClip = 0;
 const arrivals = [], delays = [];
 const recorder = new Recorder(size);
 
-/* ---- words to the person ---- */
+/* ---- messages ---- */
 
 function note(text, bad = false) {
   $("note").textContent = text;
@@ -48,10 +48,10 @@ function uncover() {
 
 const send = (message, transfer = []) => worker?.postMessage(message, transfer);
 
-const heard = {
+const handlers = {
   loading({done, all}) {
-    cover("Loading the model", `${(done / 1e6).toFixed(1)} of ${(all / 1e6).toFixed(1)} MB. It will run here, in your browser.`, {share: .9 * done / all});
-    if (done >= all) cover("Preparing the model", "Only the first visit loads it; after that the page also works offline.", {share: .92});
+    cover("Loading the model", `${(done / 1e6).toFixed(1)} of ${(all / 1e6).toFixed(1)} MB. It will run in your browser.`, {share: .9 * done / all});
+    if (done >= all) cover("Preparing the model", "Only the first visit downloads it; then the page also works offline.", {share: .92});
   },
   hello(message) {
     Object.assign(window.play, {model: message});
@@ -108,13 +108,13 @@ const heard = {
   rate({text}) { if (!$("note").textContent || $("note").textContent === standing) note(text); standing = text; },
   replayed({differs, frames}) {
     replaying = false;
-    note(differs ? `Played again, ${frames} frames. The last one differs by a rounding from the one that was shared: this device adds in another order.`
+    note(differs ? `Played again, ${frames} frames. The last one differs by rounding from the shared one: this device adds in another order.`
       : frames ? `Played again, ${frames} frames, the same to the last bit.` : "This code has no frames after its start.");
   },
   code({code}) { waitingForCode?.(code); },
   branches: showFutures,
   branch_frame({branch, t, pixels}) { if (branches) { branches.frames[branch][t] = pixels; progressOfFutures(); } },
-  branches_done() { if (branches) { branches.done = true; progressOfFutures(); note("Choose a future to go on there."); } },
+  branches_done() { if (branches) { branches.done = true; progressOfFutures(); note("Choose a future to continue from it."); } },
   frames({frames}) { window.play.gotFrames?.(frames); },
 };
 
@@ -122,7 +122,7 @@ function fault(text) {
   setEnabled(false);
   worker?.terminate();
   worker = null;
-  cover("This cannot be played here", text, {button: "Try again", fault: true});
+  cover("The model cannot run here", text, {button: "Try again", fault: true});
 }
 
 function begin() {
@@ -133,7 +133,7 @@ function begin() {
     return;
   }
   worker = new Worker(files.url("worker.js"), {type: "module"});
-  worker.onmessage = ({data}) => heard[data.say](data);
+  worker.onmessage = ({data}) => handlers[data.say](data);
   worker.onerror = (event) => { event.preventDefault(); fault(`The model's program could not be started. ${event.message ?? ""}`); };
   const backend = choices.get("backend");
   send({
@@ -159,7 +159,7 @@ function paint(canvas, pixels) {
   context.putImageData(image, 0, 0);
 }
 
-// The light of the picture on the page around it.
+// The glow of the picture on the page.
 function ambience() {
   const context = $("glow").getContext("2d");
   context.imageSmoothingEnabled = true;
@@ -198,7 +198,7 @@ function showFutures({actions, frames}) {
   let t = 0;
   futureTimer = setInterval(() => {
     canvases.forEach((canvas, i) => { const some = branches.frames[i]; if (some.length) paint(canvas, some[Math.min(t, some.length - 1)]); });
-    t = (t + 1) % (frames + 5);  // the last picture stands a little
+    t = (t + 1) % (frames + 5);  // the last picture is shown longer
   }, 110);
   $("futures").hidden = false;
   note("Generating six futures …");
@@ -222,7 +222,7 @@ function pressed(action) {
   if (action !== IDLE) {
     closeFutures();
     $("hint").hidden = true;
-    if (replaying) note("From here on it is yours.");
+    if (replaying) note("You control the session from here.");
     else if ($("note").classList.contains("bad")) note(standing);
     replaying = false;
   }
@@ -252,7 +252,7 @@ function showMode() {
   for (const button of $("modes").children) button.setAttribute("aria-checked", button.dataset.mode === mode);
 }
 
-function halt() {  // the worker halts by itself
+function halt() {  // the worker stops by itself
   if (mode === "auto") mode = "hold";
   showMode();
 }
@@ -300,7 +300,7 @@ async function copyLink() {
   if (!code) return;
   const copied = await navigator.clipboard?.writeText(linkOf(code)).then(() => true, () => false);
   if (!copied) $("code").value = linkOf(code);
-  note(copied ? "Copied: whoever opens the link sees this session." : "The link is in the field: copy it from there.");
+  note(copied ? "Copied: the link opens this session." : "The link is in the field: copy it from there.");
 }
 
 async function toggleRecording() {
@@ -308,7 +308,7 @@ async function toggleRecording() {
     if (!recorder.on) {
       recorder.start();
       recorder.add($("screen"), IDLE);
-      note("Recording. Each frame that is generated goes into the video.");
+      note("Recording. Each generated frame is added to the video.");
     } else {
       const {blob, name} = await recorder.stop(), link = document.createElement("a");
       link.href = URL.createObjectURL(blob);
@@ -324,11 +324,11 @@ async function toggleRecording() {
   $("record").textContent = recorder.on ? "■ Stop and save" : "● Record a video";
 }
 
-// A picture of one's own: its middle, reduced to the size of a frame.
+// The user's picture: its middle, reduced to the size of a frame.
 async function usePicture(file) {
   if (!file) return;
   const bitmap = await createImageBitmap(file).catch(() => null);
-  if (!bitmap) { note("That file is no picture that this browser can read: take a PNG or JPEG.", true); return; }
+  if (!bitmap) { note("This browser cannot read that file as a picture: use a PNG or JPEG.", true); return; }
   const side = Math.min(bitmap.width, bitmap.height), canvas = document.createElement("canvas");
   canvas.width = canvas.height = size;
   const context = canvas.getContext("2d", {alpha: false});
@@ -409,7 +409,7 @@ function wire() {
   const clicks = {
     wait: oneFrame, whatif: whatIf, "futures-close": closeFutures, back: () => rewindBy(-1), forth: () => rewindBy(1),
     random: () => start({clip: null}), picture: pickPicture, record: toggleRecording,
-    "make-code": async () => { const code = await makeCode(); if (code) note(`A code of ${code.length} letters: whoever plays it sees this session.`); },
+    "make-code": async () => { const code = await makeCode(); if (code) note(`A code of ${code.length} letters: it plays this session.`); },
     "copy-link": copyLink, "play-code": () => replay($("code").value.replace(/^[^#]*#/, "")), "cover-button": () => location.reload(),
   };
   for (const [id, act] of Object.entries(clicks)) $(id).onclick = act;

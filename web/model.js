@@ -1,4 +1,4 @@
-// Loads runtime and model: WebGPU where there is one that computes the same as WASM, else WASM.
+// Loads runtime and model: WebGPU if its results equal those of WASM, else WASM.
 
 import {UserError} from "./errors.js";
 import {Generator, toModel} from "./generator.js";
@@ -11,7 +11,7 @@ const RUNTIMES = {
   webgpu: {module: "ort.webgpu.mjs", loader: "ort-webgpu.mjs", binary: "ort-webgpu.wasm"},
 };
 
-// {about, generator, backend, threads}; `say` hears of the progress.
+// {about, generator, backend, threads}; `say` receives progress messages.
 export async function loadModel(files, {backends, threads, say}) {
   const about = await files.json("model.json");
   const fetched = new Progress(files, say);
@@ -86,7 +86,7 @@ async function sessions(ort, backend, weights, graphs) {
   return opened;
 }
 
-// Whether two generators make the same first frame.
+// Whether two generators generate the same first frame.
 async function agree(one, other) {
   const given = toModel(Uint8Array.from({length: one.pixels}, (_, i) => i * 37 % 256));
   const frames = [];

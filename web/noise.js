@@ -1,5 +1,5 @@
-// The noise of a frame: what JAX's threefry2x32 gives for the session's seed and the frame's number
-// (`cwm_jax/runtime/random_numbers.py`), so that a share code means the same frames here and there.
+// The noise of a frame: JAX's threefry2x32 for the session's seed and the frame's number
+// (`cwm_jax/runtime/random_numbers.py`), so that a share code gives the same frames in both.
 
 const ROTATIONS = [[13, 15, 26, 6], [17, 29, 16, 24]];
 const f32 = Math.fround;
@@ -22,7 +22,7 @@ export function threefry(key, x0, x1) {
   return [x0, x1];
 }
 
-// The noise that frame `number` of a session begins from, N(0, 1): float32 [count].
+// The initial noise of frame `number` of a session, N(0, 1): float32 [count].
 export function frameNoise(seed, number, count) {
   const frameKey = threefry([0, seed | 0], 0, number | 0);  // fold_in
   const startKey = threefry(frameKey, 0, 0);  // the first of split

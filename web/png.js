@@ -1,4 +1,4 @@
-// PNG without a canvas, whose pixels some browsers change on purpose: 8-bit RGB and RGBA.
+// PNG without a canvas, since some browsers change its pixels deliberately: 8-bit RGB and RGBA.
 
 import {crc32, deflate, inflate, joined} from "./bytes.js";
 
@@ -8,7 +8,7 @@ const MOST_BYTES = 1 << 26;
 
 export class PngError extends Error {}
 
-// {width, height, pixels}: the RGB of a PNG. Throws a PngError for what is none, or of another kind.
+// {width, height, pixels}: the RGB of a PNG. Throws a PngError for other files, or another kind of PNG.
 export async function decode(bytes) {
   if (SIGNATURE.some((byte, i) => bytes[i] !== byte)) throw new PngError("no PNG");
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);

@@ -1,4 +1,4 @@
-// What a session starts from: the first frames of a clip of the repository, or one's own picture.
+// The start of a session: the first frames of a clip of the repository, or the user's picture.
 
 import {UserError} from "./errors.js";
 import * as png from "./png.js";
@@ -8,7 +8,7 @@ const NO_ACTION = -1;
 export const MAX_PROMPT = 32;
 
 export class Prompts {
-  // files: `Files`; index: clips.json, with the records' strips and where each clip lies.
+  // files: `Files`; index: clips.json, with the records' strips and the place of each clip.
   constructor(files, index, size) {
     this.files = files;
     this.index = index;
@@ -18,12 +18,12 @@ export class Prompts {
 
   get count() { return this.index.clips.length; }
 
-  // {frames, actions, source} of {clip, frames} or {png}. Throws a UserError for what there is not.
+  // {frames, actions, source} of {clip, frames} or {png}. Throws a UserError if it does not exist.
   async load(source) {
     return source.png ? this.#picture(source) : this.#clip(source);
   }
 
-  // The prompt of a recipe, which must be the one that it was made with.
+  // The prompt of a recipe; its checksum must match.
   async ofRecipe({source, promptChecksum: wanted}) {
     const prompt = await this.load(source);
     if (promptChecksum(prompt.frames, prompt.actions) !== wanted)
@@ -32,7 +32,7 @@ export class Prompts {
   }
 
   async #clip({clip, frames}) {
-    if (!(clip >= 0 && clip < this.count)) throw new UserError(`There is no clip ${clip} on this page: they count 0…${this.count - 1}.`);
+    if (!(clip >= 0 && clip < this.count)) throw new UserError(`There is no clip ${clip} on this page: valid are 0…${this.count - 1}.`);
     if (!(frames >= 1 && frames <= MAX_PROMPT)) throw new UserError(`${frames} prompt frames: choose 1…${MAX_PROMPT}.`);
     const [record, start] = this.index.clips[clip];
     const strip = await this.#strip(record), each = this.size ** 2 * 3;

@@ -1,4 +1,4 @@
-// Records what is played as a WebM video: the picture, and below it the keys that led to it.
+// Records a session as a WebM video: the picture, and below it the pressed keys.
 
 import {UserError} from "./errors.js";
 
@@ -49,7 +49,7 @@ export class Recorder {
     });
   }
 
-  // {blob, name} of what was recorded.
+  // {blob, name} of the recording.
   stop() {
     const {recorder} = this;
     this.recorder = null;

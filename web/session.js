@@ -1,4 +1,4 @@
-// One session: generated frame by frame, rewound, branched, shared, generated again.
+// One session: generate, rewind, branch, share and replay frames.
 // The counterpart of `cwm_jax/play/session/session.py`.
 
 import {crc32, toHex} from "./bytes.js";
@@ -20,10 +20,10 @@ export class Session {
     this.seed = seed;
     this.history = new History(generator.pixels);
     prompt.frames.forEach((frame, i) => this.history.append(frame, prompt.actions[i], null));
-    this.at = this.history.length - 1;  // the frame that is shown; the next comes after it
+    this.at = this.history.length - 1;  // the frame that is shown; the next follows it
     this.memory = null;
     this.remembered = 0;  // frames in `memory`
-    this.script = [];  // still to be generated again: [action, steps]
+    this.script = [];  // to be replayed: [action, steps]
     this.expected = null;
     this.branches = [];
   }
@@ -32,8 +32,8 @@ export class Session {
   get length() { return this.history.length; }
   get window() { return this.at + 1 - firstRemembered(this.at + 1, this.generator.slots); }
 
-  // Generates the frame after the one shown, and returns its pixels. `settle` has to be awaited
-  // before the next one: it takes the frame into the memory, when it has been shown already.
+  // Generates the frame after the one shown, and returns its pixels. Await `settle`
+  // before the next one: it adds the frame to the memory, after the frame was shown.
   async step(action, steps) {
     this.#roomFor(1);
     this.branches = [];
@@ -57,7 +57,7 @@ export class Session {
     this.generator.noiseOf(this.seed, this.at + 1);
   }
 
-  // Generates the next frame of a share code; `differs` when it was the last and is another.
+  // Generates the next frame of a share code; `differs`: it was the last and is not equal.
   async replayStep() {
     const [action, steps] = this.script.shift();
     const script = this.script;
@@ -67,7 +67,7 @@ export class Session {
     return {pixels, action, steps, over: !script.length, differs};
   }
 
-  // Shows frame `to`; nothing is forgotten until a frame is generated there.
+  // Shows frame `to`; later frames are kept until a frame is generated there.
   async rewind(to) {
     this.script = [];
     this.branches = [];
@@ -75,7 +75,7 @@ export class Session {
     return this.history.frame(this.at);
   }
 
-  // The next frames under each action; `show(branch, t, pixels)` sees them as they come.
+  // The next frames under each action; `show(branch, t, pixels)` receives each.
   async whatIf(actions, frames, steps, show) {
     this.#roomFor(frames);
     this.script = [];
@@ -94,10 +94,10 @@ export class Session {
     this.branches = branches;
   }
 
-  // Goes on where a branch of the last what-if ended.
+  // Continues from the end of a branch of the last what-if.
   async choose(index) {
     const branch = this.branches[index];
-    if (!branch) throw new UserError("There is no such branch to go on with; ask what-if first.");
+    if (!branch) throw new UserError("There is no such branch to continue; use what-if first.");
     await this.history.cut(this.at + 1);
     for (const pixels of branch.frames) this.history.append(pixels, branch.action, [branch.steps, LANES]);
     this.at = this.length - 1;
@@ -120,7 +120,7 @@ export class Session {
     };
   }
 
-  // Goes through a recipe from the start.
+  // Replays a recipe from the start.
   follow(recipe) {
     this.script = recipe.actions.map((action, i) => [action, recipe.programs[i][0]]);
     this.expected = recipe.lastFrame;
@@ -128,7 +128,7 @@ export class Session {
 
   #roomFor(frames) {
     if (this.at + 1 - this.given + frames > MAX_FRAMES)
-      throw new UserError(`A session has at most ${MAX_FRAMES} frames: rewind or start anew.`);
+      throw new UserError(`A session has at most ${MAX_FRAMES} frames: rewind or start a new one.`);
   }
 
   async #recalled() {
@@ -144,14 +144,14 @@ export class Session {
   }
 }
 
-// Throws a UserError where a recipe is not for this model, its steps or its controls.
+// Throws a UserError if a recipe is not for this model, its steps or its controls.
 export function checkRecipe(recipe, model) {
   const theirs = toHex(recipe.fingerprint);
   if (theirs !== model.fingerprint)
     throw new UserError(`This share code is of another model (${theirs}); this page has ${model.name} (${model.fingerprint}).`);
   const odd = recipe.programs.find(([steps]) => !model.steps.includes(steps));
-  if (odd) throw new UserError(`This share code wants ${odd[0]} denoising steps; this page has ${model.steps.join(", ")}.`);
+  if (odd) throw new UserError(`This share code needs ${odd[0]} denoising steps; this page has ${model.steps.join(", ")}.`);
   const wrong = recipe.actions.find((action) => action < -1 || action >= model.network.action_values);
   if (wrong !== undefined)
-    throw new UserError(`This share code has action ${wrong}; there are 0…${model.network.action_values - 1}.`);
+    throw new UserError(`This share code has action ${wrong}; valid are 0…${model.network.action_values - 1}.`);
 }

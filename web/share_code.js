@@ -1,5 +1,5 @@
-// Share codes: all it takes to generate a session again, as one line of text.
-// The format is that of `cwm_jax/play/session/share_code.py`, whose page reads these codes too.
+// Share codes: all data to generate a session again, as one line of text.
+// The format is that of `cwm_jax/play/session/share_code.py`, whose page also reads these codes.
 
 import {blake2b} from "./blake2b.js";
 import {deflate, fromBase64Url, inflate, joined, toBase64Url} from "./bytes.js";
@@ -17,18 +17,18 @@ export async function encode(recipe) {
   return PREFIX + toBase64Url(joined([blake2b(body, 4), body]));
 }
 
-// The recipe of a code; throws a UserError for what is none, or is damaged.
+// The recipe of a code; throws a UserError for other text or a damaged code.
 export async function decode(code) {
   const text = code.replace(/\s/g, "");
   if (text.startsWith("CWM1-"))
-    throw new UserError(`This share code (CWM1-…) is of an earlier version, whose codes are no longer read; today's begin with ${PREFIX}.`);
+    throw new UserError(`This share code (CWM1-…) is of an earlier version, whose codes are no longer supported; current ones begin with ${PREFIX}.`);
   if (!text.startsWith(PREFIX)) throw new UserError(`This is no share code: one begins with ${PREFIX}`);
   try {
     const raw = fromBase64Url(text.slice(PREFIX.length)), packed = raw.subarray(4);
     if (String(blake2b(packed, 4)) !== String(raw.subarray(0, 4))) throw new RangeError("checksum");
     return new Reader(await inflate(packed, MAX_BODY)).recipe();
   } catch {
-    throw new UserError("This share code is damaged: a letter of it is missing or was changed. Copy it again, all of it.");
+    throw new UserError("This share code is damaged: a letter is missing or was changed. Copy the whole code again.");
   }
 }
 
@@ -42,7 +42,7 @@ function bodyOf({fingerprint, seed, source, promptChecksum, actions, programs, l
   else { out.push(CLIP); put(source.clip); put(source.frames); }
   const kinds = [...new Set(programs.map(String))];
   if (kinds.length > MAX_PROGRAMS)
-    throw new UserError(`This session used ${kinds.length} combinations of steps; a share code holds ${MAX_PROGRAMS}.`);
+    throw new UserError(`This session used ${kinds.length} combinations of steps; a share code can contain ${MAX_PROGRAMS}.`);
   put(promptChecksum);
   put(kinds.length);
   for (const kind of kinds) kind.split(",").forEach((number) => put(Number(number)));

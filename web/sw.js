@@ -1,5 +1,5 @@
-// Serves the page without a network after the first visit, and gives it the headers of an isolated
-// page, which threads need. The build fills in FILES: every file of this version.
+// Serves the page without a network after the first visit, and adds the headers for cross-origin
+// isolation, which threads need. The build fills in FILES: every file of this version.
 
 const FILES = {files};
 const CACHE = "cwm-web:" + registration.scope;
@@ -25,14 +25,14 @@ async function install() {
   await self.skipWaiting();
 }
 
-// Files of earlier versions go; those that did not change have the same name and stay.
+// Removes files of earlier versions; unchanged ones have the same name and stay.
 async function activate() {
   const cache = await caches.open(CACHE);
   for (const {url} of await cache.keys()) if (url !== index && !known.has(url)) await cache.delete(url);
   await self.clients.claim();
 }
 
-// The newest page where there is a network, else the one that is kept.
+// The newest page if there is a network, else the cached one.
 async function page(request) {
   const cache = await caches.open(CACHE);
   try {
@@ -57,7 +57,7 @@ async function file(request, url) {
   return isolated(answer);
 }
 
-// Once the page plays: everything that it has not yet asked for.
+// After the page started: caches all remaining files.
 async function keepAll() {
   const cache = await caches.open(CACHE);
   for (const url of known) if (!await cache.match(url)) await cache.add(url).catch(() => {});

@@ -1,5 +1,5 @@
-// The model's worker: loads it, and plays a session by what the page says. Commands come in as
-// {do: NAME, …} and go out as {say: NAME, …}, as over the socket of the Python page.
+// The model's worker: loads it, and plays a session by the page's commands. It receives
+// {do: NAME, …} and sends {say: NAME, …}, as over the socket of the Python page.
 
 import {fromHex} from "./bytes.js";
 import {UserError} from "./errors.js";
@@ -10,7 +10,7 @@ import {Prompts} from "./prompts.js";
 import {checkRecipe, Session} from "./session.js";
 import * as shareCode from "./share_code.js";
 
-const WARM_UP = 24;  // frames before the first of a person: the browser compiles in stages
+const WARM_UP = 24;  // frames before the user's first: the browser compiles in stages
 const FUTURE = 8;  // frames of what-if
 const IDLE = 4;
 const FUTURES = [1, 2, 4, 5, 7, 8];  // left, jump left, nothing, jump, right, jump right
@@ -83,11 +83,11 @@ const does = {
     if (!session.script.length) say("replayed", {differs: false, frames: 0});
   },
 
-  // For measurements and tests: the frames as they are.
+  // For measurements and tests: the raw frames.
   async frames({start, stop}) { say("frames", {frames: await session.history.frames(start, stop)}); },
 };
 
-// What the worker does in a turn, one after the other: commands, then a frame where one is due.
+// One turn of the worker: commands, then a frame if one is due.
 async function live() {
   for (;;) {
     const command = commands.shift();
@@ -174,7 +174,7 @@ async function begin(prompt, seed) {
   show(prompt.frames.at(-1), {steps: 0});
 }
 
-// Runs the model before anybody plays, so that the governor knows what a frame costs.
+// Runs the model before the first session, so that the governor has measured a frame's time.
 async function warmUp(opened) {
   const least = governor.choices[0], trial = new Session(model.generator, opened.prompt, 0);
   for (let number = 0; number < WARM_UP; number++) {
@@ -187,7 +187,7 @@ async function warmUp(opened) {
   governor.choose(pace.fps, true);
 }
 
-// Lets messages in; quicker than a timer.
+// Lets messages arrive; faster than a timer.
 const channel = new MessageChannel();
 function turn() {
   return new Promise((resolve) => { channel.port1.onmessage = resolve; channel.port2.postMessage(0); });
