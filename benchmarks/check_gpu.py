@@ -207,8 +207,10 @@ class References:
         while not path.exists():
             ended = self.process.poll() is not None
             if ended and not path.exists():
-                said = (self._folder / "log").read_text(encoding="utf-8", errors="replace").strip()
-                raise RuntimeError(f"no numbers of the CPU: {said.splitlines()[-1:]}")
+                output = (
+                    (self._folder / "log").read_text(encoding="utf-8", errors="replace").strip()
+                )
+                raise RuntimeError(f"no numbers of the CPU: {output.splitlines()[-1:]}")
             time.sleep(0.1)
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
@@ -296,11 +298,11 @@ def run_processes(commands: dict[str, list[str]], seconds: float) -> bool:
     well = True
     for part, process in started.items():
         try:
-            said, _ = process.communicate(timeout=max(0.0, end - time.monotonic()))
+            output, _ = process.communicate(timeout=max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-            said, _ = process.communicate()
-        print(said, end="", flush=True)
+            output, _ = process.communicate()
+        print(output, end="", flush=True)
         if process.returncode not in (0, 1):
             print(f"FAIL  {part}: ended with code {process.returncode}", flush=True)
         well &= process.returncode == 0

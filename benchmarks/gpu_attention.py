@@ -112,7 +112,7 @@ class Report:
                 row = asked | {"failed": f"{type(error).__name__}: {error}"[:600]}
         self.rows.setdefault(section, []).append(row)
         self._path.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
-        print(f"{section}: {machine.told(row)}", flush=True)
+        print(f"{section}: {machine.described(row)}", flush=True)
         return row
 
 

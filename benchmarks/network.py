@@ -186,7 +186,7 @@ def main() -> None:
         row = asked | tried(measure)
         found.setdefault(section, []).append(row)
         args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"{section}: {machine.told(row)}", flush=True)
+        print(f"{section}: {machine.described(row)}", flush=True)
 
 
 if __name__ == "__main__":

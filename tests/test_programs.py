@@ -81,7 +81,7 @@ def test_numbers_are_written_even_if_the_report_fails(tmp_path, monkeypatch, cap
         (doctor, "--data gs://b/x"),
         (export, "runs/x --output gs://b/x"),
         (hub, "download --to gs://b/x"),
-        (pack, "films --keys keys.toml --output gs://b/x"),
+        (pack, "videos --keys keys.toml --output gs://b/x"),
         (pocket, "--workdir gs://b/x"),
         (preview, "--output gs://b/x.mp4"),
     ],

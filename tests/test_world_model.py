@@ -135,7 +135,7 @@ def test_a_prompt_may_be_one_picture_for_all_or_one_for_each(model):
         (lambda m: m.reset(np.zeros((3, 1, 64, 64, 3), np.uint8), batch=2), r"prompts of 3 worlds"),
     ],
 )
-def test_what_cannot_be_is_named_and_changes_nothing(model, call, message):
+def test_invalid_arguments_are_named_and_change_nothing(model, call, message):
     before = model.reset(batch=2, seed=0)
     with pytest.raises(UserError, match=message):
         call(model)

@@ -56,7 +56,7 @@ class Signs(NamedTuple):
 def summary(
     generated_BFHWC: np.ndarray, real_BTHWC: np.ndarray, *, lpips: Lpips | None = None
 ) -> dict:
-    """Drift by time of F drawn frames, against T real frames of the same clips.
+    """Drift by time of F generated frames, against T real frames of the same clips.
 
     With `lpips`, `nearest_real` too (`cwm_jax.evaluation.nearest_real`).
 

@@ -36,7 +36,7 @@ MARK = "\ufeff"
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_what_is_clear_is_read(tmp_path, name, text, known, actions, encoding):
+def test_clear_lists_are_read(tmp_path, name, text, known, actions, encoding):
     if encoding == "utf-16" and not text.startswith(MARK):
         pytest.skip("without its mark")
     (tmp_path / name).write_bytes(text.removeprefix(MARK).encode("utf-16") if encoding == "utf-16"
@@ -63,7 +63,7 @@ def test_what_is_clear_is_read(tmp_path, name, text, known, actions, encoding):
         ("a.jsonl", '{"keys": []}', PAD, "'keys'"),
     ],
 )
-def test_what_is_unclear_is_named(tmp_path, name, text, known, fault):
+def test_unclear_lists_are_reported(tmp_path, name, text, known, fault):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as error:
         action_lists.read(tmp_path / name, known)
@@ -71,13 +71,13 @@ def test_what_is_unclear_is_named(tmp_path, name, text, known, fault):
     assert str(tmp_path / name) in str(error.value)
 
 
-def test_a_list_in_another_encoding_says_how_to_save_it(tmp_path):
+def test_a_list_in_another_encoding_is_reported_with_a_fix(tmp_path):
     (tmp_path / "a.csv").write_bytes("action,größe\n1,2\n".encode("latin-1"))
     with pytest.raises(UserError, match="save it as UTF-8"):
         action_lists.read(tmp_path / "a.csv", WALK)
 
 
-def test_names_that_differ_in_case_alone_are_told_apart(tmp_path):
+def test_names_that_differ_only_in_case_are_distinguished(tmp_path):
     known = Controls("p", "buttons", tuple(map(Control, ("a", "A", "Action"))))
     (tmp_path / "a.csv").write_text("a,A,Action\n1,0,0\n0,1,0\n0,0,1\n")
     assert action_lists.read(tmp_path / "a.csv", known).tolist() == [1, 2, 4]

@@ -56,7 +56,7 @@ def test_batches_are_those_of_the_files(config):
     plain.close()
 
 
-def test_a_resumed_run_has_what_was_there_before_it_goes_on(config):
+def test_a_resumed_run_reloads_its_clips_before_it_continues(config):
     batches = filled(batches_of(config))
     taken(batches, 4)
     state = batches.get_state()
@@ -84,7 +84,7 @@ def test_only_so_many_frames_are_kept(config):
         batches_of(DataConfig(**{**vars(config), "on_device": 10}))
 
 
-def test_training_begins_with_what_has_been_read(config, monkeypatch):
+def test_training_begins_with_the_clips_read_so_far(config, monkeypatch):
     go_on, read = threading.Event(), device_data.DeviceBatches._episode
 
     def slowly(batches, number):
@@ -109,7 +109,7 @@ def with_a_bad_record(config, marked_episode, tmp_path):
     write_shard(path, [good[0], bad, *good[1:]])
 
 
-def test_bad_records_stop_it_or_are_passed_over(config, marked_episode, tmp_path, capsys):
+def test_bad_records_stop_it_or_are_skipped(config, marked_episode, tmp_path, capsys):
     with_a_bad_record(config, marked_episode, tmp_path)
     batches = filled(batches_of(config))
     with pytest.raises(BadRecord, match=r"data_0001\.array_record, record 1"):

@@ -166,7 +166,7 @@ def test_an_incomplete_batch_is_dropped(config):
     assert len(set(flat(epoch))) == 20
 
 
-def test_epochs_differ_in_order_and_each_is_whole(config):
+def test_epochs_differ_in_order_and_each_is_complete(config):
     both = flat(taken(train_batches(config, batch_size=1, seed=5, epochs=2)))
     first, second = both[:23], both[23:]
     assert sorted(first) == sorted(second) == every_clip()
@@ -177,7 +177,7 @@ def test_batches_go_on_for_ever(config):
     assert len(taken(train_batches(config, batch_size=23, seed=5), 4)) == 4
 
 
-def test_the_seed_alone_decides_the_order(config):
+def test_the_order_depends_only_on_the_seed(config):
     order = taken(train_batches(config, batch_size=4, seed=5), 9)
     assert taken(train_batches(config, batch_size=4, seed=5), 9) == order
     assert taken(train_batches(config, batch_size=4, seed=6), 9) != order
@@ -401,7 +401,7 @@ def test_num_actions_reaches_the_records(spoiled):
     assert len(list(batches)) == 10
 
 
-def test_a_record_of_another_length_than_its_size_tells_is_refused(tmp_path, marked_episode):
+def test_a_record_of_another_length_than_others_of_its_size_is_refused(tmp_path, marked_episode):
     """Two records of equal size, one with a frame less and as many bytes of something else."""
     (tmp_path / "train").mkdir()
     fields = pickle.loads(encode(marked_episode(0, 40)))
@@ -519,7 +519,7 @@ def test_a_record_that_is_bad_at_the_start_is_skipped_as_later(
     assert batches.bad_records == 2
 
 
-def test_records_of_which_none_tells_the_length_have_no_clips(config, wrong_episode, capsys):
+def test_records_of_unknown_length_have_no_clips(config, wrong_episode, capsys):
     path = find_shards(config.dir, "train")[2]  # holds the only one of its size
     write_shard(path, [encode(wrong_episode(3, 160))])
     batches = train_batches(skipping(config), batch_size=1, seed=5, epochs=1)
@@ -569,7 +569,7 @@ def test_too_many_bad_records_at_the_start_stop_the_run(tmp_path, wrong_episode)
         open_episodes(limited, "train")
 
 
-def test_films_start_from_good_records(make_data, marked_episode, wrong_episode):
+def test_rollouts_start_from_good_records(make_data, marked_episode, wrong_episode):
     folder = make_data(val=[[40] * 5])
     config = skipping(DataConfig(dir=str(folder)))
     sizes = dict(count=3, frames=20, n_prompt=1, num_actions=NUM_ACTIONS, source="random")
@@ -665,7 +665,7 @@ def test_other_data_of_the_same_shape_is_refused(config, tmp_path):
         train_batches(config, batch_size=4, seed=5).set_state(state)
 
 
-def test_too_little_shared_memory_for_reading_processes_is_told(tmp_path, monkeypatch, capsys):
+def test_too_little_shared_memory_for_reading_processes_is_reported(tmp_path, monkeypatch, capsys):
     free = lambda amount: monkeypatch.setattr(
         shared_memory.shutil, "disk_usage", lambda folder: SimpleNamespace(free=amount)
     )

@@ -29,7 +29,7 @@ def folder(tmp_path, marked_episode):
     return tmp_path
 
 
-def test_outcomes_are_read_where_asked_for_and_there(marked_episode):
+def test_outcomes_are_read_if_requested_and_present(marked_episode):
     record = encode(marked_episode(1, 5), outcomes_of(5))
     assert decode(record).outcomes is None
     read = decode(record, outcomes=True).outcomes
@@ -50,14 +50,14 @@ def test_outcomes_are_read_where_asked_for_and_there(marked_episode):
         ({"done": np.arange(5) == 2}, "done is true at frame 2 of 5"),
     ],
 )
-def test_outcomes_that_cannot_be_are_named_and_only_where_asked_for(marked_episode, wrong, fault):
+def test_invalid_outcomes_are_reported_only_if_requested(marked_episode, wrong, fault):
     record = encode(marked_episode(1, 5), outcomes_of(5) | wrong)
     assert len(decode(record)) == 5
     with pytest.raises(BadRecord, match=fault):
         decode(record, outcomes=True)
 
 
-def test_a_batch_has_what_the_actions_pressed_at_its_frames_led_to(folder):
+def test_a_batch_has_the_outcomes_of_its_pressed_actions(folder):
     config = DataConfig(dir=str(folder), clip_len=6, stride=4)
     clips = loader.open_clips(config, "train", outcomes=True)
     assert [clips.locate(i) for i in range(len(clips))] == [(0, 0), (0, 7), (1, 3), (2, 0), (2, 5)]

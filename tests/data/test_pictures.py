@@ -1,4 +1,4 @@
-"""Frames of recordings come in their order, with the pixels that a viewer or player shows."""
+"""Frames of recordings are in order, with the pixels that a viewer or player shows."""
 
 import io
 import os
@@ -42,7 +42,7 @@ def test_pictures_come_by_their_numbers(tmp_path, name):
         (("1", "01", "2"), False),
     ],
 )
-def test_an_order_that_names_leave_open_is_refused(tmp_path, names, known):
+def test_an_ambiguous_order_of_names_is_refused(tmp_path, names, known):
     for number, name in enumerate(names):
         Image.new("RGB", (64, 64), (number,) * 3).save(tmp_path / f"{name}.png")
     if known:
@@ -109,7 +109,7 @@ def by_key_colour():
     ],
     ids=["RGBA", "key colour", "WebP", "palette"],
 )
-def test_what_is_transparent_is_black(tmp_path, raw):
+def test_transparent_pixels_are_black(tmp_path, raw):
     frame = prompt_sources.from_picture(raw).frames_PHWC[0]
     assert (frame[0, 0], frame[0, 63]) == (pytest.approx(BLUE), pytest.approx(BLACK))
     if raw.startswith(b"\x89PNG"):

@@ -1,4 +1,4 @@
-"""Records are read safely: what is one, what is none, and that none of them runs anything."""
+"""Records are read safely: good ones, bad ones, and no code in them runs."""
 
 import contextlib
 import os
@@ -173,7 +173,7 @@ def test_arrays_arrive_as_they_were():
         ({"actions": np.zeros(3, [("a", "i4")])}, "array of dtype 'V4'"),
     ],
 )
-def test_what_is_wrong_is_named(changes, reason):
+def test_faults_are_named(changes, reason):
     with pytest.raises(BadRecord, match=reason):
         decode(record(**changes))
 

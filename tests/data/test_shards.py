@@ -145,7 +145,7 @@ def test_a_missing_shard_is_named(tmp_path):
         open_shard(tmp_path / "gone.array_record")
 
 
-def test_damage_inside_is_told_by_record(shard):
+def test_damage_inside_is_reported_by_record(shard):
     path, records = shard
     content = bytearray(path.read_bytes())
     content[120_000] ^= 1  # in record 2
@@ -229,7 +229,7 @@ def test_readers_travel_to_another_process(many):
 
 
 def test_the_reader_reports_faults_as_assumed_here(tmp_path):
-    """`open_shard` relies on it: opening never raises, and `close` tells what is wrong."""
+    """`open_shard` relies on it: opening never raises, and `close` raises the error."""
     (tmp_path / "x").write_bytes(b"")
     reader = ArrayRecordReader(str(tmp_path / "x"))
     assert not reader.ok()

@@ -24,7 +24,7 @@ ID = cwm_jax.environment.ID
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """checkpoint(heads): a tiny model's file; its heads say other things of other frames."""
+    """checkpoint(heads): a tiny model's file; its heads differ between frames."""
     folder = tmp_path_factory.mktemp("models")
 
     @functools.cache
@@ -57,7 +57,7 @@ def test_gymnasium_finds_nothing_wrong(checkpoint):
     assert env.action_space == gymnasium.spaces.Discrete(15)
 
 
-def test_episodes_are_cut_where_gymnasium_is_told(checkpoint):
+def test_episodes_are_truncated_at_gymnasiums_limit(checkpoint):
     env = gymnasium.make(ID, checkpoint=checkpoint(True), rewards=False, max_episode_steps=3)
     env.reset(seed=0)
     assert [env.step(0)[3] for _ in range(3)] == [False, False, True]
@@ -97,7 +97,7 @@ def test_seeds_reproduce_and_differ(vector):
     np.testing.assert_array_equal(first[1:], envs.reset(seed=5)[0][:2])  # world i: seed + i
 
 
-def test_rewards_and_ends_are_what_the_heads_say(vector):
+def test_rewards_and_ends_are_those_of_the_heads(vector):
     envs = vector(reward_scale=3, threshold=0.6)
     _, found = played(envs, steps=40)
     rewards, ends = np.array([f[0] for f in found]), np.array([f[1] for f in found])
@@ -110,7 +110,7 @@ def test_rewards_and_ends_are_what_the_heads_say(vector):
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_worlds_begin_anew_as_the_mode_says(vector, monkeypatch, mode):
+def test_worlds_restart_by_the_mode(vector, monkeypatch, mode):
     envs = vector(autoreset_mode=mode, max_episode_steps=50)
     ending = iter([[False, True, False]] + [[False] * 3] * 9)
     earned = lambda counts: (np.ones(3), np.array(next(ending)) & counts, {})
@@ -209,7 +209,7 @@ def test_bad_input_is_named(checkpoint, vector):
         envs.reset(options={"reset_mask": [1, 0, 0]})
 
 
-def test_a_model_tells_outcomes_and_one_without_heads_says_so(checkpoint):
+def test_outcomes_are_predicted_and_missing_heads_reported(checkpoint):
     world = WorldModel.from_pretrained(checkpoint(True))
     world.reset(batch=3)
     with pytest.raises(UserError, match=r"call step\(\) first"):

@@ -1,4 +1,4 @@
-"""I3D with random weights and two videos, the same wherever they are made.
+"""I3D with random weights and two videos, the same on every machine.
 
 Run by itself it asks the package `i3d-jax` for their features, and writes `i3d_reference.json`:
 

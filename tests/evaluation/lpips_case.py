@@ -1,4 +1,4 @@
-"""A network of random weights and pictures to compare, the same wherever they are made.
+"""A network of random weights and pictures to compare, the same on every machine.
 
 Run by itself it asks the authors' package for their distances, and writes `lpips_reference.json`:
 

@@ -63,7 +63,7 @@ def net() -> lpips.Lpips:
 
 
 def replaying(clips: HeldOut) -> generation.Generate:
-    """An oracle: draws what really came, whatever the actions."""
+    """An oracle: returns the real frames for any actions."""
 
     def generate(prompt_BPHWC, actions_BT, key):
         given, length = prompt_BPHWC.shape[1], actions_BT.shape[1]
@@ -134,7 +134,7 @@ def test_scores_do_not_depend_on_the_number_of_clips_scored_at_once(clips):
             np.testing.assert_allclose(values, getattr(whole, name)[first:last], rtol=1e-5)
 
 
-def test_lpips_is_a_score_where_its_weights_are(clips, net):
+def test_lpips_is_a_score_if_its_weights_are_present(clips, net):
     frames = clips.frames[:2, 1:4], clips.frames[:2, 2:5], clips.frames[:2, 0]
     without, found = score(*frames), score(*frames, lpips=net)
     assert "lpips" not in rollout_quality.summary(without, (1,))
@@ -143,7 +143,7 @@ def test_lpips_is_a_score_where_its_weights_are(clips, net):
     assert summary["mean"]["3"]["mean"] == pytest.approx(found.lpips.mean(), rel=1e-5)
 
 
-def test_blur_spreads_a_point_within_its_frame_alone():
+def test_blur_spreads_a_point_within_its_frame_only():
     frames = np.zeros((2, 3, 64, 64, 3), np.uint8)
     frames[0, 1, 32, 32, 1] = 255
     found = rollout_quality.blurred(frames).astype(int)
@@ -153,7 +153,7 @@ def test_blur_spreads_a_point_within_its_frame_alone():
     assert not found.any()
 
 
-def test_an_untrained_network_reconstructs_what_the_lowest_label_leaves(clips):
+def test_an_untrained_network_reconstructs_frames_at_the_lowest_level(clips):
     # Its last layer is zero, so v = 0 and x0 = ᾱ(0) · x: the frame itself but for rounding.
     frames = rollout_quality.reconstruction(TINY, dit.init(TINY, 0), clips.frames, clips.actions)
     assert frames.shape == clips.frames.shape
@@ -163,14 +163,14 @@ def test_an_untrained_network_reconstructs_what_the_lowest_label_leaves(clips):
 # Intervals
 
 
-def test_an_interval_holds_the_mean_as_often_as_it_says():
+def test_an_interval_contains_the_mean_at_its_nominal_rate():
     rng = np.random.default_rng(5)
     samples = rng.normal(loc=3, size=(200, 40))
     held = [low <= 3 <= high for _, low, high in map(bootstrap.of_mean, samples)]
     assert 0.90 <= np.mean(held) <= 0.985
 
 
-def test_an_interval_of_what_never_varies_is_a_point_and_of_nothing_is_nan():
+def test_an_interval_of_constants_is_a_point_and_of_no_values_is_nan():
     assert bootstrap.of_mean([2.0, 2.0, np.nan]) == (2.0, 2.0, 2.0)
     assert np.isnan(bootstrap.of_mean([np.nan, np.nan])).all()
     assert bootstrap.of_median([1.0, 5.0, 5.0, 5.0, 9.0]).mean == 5
@@ -251,7 +251,7 @@ def test_an_oracle_that_replays_the_clip_is_read_as_real_frames_are(obedient):
     assert found["keys_of_real"]["left"] == found["keys_of_real"]["right"] == 1
 
 
-def test_a_world_that_stands_still_is_not_under_control(obedient):
+def test_a_static_world_is_not_controllable(obedient):
     reader, frames, actions = obedient
     still = np.repeat(frames[:, :1], frames.shape[1], axis=1)
     found = probe_accuracy.summary(reader, still, frames, actions)
@@ -286,7 +286,7 @@ def test_sight_finds_a_shift_and_a_mirror_turns_it_round(clips):
     np.testing.assert_array_equal(probe_features.mirrored(seen).middle, flipped.middle)
 
 
-def test_sight_of_a_frame_is_what_led_to_it():
+def test_probe_features_of_a_frame_are_of_the_frames_before_it():
     frames = np.arange(2 * 5).reshape(2, 5, 1, 1, 1)
     whole = probe_features.Sight(np.arange(2 * 4).reshape(2, 4, 1), frames)
     seen = probe_features.at(whole, np.array([0, 2, 3]))
@@ -294,7 +294,7 @@ def test_sight_of_a_frame_is_what_led_to_it():
     assert seen.middle.reshape(3, 2).tolist() == [[1, 2], [3, 4], [6, 7]]
 
 
-def test_groups_are_actions_that_do_the_same():
+def test_groups_are_actions_of_equal_effect():
     assert [probe.GROUP_NAMES[g] for g in probe.GROUPS[:9]] == [
         *("left", "left", "jump left", "stand", "stand", "jump"),
         *("right", "right", "jump right"),
@@ -318,7 +318,7 @@ def test_a_cached_probe_is_the_trained_one_and_other_data_has_another(clips, tmp
         probe.cached_on(other, tmp_path)
 
 
-def test_a_probe_that_cannot_be_kept_or_read_is_trained(clips, tmp_path, monkeypatch, capsys):
+def test_a_probe_that_cannot_be_stored_or_read_is_trained(clips, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(probe, "_EPOCHS", 1)
     (tmp_path / "file").write_text("no folder")
     for folder in (None, tmp_path / "file"):
@@ -350,7 +350,7 @@ def test_a_rollout_that_stays_the_real_clip_never_collapses():
 
 
 @pytest.mark.parametrize("ruin", ["blur", "noise"])
-def test_a_rollout_that_is_ruined_collapses_when_it_is(ruin):
+def test_a_degraded_rollout_collapses_where_it_is_degraded(ruin):
     clips = held_out.load(EMBEDDED, "test", frames=120, clips=CLIPS)
     frames = clips.frames[:, :80].copy()
     worse = frames[:, 40:].astype(np.float32)
@@ -404,7 +404,7 @@ def test_batches_share_one_shape_and_noise_hangs_on_nothing_but_seed_and_place(c
     assert (a != other).any()
 
 
-def test_a_sampler_that_draws_nan_is_found_out(clips):
+def test_a_sampler_that_generates_nan_is_reported(clips):
     params = dit.init(TINY, 0)
     params["patch_out.bias"] = params["patch_out.bias"].at[0].set(np.nan)
     generate = generation.by_sampler(Sampler(TINY, params, SamplerConfig(levels=(999, 499))))
@@ -440,7 +440,7 @@ def test_records_that_are_too_short_are_counted_and_left_out(make_data):
         held_out.load(DataConfig(dir=str(folder)), "test", frames=161)
 
 
-def test_the_digest_tells_clips_apart_by_content(clips):
+def test_the_digest_differs_by_content(clips):
     assert clips.digest == held_out.digest(clips.frames, clips.actions)
     other = clips.actions.copy()
     other[2, 3] += 1
@@ -509,7 +509,7 @@ def test_the_whole_measurement_has_lpips_beside_floors_and_by_clip(measured):
     assert any("LPIPS minus" in label for label, _ in comparison.rows(results))
 
 
-def test_the_whole_measurement_says_whether_uncertainty_ranks_the_errors(measured, tmp_path):
+def test_the_full_measurement_correlates_uncertainty_with_errors(measured, tmp_path):
     found, plan = measured
     assert found.results["uncertainty"]["seeds"] == plan.seeds == 4
     assert found.unsure.instability.shape == (3, 6, 8, 8)
@@ -558,7 +558,7 @@ def test_a_measurement_without_lpips_or_of_an_earlier_version_still_compares(mea
     assert "LPIPS" not in comparison.table([("b", earlier)])
 
 
-def test_what_is_no_measurement_is_refused(tmp_path):
+def test_other_files_than_measurements_are_refused(tmp_path):
     path = tmp_path / "x.json"
     for content in ("{", "[1]", '{"psnr": 3}'):
         path.write_text(content)
@@ -568,7 +568,7 @@ def test_what_is_no_measurement_is_refused(tmp_path):
         comparison.read(tmp_path / "none.json")
 
 
-def test_the_page_holds_everything_itself(measured, tmp_path):
+def test_the_report_is_self_contained(measured, tmp_path):
     html_report.write(tmp_path, *measured)
     text = (tmp_path / html_report.FILE).read_text()
     assert "runs/&lt;tiny&gt;" in text
@@ -580,7 +580,7 @@ def test_the_page_holds_everything_itself(measured, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
-def test_the_page_says_what_is_ranked_differently_or_that_lpips_was_not_measured(measured):
+def test_the_report_lists_different_rankings_or_missing_lpips(measured):
     results = measured[0].results
     assert sum(name.startswith("LPIPS") for name, *_ in html_report.tiles(results)) == 1
     minus = {
@@ -606,7 +606,7 @@ def test_a_fingerprint_changes_with_any_parameter():
     assert before != fingerprint(TINY, params)
 
 
-def test_a_plan_that_cannot_be_is_refused():
+def test_an_invalid_plan_is_refused():
     for wrong in (dict(horizon=1), dict(clips=-1), dict(drift_frames=100), dict(n_prompt=(0,))):
         with pytest.raises(UserError):
             full.Plan(**wrong)
@@ -615,7 +615,7 @@ def test_a_plan_that_cannot_be_is_refused():
             full.Plan(seed=seed)
 
 
-def test_more_clips_than_memory_holds_are_refused_before_anything_is_drawn():
+def test_too_many_clips_for_memory_are_refused_before_generation():
     # 1.5 · 1024 + 20 · 32 frames of 12,288 bytes, and 660 of 32,768: 48.4 MB a clip
     plan = full.Plan()
     full.check_memory(41, plan, memory=2e9)
@@ -666,7 +666,7 @@ def test_the_quick_form_passes_over_bad_records(make_data, marked_episode, capsy
         )
 
 
-def test_the_quick_form_scores_an_oracle_above_copying_and_tells_that_it_ignores_keys(net):
+def test_the_quick_form_scores_an_oracle_above_copying_without_controllability(net):
     few = quick.prepare(EMBEDDED, "val", clips=3, frames=9, num_actions=15, seed=0, lpips=net)
     clips = HeldOut(few.frames, few.actions, 20, 0, "")
     found = dict(quick.run(replaying(clips), few))

@@ -1,4 +1,4 @@
-"""Which settings are good enough to play with, which is best, and where that is written."""
+"""Playable settings, the best one, and the file that they are written to."""
 
 import dataclasses
 import math
@@ -46,14 +46,14 @@ def faults(*settings):
     return {one.setting.steps: one.faults for one in judged(*settings)}
 
 
-def test_settings_are_ranked_by_lpips_with_what_keeps_each_from_play():
+def test_settings_are_ranked_by_lpips_with_reasons_against_each():
     found = judged(setting(1, lpips=0.35), setting(2, lpips=0.2), setting(4, lpips=0.1))
     assert [one.setting.steps for one in found] == [4, 2, 1]
     assert [bool(one.faults) for one in found] == [False, False, True]
     assert "copying the last frame" in found[-1].faults[0]
 
 
-def test_unreadable_keys_and_rollouts_that_do_not_last_are_faults():
+def test_unreadable_keys_and_early_collapse_are_faults():
     found = faults(setting(1, keys=0.3), setting(2, lasts=40), setting(4), setting(8, keys=0.6))
     assert found[1] == ("left is not readable",)
     assert found[2] == ("collapses early",)
@@ -63,7 +63,7 @@ def test_unreadable_keys_and_rollouts_that_do_not_last_are_faults():
     assert faults(uncertain, setting(4))[2] == ()
 
 
-def test_the_cheaper_of_two_that_cannot_be_told_apart_is_the_answer():
+def test_the_cheaper_of_two_equal_settings_is_chosen():
     alike = judged(setting(4, lpips=0.1), setting(2, lpips=0.1), setting(1, lpips=0.2))
     assert generation_settings.answer(alike) == Answer("hop", 2, (1, 2, 4))
     better = judged(setting(4, lpips=0.1), setting(2, lpips=0.15))
@@ -81,7 +81,7 @@ def test_only_settings_of_the_best_window_that_can_be_played_are_listed():
     assert generation_settings.answer(judged(setting(1, lpips=0.4))) is None
 
 
-def test_the_table_says_where_psnr_ranks_settings_differently():
+def test_the_table_lists_where_psnr_ranks_settings_differently():
     found = judged(setting(1, lpips=0.2, psnr=22), setting(2, lpips=0.1))
     first, second, third, *sentences = generation_settings.table(found).splitlines()
     assert "PSNR" in first

@@ -1,4 +1,4 @@
-"""LPIPS to what is nearest in real frames, as a whole and place by place."""
+"""LPIPS to the nearest real frames, for whole frames and place by place."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_to_the_nearest_frame_it_is_the_least_lpips(net):
     assert (found.places <= found.frame + 1e-5).all()
 
 
-def test_what_is_shown_elsewhere_in_the_level_is_near_by_places_and_other_things_are_not(net):
+def test_other_parts_of_the_level_are_near_by_places_and_other_pictures_are_not(net):
     views, other = level(0, 24), level(1, 3)
     real, moved = views[::2], views[3:15:4]  # between two real ones, as far from each as they can
     near, strange = (nearest_real.distances(net, x, real) for x in (moved, other))
@@ -37,7 +37,7 @@ def test_what_is_shown_elsewhere_in_the_level_is_near_by_places_and_other_things
     assert near.places.mean() < 0.4 * strange.places.mean()
 
 
-def test_drift_says_when_a_rollout_leaves_its_level(net):
+def test_drift_reports_when_a_rollout_leaves_its_level(net):
     there = np.stack([level(seed, 16) for seed in (2, 3)])
     real = np.concatenate([there, there[:, ::-1]], axis=1)  # and back
     generated = real[:, ::-1].copy()

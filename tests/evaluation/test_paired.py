@@ -68,7 +68,7 @@ def test_agreement_nan_and_a_missing_lpips_contradict_nothing():
 
 
 @pytest.mark.parametrize("certain", [True, False])
-def test_an_interval_that_holds_zero_is_said(certain):
+def test_an_interval_that_contains_zero_is_reported(certain):
     found = {
         "psnr": {"6": dict(mean=1.0, low=0.5, high=1.5)},
         "lpips": {"6": dict(mean=0.1, low=0.05 if certain else -0.05, high=0.2)},

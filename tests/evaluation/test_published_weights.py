@@ -151,7 +151,7 @@ def test_a_cache_that_cannot_be_read_ends_nothing(monkeypatch, capsys):
     assert capsys.readouterr().err.count("left out") == 2
 
 
-def test_damaged_weights_in_the_cache_are_said_in_one_line_and_left_out(archive, capsys):
+def test_damaged_weights_in_the_cache_are_reported_in_one_line_and_left_out(archive, capsys):
     path, of = archive(published())
     file = published_weights.path(of)
     published_weights.convert(of, path, file)

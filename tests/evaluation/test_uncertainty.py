@@ -1,4 +1,4 @@
-"""Whether a model knows where it is wrong: the signs, and how they rank its errors."""
+"""Uncertainty: its measures, and their rank correlations with the error."""
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ def measured(generate, **others) -> Maps:
     return uncertainty.measure(generate, None, REAL, ACTIONS, **settings)
 
 
-def test_a_model_that_differs_where_it_is_wrong_is_found_to_know_it():
+def test_spread_at_wrong_places_correlates_with_the_error():
     maps = measured(unsure)
     assert maps.spread.shape == maps.error.shape == (5, 6, 8, 8)
     assert maps.instability is None
@@ -42,7 +42,7 @@ def test_a_model_that_differs_where_it_is_wrong_is_found_to_know_it():
     assert len(found["error"]["by_frame"]["mean"]) == 6
 
 
-def test_one_that_is_wrong_elsewhere_is_not():
+def test_spread_at_other_places_does_not():
     maps = measured(unsure)
     shuffled = RNG.permuted(maps.error.reshape(5, 6, -1), axis=-1).reshape(maps.error.shape)
     found = uncertainty.summary(maps._replace(error=shuffled), seeds=3)["spread"]["where"]

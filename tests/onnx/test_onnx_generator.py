@@ -114,7 +114,7 @@ def test_float32_is_the_sampler_to_1e_4_over_40_frames(exported, kind, window):
     wanted, noises = jax_frames(kind, window)
     found = onnx_frames(exported(kind), window, noises)
     assert np.abs(found - wanted).max() < 1e-4
-    assert np.abs(np.diff(wanted, axis=0)).max() > 0.1  # it is no still picture
+    assert np.abs(np.diff(wanted, axis=0)).max() > 0.1  # the picture moves
 
 
 @pytest.mark.parametrize("given", [1, 5, 6])  # 6: more than a world holds

@@ -1,4 +1,4 @@
-"""The simulator's environment is made of a Python that it has wheels for, or it is told at once."""
+"""The simulator's environment uses a Python with wheels, or an error is raised at once."""
 
 import stat
 import sys
@@ -28,7 +28,7 @@ def newer(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_the_running_python_is_used_where_it_will_do():
+def test_the_running_python_is_used_if_its_version_fits():
     if sys.version_info[:2] in venv.PYTHONS:
         assert venv.find_maker() == [THIS, "-m", "venv"]
 
@@ -41,13 +41,13 @@ def test_another_python_is_found_where_the_running_one_is_too_new(newer):
     assert venv.find_maker() == [on_path, "-m", "venv"]
 
 
-def test_uv_brings_one_where_there_is_none(newer):
+def test_uv_downloads_a_python_if_there_is_none(newer):
     uv = program(newer / "bin" / "uv", "exit 0")
     assert venv.find_maker()[:2] == [uv, "venv"]
     assert "3.12" in venv.find_maker()
 
 
-def test_where_there_is_none_it_is_told_before_anything_is_made(newer):
+def test_a_missing_python_is_reported_before_anything_is_created(newer):
     with pytest.raises(UserError, match=r"3\.12 or 3\.11 alone"):
         venv.ensure(newer / "environment")
     assert not (newer / "environment").exists()
@@ -65,6 +65,6 @@ def test_missing_libraries_are_named_with_the_command_that_installs_them(monkeyp
     assert doctor.simulator(tmp_path / "none").status == doctor.NOTE
 
 
-def test_libraries_that_are_there_are_not_missing(monkeypatch):
+def test_present_libraries_are_not_missing(monkeypatch):
     monkeypatch.setattr(venv, "LIBRARIES", {"libc.so.6": "libc6"})
     assert venv.missing_libraries() == []

@@ -111,7 +111,7 @@ def browser(folder, *more, downloads=None):
 
 
 class Person:
-    """Somebody in front of the page; opens it and waits until it plays."""
+    """A user of the page; opens it and waits until it plays."""
 
     def __init__(self, driver, address, wait_for="play.started"):
         self.driver = driver
@@ -249,7 +249,7 @@ def test_noise_is_that_of_jax(person):
         assert np.abs(found - np.asarray(wanted)).max() < 1e-6
 
 
-def test_what_if_shows_six_futures_of_which_one_is_gone_on_in(anew):
+def test_what_if_shows_six_futures_and_continues_one(anew):
     anew.click("#whatif")
     anew.until(
         "return document.querySelectorAll('#futures-grid button:not(:disabled)').length == 6"
@@ -289,7 +289,7 @@ def test_a_code_that_cannot_be_played_is_named(anew, change, words):
     assert words in anew.note()
 
 
-def test_a_picture_of_ones_own_starts_a_session_that_python_reads(anew, prompts):
+def test_a_users_picture_starts_a_session_that_python_reads(anew, prompts):
     anew.run("""const canvas = new OffscreenCanvas(200, 100), context = canvas.getContext("2d");
         context.fillStyle = "teal"; context.fillRect(0, 0, 200, 100);
         context.fillStyle = "gold"; context.fillRect(80, 30, 40, 40);

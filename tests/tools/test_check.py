@@ -56,7 +56,7 @@ def test_every_fault_is_named_by_its_place(spoiled, capsys):
     assert "6 faults" in printed
 
 
-def test_a_mended_folder_is_healthy_and_holds_the_rest(spoiled, tmp_path, capsys):
+def test_a_repaired_folder_has_the_good_records(spoiled, tmp_path, capsys):
     out = tmp_path / "mended"
     check.main([str(spoiled), "--repair", str(out)])
     check.main([str(out)])
@@ -86,7 +86,7 @@ def test_a_chunk_that_is_too_large_makes_a_shard_unreadable(make_data, monkeypat
     assert "data_0001.array_record: unreadable, record 0: its chunk" in capsys.readouterr().out
 
 
-def test_faults_of_the_call_are_told(make_data, tmp_path, capsys):
+def test_faults_of_the_call_are_reported(make_data, tmp_path, capsys):
     folder = make_data(train=[[40]])
     for argv, fault in (
         ([str(tmp_path / "none")], "does not exist"),
@@ -99,7 +99,7 @@ def test_faults_of_the_call_are_told(make_data, tmp_path, capsys):
         assert fault in capsys.readouterr().err
 
 
-def test_a_mended_folder_is_not_replaced_by_that_of_another(spoiled, tmp_path, capsys):
+def test_a_repaired_folder_is_not_replaced_by_that_of_another(spoiled, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(spoiled, other, ignore=shutil.ignore_patterns("mended", "other"))
     out = tmp_path / "mended"

@@ -45,7 +45,7 @@ def records(folder, split):
 
 
 class FakeSimulator:
-    """Plays at once, and breaks down at the recording it is told to."""
+    """Plays immediately, and fails at the given recording."""
 
     fails_at: ClassVar = None
     played: ClassVar = []
@@ -80,7 +80,7 @@ def fake(monkeypatch):
     return FakeSimulator
 
 
-def test_what_is_missing_is_recorded_and_what_is_there_is_kept(tmp_path, fake, monkeypatch):
+def test_missing_records_are_added_and_existing_ones_kept(tmp_path, fake, monkeypatch):
     run = lambda: collect.collect(tmp_path / "data", recipe(), python=Path(), jobs=1)
     monkeypatch.setattr(fake, "fails_at", (2, 1))
     with pytest.raises(UserError, match="ended"):
@@ -277,7 +277,7 @@ def test_sticky_players_hold_their_keys_and_run_to_the_right(simulator):
 
 
 @real_game
-def test_a_worker_that_breaks_says_why(simulator):
+def test_a_failing_worker_reports_the_reason(simulator):
     with (
         game.Simulator(venv.ensure(ENVIRONMENT)) as broken,
         pytest.raises(UserError, match="process ended with code -6"),

@@ -69,7 +69,7 @@ class Evil:
         return os.mkdir, (str(self.marker),)
 
 
-def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path):
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     torch.save({"model": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     for name in ("evil.pt", "old.pt"):

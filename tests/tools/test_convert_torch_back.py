@@ -104,7 +104,7 @@ def test_the_checkpoint_that_is_named_goes_out_and_its_run_stays_as_it_is(tmp_pa
         convert_torch.convert_back(kept / "2", tmp_path / "x.pt", ema=False)
 
 
-def test_faults_are_told(tmp_path, capsys):
+def test_faults_are_reported(tmp_path, capsys):
     save(tmp_path, ema_decay=0)
     for argv, fault in (
         ([str(tmp_path / "run"), str(tmp_path / "x.pt"), "--ema"], "no moving average"),

@@ -1,4 +1,4 @@
-"""The doctor sees each illness, names its cure, and says so by its exit code."""
+"""The doctor finds each problem, prints its fix, and sets the exit code."""
 
 import importlib.metadata
 import sys
@@ -22,7 +22,7 @@ def test_a_healthy_machine_passes(capsys, monkeypatch):
     assert "BAD" not in printed
 
 
-def test_what_is_bad_decides_the_exit_code(capsys, tmp_path):
+def test_bad_findings_set_the_exit_code(capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         doctor.main(["--data", str(tmp_path / "none")])
     assert ended.value.code == 1
@@ -68,7 +68,7 @@ def test_a_gpu_that_jax_does_not_use_is_bad(monkeypatch):
     assert doctor.devices().status == BAD
 
 
-def test_the_rest_is_looked_at(monkeypatch, tmp_path):
+def test_the_other_checks_run(monkeypatch, tmp_path):
     assert doctor.codecs(["h264"]).status == BAD
     assert "libx264" in doctor.codecs(["h264"]).what
     usage = lambda free: lambda _: SimpleNamespace(free=free)
@@ -88,7 +88,7 @@ def test_the_rest_is_looked_at(monkeypatch, tmp_path):
     assert doctor.cudnn(lambda name: "9.1").what == "cuDNN 9.1"
 
 
-def test_logins_are_seen_and_never_shown(monkeypatch, tmp_path):
+def test_logins_are_found_and_not_shown(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     for name, value, status in (("", "", NOTE), ("k" * 40, "hf_" + "x" * 30, OK)):

@@ -1,4 +1,4 @@
-"""Exports hold what was trained: every form draws the same frames, a bundle without model code."""
+"""Every form of export generates the same frames, a bundle without model code."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def made(run, tmp_path_factory):
 
 
 def generate(sampler, worlds=2):
-    """Frames drawn from a prompt, past the window, with given actions."""
+    """Frames generated from a prompt, past the window, with given actions."""
     rng = np.random.default_rng(4)
     prompt = rng.integers(256, size=(worlds, 2, 64, 64, 3), dtype=np.uint8)
     led_in = np.array([[-1, 7]] * worlds)
@@ -77,7 +77,7 @@ def wanted(run):
     return generate(Sampler(trained.network, trained.params, SamplerConfig(**GENERATION)))
 
 
-def test_a_bundle_draws_what_the_model_draws(made, wanted):
+def test_a_bundle_generates_the_models_frames(made, wanted):
     opened = formats.open_sampler(made)
     assert isinstance(opened.sampler, bundle.Bundle)
     assert opened.step == 7
@@ -109,10 +109,10 @@ assert np.abs(np.asarray(frames).astype(int) - example["frames"]).max() <= 1
 try:
     import cwm_jax.models.dit
 except ImportError:
-    print("drawn without the model code")
+    print("generated without the model code")
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "drawn without the model code\n", done.stderr
+    assert done.stdout == "generated without the model code\n", done.stderr
 
 
 def test_what_was_trained_with_kernels_for_gpus_opens_and_exports_anywhere(
@@ -171,13 +171,13 @@ def test_parameters_alone_keep_every_bit_that_fits(run, tmp_path, format, name, 
         assert {str(v.dtype) for v in whole.values()} == {dtype}
 
 
-def test_a_safetensors_file_is_opened_to_draw(run, tmp_path, wanted):
+def test_a_safetensors_file_is_opened_to_generate(run, tmp_path, wanted):
     out = tmp_path / "m.safetensors"
     export.main([str(run), "--output", str(out), "--format", "safetensors"])
     np.testing.assert_array_equal(generate(formats.open_sampler(out, **GENERATION).sampler), wanted)
 
 
-def test_how_a_model_draws_where_nothing_is_said(run, made, tmp_path):
+def test_the_default_steps_of_each_form(run, made, tmp_path):
     """A bundle as it was made to, others with the steps of their config, or 10."""
     levels = lambda path: formats.open_sampler(path).sampler.config.levels
     assert levels(made) == ddim_levels(2)
@@ -238,7 +238,7 @@ def test_a_flag_that_is_no_card_is_reported(run, tmp_path, text, capsys):
 
 
 def test_every_form_holds_the_network_and_its_parameters(run, made, tmp_path):
-    """What play, which draws in its own way, and evaluation take from each."""
+    """The parts of each form that play and evaluation use."""
     out = tmp_path / "m.safetensors"
     export.main([str(run), "--output", str(out), "--format", "safetensors"])
     trained = run_checkpoint.load(run)
@@ -249,7 +249,7 @@ def test_every_form_holds_the_network_and_its_parameters(run, made, tmp_path):
                 np.testing.assert_array_equal(found.params[name], value)
 
 
-def test_faults_are_told(run, tmp_path, capsys):
+def test_faults_are_reported(run, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     for argv, fault in (
@@ -289,7 +289,7 @@ def test_a_bundle_from_a_stranger_calls_nothing_and_reads_nothing_else(made, tmp
         bundle.Bundle(copy)
 
 
-def test_a_manifest_or_header_with_parts_missing_is_told(made, run, tmp_path):
+def test_a_manifest_or_header_with_missing_parts_is_reported(made, run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(made, copy)
     manifest = json.loads((copy / "manifest.json").read_text())

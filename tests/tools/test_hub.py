@@ -90,7 +90,7 @@ def test_a_damaged_file_is_asked_for_again_and_then_refused(dataset, tmp_path, c
     assert not (tmp_path / "metadata.json").exists()
 
 
-def test_faults_are_told_and_the_token_never_is(dataset, tmp_path, monkeypatch, capsys):
+def test_faults_are_reported_without_the_token(dataset, tmp_path, monkeypatch, capsys):
     def fails(*argv):
         with pytest.raises(SystemExit) as ended:
             hub.main([*argv, "--to", str(tmp_path / "new")])
@@ -129,7 +129,7 @@ def export(folder, rest):
     (folder / bundle.MANIFEST).write_text(json.dumps(printed))
 
 
-def test_a_model_goes_up_with_a_card_and_comes_back(stand_in, tmp_path, capsys):
+def test_a_model_is_uploaded_with_a_card_and_downloaded(stand_in, tmp_path, capsys):
     export(tmp_path / "mine", {"lr": 0.25, "model": {"hidden_size": 48}})
     metrics = '{"step": 9, "val/loss": 0.5}\n{"step": 70, "val/loss": 0.125}\ncut'
     (tmp_path / "mine" / "metrics.jsonl").write_text(metrics)
@@ -178,7 +178,7 @@ def test_uploading_needs_a_token_that_may_write(stand_in, tmp_path, monkeypatch,
         ("HF_TOKEN", "hf_abc def", "the token"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named_and_never_shown(
+def test_unusable_settings_are_named_without_their_values(
     stand_in, tmp_path, monkeypatch, capsys, name, value, message
 ):
     monkeypatch.setenv(name, value)

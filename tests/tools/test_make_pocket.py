@@ -1,4 +1,4 @@
-"""`make pocket`: the whole of it in miniature, what it says beforehand, and a cut-off."""
+"""`make pocket`: a small complete run, its checks beforehand, and an interruption."""
 
 import argparse
 import json
@@ -72,7 +72,7 @@ def recorded(folder, *, train, frames):
     (folder / "metadata.json").write_text(json.dumps({"recipe": {}, "splits": splits}))
 
 
-def test_what_is_missing_is_recorded(tmp_path, programs):
+def test_missing_records_are_recorded(tmp_path, programs):
     recorded(tmp_path / "data", train=300, frames=35_000)
     pocket.record(tmp_path / "data", 30_000)
     assert not programs
@@ -81,7 +81,7 @@ def test_what_is_missing_is_recorded(tmp_path, programs):
     assert "--train 400 --val 200 --test 200" in words
 
 
-def test_without_the_game_and_data_it_says_what_would_do(tmp_path, programs):
+def test_without_the_game_and_data_the_alternatives_are_reported(tmp_path, programs):
     programs.codes = {"cwm_jax.tools.collect": 2}
     with pytest.raises(
         UserError, match=r"0 of 100 records.*\n?.*make install-procgen.*DATA=FOLDER"
@@ -89,9 +89,7 @@ def test_without_the_game_and_data_it_says_what_would_do(tmp_path, programs):
         pocket.record(tmp_path / "data", 100)
 
 
-def test_too_little_disk_or_memory_is_said_before_anything_is_recorded(
-    tmp_path, programs, monkeypatch
-):
+def test_too_little_disk_or_memory_is_reported_before_recording(tmp_path, programs, monkeypatch):
     with pytest.raises(UserError, match=r"FRAMES=1000000000000 .* GB are free"):
         pocket.record(tmp_path / "data", 10**12)
     assert not programs
@@ -102,7 +100,7 @@ def test_too_little_disk_or_memory_is_said_before_anything_is_recorded(
 
 
 @pytest.mark.parametrize("word", ["minutes", "frames"])
-def test_nothing_is_no_amount(tmp_path, programs, word, capsys):
+def test_zero_amounts_are_refused(tmp_path, programs, word, capsys):
     with pytest.raises(SystemExit):
         pocket.main(flags(tmp_path, f"--{word}", "0"))
     assert f"{word.upper()}=0" in capsys.readouterr().err
@@ -137,7 +135,7 @@ def test_a_gpu_gets_more_clips_and_the_frames_in_its_memory():
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_is_handed_on_to_the_program_that_runs(name):
+def test_a_signal_is_forwarded_to_the_running_program(name):
     number = getattr(signal, name)
     waits = "import os, signal, sys, time\n"
     waits += f"signal.signal(signal.{name}, lambda *_: sys.exit(75))\n"

@@ -1,4 +1,4 @@
-"""Own games: films and pictures with their actions become records, and the model takes them."""
+"""Users' games: videos and pictures with actions become records that the model trains on."""
 
 import json
 import re
@@ -36,13 +36,13 @@ DICE = Controls("dice", "one_hot", tuple(map(Control, ("STAY", "ROLL"))))
 
 
 def shade(t):
-    """Brightness of frame t; steps of 3 survive a film's compression."""
+    """Brightness of frame t; steps of 3 survive a video's compression."""
     return 3 * (t % 80)
 
 
 @pytest.fixture
 def videos(tmp_path):
-    """Three films of 160×96 with a csv each, and their key map."""
+    """Three videos of 160×96 with a csv each, and their key map."""
     folder = tmp_path / "videos"
     folder.mkdir()
     (tmp_path / "keys.toml").write_text(PAD_KEYS)
@@ -67,7 +67,7 @@ def every_episode(folder, known):
         yield from ((split, found[i]) for i in range(len(found)))
 
 
-def test_films_of_a_pad_game_are_packed_and_trained_on(videos, capsys):
+def test_videos_of_a_pad_game_are_packed_and_trained_on(videos, capsys):
     out = run(videos, "--chunk", "40", "--min-chunk", "7")
     printed = capsys.readouterr().out
     assert "--config.model.num_actions=3 --config.model.action_encoding=buttons" in printed
@@ -105,8 +105,8 @@ def test_films_of_a_pad_game_are_packed_and_trained_on(videos, capsys):
 
 
 @pytest.mark.skipif(not venv.is_ready(SIMULATOR), reason="no simulator here: make install-procgen")
-def test_a_second_procgen_game_goes_through_films_into_training_batches(tmp_path):
-    """Maze, filmed as a person would, comes back as the same game with the same actions."""
+def test_a_second_procgen_game_is_packed_from_videos_into_batches(tmp_path):
+    """Maze, recorded as videos, gives the same game with the same actions."""
     (tmp_path / "videos").mkdir()
     keys = controls.procgen("maze").to_json()
     rows = [f"{{name = {a['name']!r}, keys = {a['keys']!r}}}" for a in keys["actions"]]
@@ -359,7 +359,7 @@ def test_archives_that_cannot_be_read_are_named(tmp_path, make, fault):
     assert fault in str(error.value)
 
 
-def test_what_is_no_archive_of_actions_is_told(tmp_path):
+def test_other_archives_than_of_actions_are_reported(tmp_path):
     path = tmp_path / "x.npz"
     with path.open("wb") as file:
         np.save(file, np.array([0, 1]))

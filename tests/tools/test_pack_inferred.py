@@ -1,4 +1,4 @@
-"""Recordings without actions: labels belong to their frames, and the folder says what they are."""
+"""Recordings without actions: labels match their frames, and the folder marks them as inferred."""
 
 import json
 
@@ -35,7 +35,7 @@ def videos(tmp_path):
 
 @pytest.fixture
 def inferred(monkeypatch):
-    """The action inferred at a frame is its number, as its brightness tells, modulo 15."""
+    """The action inferred at a frame is its number, read from its brightness, modulo 15."""
 
     def label(frames):
         counted = np.array([round(float(f.mean()) / 3) for f in frames])
@@ -52,9 +52,7 @@ def inferred(monkeypatch):
     return note
 
 
-def test_labels_belong_to_their_frames_and_are_said_to_be_inferred(
-    videos, inferred, tmp_path, capsys
-):
+def test_labels_match_their_frames_and_are_marked_as_inferred(videos, inferred, tmp_path, capsys):
     out = tmp_path / "packed"
     flags = ["--chunk", "15", "--min-chunk", "5", "--jobs", "1"]
     pack.main([str(videos), "--infer-actions", "data", "--output", str(out), *flags])
@@ -80,7 +78,7 @@ def test_labels_belong_to_their_frames_and_are_said_to_be_inferred(
     assert printed in shown.with_suffix(".html").read_text()
 
 
-def test_what_does_not_go_together_is_named(videos, inferred, tmp_path, capsys):
+def test_flags_that_conflict_are_named(videos, inferred, tmp_path, capsys):
     out = ["--output", str(tmp_path / "packed")]
     (videos / "run0.csv").write_text("action\n" + "0\n" * 41)
     for flags, fault in (

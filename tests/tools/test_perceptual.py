@@ -1,4 +1,4 @@
-"""`perceptual fetch`: where the archive is found, and what is said where it is not."""
+"""`perceptual fetch`: the archive's address, and the message if it is not found."""
 
 import pytest
 

@@ -26,7 +26,7 @@ def bright(tmp_path, marked_episode):
     return tmp_path
 
 
-def test_film_sheet_and_page_are_written(bright, tmp_path):
+def test_video_sheet_and_page_are_written(bright, tmp_path):
     out = tmp_path / "out" / "look.mp4"
     shard = bright / "train" / "data_0000.array_record"
     preview.main(f"--shard {shard} --n-episodes 2 --scale 2 --output {out}".split())
