@@ -145,3 +145,10 @@ def test_the_checks_detect_errors():
     assert program("cwm evaluate compare a.json") == ("evaluate.py", ["compare", "a.json"])
     assert program("cwm check x") == ("cwm_jax.tools.check", ["x"])
     assert program("make install") is None
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+def test_the_site_and_the_list_of_pages_name_each(page):
+    site, listed = (ROOT / "mkdocs.yml").read_text(), (ROOT / "docs" / "README.md").read_text()
+    assert re.search(rf"[-\[,] ?{re.escape(page.name)}\b", site), f"mkdocs.yml: {page.name}"
+    assert page.name == "README.md" or f"({page.name})" in listed, f"docs/README.md: {page.name}"
