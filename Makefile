@@ -8,7 +8,7 @@ DEMO := runs/demo
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-torch install-procgen demo play pocket test test-torch-extra faults check-gpu bench-gpu
+.PHONY: help install install-torch install-procgen demo play web pocket test test-torch-extra faults check-gpu bench-gpu
 .PHONY: lint format lock wheel space docs clean
 
 help:  ## List what make can do here
@@ -48,16 +48,19 @@ demo: $(STAMP)  ## Train a small model afresh on the CPU and film what it imagin
 play: $(STAMP)  ## Play in the browser (CHECKPOINT=runs/small to choose; else checkpoints/pocket)
 	$(BIN)/python play.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
+web: $(STAMP)  ## Build dist/web, the page that plays in the browser alone (needs npm; CHECKPOINT=…)
+	$(BIN)/python -m cwm_jax.tools.web --build $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+
 # PYTHON=… on the command line is used as it is, on a machine that has the packages but no .venv.
 ifeq ($(origin PYTHON),command line)
-POCKET_PYTHON := $(PYTHON)
+PROGRAM_PYTHON := $(PYTHON)
 else
-POCKET_PYTHON := $(BIN)/python
-pocket: $(STAMP)
+PROGRAM_PYTHON := $(BIN)/python
+pocket check-gpu bench-gpu: $(STAMP)
 endif
 
 pocket:  ## Record the game, train for MINUTES (a GPU: 9; a CPU: 300), export to OUTPUT; resumable
-	$(POCKET_PYTHON) -m cwm_jax.tools.pocket \
+	$(PROGRAM_PYTHON) -m cwm_jax.tools.pocket \
 	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(FRAMES),--frames $(FRAMES)) \
 	  $(if $(DATA),--data $(DATA)) $(if $(WORKDIR),--workdir $(WORKDIR)) \
 	  $(if $(OUTPUT),--output $(OUTPUT)) $(CONFIG)
@@ -72,10 +75,10 @@ faults: $(STAMP)  ## Kill, starve and mislead training runs for MINUTES=10 (RESU
 	$(BIN)/python -m tests.faults --minutes $(or $(MINUTES),10) $(if $(RESULTS),--results $(RESULTS))
 
 check-gpu:  ## Check in 2 minutes that this GPU computes what a CPU does (PYTHON=…)
-	$(PYTHON) -m benchmarks.check_gpu
+	$(PROGRAM_PYTHON) -m benchmarks.check_gpu
 
 bench-gpu:  ## Measure this GPU in 8 minutes (PYTHON=…; ORIGINAL=DIR, the PyTorch one, beside it)
-	$(PYTHON) -m benchmarks.gpu $(if $(ORIGINAL),--original $(ORIGINAL))
+	$(PROGRAM_PYTHON) -m benchmarks.gpu $(if $(ORIGINAL),--original $(ORIGINAL))
 
 lint: $(STAMP)  ## Check format and lint, change nothing
 	$(BIN)/ruff format --check .

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SHIPPED = ("assets/coinrun", "checkpoints/pocket", "configs")
+SHIPPED = ("assets/coinrun", "checkpoints/pocket", "configs", "web")
 
 
 class ShippedFiles(BuildHookInterface):

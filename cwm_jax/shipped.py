@@ -13,6 +13,7 @@ _INSTALLED = _PACKAGE / "_shipped"  # made when a wheel is built, see hatch_buil
 MODEL = "checkpoints/pocket"
 DATA = "assets/coinrun"
 CONFIGS = "configs"
+PAGE = "web"  # sources of the page without a server
 
 
 def is_checkout() -> bool:
@@ -31,6 +32,10 @@ def model() -> Path:
 
 def data() -> Path:
     return root() / DATA
+
+
+def page() -> Path:
+    return root() / PAGE
 
 
 def config(name: str) -> Path:

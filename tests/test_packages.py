@@ -21,9 +21,9 @@ PACKAGES = (
     ("sampling",),
     ("training",),
     ("checkpoints",),
-    ("world_model",),
+    ("onnx", "world_model"),
     ("evaluation", "play", "environment"),
-    ("experiment",),
+    ("experiment", "static_page"),
     ("tools", "programs"),
 )
 PARTS_OF_PLAY = (("inference",), ("session",), ("web",))

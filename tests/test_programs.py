@@ -34,6 +34,8 @@ from cwm_jax.tools import (
         (sample, "--fps -3", "--fps -3: must be"),
         (sample, "--fps 9999999999", "--fps 9999999999: must be"),
         (evaluate, "--seed -1", "seed=-1: must be"),
+        (evaluate, "--kvd 24", "--kvd 24: so few clips"),
+        (evaluate, "--seeds 1", "seeds=1: a spread needs 2 or more"),
         (evaluate, "settings --seed -1", "seed=-1: must be"),
         (evaluate, "settings --steps 1,x", "--steps 1,x: wanted whole numbers, such as 1,2,4"),
         (evaluate, "settings --steps 1,0", "ddim_steps must be 1…1000, not 0"),

@@ -18,7 +18,13 @@ from cwm_jax.models.dit import Params
 from cwm_jax.sampling.generator import Generator
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 
-_FREE = ("dtype", "attention", "norm", "max_frames")  # parameters fit any of these
+_FREE = (
+    "dtype",
+    "attention",
+    "norm",
+    "max_frames",
+    "warp_sharpness",
+)  # parameters fit any of these
 
 
 class Opened(NamedTuple):

@@ -66,6 +66,7 @@ BEFORE = {
     "model.displacement_down": 0,
     "model.displacement_across": 0,
     "model.displacement_patch": 4,
+    "model.warp_sharpness": 1.0,
     "model.qk_norm": False,
     "model.heads": False,
     "data.global_batch_size": 0,

@@ -14,7 +14,7 @@ from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import DiT, Outputs, Params, Stream
 
-_STAY = 0.1  # logit penalty per pixel of displacement; an untrained network displaces nothing
+STAY = 0.1  # logit penalty per pixel of displacement; an untrained network displaces nothing
 
 
 class Denoiser:
@@ -105,9 +105,8 @@ class Denoiser:
         """The warped last frame minus the last frame, in patches [B, T, S, P · P · C]."""
         config = self.config
         if config.warp_reach:
-            return warp.residual(
-                last, outputs.filters, reach=config.warp_reach, patch=config.patch_size
-            )
+            how = dict(reach=config.warp_reach, patch=config.patch_size)
+            return warp.residual(last, outputs.filters, sharpness=config.warp_sharpness, **how)
         if displacements_BThw is None:
             displacements_BThw = jnp.argmax(self.logits(outputs), axis=-1)
         warped = displacement.warp(last, displacements_BThw, config.reach)
@@ -117,7 +116,7 @@ class Denoiser:
         """Logits of the displacements of each small patch, float32 [B, T, h, w, K]."""
         reach = self.config.reach
         logits = displacement.to_grid(outputs.displacements, self.config.grid, reach)
-        return logits - _STAY * displacement.distances(reach)
+        return logits - STAY * displacement.distances(reach)
 
 
 def alpha_bar(t: jax.Array) -> jax.Array:

@@ -14,8 +14,8 @@ noisy sample against the warp: more, the larger the variance and the lower the n
 import jax
 import jax.numpy as jnp
 
-_LOG_VARIANCES = -5.0, 1.0  # the smallest and the largest
-_STAY = 4.0  # initial logit of a filter's middle: an untrained filter has 3/4 of its weight there
+LOG_VARIANCES = -5.0, 1.0  # the smallest and the largest
+STAY = 4.0  # initial logit of a filter's middle: an untrained filter has 3/4 of its weight there
 
 
 def velocity(
@@ -35,14 +35,16 @@ def velocity(
     preconditioning of Karras et al. 2022 (https://arxiv.org/abs/2206.00364, §5), with a mean that
     is not 0 and a deviation for each patch. With log_variance 0 it is rest − √(1−ᾱ) warped.
     """
-    variance = jnp.exp(jnp.clip(log_variance, *_LOG_VARIANCES))
+    variance = jnp.exp(jnp.clip(log_variance, *LOG_VARIANCES))
     total = alpha_bar * variance + 1 - alpha_bar
     sigma = jnp.sqrt(1 - alpha_bar)
     mean = jnp.sqrt(alpha_bar) * sigma * (1 - variance) * sample - sigma * warped
     return mean / total + jnp.sqrt(variance / total) * rest
 
 
-def residual(last_BTHWC: jax.Array, scores_BTSF: jax.Array, *, reach: int, patch: int) -> jax.Array:
+def residual(
+    last_BTHWC: jax.Array, scores_BTSF: jax.Array, *, reach: int, patch: int, sharpness: float = 1.0
+) -> jax.Array:
     """The warped frames minus the frames, by patch of `patch` pixels, float32 [B, T, S, P · P · C].
 
     Args:
@@ -50,18 +52,20 @@ def residual(last_BTHWC: jax.Array, scores_BTSF: jax.Array, *, reach: int, patch
         scores_BTSF: logits of the filter down, then of the one across, each `DiTConfig.taps`
             numbers for pixels −reach … reach away. All 0: most of the weight is in the middle.
         reach: at most `patch`.
+        sharpness: the power of the filters' weights, which are then made to sum to 1 again.
     """
     last = last_BTHWC.astype(jnp.float32)
     scores = scores_BTSF.astype(jnp.float32)
     around, inner = _around(last, reach, patch), slice(reach, reach + patch)
     down, across = jnp.split(scores, 2, axis=-1)
-    warped = _filtered("...yr,...rsc->...ysc", _weights(down, reach), around, patch)
-    warped = _filtered("...xs,...ysc->...yxc", _weights(across, reach), warped, patch)
+    warped = _filtered("...yr,...rsc->...ysc", _weights(down, reach, sharpness), around, patch)
+    warped = _filtered("...xs,...ysc->...yxc", _weights(across, reach, sharpness), warped, patch)
     return (warped - around[..., inner, inner, :]).reshape(*scores.shape[:3], -1)
 
 
-def _weights(scores, reach: int) -> jax.Array:
-    return jax.nn.softmax(scores.at[..., reach].add(_STAY), axis=-1)
+def _weights(scores, reach: int, sharpness: float) -> jax.Array:
+    logits = scores.at[..., reach].add(STAY)
+    return jax.nn.softmax(logits if sharpness == 1 else sharpness * logits, axis=-1)
 
 
 def _filtered(axes: str, filter_, around, patch: int) -> jax.Array:

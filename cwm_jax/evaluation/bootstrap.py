@@ -1,5 +1,6 @@
 """Means over clips with bootstrap intervals (Efron & Tibshirani 1993, chapter 13)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +59,16 @@ def of_median(values_B) -> Interval:
     picks = np.random.default_rng(_SEED).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = _quantiles(np.median(values[picks], axis=1)[:, None])
     return Interval(float(np.median(values)), float(low[0]), float(high[0]))
+
+
+def of_statistic(statistic: Callable[..., float], *values_B: np.ndarray) -> Interval:
+    """As `of_mean`, of any statistic of numbers that belong together, one of each for each clip."""
+    columns = [np.asarray(values, np.float64) for values in values_B]
+    clips = len(columns[0])
+    picks = np.random.default_rng(_SEED).integers(clips, size=(RESAMPLES, clips))
+    found = [statistic(*(column[pick] for column in columns)) for pick in picks]
+    low, high = _quantiles(np.array(found)[:, None])
+    return Interval(float(statistic(*columns)), float(low[0]), float(high[0]))
 
 
 def _resampled_counts(clips: int) -> np.ndarray:

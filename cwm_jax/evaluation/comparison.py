@@ -66,7 +66,7 @@ def table(named: Sequence[tuple[str, Mapping]], *, across: Collection[str] = ())
                 "compare. They differ in\n  " + "\n  ".join(found)
             )
     columns = [
-        {name: condition(results["protocol"][name]) for name in across}
+        {name: condition(results["protocol"].get(name, "–")) for name in across}
         | dict(rows(results))
         | dict(_minus(results, first, first_name))
         for _, results in named
@@ -170,8 +170,49 @@ def rows(results: Mapping) -> Iterator[tuple[str, str]]:
     drift = results["drift"]
     yield f"frames to collapse, of {drift['frames']}", interval(drift["frames_to_collapse"], 0)
     yield "survived to the end", number(drift["survived"])
+    if nearest := drift.get("nearest_real"):
+        yield "LPIPS to the nearest of the level's real frames", interval(nearest["mean"], 3)
+        yield "  of real frames of the same clips", interval(nearest["real"], 3)
+        lasted = interval(nearest["frames_to_leave"], 0)
+        yield f"frames before the level is left, of {drift['frames']}", lasted
+    yield from _of_uncertainty(results.get("uncertainty"))
+    yield from _of_videos(results.get("videos"))
     for name, value in results["single_step"].items():
         yield f"{name} (single step)", number(value, 4)
+
+
+_RANKS = {
+    "where": "over patches of a frame",
+    "beyond": "the same beyond the model's own change",
+    "when": "over frames of a clip",
+    "which": "over clips",
+}
+
+
+def _of_uncertainty(found: Mapping | None) -> Iterator[tuple[str, str]]:
+    """Rank correlations of uncertainty and error; other seeds and frames are other rows."""
+    if not found:
+        return
+    where = f"{found['frames']} frames, {found['seeds']} seeds"
+    for sign in ("spread", "instability"):
+        if sign in found:
+            for kind, label in _RANKS.items():
+                value = interval(found[sign][kind])
+                yield f"{sign} and error, rank correlation {label}, {where}", value
+
+
+def _of_videos(videos: Mapping | None) -> Iterator[tuple[str, str]]:
+    """KVD and FVD, which bear their own conditions: they are measured on other clips."""
+    if not videos:
+        return
+    given, frames, digest = videos["given"], videos["frames"], videos["digest"]
+    where = f"{videos['clips']} clips of {frames} frames from {given} ({digest[:6]})"
+    kvd, fvd = videos["kvd"], videos["fvd"]
+    yield f"KVD (lower is better), {where}", interval(kvd["model"], 3)
+    yield f"  real clips against other real ones, {where}", interval(kvd["floor"], 3)
+    yield f"  model minus these, {where}", interval(kvd["model_minus_floor"], 3)
+    yield f"FVD (lower is better), {where}", number(fvd["model"], 1)
+    yield f"  FVD of real clips against other real ones, {where}", number(fvd["floor"], 1)
 
 
 def shown(by_horizon: Mapping) -> list[str]:

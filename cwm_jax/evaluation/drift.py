@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from cwm_jax.evaluation import bootstrap, rollout_quality
+from cwm_jax.evaluation import bootstrap, nearest_real, rollout_quality
+from cwm_jax.evaluation.lpips import Lpips
 
 PATCH = 8  # pixels on a side
 WINDOW = 16  # frames whose patches make one Gaussian
 REAL = 160  # frames of a real clip that are looked at, where it has them
 STRIDE = 4  # frames between the starts of neighbouring windows
+REFERENCE = 2  # of real frames each so manieth is what others are held against
 FEATURES = 64  # principal components
 _LIMIT = 0.99  # quantile of real windows, by how far from the start they are, that is the limit
 _GREY = np.float32([0.299, 0.587, 0.114])
@@ -51,8 +53,10 @@ class Signs(NamedTuple):
     colour_shift: np.ndarray  # distance of the mean colours, 0…1
 
 
-def summary(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray) -> dict:
+def summary(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray, *, lpips: Lpips | None = None) -> dict:
     """Drift by time of F drawn frames, against T real frames of the same clips.
+
+    With `lpips`, `nearest_real` too (`cwm_jax.evaluation.nearest_real`).
 
     The first half of each real clip is what windows are compared with; the windows of its second
     half say how far real frames go from it, and so where the `limits` lie. `frames_to_collapse`
@@ -66,7 +70,7 @@ def summary(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray) -> dict:
     start = moments(real_BTHWC[:, :half], features)
     real = signs(moments(real_BTHWC[:, half:], features), start)
     drawn = signs(moments(drawn_BFHWC, features), start)
-    limits = {name: _limits(name, values) for name, values in real._asdict().items()}
+    limits = {name: limits_of(name, values) for name, values in real._asdict().items()}
     frames, rest = drawn_BFHWC.shape[1], real_BTHWC.shape[1] - half
     lasted = frames_to_collapse(beyond(drawn, limits), frames)
     by_window = {
@@ -78,7 +82,8 @@ def summary(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray) -> dict:
         }
         for name, values in drawn._asdict().items()
     }
-    return {
+    nearest = {"nearest_real": _nearest(drawn_BFHWC, real_BTHWC, lpips)} if lpips else {}
+    return nearest | {
         "frames": frames,
         "frames_to_collapse": rollout_quality.as_dict(*bootstrap.of_median(lasted)),
         "survived": float((lasted == frames).mean()),
@@ -87,7 +92,44 @@ def summary(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray) -> dict:
     }
 
 
-def _limits(name: str, real_BW: np.ndarray) -> tuple[float, float]:
+def _nearest(drawn_BFHWC: np.ndarray, real_BTHWC: np.ndarray, lpips: Lpips) -> dict:
+    """Every `STRIDE`-th frame against the first half of the clip; the second half is the floor.
+
+    `mean` is over all these frames; `by_window` over the frames of each window; `frames_to_leave`
+    are the frames before the first window that is further off than 99 % of those of real second
+    halves and whose followers are too, the median over clips.
+    """
+    half = real_BTHWC.shape[1] // 2
+    distances = lambda frames, real: nearest_real.distances(lpips, frames, real).places
+
+    def found(clips_BFHWC) -> np.ndarray:
+        pairs = zip(clips_BFHWC, real_BTHWC[:, :half:REFERENCE], strict=True)
+        return np.stack([distances(clip[::STRIDE], real) for clip, real in pairs])
+
+    drawn, real = found(drawn_BFHWC), found(real_BTHWC[:, half:])
+    windows, real_windows = _over_windows(drawn), _over_windows(real)
+    limit = float(np.quantile(real_windows, _LIMIT))
+    lasted = frames_to_collapse(windows > limit, drawn_BFHWC.shape[1])
+    return {
+        "mean": rollout_quality.as_dict(*bootstrap.of_mean(drawn.mean(1))),
+        "real": rollout_quality.as_dict(*bootstrap.of_mean(real.mean(1))),
+        "frames_to_leave": rollout_quality.as_dict(*bootstrap.of_median(lasted)),
+        "by_window": {
+            "frame": [STRIDE * i for i in range(windows.shape[1])],
+            **rollout_quality.series(*bootstrap.of_means(windows)),
+            "real": float(real_windows.mean()),
+            "limits": (0.0, limit),
+        },
+    }
+
+
+def _over_windows(values_BN: np.ndarray) -> np.ndarray:
+    """Means over the looked-at frames of each window, [B, windows]."""
+    size = min(WINDOW // STRIDE, values_BN.shape[1])
+    return np.lib.stride_tricks.sliding_window_view(values_BN, size, axis=1).mean(-1)
+
+
+def limits_of(name: str, real_BW: np.ndarray) -> tuple[float, float]:
     """Between which values of a sign a window may be real.
 
     Twice as sharp is as far away as half as sharp, whichever the real clips happen to be.

@@ -26,17 +26,19 @@ from cwm_jax.evaluation import (
     protocol,
     rollout_quality,
     single_step,
+    uncertainty,
 )
 from cwm_jax.evaluation.frame_scores import Scores, score
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.lpips import Lpips
 from cwm_jax.evaluation.probe import Probe
+from cwm_jax.evaluation.uncertainty import Maps
 from cwm_jax.files import written_whole
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
 from cwm_jax.runtime import sharding
 from cwm_jax.sampling.generator import Generator
-from cwm_jax.sampling.sampler import check_seed
+from cwm_jax.sampling.sampler import Sampler, check_seed
 
 PROBED = 31  # frames whose actions are read back: what fits the window of the original
 
@@ -52,12 +54,15 @@ class Plan:
     drift_frames: int = 500
     seed: int = 0  # of all noise and of the random actions
     batch_size: int = 32  # clips drawn at a time
+    seeds: int = 4  # over which the spread of generated frames is taken; 0: no uncertainty
 
     def __post_init__(self):
         for name, least in (("horizon", 2), ("drift_frames", drift.WINDOW), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)}: must be {least} or more")
         check_seed(self.seed)
+        if self.seeds and self.seeds < 2:
+            raise UserError(f"seeds={self.seeds}: a spread needs 2 or more; 0 leaves it out")
         if min(self.n_prompt) < 1 or self.clips < 0:
             raise UserError(f"n_prompt={self.n_prompt}, clips={self.clips}: need at least one")
         if self.drift_frames < self.horizon:
@@ -87,6 +92,7 @@ class Measured(NamedTuple):
     results: dict
     rollouts: Rollouts
     scores: Scores  # under true actions, from the first length of prompt
+    unsure: Maps | None = None  # what it is unsure of, from the same prompt
 
 
 def measure(
@@ -125,6 +131,10 @@ def measure(
         network, params, clips.frames[:, scored], clips.actions[:, scored]
     )
     measured = judge(drawn, plan, rendered=rendered, reader=reader, lpips=lpips)
+    if plan.seeds:
+        maps = _uncertainty(network, sampler, clips, plan, watched=watched)
+        measured.results["uncertainty"] = uncertainty.summary(maps, seeds=plan.seeds)
+        measured = measured._replace(unsure=maps)
     mesh = sharding.make_mesh()
     batches = loader.eval_batches(
         config, plan.split, batch_size=_whole_batch(plan.batch_size), num_actions=NUM_ACTIONS
@@ -140,21 +150,42 @@ def measure(
         seed=plan.seed,
         batch_size=plan.batch_size,
         probe=reader.name,
+        sharpness=network.warp_sharpness,
     )
     measured.results["protocol"] = conditions.as_dict()
     return measured
 
 
+def _uncertainty(
+    network: DiTConfig, sampler: Generator, clips: HeldOut, plan: Plan, *, watched: bool
+) -> Maps:
+    given = plan.n_prompt[0]
+    span = slice(given + min(plan.horizon, uncertainty.FRAMES))
+    return uncertainty.measure(
+        generation.by_sampler(sampler),
+        sampler if isinstance(sampler, Sampler) else None,
+        clips.frames[:, span],
+        clips.actions[:, span],
+        n_prompt=given,
+        patch=network.patch_size,
+        seeds=plan.seeds,
+        seed=plan.seed,
+        batch_size=plan.batch_size,
+        label="uncertainty" if watched else "",
+    )
+
+
 def check_memory(clips: int, plan: Plan, *, memory: float | None = None) -> None:
     """Raises a UserError where the frames of a plan do not fit into memory (bytes; this machine's).
 
-    Half as much again as all frames, since rollouts are put together from their batches, and what
-    drift keeps of each frame of the long ones.
+    Half as much again as all frames, since rollouts are put together from their batches, what
+    drift keeps of each frame of the long ones, and the float copies of the uncertainty.
     """
     memory = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     frames = drift.REAL + plan.frames + len(plan.n_prompt) * plan.horizon + plan.drift_frames
     kept = (drift.REAL + plan.drift_frames) * 8 * drift.FEATURES**2
-    per_clip = 1.5 * frames * math.prod(FRAME_SHAPE) + kept
+    unsure = min(plan.horizon, uncertainty.FRAMES) * 5 * 4 if plan.seeds else 0  # float32
+    per_clip = (1.5 * frames + unsure) * math.prod(FRAME_SHAPE) + kept
     if clips * per_clip > memory:
         raise UserError(
             f"{clips} clips need {clips * per_clip / 1e9:.1f} GB of memory to measure, and this "
@@ -233,7 +264,7 @@ def judge(
         "rollout": rollout,
         "control": controllability.delta_psnr(kept, random, horizons),
         "probe": probe_accuracy.summary(reader, begun(drawn.true[given]), begun(real), actions),
-        "drift": drift.summary(drawn.random, clips.frames),
+        "drift": drift.summary(drawn.random, clips.frames, lpips=lpips),
     }
     return Measured(results, drawn, kept)
 

@@ -11,6 +11,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling.generator import Generator
+from cwm_jax.sampling.sampler import Sampler
 
 
 class Generate(Protocol):
@@ -63,23 +64,35 @@ def by_sampler(sampler: Generator) -> Generate:
     return generate
 
 
+def watched_by_sampler(sampler: Sampler):
+    """As `by_sampler`: (frames, how unstable the denoising of each was, float32 [B, F, h, w])."""
+
+    def generate(prompt_BPHWC, actions_BT, key):
+        given = prompt_BPHWC.shape[1]
+        state = sampler.start(prompt_BPHWC, actions_BT[:, :given])
+        _, frames, moved = sampler.watched_rollout(state, actions_BT[:, given:], key)
+        return frames, moved
+
+    return generate
+
+
 def in_batches(
     generate: Generate, prompt_BPHWC, actions_BT, *, seed: int, batch_size: int, label: str = ""
 ) -> np.ndarray:
-    """Draws many clips, `batch_size` at a time: uint8 [B, T − P, H, W, C].
+    """Generates many clips, `batch_size` at a time: uint8 [B, T − P, H, W, C].
 
-    Every batch has one shape, so all share one compiled program; the last is filled up with its
-    last clip. Noise depends on the seed, the batch's number and the place in the batch alone, so
-    two calls with other actions differ by nothing else.
+    Where `generate` gives several arrays, so does this. Every batch has one shape, so all share one
+    compiled program; the last is filled up with its last clip. Noise depends on the seed, the
+    batch's number and the place in the batch alone, so two calls with other actions differ by
+    nothing else.
 
     Args:
         label: shown on a progress bar; none without.
     """
     total = len(prompt_BPHWC)
-    drawn = []
+    parts = []
     for index in tqdm(range(0, total, batch_size), desc=label, unit="batch", disable=not label):
         rows = np.minimum(np.arange(index, index + min(batch_size, total)), total - 1)
         key = jax.random.fold_in(random_numbers.key(seed), index // batch_size)
-        frames = generate(prompt_BPHWC[rows], actions_BT[rows], key)
-        drawn.append(np.asarray(jax.device_get(frames)))
-    return np.concatenate(drawn)[:total]
+        parts.append(jax.device_get(generate(prompt_BPHWC[rows], actions_BT[rows], key)))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:total], *parts)

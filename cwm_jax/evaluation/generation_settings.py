@@ -1,4 +1,4 @@
-"""Which numbers of denoising steps, and which window, a model should be used with.
+"""Which numbers of denoising steps, which window and how sharp a warp a model should be used with.
 
 A setting is good enough to play with if its LPIPS is certainly below that of copying the last given
 frame, each key can be read off its frames, and its rollouts do not certainly collapse early. The
@@ -6,6 +6,7 @@ best one is that of least LPIPS among those; where the difference from a cheaper
 the cheaper one.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import NamedTuple
 
 from cwm_jax import shipped
 from cwm_jax.checkpoints import bundle, hub_models, weights
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, echo
 from cwm_jax.evaluation import comparison, paired
+from cwm_jax.models.config import DiTConfig
 
 READABLE = 0.5  # of what real frames show of a key
+SHARPER = 4.0  # the power of softmax filters that is tried beside 1
 LASTING = 0.5  # of the frames to collapse of the setting that lasts longest
 
 
@@ -26,10 +29,12 @@ class Setting(NamedTuple):
     steps: int  # denoising steps a frame
     window: str
     results: Mapping  # as in metrics.json, with LPIPS
+    sharpness: float = 1.0  # power of the warp's softmax filters
 
     @property
     def name(self) -> str:
-        return f"S = {self.steps}, {self.window}"
+        sharp = "" if self.sharpness == 1 else f", filters to the power {self.sharpness:g}"
+        return f"S = {self.steps}, {self.window}{sharp}"
 
 
 class Judged(NamedTuple):
@@ -44,11 +49,14 @@ class Answer(NamedTuple):
 
     window: str
     ddim_steps: int
-    playable_steps: tuple[int, ...]  # rising, with this window
+    playable_steps: tuple[int, ...]  # rising, with this window and sharpness
+    sharpness: float = 1.0
 
     def __str__(self) -> str:
-        steps = f"ddim_steps = {self.ddim_steps}, playable_steps = {list(self.playable_steps)}"
-        return f"{steps}, with the window {self.window}"
+        found = f"ddim_steps = {self.ddim_steps}, playable_steps = {list(self.playable_steps)}"
+        if self.sharpness != 1:
+            found += f", model.warp_sharpness = {self.sharpness:g}"
+        return f"{found}, with the window {self.window}"
 
 
 def judge(settings: Sequence[Setting]) -> list[Judged]:
@@ -71,8 +79,9 @@ def answer(judged: Sequence[Judged]) -> Answer | None:
         return None
     equal = [one for one in good if _is_as_good(one, good[0])]
     best = min(equal, key=lambda one: one.steps)
-    playable = {one.steps for one in good if one.window == best.window}
-    return Answer(best.window, best.steps, tuple(sorted(playable)))
+    alike = lambda one: (one.window, one.sharpness) == (best.window, best.sharpness)
+    playable = {one.steps for one in good if alike(one)}
+    return Answer(best.window, best.steps, tuple(sorted(playable)), best.sharpness)
 
 
 def table(judged: Sequence[Judged]) -> str:
@@ -97,6 +106,28 @@ def table(judged: Sequence[Judged]) -> str:
     return "\n".join([comparison.aligned(cells), *comparison.pairs_ranked_otherwise(named)])
 
 
+def sharpnesses(network: DiTConfig, wanted: Sequence[float] | None) -> tuple[float, ...]:
+    """Which powers of softmax filters to try; where the network has none, says so, and 1 alone.
+
+    Args:
+        wanted: None: the model as it is, and `SHARPER`.
+
+    Raises:
+        UserError: powers that cannot be.
+    """
+    if not network.warp_reach:
+        kind = "copies whole pixels" if network.reach else "does not warp the last frame"
+        echo(
+            f"warp sharpness is left out: it is the power of softmax filters, and this network "
+            f"{kind}"
+        )
+        return (1.0,)
+    tried = wanted or sorted({1.0, network.warp_sharpness, SHARPER})
+    for power in tried:
+        dataclasses.replace(network, warp_sharpness=power)  # raises where it cannot be
+    return tuple(tried)
+
+
 def writable(path: Path) -> Path:
     """The safetensors file of a model. Raises `UserError` where it is kept in another form."""
     file = path if path.suffix == weights.SUFFIX else path / weights.NAME
@@ -113,11 +144,13 @@ def writable(path: Path) -> Path:
 
 
 def write(file: Path, found: Answer) -> None:
-    """Puts the steps into the config that a safetensors file holds; all else stays as it is."""
+    """Puts the answer into the config that a safetensors file holds; all else stays as it is."""
     params, meta = weights.read(file)
     steps = {"ddim_steps": found.ddim_steps, "playable_steps": list(found.playable_steps)}
     config = meta["config"]
     config |= {"sampler": config.get("sampler", {}) | steps}
+    if found.sharpness != config["model"].get("warp_sharpness", 1.0):
+        config |= {"model": config["model"] | {"warp_sharpness": found.sharpness}}
     weights.write(file, params, meta | {"config": config})
 
 

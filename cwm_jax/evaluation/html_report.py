@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from cwm_jax.coinrun import FPS
-from cwm_jax.evaluation import comparison, lpips_weights, report_charts
+from cwm_jax.evaluation import comparison, lpips_weights, report_charts, uncertainty
 from cwm_jax.evaluation.full import Measured, Plan
 from cwm_jax.evaluation.rollout_quality import capped
 from cwm_jax.files import written_whole
-from cwm_jax.rendering import contact_sheet, video
+from cwm_jax.rendering import contact_sheet, patch_overlay, video
 
 FILE = "report.html"
 _TEMPLATE = "report_template.html"
@@ -38,15 +38,17 @@ def write(folder: Path, measured: Measured, plan: Plan) -> None:
     Raises:
         UserError: where the folder cannot be written.
     """
-    pictures = {
-        name: report_charts.both(draw, measured.results)
-        for name, draw in (
-            ("quality", report_charts.quality),
-            ("control", report_charts.control),
-            ("confusion", report_charts.confusion),
-            ("drift", report_charts.drift),
-        )
+    charts = {
+        "quality": report_charts.quality,
+        "control": report_charts.control,
+        "confusion": report_charts.confusion,
+        "drift": report_charts.drift,
     }
+    if measured.unsure:
+        charts["uncertainty"] = report_charts.uncertainty
+        strip = unsure_strip(measured, plan)
+        video.write_png(folder / "unsure.png", strip)
+    pictures = {name: report_charts.both(draw, measured.results) for name, draw in charts.items()}
     for name, variants in pictures.items():
         for suffix, png in zip(("", "_dark"), variants, strict=True):
             with written_whole(folder / f"{name}{suffix}.png") as temporary:
@@ -78,6 +80,23 @@ def chosen_strips(measured: Measured) -> list[Strip]:
         clip = int(order[place])
         found.setdefault(clip, Strip(name, clip, float(means[clip])))
     return list(found.values())
+
+
+def unsure_strip(measured: Measured, plan: Plan) -> np.ndarray:
+    """Of the clip of median error: real and generated frames, then what spread and error tint."""
+    maps, given = measured.unsure, plan.n_prompt[0]
+    errors = np.square(maps.error).mean((1, 2, 3))
+    clip = int(np.argsort(errors)[(len(errors) - 1) // 2])
+    frames = maps.error.shape[1]
+    at = np.unique(np.linspace(0, frames - 1, min(frames, _STRIP_FRAMES)).astype(int))
+    real = measured.rollouts.clips.frames[clip, given + at]
+    generated = measured.rollouts.true[given][clip, at]
+    signs = [x for x in (maps.spread, maps.instability, maps.error) if x is not None]
+    tinted = [
+        patch_overlay.tinted(generated, x[clip, at], most=max(float(np.quantile(x, 0.99)), 1e-6))
+        for x in signs
+    ]
+    return patch_overlay.rows([real, generated, *tinted])
 
 
 def _clip(measured: Measured, plan: Plan, clip: int):
@@ -114,9 +133,43 @@ def _page(folder: Path, measured: Measured, plan: Plan, pictures, strips: list[S
         tiles="".join(_tile(*tile) for tile in tiles(results)),
         ranked=_ranked(results),
         strips=shown,
+        uncertainty=_uncertainty(folder, results, pictures),
         conditions=_rows((k, str(v)) for k, v in conditions.items()),
         numbers=_rows(comparison.rows(results)),
-        **{name: _chart(name, *variants) for name, variants in pictures.items()},
+        **{
+            name: _chart(name, *variants)
+            for name, variants in pictures.items()
+            if name != "uncertainty"
+        },
+    )
+
+
+def _uncertainty(folder: Path, results, pictures) -> str:
+    """The section on uncertainty; empty where it was not measured."""
+    if "uncertainty" not in pictures:
+        return ""
+    found = results["uncertainty"]
+    best = uncertainty.best_sign(found)
+    where, beyond = (comparison.interval(found[best][kind]) for kind in ("where", "beyond"))
+    still = _data_uri((folder / "unsure.png").read_bytes(), "image/png")
+    without = (
+        ""
+        if "instability" in found
+        else " Instability is left out: it needs two denoising steps or more, and a model whose "
+        "denoising can be watched."
+    )
+    return (
+        "<h2>Uncertainty</h2><p>What the model is unsure of, held against its error from the "
+        f"game’s own frames, patch by patch: the spread of {found['seeds']} rollouts with other "
+        "noise, and how far the predicted frame moves from one denoising step to the next. Of "
+        f"these, {best} says best where a frame is wrong: rank correlation {where} over the "
+        f"patches of a frame, and {beyond} beyond what the model’s own change of the patch, which "
+        f"costs nothing, says.{html.escape(without)}</p>"
+        f'<div class="card">{_chart("uncertainty", *pictures["uncertainty"])}</div>'
+        "<figure><figcaption>The clip of median error. From above: real, generated, then the "
+        f"generated frames tinted by spread{', by instability' * ('instability' in found)} and by "
+        f'error</figcaption><img alt="uncertainty, stills" src="{still}" style="max-width:100%">'
+        "</figure>"
     )
 
 

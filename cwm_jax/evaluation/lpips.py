@@ -62,6 +62,13 @@ class AlexNetDistance(nnx.Module):
             found.append(x / (length + _EPSILON))
         return found
 
+    def vectors(self, x_BHWC: jax.Array) -> list[jax.Array]:
+        """Of each convolution the vectors [B, h, w, C], so scaled that LPIPS is the sum of their
+        squared distances over all places and convolutions.
+        """
+        pairs = zip(self.features(x_BHWC), self.heads, strict=True)
+        return [x * jnp.sqrt(head[...] / (x.shape[1] * x.shape[2])) for x, head in pairs]
+
     def __call__(self, a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
         """The distance of each pair, [B]; pixels in [−1, 1]."""
         pairs = zip(self.features(a_BHWC), self.features(b_BHWC), self.heads, strict=True)
@@ -125,6 +132,27 @@ def _distance(params: nnx.State, a_BHWC, b_BHWC) -> jax.Array:
     same_B = (a_BHWC == b_BHWC).all((1, 2, 3))
     a, b = (to_model(x) if x.dtype == jnp.uint8 else x for x in (a_BHWC, b_BHWC))
     return jnp.where(same_B, 0.0, nnx.merge(_skeleton()[0], params)(a, b))
+
+
+def vectors(lpips: Lpips, frames_NHWC: np.ndarray) -> list[np.ndarray]:
+    """`AlexNetDistance.vectors` of pictures, uint8 or float in [−1, 1]: float32 [N, h, w, C] each.
+
+    Raises:
+        UserError: pictures that are too small, not RGB, or not finite.
+    """
+    _check(frames_NHWC, frames_NHWC)
+    total = len(frames_NHWC)
+    size, parts = min(_PAIRS, total), []
+    for first in range(0, total, max(size, 1)):
+        rows = np.minimum(np.arange(first, first + size), total - 1)
+        parts.append(jax.device_get(_vectors(lpips.params, frames_NHWC[rows])))
+    return [np.concatenate(layer)[:total] for layer in zip(*parts, strict=True)]
+
+
+@jax.jit
+def _vectors(params: nnx.State, x_BHWC) -> list[jax.Array]:
+    x = to_model(x_BHWC) if x_BHWC.dtype == jnp.uint8 else x_BHWC
+    return nnx.merge(_skeleton()[0], params).vectors(x)
 
 
 def _check(a: np.ndarray, b: np.ndarray) -> None:

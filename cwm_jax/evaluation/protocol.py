@@ -37,6 +37,7 @@ class Protocol:
     batch_size: int  # noise is drawn for a batch at a time
     psnr_cap: float
     probe: str  # digest of what the probe has learnt from
+    sharpness: float = 1.0  # power of the warp's softmax filters; 1 where there are none
     noise: str = ""  # digest of what the generator gives for a seed; empty: not recorded
 
     def as_dict(self) -> dict:
@@ -66,7 +67,8 @@ def _noise_digest() -> str:
 
 
 # What may be compared when asked: how the same clips were drawn.
-VARIABLE = ("levels", "window", "eta", "context_level", "seed")
+VARIABLE = ("levels", "window", "sharpness", "eta", "context_level", "seed")
+_LATER = {"sharpness": 1.0}  # what an older measurement, which does not record it, had
 
 
 def differences(a: Mapping, b: Mapping, *, across: Collection[str] = ()) -> list[str]:
@@ -76,9 +78,10 @@ def differences(a: Mapping, b: Mapping, *, across: Collection[str] = ()) -> list
         across: conditions that may differ.
     """
     return [
-        f"{name}: {a.get(name)} and {b.get(name)}"
+        f"{name}: {value_a} and {value_b}"
         for name in sorted(set(a) | set(b))
-        if a.get(name) != b.get(name) and name not in across and not _unknown(name, a, b)
+        for value_a, value_b in [[x.get(name, _LATER.get(name)) for x in (a, b)]]
+        if value_a != value_b and name not in across and not _unknown(name, a, b)
     ]
 
 

@@ -29,6 +29,7 @@ LIGHT = Theme(
 )
 DARK = Theme("#e3e6ec", "#9aa3b2", "#333945", "#1b1e25", "#6aa9e9", "#41709f", "#e0836a", "#63c29c")
 _DPI = 130
+RANKS = ("where", "beyond", "when", "which")  # the rank correlations of `uncertainty.summary`
 
 
 def both(draw: Callable[[Mapping, Theme], Figure], results: Mapping) -> tuple[bytes, bytes]:
@@ -106,16 +107,20 @@ def confusion(results: Mapping, theme: Theme) -> Figure:
 
 
 def drift(results: Mapping, theme: Theme) -> Figure:
-    """Patch distance, sharpness, contrast and colour over a long rollout."""
-    figure, axes = _figure(theme, 4, width=11, height=2.9)
+    """Patch distance, sharpness, contrast, colour and LPIPS to real frames over a long rollout."""
+    by_window = dict(results["drift"]["by_window"])
     titles = {
         "patch_distance": "patch distance",
         "sharpness": "sharpness (real = 1)",
         "contrast": "contrast (real = 1)",
         "colour_shift": "shift of mean colour",
     }
+    if nearest := results["drift"].get("nearest_real"):
+        by_window["nearest_real"] = nearest["by_window"]
+        titles["nearest_real"] = "LPIPS to the nearest"
+    figure, axes = _figure(theme, len(titles), width=11, height=2.9)
     for ax, (name, title) in zip(axes, titles.items(), strict=True):
-        found = results["drift"]["by_window"][name]
+        found = by_window[name]
         _band(ax, found, theme.model, "model", x=found["frame"])
         ax.axhline(found["real"], color=theme.ceiling, linewidth=1)
         for limit in filter(None, found["limits"]):
@@ -123,6 +128,40 @@ def drift(results: Mapping, theme: Theme) -> Figure:
         ax.set_ylim(bottom=0)
         ax.set_title(title, color=theme.ink, fontsize=10, loc="left")
         ax.set_xlabel("first frame of 16", color=theme.faint, fontsize=9)
+    return figure
+
+
+def uncertainty(results: Mapping, theme: Theme) -> Figure:
+    """Signs of uncertainty and the error by time and by patch, and how they rank the errors."""
+    found = results["uncertainty"]
+    colours = {
+        "spread": theme.model,
+        "instability": theme.ceiling,
+        "change": theme.faint,
+        "error": theme.floor,
+    }
+    figure, (time, ranks, *maps) = _figure(theme, 4, width=11, height=3.2)
+    time.set_title("by time (of 255)", color=theme.ink, fontsize=10, loc="left")
+    time.set_xlabel("frame after the prompt", color=theme.faint, fontsize=9)
+    ranks.set_title("rank correlation with the error", color=theme.ink, fontsize=10, loc="left")
+    ranks.axvline(0, color=theme.faint, linewidth=1)
+    names = [name for name in colours if name in found]
+    for i, name in enumerate(names):
+        _band(time, found[name]["by_frame"], colours[name], name)
+        for j, kind in enumerate(RANKS):
+            if kind in found[name]:
+                mean, low, high = (found[name][kind][x] for x in ("mean", "low", "high"))
+                place = -j - 0.22 * (i - 1)
+                ranks.plot([low, high], [place] * 2, color=colours[name], linewidth=1.6)
+                ranks.plot([mean], [place], "o", color=colours[name], markersize=4)
+    ranks.set_yticks([-j for j in range(len(RANKS))], RANKS)
+    shades = LinearSegmentedColormap.from_list("", [theme.paper, theme.floor])
+    for ax, name in zip(maps, ("spread", "error"), strict=True):
+        ax.imshow(np.array(found[name]["by_patch"], float), cmap=shades, vmin=0)
+        ax.set_title(f"{name} by patch", color=theme.ink, fontsize=10, loc="left")
+        ax.axis("off")
+    handles, labels = time.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), **_legend(theme))
     return figure
 
 

@@ -94,6 +94,14 @@ class DiTConfig(ConfigGroup):
     displacement_patch: int = setting(
         4, "pixels on a side that are displaced as one; divides `patch_size`", least=1, repr=False
     )
+    warp_sharpness: float = setting(
+        1.0,
+        "with `warp_reach`: power of the filters' weights in generation, found by `evaluate.py "
+        "settings`; 1 in training",
+        least=0.1,
+        most=100,
+        repr=False,
+    )
     qk_norm: bool = setting(False, "whether queries and keys are scaled to RMS 1", repr=False)
     heads: bool = setting(
         False, "whether reward and end of the episode are predicted too", repr=False
@@ -131,6 +139,11 @@ class DiTConfig(ConfigGroup):
             raise UserError(
                 f"config.model.warp_reach={self.warp_reach} must be at most "
                 f"config.model.patch_size={self.patch_size}"
+            )
+        if self.warp_sharpness != 1 and not self.warp_reach:
+            raise UserError(
+                f"config.model.warp_sharpness={self.warp_sharpness} needs config.model.warp_reach "
+                "≥ 1: it is the power of softmax filters, which this network does not have"
             )
         self._check_displacement()
 

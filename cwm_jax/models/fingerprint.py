@@ -12,6 +12,8 @@ from cwm_jax.models.dit import Params
 def fingerprint(network: DiTConfig, params: Params) -> bytes:
     """8 bytes that identify a trained network by what its frames depend on."""
     digest = hashlib.blake2b(repr(network).encode(), digest_size=8)
+    if network.warp_sharpness != 1:
+        digest.update(f"warp_sharpness={network.warp_sharpness}".encode())
     for name in sorted(name for name in params if not name.startswith(heads.PREFIX)):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(params[name]).tobytes())

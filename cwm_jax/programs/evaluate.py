@@ -12,6 +12,7 @@ measured, `checkpoints/pocket`.
 """
 
 import argparse
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
 from cwm_jax.data.config import DataConfig
-from cwm_jax.errors import UserError, shown_to_user, tell
+from cwm_jax.errors import UserError, echo, shown_to_user
 from cwm_jax.evaluation import (
     bootstrap,
     closed_loop,
@@ -32,10 +33,12 @@ from cwm_jax.evaluation import (
     generation,
     generation_settings,
     held_out,
+    i3d_weights,
     lpips_weights,
     outcomes,
     protocol,
     rollout_quality,
+    video_distance,
 )
 from cwm_jax.evaluation.lpips import Lpips
 from cwm_jax.files import model_flag, path_flag
@@ -43,6 +46,7 @@ from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.rendering import video
 from cwm_jax.runtime import devices, user_cache
 from cwm_jax.sampling import sampler
+from cwm_jax.sampling.sampler import Sampler
 from cwm_jax.sampling.worlds import Generator
 from cwm_jax.simulator import game, venv
 
@@ -73,8 +77,10 @@ def measure(args: argparse.Namespace) -> None:
         drift_frames=args.drift_frames,
         seed=args.seed,
         batch_size=args.batch_size,
+        seeds=args.seeds,
     )
-    measured = _measured(args, plan, lpips_weights.available())
+    videos = _video_plan(args)
+    measured = _measured(args, plan, lpips_weights.available(), videos)
     results = measured.results
     full.write_json(args.output, results)
     report = args.report or args.output.parent / f"{args.output.stem}_report"
@@ -88,7 +94,21 @@ def measure(args: argparse.Namespace) -> None:
     )
 
 
-def _measured(args: argparse.Namespace, plan: full.Plan, lpips: Lpips | None) -> full.Measured:
+def _video_plan(args: argparse.Namespace) -> video_distance.Plan | None:
+    """What KVD is measured on; None where it is not asked for."""
+    if not args.kvd:
+        return None
+    shared = dict(split=args.split, seed=args.seed, batch_size=args.batch_size)
+    return video_distance.Plan(clips=args.kvd, force=args.force, **shared)
+
+
+def _measured(
+    args: argparse.Namespace,
+    plan: full.Plan,
+    lpips: Lpips | None,
+    videos: video_distance.Plan | None = None,
+) -> full.Measured:
+    i3d = i3d_weights.available() if videos else None
     opened = _open(args)
     config = DataConfig(
         dir=str(args.data),
@@ -104,6 +124,10 @@ def _measured(args: argparse.Namespace, plan: full.Plan, lpips: Lpips | None) ->
         lpips=lpips,
         watched=True,
     )
+    if i3d:
+        generate = generation.by_sampler(opened.sampler)
+        found = video_distance.measure(generate, i3d, config, videos, watched=True)
+        measured.results["videos"] = found
     measured.results["checkpoint"] = dict(
         path=pretrained.shown(args.checkpoint),
         step=opened.step,
@@ -123,7 +147,7 @@ def _write_report(folder: Path, measured: full.Measured, plan: full.Plan) -> str
     except UserError:
         raise
     except Exception as error:
-        tell(f"WARNING: there is no report: {type(error).__name__}: {error}")
+        echo(f"WARNING: there is no report: {type(error).__name__}: {error}")
         return ""
     return f"\npictures → {folder / html_report.FILE}"
 
@@ -156,6 +180,7 @@ def rank_settings(words: list[str]) -> None:
         drift_frames=args.drift_frames,
         seed=args.seed,
         batch_size=args.batch_size,
+        seeds=0,
     )
     numbers = _numbers(args.steps, "--steps", "1,2,4")
     for steps in numbers:
@@ -165,12 +190,17 @@ def rank_settings(words: list[str]) -> None:
     lpips = lpips_weights.available()
     if lpips is None:
         raise UserError(f"settings are ranked by LPIPS: `{lpips_weights.FETCH}` gets its weights")
+    network = formats.load(args.checkpoint, step=args.step).network
+    powers = args.sharpness and _numbers(args.sharpness, "--sharpness", "1,4", float)
+    powers = generation_settings.sharpnesses(network, powers)
     found = []
-    for window, steps in itertools.product(args.windows, numbers):
-        how = argparse.Namespace(**vars(args) | {"window": window, "ddim_steps": steps})
+    for window, steps, power in itertools.product(args.windows, numbers, powers):
+        how = dict(window=window, ddim_steps=steps, sharpness=power)
+        how = argparse.Namespace(**vars(args) | how)
         results = _measured(how, plan, lpips).results
-        full.write_json(args.output / f"{steps}_{window}.json", results)
-        found.append(generation_settings.Setting(steps, window, results))
+        sharp = "" if power == 1 else f"_{power:g}"
+        full.write_json(args.output / f"{steps}_{window}{sharp}.json", results)
+        found.append(generation_settings.Setting(steps, window, results, power))
     judged = generation_settings.judge(found)
     print(generation_settings.table(judged))
     answer = generation_settings.answer(judged)
@@ -183,13 +213,18 @@ def rank_settings(words: list[str]) -> None:
 def _settings_flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_called("settings"),
-        description="Ranks numbers of denoising steps and windows by LPIPS, readable keys and how "
-        "long rollouts last, and says which the model should be used with.",
+        description="Ranks numbers of denoising steps, windows and, for networks with softmax "
+        "filters, their sharpness by LPIPS, readable keys and how long rollouts last, and says "
+        "which the model should be used with.",
     )
     add = parser.add_argument
     add("--checkpoint", type=model_flag, help=_CHECKPOINT)
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--steps", default="1,2,4,10", help="denoising steps a frame (%(default)s)")
+    add(
+        "--sharpness",
+        help="powers of the warp's softmax filters (1 and 4; a network without them has none)",
+    )
     add("--windows", nargs="+", default=["hop"], choices=sampler.WINDOWS, help="(hop)")
     add(
         "--data",
@@ -325,6 +360,20 @@ def parser() -> argparse.ArgumentParser:
     add("--drift-frames", type=int, default=default.drift_frames, help="(%(default)s)")
     add("--batch-size", type=int, default=default.batch_size, help="clips at once (%(default)s)")
     add("--probes", type=path_flag, help="folder where trained probes are kept (~/.cache/cwm_jax)")
+    add(
+        "--seeds",
+        type=int,
+        default=default.seeds,
+        help="rollouts with other noise, whose spread is held against the error (%(default)s)",
+    )
+    add(
+        "--kvd",
+        type=int,
+        default=0,
+        metavar="CLIPS",
+        help=f"KVD and FVD of so many videos, {video_distance.MIN_CLIPS} or more (0: none)",
+    )
+    add("--force", action="store_true", help="KVD of fewer videos too")
     return parser
 
 
@@ -341,18 +390,27 @@ def _open(args: argparse.Namespace) -> formats.Opened:
     devices.check()
     args.checkpoint = pretrained.unless(args.checkpoint)
     how = dict(levels=levels, window=args.window)
-    return formats.open_sampler(args.checkpoint, step=args.step, **how)
+    opened = formats.open_sampler(args.checkpoint, step=args.step, **how)
+    power = getattr(args, "sharpness", opened.network.warp_sharpness)
+    if power == opened.network.warp_sharpness or not opened.network.warp_reach:
+        return opened
+    if not isinstance(opened.sampler, Sampler):
+        raise UserError(f"{args.checkpoint} is a bundle, whose filters are as sharp as they are")
+    network = dataclasses.replace(opened.network, warp_sharpness=power)
+    sharper = Sampler(network, opened.params, opened.sampler.config)
+    return opened._replace(network=network, sampler=sharper)
 
 
 def _called(job: str) -> str:
     return f"{Path(sys.argv[0]).name} {job}"
 
 
-def _numbers(text: str, flag: str = "--n-prompt", such_as: str = "1,4") -> tuple[int, ...]:
+def _numbers(text: str, flag: str = "--n-prompt", such_as: str = "1,4", kind: type = int) -> tuple:
     try:
-        return tuple(int(word) for word in text.split(","))
+        return tuple(kind(word) for word in text.split(","))
     except ValueError:
-        raise UserError(f"{flag} {text}: wanted whole numbers, such as {such_as}") from None
+        whole = "whole " if kind is int else ""
+        raise UserError(f"{flag} {text}: wanted {whole}numbers, such as {such_as}") from None
 
 
 SUBCOMMANDS = {

@@ -12,6 +12,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ from cwm_jax.runtime import random_numbers
 from cwm_jax.sampling import kv_cache, prompt
 from cwm_jax.sampling.kv_cache import Window, World
 
-_NOISE_CLIP = 20.0
+NOISE_CLIP = 20.0
 WINDOWS = ("exact", "cached", "hop")
 
 
@@ -119,6 +120,32 @@ def generate_frame(
         noise_BHWC: the initial noise, N(0, 1).
         key: PRNG key for the noise of stochastic steps; unused where `config.eta` is 0.
     """
+    return _denoised(denoiser, tables, state, action_B, noise_BHWC, key, config)[0]
+
+
+def generate_watched_frame(
+    denoiser: Denoiser, tables: Tables, state: World, action_B, noise_BHWC, key, config
+) -> tuple[jax.Array, jax.Array]:
+    """As `generate_frame`, and how unstable its denoising was, by patch: float32 [B, h, w].
+
+    That is how far the predicted clean frame moves from one denoising step to the next, the root
+    mean square over pixels and steps in colours of 0…255 (Hansen & Wang 2026,
+    https://arxiv.org/abs/2606.27326). It is 0 where there is a single step.
+    """
+    args = denoiser, tables, state, action_B, noise_BHWC, key, config
+    frame_BHWC, clean_SBHWC = _denoised(*args, watched=True)
+    earlier = kv_cache.earlier(denoiser, state)
+    frames = denoiser.to_frame(clean_SBHWC, earlier)
+    moved = jnp.square(jnp.diff(frames, axis=0)).sum(0) / max(len(config.levels) - 1, 1)
+    patch = denoiser.config.patch_size
+    by_patch = einops.reduce(moved, "b (h p) (w q) c -> b h w", "mean", p=patch, q=patch)
+    return frame_BHWC, 127.5 * jnp.sqrt(by_patch)
+
+
+def _denoised(
+    denoiser: Denoiser, tables, state: World, action_B, noise_BHWC, key, config, *, watched=False
+) -> tuple[jax.Array, jax.Array | None]:
+    """The next frame and, where watched, the clean sample that each step predicted, [S, B, …]."""
     past, earlier = kv_cache.past(denoiser, state), kv_cache.earlier(denoiser, state)
     beside = None if earlier is None else earlier[:, None]
 
@@ -134,12 +161,12 @@ def generate_frame(
         x = jnp.sqrt(step.alpha_bar_next) * x0 + spread * noise
         if config.eta:
             x += step.sigma * random_numbers.normal(jax.random.fold_in(key, index), x.shape)
-        return x, None
+        return x, x0 if watched else None
 
-    x_BHWC = noise_BHWC.clip(-_NOISE_CLIP, _NOISE_CLIP)
+    x_BHWC = noise_BHWC.clip(-NOISE_CLIP, NOISE_CLIP)
     steps = _steps(tables, config), jnp.arange(len(config.levels))
-    sample_BHWC = jax.lax.scan(denoise, x_BHWC, steps)[0]
-    return denoiser.to_frame(sample_BHWC, earlier)
+    sample_BHWC, clean_SBHWC = jax.lax.scan(denoise, x_BHWC, steps)
+    return denoiser.to_frame(sample_BHWC, earlier), clean_SBHWC
 
 
 def step(denoiser: Denoiser, tables: Tables, state: World, action_B, noise_BHWC, key, config):
@@ -174,6 +201,24 @@ def rollout(
     return state, jnp.moveaxis(frames_FBHWC, 0, 1)
 
 
+def watched_rollout(
+    denoiser: Denoiser, tables: Tables, state: World, actions_BF, key, config: SamplerConfig
+):
+    """As `rollout`, and how unstable each frame's denoising was: float32 [B, F, h, w]."""
+    shape = state.frames_BMHWC[:, 0].shape
+
+    def one_frame(state, action_B):
+        noise, step_key = frame_noise(jax.random.fold_in(key, state.count), shape)
+        args = denoiser, tables, state, action_B, noise, step_key, config
+        frame, moved = generate_watched_frame(*args)
+        context = tables.context
+        state = kv_cache.advance(denoiser, context, state, frame, action_B, config.window)
+        return state, (to_pixels(frame), moved)
+
+    state, by_frame = jax.lax.scan(one_frame, state, actions_BF.T)
+    return state, *(jnp.moveaxis(x, 0, 1) for x in by_frame)
+
+
 _STATIC = ("network", "config")
 
 
@@ -192,6 +237,11 @@ def _start(params, tables, frames_u8_BMHWC, actions_BM, count, *, network, confi
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
 def _rollout(params, tables, state, actions_BF, key, *, network, config):
     return rollout(bind(network, params), tables, state, actions_BF, key, config)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def _watched_rollout(params, tables, state, actions_BF, key, *, network, config):
+    return watched_rollout(bind(network, params), tables, state, actions_BF, key, config)
 
 
 class Sampler:
@@ -234,6 +284,12 @@ class Sampler:
         actions_BF = prompt.next_actions(self.network, actions_BF, len(state.actions_BM))
         args = self._params, self._tables, state, actions_BF, key
         return _rollout(*args, **self._static)
+
+    def watched_rollout(self, state: World, actions_BF, key: jax.Array):
+        """As `rollout`: (the older world, frames, their instability float32 [B, F, h, w])."""
+        actions_BF = prompt.next_actions(self.network, actions_BF, len(state.actions_BM))
+        args = self._params, self._tables, state, actions_BF, key
+        return _watched_rollout(*args, **self._static)
 
     def step(self, state: World, action_B, key: jax.Array) -> tuple[World, jax.Array]:
         """Generates one frame: (the next world, uint8 [B, H, W, C]). `state` is donated."""

@@ -3,8 +3,10 @@
     python -m cwm_jax.tools.export runs/small --format safetensors --output small.safetensors
     python -m cwm_jax.tools.export runs/small --format orbax --dtype bfloat16 --output exports/small
     python -m cwm_jax.tools.export runs/small --format bundle --output exports/small-bundle
+    python -m cwm_jax.tools.export runs/small --format onnx --dtype float16 --output exports/onnx
 
-The moving average is exported where the run keeps one. `sample.py --checkpoint` takes all three.
+The moving average is exported where the run keeps one. `sample.py --checkpoint` takes the first
+three; docs/web.md says what is in an ONNX export.
 How a bundle draws (steps, window) is fixed here. --playable-steps writes the model's card: the
 numbers of denoising steps whose frames are good enough to play with. An export is there
 whole or not at all.
@@ -39,13 +41,14 @@ from cwm_jax.files import model_flag, path_flag
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import FrameKV, Modulations, Params
+from cwm_jax.onnx import folder as onnx_folder
 from cwm_jax.runtime import devices, random_numbers
 from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.sampling.kv_cache import World
 from cwm_jax.sampling.sampler import SamplerConfig, Tables
 
-FORMATS = ("orbax", "safetensors", "bundle")
-DTYPES = ("float32", "bfloat16")
+FORMATS = ("orbax", "safetensors", "bundle", "onnx")
+DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLE_FRAMES = 4
 _AVERAGE = "models of the same network: exports the mean of the parameters of all"
 
@@ -176,7 +179,7 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
     network = dataclasses.replace(trained.network, dtype=dtype, attention="xla")
     params = {name: jax.numpy.asarray(p, dtype) for name, p in trained.params.items()}
     example = _example(network, params, config, dir)
-    with _folder_written_whole(out) as folder:
+    with _folder_written_whole(out, bundle.is_bundle, "bundle") as folder:
         for name, program in lower(network, config, params).items():
             (folder / f"{name}.stablehlo").write_bytes(program)
         weights.write(folder / bundle.PARAMS, params, _meta(trained))
@@ -214,11 +217,22 @@ def _example(network: DiTConfig, params: Params, config: SamplerConfig, dir: str
     return asked | {"frames": np.asarray(drawn)}
 
 
+def write_onnx(trained: Trained, out: Path, steps: Sequence[int], dtype: str) -> None:
+    """A folder of graphs that share one file of weights, see `cwm_jax.onnx.folder`."""
+    if dtype == "bfloat16":
+        raise UserError("--dtype bfloat16: an ONNX export stores float32 or float16")
+    is_export = lambda path: (path / onnx_folder.DESCRIPTION).is_file()
+    with _folder_written_whole(out, is_export, "ONNX export") as folder:
+        onnx_folder.write(trained, folder, steps=steps, dtype=dtype)
+
+
 @contextlib.contextmanager
-def _folder_written_whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out`, whole, in place of an earlier bundle."""
-    if out.exists() and not bundle.is_bundle(out):
-        raise UserError(f"{out} is there and is no bundle; name another folder")
+def _folder_written_whole(
+    out: Path, is_earlier: Callable[[Path], bool], kind: str
+) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out`, whole, in place of an earlier one of the kind."""
+    if out.exists() and not is_earlier(out):
+        raise UserError(f"{out} is there and is no {kind}; name another folder")
     temporary = out.with_name(f".{out.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -238,11 +252,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         devices.check()
         trained = _with_card(formats.load(args.checkpoint, step=args.step), args.playable_steps)
         trained = averaged(trained, args.average)
-        if args.format == "bundle":
-            steps = formats.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
-            levels = sampler.ddim_levels(steps)
+        if args.format == "onnx":
+            steps = onnx_folder.default_steps(trained)
+            steps = steps if args.ddim_steps is None else _numbers("--ddim-steps", args.ddim_steps)
+            write_onnx(trained, args.output, steps, args.dtype)
+        elif args.format == "bundle":
+            levels = sampler.ddim_levels(_bundle_steps(trained, args.ddim_steps))
             config = SamplerConfig(levels=levels, window=args.window)
+            if args.dtype == "float16":
+                raise UserError("--dtype float16: a bundle computes in float32 or bfloat16")
             write_bundle(trained, args.output, config, args.dtype, str(args.data))
+        elif args.dtype == "float16":
+            raise UserError(f"--dtype float16: {args.format} stores float32 or bfloat16")
         else:
             cast = jax.tree.map(lambda x: x.astype(args.dtype), trained.params)
             write = write_orbax if args.format == "orbax" else write_safetensors
@@ -257,19 +278,28 @@ def _with_card(trained: Trained, playable_steps: str | None) -> Trained:
         UserError: the card of the flag, or else that of the model, lists what cannot be.
     """
     if playable_steps is not None:
-        steps = _card_of(playable_steps)
+        steps = _numbers("--playable-steps", playable_steps)
         sampling = trained.config.get("sampler", {}) | {"playable_steps": steps}
         trained = trained._replace(config=trained.config | {"sampler": sampling})
     formats.playable_steps(trained)
     return trained
 
 
-def _card_of(text: str) -> list[int]:
+def _bundle_steps(trained: Trained, asked: str | None) -> int:
+    if asked is None:
+        return formats.usual_steps(trained)
+    steps = _numbers("--ddim-steps", asked)
+    if len(steps) > 1:
+        raise UserError(f"--ddim-steps {asked}: a bundle has one number of denoising steps")
+    return steps[0]
+
+
+def _numbers(flag: str, text: str) -> list[int]:
     try:
         return list(formats.check_playable_steps([int(word) for word in text.split(",")]))
     except (ValueError, UserError):
         raise UserError(
-            f"--playable-steps {text}: give whole numbers 1…{schedule.NUM_LEVELS} with commas "
+            f"{flag} {text}: give whole numbers 1…{schedule.NUM_LEVELS} with commas "
             "between, such as 1,2,4"
         ) from None
 
@@ -285,7 +315,7 @@ def parser() -> argparse.ArgumentParser:
     add("--average", nargs="+", type=model_flag, default=[], metavar="OTHER", help=_AVERAGE)
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--dtype", default="float32", choices=DTYPES, help="of the parameters (%(default)s)")
-    add("--ddim-steps", type=int, help="bundle: denoising steps a frame (the model's own)")
+    add("--ddim-steps", metavar="S,S,…", help="bundle, onnx: denoising steps a frame (its own)")
     add("--playable-steps", metavar="S,S,…", help="the card: which denoising steps are playable")
     add("--window", default="exact", choices=sampler.WINDOWS, help="bundle: (%(default)s)")
     add(

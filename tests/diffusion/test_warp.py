@@ -68,6 +68,22 @@ def test_each_pixel_is_the_weighted_mean_of_its_filters(frames):
         np.testing.assert_allclose(found[:, :, y, x], wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_filters_to_a_power_point_at_the_place_that_they_prefer(frames):
+    scores = np.random.default_rng(2).normal(size=zero_logits().shape).astype(np.float32)
+    sharper = lambda scores, power: np.asarray(
+        warp.residual(frames, scores, reach=REACH, patch=PATCH, sharpness=power)
+    )
+    plain = warp.residual(frames, scores, reach=REACH, patch=PATCH)
+    np.testing.assert_array_equal(sharper(scores, 1.0), plain)
+    # Weights to the power 3 are a softmax of 3 times the logits, the bias towards staying included.
+    stay = np.zeros(2 * WIDTH, np.float32)
+    stay[[REACH, WIDTH + REACH]] = warp._STAY
+    np.testing.assert_allclose(
+        sharper(scores, 3.0), sharper(3 * (scores + stay) - stay, 1.0), atol=1e-5
+    )
+    np.testing.assert_allclose(sharper(0.1 * scores, 100.0), 0, atol=1e-6)  # most stays; now all
+
+
 def test_mean_and_deviation_of_a_velocity():
     """For Gaussian samples the remainder is uncorrelated with the inputs and has the given unit."""
     keys = jax.random.split(jax.random.key(5), 3)

@@ -509,6 +509,19 @@ def test_the_whole_measurement_has_lpips_beside_floors_and_by_clip(measured):
     assert any("LPIPS minus" in label for label, _ in comparison.rows(results))
 
 
+def test_the_whole_measurement_says_whether_uncertainty_ranks_the_errors(measured, tmp_path):
+    found, plan = measured
+    assert found.results["uncertainty"]["seeds"] == plan.seeds == 4
+    assert found.unsure.instability.shape == (3, 6, 8, 8)
+    labels = [label for label, _ in comparison.rows(found.results)]
+    assert any(label.startswith("instability and error, rank correlation") for label in labels)
+    path = tmp_path / "without.json"
+    without = another({k: v for k, v in found.results.items() if k != "uncertainty"}, path)
+    assert not any("rank correlation" in label for label, _ in comparison.rows(without))
+    html_report.write(tmp_path, found._replace(unsure=None), plan)
+    assert "Uncertainty" not in (tmp_path / html_report.FILE).read_text()
+
+
 def another(results, path):
     full.write_json(path, results)
     return comparison.read(path)
@@ -532,6 +545,7 @@ def test_measurements_are_compared_clip_by_clip_and_rankings_that_differ_are_nam
 def test_a_measurement_without_lpips_or_of_an_earlier_version_still_compares(measured, tmp_path):
     results = measured[0].results
     earlier = another(results, tmp_path / "earlier.json")
+    del earlier["uncertainty"], earlier["drift"]["nearest_real"], earlier["protocol"]["sharpness"]
     for sides in earlier["rollout"].values():
         for name in ("model_minus", "by_clip", "blur"):
             del sides[name]
@@ -559,10 +573,10 @@ def test_the_page_holds_everything_itself(measured, tmp_path):
     text = (tmp_path / html_report.FILE).read_text()
     assert "runs/&lt;tiny&gt;" in text
     assert text.count("data:video/mp4;base64,") == 3
-    assert text.count("data:image/png;base64,") == 3 + 2 * 4
+    assert text.count("data:image/png;base64,") == 3 + 2 * 5 + 1
     for way_out in ("http:", "https:", 'src="/', "url("):
         assert way_out not in text
-    for name in ("quality", "control_dark", "drift", "confusion", "best", "worst"):
+    for name in ("quality", "control_dark", "drift", "confusion", "uncertainty", "unsure", "best"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
@@ -602,10 +616,11 @@ def test_a_plan_that_cannot_be_is_refused():
 
 
 def test_more_clips_than_memory_holds_are_refused_before_anything_is_drawn():
-    plan = full.Plan()  # 1.5 · 1024 frames of 12,288 bytes, and 660 of 32,768: 40.5 MB a clip
-    full.check_memory(49, plan, memory=2e9)
-    with pytest.raises(UserError, match=r"50 clips need 2\.0 GB.*has 2\.0.*--clips 49"):
-        full.check_memory(50, plan, memory=2e9)
+    # 1.5 · 1024 + 20 · 32 frames of 12,288 bytes, and 660 of 32,768: 48.4 MB a clip
+    plan = full.Plan()
+    full.check_memory(41, plan, memory=2e9)
+    with pytest.raises(UserError, match=r"42 clips need 2\.0 GB.*has 2\.0.*--clips 41"):
+        full.check_memory(42, plan, memory=2e9)
 
 
 # The quick form

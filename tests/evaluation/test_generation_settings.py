@@ -1,11 +1,14 @@
 """Which settings are good enough to play with, which is best, and where that is written."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+from tiny_network import TINY
 
 from cwm_jax.checkpoints import weights
+from cwm_jax.checkpoints.migration import migrated
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import full, generation_settings
 from cwm_jax.evaluation.frame_scores import Scores
@@ -20,7 +23,7 @@ def scores(lpips, seed, psnr=20.0):
     return Scores(psnr + 9 * level, 0.5 + noise, 15 + 9 * level, lpips + 0.1 * level)
 
 
-def setting(steps, *, lpips=0.1, psnr=20.0, keys=0.9, lasts=100, window="hop"):
+def setting(steps, *, lpips=0.1, psnr=20.0, keys=0.9, lasts=100, window="hop", sharpness=1.0):
     floor = scores(0.3, 99)
     scored = {"model": scores(lpips, steps, psnr), "copy_last": floor, "blur": floor}
     return Setting(
@@ -31,6 +34,7 @@ def setting(steps, *, lpips=0.1, psnr=20.0, keys=0.9, lasts=100, window="hop"):
             "probe": {"keys_of_real": {"jump": math.nan, "left": keys}},
             "drift": {"frames_to_collapse": dict(mean=lasts, low=lasts, high=lasts)},
         },
+        sharpness,
     )
 
 
@@ -104,7 +108,7 @@ def test_the_answer_changes_the_steps_of_a_file_and_nothing_else(tmp_path):
     params, found = weights.read(file)
     np.testing.assert_array_equal(params["a"], np.arange(3, dtype=np.float16), strict=True)
     steps = {"ddim_steps": 2, "playable_steps": [1, 2]}
-    assert found == meta | {"config": meta["config"] | steps}
+    assert found == meta | {"config": migrated(meta["config"]) | {"sampler": steps}}
 
 
 def test_a_model_in_another_form_cannot_be_written_to(tmp_path):
@@ -112,3 +116,34 @@ def test_a_model_in_another_form_cannot_be_written_to(tmp_path):
     for path in (tmp_path, tmp_path / "none.safetensors"):
         with pytest.raises(UserError, match=r"export\s+the model first"):
             generation_settings.writable(path)
+
+
+def test_sharper_filters_are_ranked_and_written_beside_the_steps(tmp_path):
+    found = judged(setting(2, lpips=0.3), setting(1, lpips=0.1, sharpness=4.0), setting(4))
+    assert found[-1].setting.name == "S = 2, hop"
+    answer = generation_settings.answer(found)
+    assert answer == Answer("hop", 1, (1,), 4.0)
+    assert "warp_sharpness = 4" in str(answer)
+    file = tmp_path / "model.safetensors"
+    config = {"ddim_steps": 10, "model": {"warp_reach": 4}}
+    weights.write(file, {"a": np.ones(3, np.float32)}, {"step": 3, "config": config})
+    generation_settings.write(file, answer)
+    model = lambda: weights.read(file)[1]["config"]["model"]
+    assert model() == migrated(config)["model"] | {"warp_sharpness": 4.0}
+    generation_settings.write(file, answer._replace(sharpness=1.0))
+    assert model() == migrated(config)["model"] | {"warp_sharpness": 1.0}
+
+
+def test_a_network_without_softmax_filters_has_no_sharpness_to_rank(capsys):
+    moving = dataclasses.replace(TINY, history=1, warp_reach=2)
+    assert generation_settings.sharpnesses(moving, None) == (1.0, 4.0)
+    assert generation_settings.sharpnesses(moving, [1, 2]) == (1, 2)
+    with pytest.raises(UserError, match="warp_sharpness=0"):
+        generation_settings.sharpnesses(moving, [0])
+    assert not capsys.readouterr().err
+    copying = dataclasses.replace(TINY, history=1, displacement_down=2, displacement_patch=4)
+    for network, kind in ((TINY, "does not warp"), (copying, "copies whole pixels")):
+        assert generation_settings.sharpnesses(network, [1, 4]) == (1.0,)
+        assert kind in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"warp_sharpness=4.*does not have"):
+            dataclasses.replace(network, warp_sharpness=4.0)

@@ -292,3 +292,21 @@ def test_mistakes_are_named(tiny, tiny_params):
 
 def one_frame_sampler(tiny, params):
     return Sampler(dataclasses.replace(tiny, max_frames=1), params, SamplerConfig())
+
+
+def test_a_watched_rollout_draws_the_same_frames_and_says_how_far_the_prediction_moved(network_of):
+    network, params = network_of(1)  # whose frames are clamped, as the prediction of each step is
+    prompt = np.random.default_rng(0).integers(256, size=(2, 2, 64, 64, 3)).astype(np.uint8)
+    drawer_of = lambda *levels: Sampler(network, params, SamplerConfig(levels=levels))
+    start = lambda drawer: drawer.start(prompt, [[-1, 3], [-1, 4]])
+    once, twice = drawer_of(999), drawer_of(999, 499)
+    actions = [[7], [7]]
+    _, first = once.rollout(start(once), actions, KEY)
+    _, plain = twice.rollout(start(twice), actions, KEY)
+    _, watched, moved = twice.watched_rollout(start(twice), actions, KEY)
+    first, plain, watched = (np.asarray(x, np.float32) for x in (first, plain, watched))
+    assert np.abs(watched - plain).max() <= 1
+    # The first of two steps predicts what a single one returns.
+    squared = np.square(plain - first).reshape(2, 1, 4, 16, 4, 16, 3).mean((3, 5, 6))
+    np.testing.assert_allclose(moved, np.sqrt(squared), atol=1)
+    assert np.asarray(moved).min() > 2

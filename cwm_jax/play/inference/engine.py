@@ -57,6 +57,15 @@ def _generate(params, tables, caches_L, actions_L, seeds_L, numbers_L, *, networ
     return jax.vmap(lane)(worlds_L, actions_L, seeds_L, numbers_L)
 
 
+def _unsure(params, tables, cache, action, seed, number, *, network, config):
+    """How unstable the denoising of the next frame is, float32 [h, w]."""
+    world = cache.in_use()
+    key = jax.random.fold_in(random_numbers.key(seed), number)
+    noise, step_key = sampler.frame_noise(key, world.frames_BMHWC[:, 0].shape)
+    args = bind(network, params), tables, world, action[None], noise, step_key, config
+    return sampler.generate_watched_frame(*args)[1][0]
+
+
 def _append(params, context, cache, frame_u8_HWC, action, *, network):
     return staggered_cache.append(bind(network, params), context, cache, frame_u8_HWC, action)
 
@@ -100,6 +109,7 @@ class Engine:
         self._fresh = staggered_cache.fresh(self._world_like())
         self._generate_programs: dict[tuple[int, int], jax.stages.Compiled] = {}
         self._append_program = None
+        self._unsure_programs: dict[int, tuple[jax.stages.Compiled, sampler.Tables]] = {}
 
     @property
     def slots(self) -> int:
@@ -124,6 +134,30 @@ class Engine:
             args = self._arguments([blank] * lanes, steps, lanes)
             static = dict(network=self.network, config=self._configs[steps])
             self._generate_programs[steps, lanes] = program.lower(*args, **static).compile()
+
+    def compile_unsure(self, steps: int) -> None:
+        """Compiles what `unsure` needs for so many steps, unless it is compiled already."""
+        if steps not in self._unsure_programs:
+            config = SamplerConfig(levels=ddim_levels(max(steps, 2)), window="cached")
+            static = dict(network=self.network, config=config)
+            tables = sampler.tables(self._params, **static)
+            args = self._unsure_arguments(tables, Lane(self._fresh, 0, 0, 0))
+            program = jax.jit(_unsure, static_argnames=_STATIC).lower(*args, **static).compile()
+            self._unsure_programs[steps] = program, tables
+
+    def unsure(self, wanted: Lane, steps: int) -> np.ndarray | None:
+        """How far the prediction of a lane's next frame moves between denoising steps (two, where
+        it has one), float32 [h, w]: see `sampler.generate_watched_frame`. None where it is not
+        compiled. It costs as much as the frame; the cache is not donated.
+        """
+        if steps not in self._unsure_programs:
+            return None
+        program, tables = self._unsure_programs[steps]
+        return np.asarray(program(*self._unsure_arguments(tables, wanted)))
+
+    def _unsure_arguments(self, tables, wanted: Lane) -> tuple:
+        numbers = np.int32(wanted.action), np.uint32(wanted.seed), np.int32(wanted.number)
+        return self._params, tables, wanted.cache, *numbers
 
     def fresh(self) -> StaggeredCache:
         """A new empty cache."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from cwm_jax.errors import tell
+from cwm_jax.errors import echo
 from cwm_jax.play.inference.engine import LANES, Lane, Program
 from cwm_jax.play.inference.governor import Governor
 
@@ -33,6 +33,8 @@ class FrameGenerator(Protocol):
     def fresh(self) -> Any: ...
     def append(self, cache: Any, frame_u8_HWC: np.ndarray, action: int) -> Any: ...
     def generate(self, wanted: Sequence[Lane], steps: int, lanes: int) -> np.ndarray: ...
+    def compile_unsure(self, steps: int) -> None: ...
+    def unsure(self, wanted: Lane, steps: int) -> np.ndarray | None: ...
 
 
 class Generated(NamedTuple):
@@ -40,6 +42,7 @@ class Generated(NamedTuple):
     action: int
     program: Program
     cache: Any  # including this frame
+    unsure: np.ndarray | None = None  # see `Engine.unsure`; None: not asked for, or not compiled
 
 
 @dataclasses.dataclass
@@ -50,6 +53,7 @@ class _Generation:
     number: int
     steps: int
     lanes: int | None  # None: as needed for the batch
+    unsure: bool
     done: Future
 
 
@@ -106,9 +110,13 @@ class Scheduler:
         """
         lanes = next((n for n in LANES if n >= players), LANES[-1])
         for steps in sorted(self.generator.steps, key=lambda n: n != self.governor.steps):
-            if (steps, lanes) not in self._requested:
-                self._requested.add((steps, lanes))
-                self._to_compile.put((steps, lanes))
+            self._request(steps, lanes)
+
+    def _request(self, steps: int, lanes: int | None) -> None:
+        """Compiles in the background; no number of lanes: what `unsure` needs."""
+        if (steps, lanes) not in self._requested:
+            self._requested.add((steps, lanes))
+            self._to_compile.put((steps, lanes))
 
     def choose_steps(self, fps: float) -> int:
         """DDIM steps that reach so many frames a second, among those that are compiled."""
@@ -124,14 +132,16 @@ class Scheduler:
         number: int,
         steps: int,
         lanes: int | None = None,
+        unsure: bool = False,
     ) -> Future[Generated]:
         """Generates frame `number` of a session after `cache`, which is consumed.
 
         Args:
             action: called when generation begins.
             lanes: the exact size of the batch, to repeat a recorded frame.
+            unsure: report of which patches the model is unsure, once that is compiled.
         """
-        order = _Generation(cache, action, seed, number, steps, lanes, Future())
+        order = _Generation(cache, action, seed, number, steps, lanes, unsure, Future())
         return self._order(order)
 
     def rebuild(self, frames_and_actions) -> Future[Any]:
@@ -148,14 +158,21 @@ class Scheduler:
     def _compile(self) -> None:
         while (wanted := self._to_compile.get()) is not None and not self._stopped.is_set():
             try:
-                self.generator.compile(*wanted)
+                self._compile_one(*wanted)
             except (
                 Exception
             ) as error:  # most likely out of memory: play continues with other programs
                 if not self.first_program.is_set():
                     self.fault = error
-                tell(f"could not compile {wanted[1]} lanes of {wanted[0]} steps: {error}")
+                what = "the overlay" if wanted[1] is None else f"{wanted[1]} lanes"
+                echo(f"could not compile {what} of {wanted[0]} steps: {error}")
             self.first_program.set()
+
+    def _compile_one(self, steps: int, lanes: int | None) -> None:
+        if lanes is None:
+            self.generator.compile_unsure(steps)
+        else:
+            self.generator.compile(steps, lanes)
 
     def _work(self) -> None:
         self.first_program.wait()
@@ -215,6 +232,9 @@ class Scheduler:
                 began = self._clock()
             wanted = [Lane(o.cache, o.action(), o.seed, o.number) for o in group]
             frames = self.generator.generate(wanted, first.steps, lanes)
+            generated_at = self._clock()
+            unsure = [self._unsure(o, lane) for o, lane in zip(group, wanted, strict=True)]
+            began += self._clock() - generated_at  # so that an overlay never costs denoising steps
             caches = [
                 self.generator.append(lane.cache, frame, lane.action)
                 for lane, frame in zip(wanted, frames, strict=True)
@@ -226,10 +246,18 @@ class Scheduler:
                 _fail(order.done, error)
             return
         program = Program(first.steps, lanes)
-        for order, lane, frame, cache in zip(group, wanted, frames, caches, strict=True):
-            _deliver(order.done, Generated(frame, lane.action, program, cache))
+        results = zip(group, wanted, frames, caches, unsure, strict=True)
+        for order, lane, frame, cache, patches in results:
+            _deliver(order.done, Generated(frame, lane.action, program, cache, patches))
         jax.block_until_ready(caches)
         self.governor.note(steps=first.steps, seconds=self._clock() - began)
+
+    def _unsure(self, order: _Generation, lane: Lane) -> np.ndarray | None:
+        """Of which patches the model is unsure, if that is asked for and compiled."""
+        if not order.unsure:
+            return None
+        self._request(order.steps, None)
+        return self.generator.unsure(lane, order.steps)
 
     def _lanes_for(self, players: int, steps: int) -> int:
         """The smallest compiled batch for so many players, or else the largest."""

@@ -55,6 +55,12 @@ class RealClips:
     def generate(self, wanted: Sequence[Lane], steps: int, lanes: int) -> np.ndarray:
         return np.stack([self._frame(self.append(lane.cache, None, 0)) for lane in wanted])
 
+    def compile_unsure(self, steps: int) -> None:
+        """Nothing is compiled here."""
+
+    def unsure(self, wanted: Lane, steps: int) -> None:
+        """Recordings are unsure of nothing."""
+
     def _frame(self, place: Place) -> np.ndarray:
         return self._episode(place.episode)[place.frame]
 

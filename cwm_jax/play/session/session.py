@@ -69,28 +69,31 @@ class Session:
         """Frames of a share code that are still to be generated."""
         return len(self._script)
 
-    async def step(self, action: Callable[[], int], *, steps: int) -> Generated:
+    async def step(
+        self, action: Callable[[], int], *, steps: int, unsure: bool = False
+    ) -> Generated:
         """Generates the frame after the shown one; frames that followed it before are removed.
 
         Args:
             action: called when generation begins.
             steps: DDIM steps, one of the generator's.
+            unsure: report of which patches the model is unsure, see `Scheduler.generate`.
 
         Raises:
             UserError: the session has the largest number of frames.
         """
         self._room_for(1)
         self.branches, self._script = [], deque()
-        return await self._generate(action, steps, None)
+        return await self._generate(action, steps, None, unsure)
 
-    async def replay_step(self) -> Generated:
+    async def replay_step(self, *, unsure: bool = False) -> Generated:
         """Generates the next frame of a share code.
 
         Raises:
             UserError: at the end, if the last frame differs from the shared one.
         """
         action, program = self._script.popleft()
-        generated = await self._generate(lambda: action, *program)
+        generated = await self._generate(lambda: action, *program, unsure)
         if not self._script and zlib.crc32(generated.frame.tobytes()) != self._expected:
             raise UserError(
                 "the replayed frames are not identical: this machine rounds differently from the "
@@ -208,13 +211,12 @@ class Session:
                 f"a session has at most {MAX_FRAMES} frames: save it, then start a new one"
             )
 
-    async def _generate(self, action, steps: int, lanes: int | None) -> Generated:
+    async def _generate(self, action, steps: int, lanes: int | None, unsure: bool) -> Generated:
         if self._cache is None or self._cached != self.at + 1:
             self._cache = await self._rebuilt()
         cache, self._cache = self._cache, None  # donated, even if an error follows
-        order = self._scheduler.generate(
-            cache, action, seed=self.seed, number=self.at + 1, steps=steps, lanes=lanes
-        )
+        how = dict(seed=self.seed, number=self.at + 1, steps=steps, lanes=lanes, unsure=unsure)
+        order = self._scheduler.generate(cache, action, **how)
         generated = await asyncio.wrap_future(order)
         self.history.cut(self.at + 1)
         self.history.append(generated.frame, generated.action, generated.program)

@@ -1,8 +1,9 @@
 """One player on a WebSocket: keys and commands in, frames out.
 
 In, as JSON text of at most 64 KiB: `{"do": NAME, …}`, see the methods `_do_…`; as bytes: a picture
-to start from. Out, as JSON text: `{"event": NAME, …}`; as bytes: a frame, see `_HEADER`, or after
-`{"event": "branches", …}` the frames of what-if.
+to start from. Out, as JSON text: `{"event": NAME, …}`; as bytes: a frame, see `_HEADER`; after it,
+where the page asked for `unsure`, its patches, see `_PATCHES`; or after `{"event": "branches", …}`
+the frames of what-if.
 """
 
 import asyncio
@@ -32,7 +33,9 @@ MAX_FPS = 60
 _MAX_WAITING = 32  # commands not yet processed
 # kind (1: frame), lanes, action, DDIM steps, window, number, total frames, time stamp of the key
 _HEADER = struct.Struct("<BBhHHIId")
-_FRAME, _BRANCHES = 1, 2
+# kind (3: of which patches the model is unsure), rows, columns; then a byte for each patch
+_PATCHES = struct.Struct("<BBB")
+_FRAME, _BRANCHES, _UNSURE = 1, 2, 3
 
 
 class Keys:
@@ -90,7 +93,7 @@ class Player:
         self._token: str | None = None
         self._session: Session | None = None
         self._keys = Keys(NO_ACTION)  # until the game is known
-        self._auto = self._step_mode = False
+        self._auto = self._step_mode = self._unsure = False
         self._fps, self._pinned = studio.rules.fps, 0
         self._rate: FrameRate | None = None  # until the device is ready
         self._slow = ""  # the page's message on a rate below the chosen one
@@ -297,8 +300,9 @@ class Player:
             take = lambda: keys.take(ordered)
         steps = self._steps()
         await self._adapt_rate(steps)
-        generated = await self._session.step(take, steps=steps)
+        generated = await self._session.step(take, steps=steps, unsure=self._unsure)
         await self._show(generated.frame)
+        await self._show_unsure(generated.unsure)
         self._sent = asyncio.get_running_loop().time()
         self._rate.note(self._sent - self._began)
 
@@ -320,10 +324,11 @@ class Player:
 
     async def _replay_frame(self) -> None:
         try:
-            generated = await self._session.replay_step()
+            generated = await self._session.replay_step(unsure=self._unsure)
         finally:
             frame = self._session.history.frame(self._session.at)
             await self._show(frame)
+        await self._show_unsure(generated.unsure)
         if not self._session.to_replay:
             text = f"Replayed: all {self._session.at + 1} frames are identical."
             await self._send("replayed", text=text, steps=generated.program.steps)
@@ -338,6 +343,12 @@ class Player:
         )  # fmt: skip
         self._keys.frame_stamp = 0.0
         await self._socket.send_bytes(header + frame_HWC.tobytes())
+
+    async def _show_unsure(self, patches_hw: np.ndarray | None) -> None:
+        if patches_hw is not None:
+            values = np.clip(np.nan_to_num(patches_hw), 0, 255).astype(np.uint8)
+            header = _PATCHES.pack(_UNSURE, *values.shape)
+            await self._socket.send_bytes(header + values.tobytes())
 
     async def _send(self, event: str, **fields) -> None:
         await self._socket.send_text(json.dumps({"event": event, **fields}))
@@ -376,8 +387,12 @@ class Player:
         loaded = await asyncio.to_thread(prompt_sources.from_picture, raw)
         await self._begin(Session(self._studio.scheduler, loaded, self._known))
 
-    async def _do_settings(self, fps=None, steps=None, auto=None, step_mode=None) -> None:
-        """Any of: frames a second, DDIM steps (0: the governor picks), auto-run, step mode."""
+    async def _do_settings(
+        self, fps=None, steps=None, auto=None, step_mode=None, unsure=None
+    ) -> None:
+        """Any of: frames a second, DDIM steps (0: the governor picks), auto-run, step mode, and
+        whether each frame is followed by the patches of which the model is unsure.
+        """
         if fps is not None:
             self._fps = _whole(dict(fps=fps), "fps", 1, MAX_FPS)
         if steps is not None:
@@ -390,6 +405,8 @@ class Player:
         if step_mode is not None:
             self._step_mode = bool(step_mode)
             self._keys.release()
+        if unsure is not None:
+            self._unsure = bool(unsure)
 
     async def _do_wait(self) -> None:
         """One frame without a key."""

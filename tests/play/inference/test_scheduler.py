@@ -349,3 +349,33 @@ def test_the_automatic_steps_of_an_engine_with_a_card(engine, params):
     assert found((2, 4)) == (CHOICES, (4, 2, 1))  # 1 for a machine that is far too slow
     assert found((4, 10), usual=2) == (CHOICES, (4, 2, 1))
     assert found((3, 30), usual=4) == ((*CHOICES, 3), (2, 1, 3))
+
+
+class Unsure(Counting):
+    """Is unsure of what it has compiled; notes what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.can = [], set()
+
+    def compile_unsure(self, steps):
+        self.can.add(steps)
+
+    def unsure(self, wanted, steps):
+        self.asked.append((wanted.seed, steps))
+        return np.full((8, 8), wanted.seed) if steps in self.can else None
+
+
+def test_an_overlay_is_made_for_those_alone_who_ask_and_costs_the_others_nothing():
+    generator = Unsure()
+    with Scheduler(generator) as scheduler:
+        assert order(scheduler, 1).result(timeout=5).unsure is None
+        assert not generator.asked
+        assert not generator.can
+        wanted = lambda: scheduler.generate(0, lambda: 7, seed=3, number=0, steps=1, unsure=True)
+        deadline = time.monotonic() + 5
+        while (found := wanted().result(timeout=5).unsure) is None:
+            assert time.monotonic() < deadline
+        assert (found == 3).all()
+        assert {seed for seed, _ in generator.asked} == {3}
+        assert generator.can == {1}

@@ -250,6 +250,23 @@ def test_a_model_without_a_card_has_no_marks(person):
     )
 
 
+def test_a_key_shows_of_which_patches_the_model_is_unsure_and_hides_it_again(person):
+    hidden = "return document.querySelector('#unsure').hidden"
+    person.hold("ArrowRight", 2)
+    assert person.run(hidden)
+    person.key("KeyU", True)
+    person.key("ArrowRight", True)  # the first frames come before it is compiled
+    person.until(hidden.replace("return ", "return !"))
+    person.key("ArrowRight", False)
+    person.settle()
+    shown = "const c = document.querySelector('#unsure'); return "
+    assert person.run(shown + "[c.width, c.height]") == [8, 8]
+    person.key("KeyU", True)
+    assert person.run(hidden)
+    person.hold("ArrowRight", 2)
+    assert person.run(hidden)
+
+
 def test_what_if_is_shown_and_chosen(person):
     person.start(5)
     person.click("whatif")

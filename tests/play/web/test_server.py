@@ -136,6 +136,32 @@ def test_held_keys_generate_frames_and_the_stamp_is_returned_once(new_client):
         assert one.action == 4
 
 
+def test_patches_follow_each_frame_where_they_are_asked_for_and_change_no_frame(new_client):
+    one_and_all = []
+    for wanted in (False, True):
+        with started(new_client()) as one:
+            one.send("settings", unsure=wanted, step_mode=True, steps=2)
+            one.send("start", clip=0, seed=5)
+            one.receive("started")
+            one.frame()
+            frames, seen = [], []
+            deadline = time.monotonic() + 60
+            while len(frames) < 4 or (wanted and not seen and time.monotonic() < deadline):
+                one.send("keys", action=7)
+                one.send("keys", action=4)
+                frames.append(one.frame())
+                one.send("record", on=True)  # answered at once: nothing else is on its way
+                message = one.next()
+                while not isinstance(message, dict) or message["event"] != "recording":
+                    seen += [message] if message[:1] == b"\x03" else []
+                    message = one.next()
+            one_and_all.append(frames[:4])
+            assert bool(seen) == wanted
+            for message in seen:
+                assert (message[1:3], len(message)) == (bytes([8, 8]), 3 + 64)
+    np.testing.assert_array_equal(*one_and_all)
+
+
 def test_a_tap_that_is_over_before_the_frame_begins_counts_for_one_frame(new_client):
     with started(new_client()) as one:
         one.send("settings", fps=1)

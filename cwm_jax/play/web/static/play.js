@@ -19,6 +19,7 @@ let standing = "";  // the default note
 let knownControls = "";  // the game's controls
 let place = 0, total = 1;
 let mode = "hold", recording = false, replaying = false;
+let unsure = false, unsureAge = 0;  // whether the overlay is on; frames since its last patches
 let pace = {};  // the chosen frames a second and DDIM steps
 let card = null;  // numbers of DDIM steps that the model's card lists as playable
 let game = procgenGame(), lastSent = game.idle;
@@ -167,6 +168,8 @@ function paint(canvas, bytes, offset) {
 function handleFrames(buffer) {
   const bytes = new Uint8Array(buffer);
   if (bytes[0] === 2) { showFutures(bytes); return; }
+  if (bytes[0] === 3) { showUnsure(bytes); return; }
+  if (++unsureAge > 1) hideUnsure();  // the patches of a frame follow it; until then the last ones stay
   const view = new DataView(buffer);
   paint($("screen"), bytes, HEADER);
   const steps = view.getUint16(4, true), window_ = view.getUint16(6, true);
@@ -182,6 +185,36 @@ function handleFrames(buffer) {
   $("place").textContent = `${place + 1} / ${total}`;
   $("r-steps").textContent = steps || "given";
   $("r-window").textContent = window_ > 64 ? "–" : `${window_} frame${window_ === 1 ? "" : "s"}`;
+}
+
+/* ---- of which patches the model is unsure ---- */
+
+// How far a patch of the predicted frame moves between denoising steps, in colours of 0 … 255: no
+// tint up to the first, the strongest from the second on.
+const SURE = 4, UNSURE = 16;
+
+function showUnsure(bytes) {
+  if (!unsure) return;  // sent before the key was pressed
+  const [, rows, columns] = bytes, canvas = $("unsure");
+  canvas.width = columns;
+  canvas.height = rows;
+  const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
+  for (let i = 0; i < rows * columns; i++)
+    image.data.set([255, 40, 20, 190 * Math.max(0, Math.min(1, (bytes[3 + i] - SURE) / (UNSURE - SURE)))], 4 * i);
+  context.putImageData(image, 0, 0);
+  canvas.hidden = false;
+  unsureAge = 0;
+}
+
+function hideUnsure() {
+  $("unsure").hidden = true;
+}
+
+function setUnsure(on) {
+  unsure = on;
+  hideUnsure();
+  setPace({unsure});
+  note(on ? "Red: the model is less sure of these patches of the next frames." : standing);
 }
 
 function readOut() {
@@ -323,6 +356,7 @@ function rewindBy(frames) {
 }
 
 function rewindTo(to) {
+  hideUnsure();
   halt();
   place = to;
   send({do: "rewind", to});
@@ -346,7 +380,8 @@ function onKey(event, down) {
     if (!event.repeat) sendKeys();
   } else if (down) {
     const act = {KeyZ: () => rewindBy(-1), KeyX: () => rewindBy(1), Period: oneFrame,
-      KeyP: () => event.repeat || setMode(mode === "auto" ? "hold" : "auto"), KeyF: () => event.repeat || whatIf(), Escape: closeFutures}[event.code];
+      KeyP: () => event.repeat || setMode(mode === "auto" ? "hold" : "auto"), KeyF: () => event.repeat || whatIf(),
+      KeyU: () => event.repeat || setUnsure(!unsure), Escape: closeFutures}[event.code];
     if (act) { event.preventDefault(); act(); }
   }
 }
