@@ -30,6 +30,7 @@ def test_it_is_small_and_matches_its_config(trained):
     held = sum(file.stat().st_size for file in pretrained.FOLDER.iterdir())
     assert held <= 24 * 2**20
     how = dict(dtype="auto", attention="auto", norm="auto")  # without influence on the parameters
+    how["heads"] = True  # fitted afterwards
     wanted = DiTConfig(**config.get_config().model)
     assert dataclasses.replace(trained.network, **how) == dataclasses.replace(wanted, **how)
     assert trained.path == pretrained.FOLDER / weights.NAME
