@@ -67,7 +67,8 @@ def program(command):
 @pytest.mark.timeout(900)
 def test_marked_commands_run(tmp_path):
     """In order, in a folder of their own, without network use."""
-    for name in ("cwm_jax", "configs", "assets", "train.py", "sample.py"):
+    programs = ("train.py", "sample.py", "play.py", "evaluate.py")
+    for name in ("cwm_jax", "configs", "assets", "checkpoints", "pyproject.toml", *programs):
         (tmp_path / name).symlink_to(ROOT / name)
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "WANDB_MODE": "disabled"}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
