@@ -53,14 +53,14 @@ web: $(STAMP)  ## Build dist/web, the page that plays in the browser alone (need
 
 # PYTHON=… on the command line is used as it is, on a machine that has the packages but no .venv.
 ifeq ($(origin PYTHON),command line)
-POCKET_PYTHON := $(PYTHON)
+PROGRAM_PYTHON := $(PYTHON)
 else
-POCKET_PYTHON := $(BIN)/python
-pocket: $(STAMP)
+PROGRAM_PYTHON := $(BIN)/python
+pocket check-gpu bench-gpu: $(STAMP)
 endif
 
 pocket:  ## Record the game, train for MINUTES (a GPU: 9; a CPU: 300), export to OUTPUT; resumable
-	$(POCKET_PYTHON) -m cwm_jax.tools.pocket \
+	$(PROGRAM_PYTHON) -m cwm_jax.tools.pocket \
 	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(FRAMES),--frames $(FRAMES)) \
 	  $(if $(DATA),--data $(DATA)) $(if $(WORKDIR),--workdir $(WORKDIR)) \
 	  $(if $(OUTPUT),--output $(OUTPUT)) $(CONFIG)
@@ -75,10 +75,10 @@ faults: $(STAMP)  ## Kill, starve and mislead training runs for MINUTES=10 (RESU
 	$(BIN)/python -m tests.faults --minutes $(or $(MINUTES),10) $(if $(RESULTS),--results $(RESULTS))
 
 check-gpu:  ## Check in 2 minutes that this GPU computes what a CPU does (PYTHON=…)
-	$(PYTHON) -m benchmarks.check_gpu
+	$(PROGRAM_PYTHON) -m benchmarks.check_gpu
 
 bench-gpu:  ## Measure this GPU in 8 minutes (PYTHON=…; ORIGINAL=DIR, the PyTorch one, beside it)
-	$(PYTHON) -m benchmarks.gpu $(if $(ORIGINAL),--original $(ORIGINAL))
+	$(PROGRAM_PYTHON) -m benchmarks.gpu $(if $(ORIGINAL),--original $(ORIGINAL))
 
 lint: $(STAMP)  ## Check format and lint, change nothing
 	$(BIN)/ruff format --check .

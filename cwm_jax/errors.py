@@ -14,7 +14,7 @@ class UserError(Exception):
     """
 
 
-def tell(text: str, *, file: TextIO | None = None) -> None:
+def echo(text: str, *, file: TextIO | None = None) -> None:
     """Prints to stderr, or to `file`. Text that cannot be written is dropped without an error."""
     stream = _BestEffort(file or sys.stderr)
     stream.write(f"{text}\n")
@@ -65,10 +65,10 @@ def shown_to_user() -> Iterator[None]:
             try:
                 yield
             except UserError as error:
-                tell(f"error: {error}")
+                echo(f"error: {error}")
                 raise SystemExit(2) from None
             except KeyboardInterrupt:
-                tell("\ninterrupted")
+                echo("\ninterrupted")
                 raise SystemExit(130) from None
     finally:
         for stream in (sys.stdout, sys.stderr):

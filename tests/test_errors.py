@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cwm_jax.errors import UserError, shown_to_user, tell
+from cwm_jax.errors import UserError, echo, shown_to_user
 
 
 @pytest.mark.parametrize(
@@ -33,11 +33,11 @@ def test_our_own_faults_keep_their_traceback():
 _PROGRAM = """
 import sys, warnings
 from tqdm import tqdm
-from cwm_jax.errors import shown_to_user, tell
+from cwm_jax.errors import shown_to_user, echo
 with shown_to_user():
     for _ in tqdm(range(3), desc="generating"):
         print("3 frames → a.mp4", flush=True)
-    tell("„done“")
+    echo("„done“")
     warnings.warn("sehr schön")
     with open(sys.argv[1], "w", encoding="utf-8") as file:
         assert file.fileno() > 2, "a library that prints would write into this file"
@@ -82,5 +82,5 @@ def test_the_programs_help_is_printed_in_ascii():
 
 def test_messages_are_printed_also_outside_of_a_program(capsys):
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    tell("a → b", file=narrow)
+    echo("a → b", file=narrow)
     assert narrow.buffer.getvalue() == b"a \\u2192 b\n"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from cwm_jax import files, shipped
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.files import HUB, MODEL_FILE, SAFETENSORS, written_whole
 from cwm_jax.runtime import network
 
@@ -137,7 +137,7 @@ def _kept(home: Path, name: HubName, reason: UserError) -> Path:
     checksum = path.parent.name  # SHA-256; git's own for files that are small
     if len(checksum) == _SHA256_DIGITS and files.sha256(path) != checksum:
         raise UserError(f"{name} is kept in {path}, and that file is damaged; {reason}")
-    tell(f"the hub cannot be reached: {shown(path)} is used, which was fetched as {name}")
+    echo(f"the hub cannot be reached: {shown(path)} is used, which was fetched as {name}")
     return path
 
 

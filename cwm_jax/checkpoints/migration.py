@@ -89,14 +89,13 @@ BEFORE = {
     "schedule.stages": [],
     "checkpoints.every_minutes": 0.0,
 }
-_FILLED = ("model.", "logging.")
 
 
 def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with this version's names, as a nested dict; one of this version is unchanged.
 
-    Settings of the network and of logging that did not exist are filled in. Where both an old
-    and a new name are set, as in a user's config file that changes settings of
+    In the groups that it has, settings that did not exist are filled in. Where both an old and a
+    new name are set, as in a user's config file that changes settings of
     `configs/base.py`, the old name counts: it was set last. Unknown keys stay.
     """
     flat = dict(flattened(config))
@@ -104,10 +103,9 @@ def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
     given |= {RENAMED[name]: value for name, value in flat.items() if name in RENAMED}
     if "schedule.stages" in given:
         given["schedule.stages"] = _stages(given["schedule.stages"])
-    for group in _FILLED:
-        if any(name.startswith(group) for name in given):
-            given = {name: v for name, v in BEFORE.items() if name.startswith(group)} | given
-    return nested(given)
+    groups = {name.partition(".")[0] for name in given if "." in name}
+    filled = {name: v for name, v in BEFORE.items() if name.partition(".")[0] in groups}
+    return nested(filled | given)
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cwm_jax import shipped
 from cwm_jax.checkpoints import hub_models
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.files import MODEL_FILE
 
 FOLDER = shipped.model()
@@ -26,7 +26,7 @@ def unless(named: Path | str | None) -> Path:
     if not (FOLDER / MODEL_FILE).is_file():
         raise UserError(_missing())
     told = f"Using {NAME}, the model that comes with the project; --checkpoint names another"
-    tell(told, file=sys.stdout)
+    echo(told, file=sys.stdout)
     return FOLDER
 
 

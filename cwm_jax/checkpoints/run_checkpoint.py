@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from cwm_jax import config_group
 from cwm_jax.checkpoints import checksums, migration
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import Params
@@ -109,7 +109,7 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as error:  # left by a failed save, which was logged
-            tell(f"warning: closing the checkpoints: {_first_line(error)}")
+            echo(f"warning: closing the checkpoints: {_first_line(error)}")
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's step."""
@@ -333,7 +333,7 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
         message = f"{folder} is not a whole checkpoint: {fault}"
         if folder == candidates[-1]:
             raise UserError(message)
-        tell(f"warning: {message}; trying the one before it")
+        echo(f"warning: {message}; trying the one before it")
     raise AssertionError("there is at least one candidate")
 
 
@@ -393,7 +393,7 @@ def _find(path: Path, step: int | None) -> list[Path]:
 
 def _warn(text: str) -> None:
     rule = "=" * 78
-    tell(f"{rule}\n{text}\n{rule}")
+    echo(f"{rule}\n{text}\n{rule}")
 
 
 def _first_line(error: Exception) -> str:

@@ -26,7 +26,7 @@ from cwm_jax.data.clips import Batch, Clips, Episodes, cut
 from cwm_jax.data.config import DataConfig
 from cwm_jax.data.records import OUTCOME_KEYS, BadRecord
 from cwm_jax.data.shards import find_shards
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.runtime import process_memory
 
 _TRIED = 8  # records that are looked at for rewards
@@ -99,7 +99,7 @@ class _Tally:
                 f"{told}\nThat is bad record number {count} of this split, and "
                 f"data.max_bad_records={self._limit}: mend the data, or allow more."
             )
-        tell(
+        echo(
             f"warning: {told}; skipped ({count} of at most {self._limit})",
         )
 
@@ -148,7 +148,7 @@ class TrainBatches(Iterator[Batch]):
                 if "terminated unexpectedly" not in str(error):
                     raise
                 self.close()
-                tell(
+                echo(
                     f"warning: a process that reads data has died ({error}); starting all of them "
                     f"again at batch {self._taken} ({life + 1} of {_WORKER_LIVES} tries)",
                 )

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from cwm_jax.errors import tell
+from cwm_jax.errors import echo
 
 _FOLDER = Path("/dev/shm")
 _BATCHES_PER_PROCESS = 4  # as seen: Grain keeps so many waiting for each
@@ -21,7 +21,7 @@ def warn_if_short(processes: int, batch_bytes: int, folder: Path = _FOLDER) -> N
     free = shutil.disk_usage(folder).free
     if free < wanted:
         size = f"{-(-wanted // 10**9)}G"
-        tell(
+        echo(
             f"warning: {processes} reading processes hand over batches through {folder} and will "
             f"want about {wanted / 1e9:.2g} GB there; {free / 1e9:.2g} GB is free. When it runs "
             f"out, they die. Give it room (mount -o remount,size={size} {folder}, or docker run "

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from cwm_jax import shipped
 from cwm_jax.checkpoints import bundle, hub_models, weights
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.evaluation import comparison, paired
 from cwm_jax.models.config import DiTConfig
 
@@ -117,7 +117,7 @@ def sharpnesses(network: DiTConfig, wanted: Sequence[float] | None) -> tuple[flo
     """
     if not network.warp_reach:
         kind = "copies whole pixels" if network.reach else "does not warp the last frame"
-        tell(
+        echo(
             f"warp sharpness is left out: it is the power of softmax filters, and this network "
             f"{kind}"
         )

@@ -24,7 +24,7 @@ from cwm_jax import files
 from cwm_jax.coinrun import CHANNELS, MEANINGFUL_ACTIONS, NUM_ACTIONS, action_keys, to_model
 from cwm_jax.data import loader, npz
 from cwm_jax.data.config import DataConfig
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.evaluation import held_out, probe_features
 from cwm_jax.evaluation.held_out import HeldOut
 from cwm_jax.evaluation.probe_features import Sight
@@ -189,7 +189,7 @@ def _kept(path: Path) -> nnx.State | None:
         if any(saved[_key(at)].shape != leaf.shape for at, leaf in flat):
             raise UserError(f"cannot read {path}: its arrays have other shapes")
     except (UserError, OSError) as error:
-        tell(f"warning: {error}; the probe is trained again")
+        echo(f"warning: {error}; the probe is trained again")
         return None
     leaves = [(at, leaf.replace(jnp.asarray(saved[_key(at)]))) for at, leaf in flat]
     return nnx.from_flat_state(leaves)
@@ -201,7 +201,7 @@ def _keep(probe: Probe, path: Path) -> None:
         with files.written_whole(path) as temporary:
             np.savez(temporary, **{_key(at): np.asarray(leaf[...]) for at, leaf in flat})
     except (UserError, OSError) as error:
-        tell(f"warning: the probe is not kept, and the next call trains it again: {error}")
+        echo(f"warning: the probe is not kept, and the next call trains it again: {error}")
 
 
 def _key(path: tuple) -> str:

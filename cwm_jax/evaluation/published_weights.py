@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cwm_jax.data import safe_pickle
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.files import written_whole
 from cwm_jax.runtime import user_cache
 
@@ -58,9 +58,9 @@ def available(of: Published) -> dict[str, np.ndarray] | None:
     try:
         if path(of).exists():
             return read(of, path(of))
-        tell(f"{of.name} is left out: {path(of)} is missing; `{of.fetch}` gets its weights once")
+        echo(f"{of.name} is left out: {path(of)} is missing; `{of.fetch}` gets its weights once")
     except (UserError, OSError) as error:
-        tell(f"{of.name} is left out: {error}")
+        echo(f"{of.name} is left out: {error}")
     return None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from cwm_jax import files
 from cwm_jax.checkpoints import formats, run_checkpoint
 from cwm_jax.data import device_data, loader
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.evaluation import generation, lpips_weights, quick, single_step
 from cwm_jax.experiment import (
     clock,
@@ -272,7 +272,7 @@ class _Run:
         state = self.checkpoints.restore(sharding.abstract(shapes, self.mesh))
         lines = [f"resuming from step {self._place(saved.step)} in {self.workdir}"]
         lines += [f"  changed setting: {line}" for line in differing]
-        tell("\n".join(lines), file=sys.stdout)
+        echo("\n".join(lines), file=sys.stdout)
         return saved.step, state, saved.pause_due
 
     def _place(self, step: int) -> str:
@@ -287,7 +287,7 @@ class _Run:
         path = self.settings.init_from
         if not path:
             return None
-        tell(f"starting from the parameters of {path}", file=sys.stdout)
+        echo(f"starting from the parameters of {path}", file=sys.stdout)
         return self._params_of("init_from", path)
 
     def _teacher(self) -> Teacher | None:
@@ -295,7 +295,7 @@ class _Run:
         if not path:
             return None
         params = self._params_of("distil_from", path)
-        tell(f"distilling {path} to half of its denoising steps", file=sys.stdout)
+        echo(f"distilling {path} to half of its denoising steps", file=sys.stdout)
         make = functools.partial(
             train_step.init_teacher, self.settings.model, steps=self.settings.sampler.ddim_steps
         )
@@ -526,5 +526,5 @@ def _attempt(what: str, action: Callable[[], Result], *, alone: bool = False) ->
         if jax.process_count() > 1 and not alone:
             raise
         name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        tell(f"WARNING: cannot {what}: {name}{error}; training continues")
+        echo(f"WARNING: cannot {what}: {name}{error}; training continues")
         return None

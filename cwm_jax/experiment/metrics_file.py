@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.files import written_whole
 
 
@@ -73,7 +73,7 @@ class MetricsFile:
             self._warned = False
         except OSError as error:
             if not self._warned:
-                tell(
+                echo(
                     f"WARNING: cannot write {self._path} ({error.strerror}); its lines are "
                     f"kept in memory until it can be written again",
                 )
@@ -116,6 +116,6 @@ def _records(text: bytes, path: Path) -> Iterator[tuple[bytes, dict]]:
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             if line.strip() and number < len(lines):  # the last has no newline: it is truncated
-                tell(f"warning: {path}, line {number} is not a record and is ignored")
+                echo(f"warning: {path}, line {number} is not a record and is ignored")
             continue
         yield line, record

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.experiment.reporters import Reporter
 from cwm_jax.files import written_whole
 
@@ -86,7 +86,7 @@ class Progress:
                 f"{self._other_kernels()}"
             )
         count = f"{self._skipped} of at most {self._max_skipped}"
-        tell(f"warning: {message} ({count})")
+        echo(f"warning: {message} ({count})")
 
     def _write_record(self, path: Path, step: int, metrics: dict) -> None:
         """Writes a record for later analysis; a failure is only logged."""
@@ -96,7 +96,7 @@ class Progress:
             with written_whole(path) as temporary:
                 temporary.write_text(json.dumps(record, indent=1) + "\n")
         except (UserError, OSError) as error:
-            tell(f"warning: {path} could not be written: {error}")
+            echo(f"warning: {path} could not be written: {error}")
 
     def _other_kernels(self) -> str:
         """How to exclude the kernels as the cause, if they are not XLA's already."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from cwm_jax.errors import tell
+from cwm_jax.errors import echo
 from cwm_jax.experiment.metrics_file import MetricsFile
 from cwm_jax.experiment.tensorboard_run import open_tensorboard
 from cwm_jax.experiment.wandb_run import WandbConfig, open_wandb
@@ -95,7 +95,7 @@ class Reporter:
             except Exception as error:
                 self._sinks = tuple(other for other in self._sinks if other is not sink)
                 name = type(sink).__name__
-                tell(f"WARNING: {name} failed and is disabled: {type(error).__name__}: {error}")
+                echo(f"WARNING: {name} failed and is disabled: {type(error).__name__}: {error}")
 
     def _fresh(self, step: int, names: Sequence[str] | Mapping) -> list[str]:
         if step < self._step:

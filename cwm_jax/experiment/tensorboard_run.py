@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from cwm_jax.coinrun import FPS
-from cwm_jax.errors import tell
+from cwm_jax.errors import echo
 from cwm_jax.rendering import video
 
 FOLDER = "tensorboard"
@@ -69,7 +69,7 @@ def open_tensorboard(
     try:
         return TensorBoardRun(folder, run_config=run_config, resume_step=resume_step)
     except Exception as error:
-        tell(f"WARNING: TensorBoard is off: {type(error).__name__}: {error}")
+        echo(f"WARNING: TensorBoard is off: {type(error).__name__}: {error}")
         return None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cwm_jax.config_group import ConfigGroup, setting
-from cwm_jax.errors import tell
+from cwm_jax.errors import echo
 from cwm_jax.files import written_whole
 
 MODES = ("auto", "online", "offline", "disabled")
@@ -125,7 +125,7 @@ def resolved_mode(mode: str) -> str:
     try:
         return _own_mode()
     except Exception as error:  # no home folder, or an unknown value in WANDB_…
-        tell(
+        echo(
             f"warning: W&B cannot read its settings, so the run is kept on this machine: "
             f"{type(error).__name__}: {error}"
         )
@@ -171,7 +171,7 @@ def _run_id(file: Path, resuming: bool) -> str:
 
 def _warn(error: Exception) -> None:
     rule = "=" * 78
-    tell(
+    echo(
         f"{rule}\nWARNING: W&B failed and is disabled for the rest of this run.\n"
         f"  {type(error).__name__}: {error}\n"
         f"Training continues, and metrics.jsonl has every number.\n{rule}"

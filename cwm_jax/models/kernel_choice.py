@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cwm_jax import files
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.models import attention, kernel_measure, kernel_trials, kernels, layers
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.kernel_measure import Found, is_final, measure, one_line
@@ -50,7 +50,7 @@ def measured(network: DiTConfig, *, clips: int, frames: int) -> DiTConfig:
             reports.append(f"{setting}={chosen[setting]} ({_listed(found)}{remark})")
     if jax.process_index() == 0:
         device = jax.devices()[0].device_kind
-        tell(f"kernels on {device}, forward and backward: {'; '.join(reports)}", file=sys.stdout)
+        echo(f"kernels on {device}, forward and backward: {'; '.join(reports)}", file=sys.stdout)
     return dataclasses.replace(network, **chosen)
 
 
@@ -75,7 +75,7 @@ def _outcomes(network: DiTConfig, clips: int, frames: int) -> dict[str, tuple[Fo
             if all(map(is_final, found.values())):
                 _keep(key, trial.setting, found)
     except Exception as error:  # optional: the run continues with XLA's kernels
-        tell(f"warning: kernels could not be measured: {one_line(error)}")
+        echo(f"warning: kernels could not be measured: {one_line(error)}")
     return outcomes
 
 
@@ -132,7 +132,7 @@ def _read() -> dict[str, dict[str, Found]]:
         if not all(isinstance(value, dict) for value in (kept, *kept.values())):
             raise ValueError("it does not hold measurements")
     except (OSError, ValueError, AttributeError) as error:
-        tell(f"warning: {path} cannot be used and is ignored: {one_line(error)}")
+        echo(f"warning: {path} cannot be used and is ignored: {one_line(error)}")
         return {}
     return kept
 
@@ -147,7 +147,7 @@ def _keep(key: str, setting: str, found: Found) -> None:
         with files.written_whole(path) as temporary:
             temporary.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     except (OSError, UserError) as error:
-        tell(f"warning: measurements of kernels could not be saved: {one_line(error)}")
+        echo(f"warning: measurements of kernels could not be saved: {one_line(error)}")
 
 
 def _is_result_of(found: object, trial: Trial) -> bool:

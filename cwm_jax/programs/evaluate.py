@@ -24,7 +24,7 @@ from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
 from cwm_jax.data import loader, shards
 from cwm_jax.data.config import DataConfig
-from cwm_jax.errors import UserError, shown_to_user, tell
+from cwm_jax.errors import UserError, echo, shown_to_user
 from cwm_jax.evaluation import (
     bootstrap,
     closed_loop,
@@ -147,7 +147,7 @@ def _write_report(folder: Path, measured: full.Measured, plan: full.Plan) -> str
     except UserError:
         raise
     except Exception as error:
-        tell(f"WARNING: there is no report: {type(error).__name__}: {error}")
+        echo(f"WARNING: there is no report: {type(error).__name__}: {error}")
         return ""
     return f"\npictures → {folder / html_report.FILE}"
 

@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from cwm_jax import shipped
 from cwm_jax.checkpoints import migration
-from cwm_jax.errors import UserError, shown_to_user, tell
+from cwm_jax.errors import UserError, echo, shown_to_user
 from cwm_jax.experiment import dry_run, loop
 from cwm_jax.experiment.settings import Settings
 from cwm_jax.files import local_path, path_flag
@@ -96,7 +96,7 @@ def _train(settings: Settings, config: dict, workdir: Path) -> None:
         gc.collect()  # the last batches, lest the exit complain of their shared memory, …
         time.sleep(_LAST_BATCHES_SECONDS)  # … which Grain frees in a thread that the exit would end
     except preemption.Preempted as stopped:
-        tell(str(stopped))
+        echo(str(stopped))
         raise SystemExit(preemption.EXIT_CODE) from None
 
 

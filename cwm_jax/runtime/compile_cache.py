@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from cwm_jax.errors import tell
+from cwm_jax.errors import echo
 from cwm_jax.runtime import user_cache
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # JAX's own; it overrides the default
@@ -54,7 +54,7 @@ def _usable(folder: Path | str | None) -> str | None:
                 return str(folder)
         except OSError as error:
             reason = f"{folder} cannot be written ({error.strerror})"
-    tell(
+    echo(
         f"warning: {reason}, so compiled programs are not kept and the next start compiles "
         f"again; {VARIABLE} names another folder"
     )

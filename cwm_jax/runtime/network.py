@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _SCHEMES = ("http", "https", "socks5", "socks5h")
@@ -99,6 +99,6 @@ def without_unusable() -> None:
 
 
 def _ignore(names: list[str], reason: str) -> None:
-    tell(f"warning: {', '.join(names)} cannot be used and is ignored: {reason}")
+    echo(f"warning: {', '.join(names)} cannot be used and is ignored: {reason}")
     for name in names:
         del os.environ[name]

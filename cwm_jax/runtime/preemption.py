@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from cwm_jax.errors import tell
+from cwm_jax.errors import echo
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not a failure; start the program again
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -70,6 +70,6 @@ class Stop:
             signal.signal(each, signal.SIG_DFL)
         if signal.SIGHUP in self._before:  # a closing terminal and its shell send one each
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        tell(
+        echo(
             f"\n{self.signal}: finishing this step, then saving. Send it again to stop at once.",
         )

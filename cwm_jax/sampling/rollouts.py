@@ -16,7 +16,7 @@ from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
 from cwm_jax.data import loader
 from cwm_jax.data.config import DataConfig
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.rendering import contact_sheet, video
 from cwm_jax.sampling.generator import Generator
 
@@ -92,7 +92,7 @@ def _at_most(
     there = int((episodes.lengths >= length).sum())
     if count <= there:
         return count
-    tell(
+    echo(
         f"{config.dir}/{split} has {there} records of {length} frames: generating so many "
         f"rollouts instead of {count}"
     )
@@ -198,7 +198,7 @@ def _watched(frames: Iterator[np.ndarray], script: Script) -> Iterator[np.ndarra
     seconds = time.perf_counter() - began
     later = samples * (wanted - _call_size(wanted))
     rate = later / (time.perf_counter() - compiled)
-    tell(
+    echo(
         f"{samples} × {wanted} frames in {seconds:.1f} s, including compilation"
         + (f"; {rate:.1f} frames/s after compilation" if later else ""),
         file=sys.stdout,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cwm_jax import shipped
-from cwm_jax.errors import UserError, tell
+from cwm_jax.errors import UserError, echo
 from cwm_jax.runtime import network, user_cache
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
@@ -142,7 +142,7 @@ def _make(folder: Path) -> None:
     if wrong := network.faults():
         raise UserError("pip cannot reach its index: " + "; ".join(wrong))
     maker = find_maker()
-    tell(f"making the simulator's environment in {folder} (once)")
+    echo(f"making the simulator's environment in {folder} (once)")
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
         raise UserError(f"{folder} is there and is no virtual environment; name another folder")
     shutil.rmtree(folder, ignore_errors=True)

@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from cwm_jax.errors import UserError, shown_to_user, tell
+from cwm_jax.errors import UserError, echo, shown_to_user
 from cwm_jax.evaluation import i3d_weights, lpips_weights, published_weights
 from cwm_jax.evaluation.published_weights import Published
 from cwm_jax.files import path_flag
@@ -58,7 +58,7 @@ def _is_there(of: Published, file: Path) -> bool:
     try:
         published_weights.read(of, file)
     except UserError as error:
-        tell(f"{error}; getting it again")
+        echo(f"{error}; getting it again")
         return False
     return True
 
@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     )
     jobs = parser.add_subparsers(dest="job", required=True)
     add = jobs.add_parser("fetch", help="weights of LPIPS, or of I3D").add_argument
-    add("network", nargs="?", choices=NETWORKS, default="lpips", help="(%(default)s)")
+    add("network", nargs="?", choices=tuple(NETWORKS), default="lpips", help="(%(default)s)")
     add("--archive", type=path_flag, help="the published archive, if you have it (downloaded)")
     return parser
 

@@ -24,7 +24,7 @@ from cwm_jax import controls, files, shipped
 from cwm_jax.checkpoints.run_checkpoint import FOLDER
 from cwm_jax.data import shards
 from cwm_jax.data.records import FRAME_BYTES
-from cwm_jax.errors import UserError, shown_to_user, tell
+from cwm_jax.errors import UserError, echo, shown_to_user
 from cwm_jax.files import path_flag
 from cwm_jax.runtime import process_memory
 from cwm_jax.runtime.preemption import EXIT_CODE
@@ -139,7 +139,7 @@ def record(data: Path, frames: int) -> None:
     """
     have = look_at(data)
     if not have.by_us:
-        tell(f"training on {data} as it is: it was not recorded by cwm_jax.tools.collect")
+        echo(f"training on {data} as it is: it was not recorded by cwm_jax.tools.collect")
         return
     wanted = dict(train=records_for(frames), val=HELD_OUT, test=HELD_OUT)
     wanted = {split: max(count, have.wanted[split]) for split, count in wanted.items()}
@@ -244,7 +244,7 @@ def make(args: argparse.Namespace, more: Sequence[str]) -> None:
     if device.is_gpu:
         process_memory.multiply_by_library()
     record(args.data, args.frames)
-    tell(f"training for {args.minutes:g} minutes on {device.kind}")
+    echo(f"training for {args.minutes:g} minutes on {device.kind}")
     code = _run(train_words(args, device, more))
     if code in (0, EXIT_CODE) and any(_saved(args.workdir)):
         words = ["-m", "cwm_jax.tools.export", str(args.workdir), "--format", "safetensors"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cwm_jax import shipped
 from cwm_jax.checkpoints import formats, pretrained
-from cwm_jax.errors import UserError, shown_to_user, tell
+from cwm_jax.errors import UserError, echo, shown_to_user
 from cwm_jax.files import model_flag, path_flag
 from cwm_jax.onnx import folder
 from cwm_jax.play.session.prompt_sources import ClipPrompts
@@ -63,11 +63,11 @@ def _steps(text: str) -> tuple[int, ...]:
 def _serve(args: argparse.Namespace) -> None:
     with server.serving(args.output, args.host, args.port) as serving:
         host, port = serving.server_address[:2]
-        tell(f"Play at http://{host}:{port}/ (Ctrl-C ends it)", file=sys.stdout)
+        echo(f"Play at http://{host}:{port}/ (Ctrl-C ends it)", file=sys.stdout)
         try:
             serving.serve_forever()
         except KeyboardInterrupt:
-            tell("")
+            echo("")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwm_jax.errors import tell
+from cwm_jax.errors import echo
 from cwm_jax.experiment.reporters import Reporter, Terminal, open_reporter
 from cwm_jax.experiment.wandb_run import WandbConfig
 
@@ -177,4 +177,4 @@ def test_a_log_on_a_full_disk_is_harmless(monkeypatch):
     terminal.scalars(1, {"train/loss": 0.5})
     terminal.media(1, "rollout/video", Path("video.mp4"), "video")
     monkeypatch.setattr("sys.stderr", Full())
-    tell("WARNING: this cannot be written")
+    echo("WARNING: this cannot be written")

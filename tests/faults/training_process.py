@@ -152,7 +152,7 @@ def _train(workdir, config, log, cache, injection, environment) -> None:
     import jax
     from absl import logging
 
-    from cwm_jax.errors import shown_to_user, tell
+    from cwm_jax.errors import echo, shown_to_user
     from cwm_jax.experiment import loop
     from cwm_jax.experiment.settings import Settings
     from cwm_jax.rendering import plots
@@ -170,7 +170,7 @@ def _train(workdir, config, log, cache, injection, environment) -> None:
         with shown_to_user():
             state = loop.train(Settings.from_config(config), workdir, config=config)
     except preemption.Preempted as stopped:
-        tell(str(stopped))
+        echo(str(stopped))
         raise SystemExit(preemption.EXIT_CODE) from None
     (workdir / "end.json").write_text(json.dumps(_digest(state)))
 

@@ -101,7 +101,7 @@ def test_every_setting_that_must_match_is_named():
 def test_a_full_disk_does_not_change_the_exit_code(ending):
     program = (
         "from cwm_jax import errors\nwith errors.shown_to_user():\n"
-        f"    print('a word'); errors.tell('another'); raise {ending}"
+        f"    print('a word'); errors.echo('another'); raise {ending}"
     )
     with open("/dev/full", "w") as full:
         words = [sys.executable, "-c", program]

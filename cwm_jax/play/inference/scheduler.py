@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from cwm_jax.errors import tell
+from cwm_jax.errors import echo
 from cwm_jax.play.inference.engine import LANES, Lane, Program
 from cwm_jax.play.inference.governor import Governor
 
@@ -165,7 +165,7 @@ class Scheduler:
                 if not self.first_program.is_set():
                     self.fault = error
                 what = "the overlay" if wanted[1] is None else f"{wanted[1]} lanes"
-                tell(f"could not compile {what} of {wanted[0]} steps: {error}")
+                echo(f"could not compile {what} of {wanted[0]} steps: {error}")
             self.first_program.set()
 
     def _compile_one(self, steps: int, lanes: int | None) -> None:
