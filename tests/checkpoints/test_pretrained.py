@@ -51,7 +51,7 @@ def test_its_card_describes_this_model(trained):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_it_does_better_than_the_last_frame(trained, steps):
     """On embedded clips of levels that it was not trained on, four frames after four given."""
-    embedded = DataConfig(dir="assets/coinrun")
+    embedded = DataConfig(num_workers=0, dir="assets/coinrun")
     episodes = loader.open_episodes(embedded, "test", num_actions=15)
     picked = loader.pick_episodes(episodes, count=6, length=24)
     clips = loader.load_clips(episodes, picked, length=24)
