@@ -124,7 +124,7 @@ def play_real(simulator, levels, frames: int, act) -> dict[str, np.ndarray]:
     shown = [seen.frames]
     for _ in range(frames):
         running = ~seen.over
-        following = playing.send(act(seen.frames).tolist())
+        following = playing.send(act(seen.frames.copy()).tolist())
         far += scroll(seen.frames, following.frames) * running
         steps += running
         coins += following.rewards > 0

@@ -215,7 +215,9 @@ def test_parts_that_fail_or_are_cut_off_leave_their_rows(tmp_path, monkeypatch):
 
 
 def test_episodes_of_a_batch(make_data):
-    config = DataConfig(dir=str(make_data(train=[[40, 32], [32]])))  # 2 clips, 1 and 1
+    config = DataConfig(
+        num_workers=0, dir=str(make_data(train=[[40, 32], [32]]))
+    )  # 2 clips, 1 and 1
     assert data.episodes_per_batch(config, 4) == 3
     assert data.episodes_per_batch(config, 1) == 1
 

@@ -33,7 +33,7 @@ SUBCOMMANDS = {
     "pack": Subcommand("cwm_jax.tools.pack", "make a data folder from your own recordings"),
     "preview": Subcommand("cwm_jax.tools.preview", "show a data folder"),
     "check": Subcommand("cwm_jax.tools.check", "find and remove bad records"),
-    "export": Subcommand("cwm_jax.tools.export", "safetensors, orbax or a bundle of a model"),
+    "export": Subcommand("cwm_jax.tools.export", "safetensors, orbax, bundle or ONNX of a model"),
     "heads": Subcommand("cwm_jax.tools.heads", "add rewards and ends of episodes to a model"),
     "web": Subcommand("cwm_jax.tools.web", "make a page that runs a model in the browser"),
     "import": Subcommand(

@@ -110,23 +110,49 @@ def devices() -> Finding:
     return Finding(OK, f"{len(found)} × {kinds}" if len(found) == 1 else kinds)
 
 
+def gpu_memory() -> Finding:
+    """Other processes that use memory of a GPU, nearly all of which training allocates."""
+    rows = _nvidia_smi("--query-compute-apps=pid,process_name,used_memory")
+    held = [[part.strip() for part in row.split(",")] for row in rows]
+    names = [f"{row[1]} (process {row[0]}, {row[2]})" for row in held if len(row) == 3]
+    if not names:
+        return Finding(OK, "no other process holds memory of a GPU")
+    mend = "end these, or choose another GPU: CUDA_VISIBLE_DEVICES=1"
+    return Finding(NOTE, f"memory of a GPU is held by {', '.join(names)}", mend)
+
+
 def nvidia_driver() -> str:
     """The driver's version from `nvidia-smi`; empty if there is none."""
+    return next(iter(_nvidia_smi("--query-gpu=driver_version")), "")
+
+
+def _nvidia_smi(query: str) -> list[str]:
+    """Output lines of `nvidia-smi`; none if it is missing, fails or hangs."""
     if not shutil.which("nvidia-smi"):
-        return ""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return []
+    command = ["nvidia-smi", query, "--format=csv,noheader"]
     try:
         done = subprocess.run(
-            query, capture_output=True, text=True, errors="replace", check=False, timeout=30
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=30
         )
-    except (OSError, subprocess.TimeoutExpired):  # a driver that hangs reports no version
-        return ""
-    return done.stdout.split("\n")[0].strip() if done.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.splitlines()] if done.returncode == 0 else []
+
+
+# Drivers that JAX's wheels need: https://docs.jax.dev/en/latest/installation.html
+_CUDA_12_DRIVER, _CUDA_13_DRIVER = 525, 580
 
 
 def _mend_cuda(driver: str) -> str:
-    newer = driver.split(".")[0].isdigit() and int(driver.split(".")[0]) >= 580
-    return f'pip install -U "cwm_jax[{"cuda13" if newer else "cuda12"}]"; unset JAX_PLATFORMS'
+    major = int(driver.split(".")[0]) if driver.split(".")[0].isdigit() else _CUDA_12_DRIVER
+    if major < _CUDA_12_DRIVER:
+        return (
+            f"install NVIDIA's driver {_CUDA_12_DRIVER} or newer ({_CUDA_13_DRIVER} for CUDA 13); "
+            f"{driver} is too old for JAX's CUDA wheels"
+        )
+    extra = "cuda13" if major >= _CUDA_13_DRIVER else "cuda12"
+    return f'pip install -U "cwm_jax[{extra}]"; unset JAX_PLATFORMS'
 
 
 def _memory(device) -> str:
@@ -277,6 +303,7 @@ def examine(folder: Path) -> list[tuple[str, Finding]]:
         "python": python,
         "packages": lambda: packages(requirements()),
         "files": files,
+        "gpu memory": gpu_memory,  # before JAX claims it
         "devices": devices,
         "cudnn": cudnn,
         "video": codecs,

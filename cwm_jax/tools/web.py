@@ -15,7 +15,7 @@ from pathlib import Path
 from cwm_jax import shipped
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.errors import UserError, echo, shown_to_user
-from cwm_jax.files import path_flag
+from cwm_jax.files import model_flag, path_flag
 from cwm_jax.onnx import folder
 from cwm_jax.play.session.prompt_sources import ClipPrompts
 from cwm_jax.runtime import devices
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("--build", action="store_true", help="build it again, do not serve")
     add("--output", type=path_flag, default=_OUTPUT, help="the folder (%(default)s)")
-    add("--checkpoint", type=path_flag, help="the model (checkpoints/pocket)")
+    add("--checkpoint", type=model_flag, help="the model (checkpoints/pocket)")
     add("--step", type=int, help="which checkpoint of a run (the newest)")
     add("--name", help="name of the model on the page (the checkpoint's name)")
     add("--ddim-steps", metavar="S,S,…", help="denoising steps to choose from (the model's card)")

@@ -41,7 +41,7 @@ LENGTHS = [[40, 33, 31], [], [160], [32, 47]]  # clips of 32 every 8: 2, 1, 0, 1
 
 @pytest.fixture
 def config(make_data) -> DataConfig:
-    return DataConfig(dir=str(make_data(train=LENGTHS, val=LENGTHS)), num_threads=2)
+    return DataConfig(num_workers=0, dir=str(make_data(train=LENGTHS, val=LENGTHS)), num_threads=2)
 
 
 def places(batch) -> list[tuple[int, int]]:
@@ -122,7 +122,7 @@ def test_shards_of_another_layout_are_read_for_their_lengths(tmp_path, marked_ep
     for number, length in enumerate([40, 33, 50, 40]):
         writer.write(encode(marked_episode(number, length)))
     writer.close()
-    config = DataConfig(dir=str(tmp_path))
+    config = DataConfig(num_workers=0, dir=str(tmp_path))
     assert open_episodes(config, "train").lengths.tolist() == [40, 33, 50, 40]
     batches = train_batches(config, batch_size=1, seed=0, epochs=1)
     assert sorted(flat(taken(batches))) == every_clip([[40, 33, 50, 40]])
@@ -132,7 +132,7 @@ def test_embedded_data_counts():
     counts = json.loads((EMBEDDED / "metadata.json").read_text())
     assert sum(p.stat().st_size for p in EMBEDDED.rglob("*") if p.is_file()) <= 8_000_000
     assert len(find_shards(EMBEDDED, "train")) == 2
-    config = DataConfig(dir=str(EMBEDDED))
+    config = DataConfig(num_workers=0, dir=str(EMBEDDED))
     for split in ("train", "val", "test"):
         lengths = open_episodes(config, split).lengths
         found = {str(n): k for n, k in sorted(collections.Counter(lengths.tolist()).items())}
@@ -141,7 +141,7 @@ def test_embedded_data_counts():
 
 
 def test_embedded_clips_match_their_records():
-    config = DataConfig(dir=str(EMBEDDED))
+    config = DataConfig(num_workers=0, dir=str(EMBEDDED))
     clips, episodes = open_clips(config, "test"), open_episodes(config, "test")
     number, start = clips.locate(len(clips) - 1)
     batch = clips.batch([len(clips) - 1])
@@ -185,7 +185,7 @@ def test_the_order_depends_only_on_the_seed(config):
 
 def test_the_shuffle_mixes_all_shards(make_data):
     """A shuffle within shards or a window would give the first tenth few of 20 episodes."""
-    config = DataConfig(dir=str(make_data(train=[[160]] * 20)))
+    config = DataConfig(num_workers=0, dir=str(make_data(train=[[160]] * 20)))
     order = flat(taken(train_batches(config, batch_size=2, seed=1), 17))
     assert len({number for number, _ in order}) >= 14
     assert len({start for _, start in order}) >= 12
@@ -253,7 +253,7 @@ def test_a_finite_series_resumes_to_its_end(config):
 )
 def test_a_position_in_another_order_is_refused(config, field, other):
     def batches(seed=3, batch_size=4, **changes):
-        changed = DataConfig(**{"dir": config.dir, **changes})
+        changed = DataConfig(num_workers=0, **{"dir": config.dir, **changes})
         return train_batches(changed, batch_size=batch_size, seed=seed)
 
     with pytest.raises(UserError, match=rf"{field}=.*this run has"):
@@ -317,7 +317,9 @@ def test_whole_episodes_by_number(config):
 
 
 def test_picked_episodes_are_different_long_enough_and_repeatable(make_data):
-    episodes = open_episodes(DataConfig(dir=str(make_data(val=[[160, 40] * 12]))), "val")
+    episodes = open_episodes(
+        DataConfig(num_workers=0, dir=str(make_data(val=[[160, 40] * 12]))), "val"
+    )
     picked = pick_episodes(episodes, count=7, length=120, seed=1)
     assert len(set(picked)) == 7
     assert all(episodes.lengths[number] >= 120 for number in picked)
@@ -336,18 +338,20 @@ def test_picked_episodes_are_different_long_enough_and_repeatable(make_data):
 )
 def test_settings_are_checked(field, value):
     with pytest.raises(UserError, match=rf"data\.{field} is {value}; .* whole number ≥"):
-        DataConfig(**{field: value})
+        DataConfig(num_workers=0, **{field: value})
 
 
 def test_a_clip_longer_than_all_episodes(config):
-    too_long = DataConfig(dir=config.dir, clip_len=161)
+    too_long = DataConfig(num_workers=0, dir=config.dir, clip_len=161)
     with pytest.raises(UserError, match=r"clip_len is 161 .* longest of 6 episodes has 160"):
         train_batches(too_long, batch_size=1, seed=0)
 
 
 def test_shards_without_records(make_data):
     with pytest.raises(UserError, match="train holds no records"):
-        train_batches(DataConfig(dir=str(make_data(train=[[], []]))), batch_size=1, seed=0)
+        train_batches(
+            DataConfig(num_workers=0, dir=str(make_data(train=[[], []]))), batch_size=1, seed=0
+        )
 
 
 def test_a_batch_larger_than_the_dataset(config):
@@ -384,7 +388,7 @@ def spoiled(tmp_path, marked_episode) -> DataConfig:
     bad.actions[17] = 99
     for i, shard in enumerate([[good, good], [good, bad, good]]):
         write_shard(tmp_path / f"train/data_{i:04d}.array_record", map(encode, shard))
-    return DataConfig(dir=str(tmp_path), num_threads=2)
+    return DataConfig(num_workers=0, dir=str(tmp_path), num_threads=2)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -411,7 +415,9 @@ def test_a_record_of_another_length_than_others_of_its_size_is_refused(tmp_path,
     other = pickle.dumps(shorter | {"x": b"0" * spare}, protocol=4)
     assert len(other) == len(record)
     write_shard(tmp_path / "train/a.array_record", [record, other])
-    batches = train_batches(DataConfig(dir=str(tmp_path)), batch_size=1, seed=0, epochs=1)
+    batches = train_batches(
+        DataConfig(num_workers=0, dir=str(tmp_path)), batch_size=1, seed=0, epochs=1
+    )
     with pytest.raises(BadRecord, match=r"a\.array_record, record 1: it has 39 frames; other"):
         taken(batches)
 
@@ -423,7 +429,7 @@ from cwm_jax.data.config import DataConfig
 from cwm_jax.data.loader import train_batches
 ours = [name for name in sys.modules if name.startswith("cwm_jax")]
 assert not any("jax" in vars(sys.modules[name]) for name in ours), ours
-batches = train_batches(DataConfig(dir={str(EMBEDDED)!r}), batch_size=2, seed=0)
+batches = train_batches(DataConfig(num_workers=0, dir={str(EMBEDDED)!r}), batch_size=2, seed=0)
 next(batches)
 batches.close()
 bridge = sys.modules.get("jax._src.xla_bridge")  # Grain may import JAX by itself
@@ -551,7 +557,7 @@ def test_bad_records_of_another_layout_are_skipped(tmp_path, marked_episode, wro
     for episode in (marked_episode(0, 40), wrong_episode(1, 40), marked_episode(2, 33)):
         writer.write(encode(episode))
     writer.close()
-    config = DataConfig(dir=str(tmp_path))
+    config = DataConfig(num_workers=0, dir=str(tmp_path))
     with pytest.raises(BadRecord, match="record 1: its action"):
         open_episodes(config, "train")
     assert open_episodes(skipping(config), "train").lengths.tolist() == [40, 0, 33]
@@ -561,7 +567,7 @@ def test_too_many_bad_records_at_the_start_stop_the_run(tmp_path, wrong_episode)
     (tmp_path / "train").mkdir()
     bad = [encode(wrong_episode(number, 40)) for number in range(3)]
     write_shard(tmp_path / "train/x.array_record", bad)
-    config = skipping(DataConfig(dir=str(tmp_path)))
+    config = skipping(DataConfig(num_workers=0, dir=str(tmp_path)))
     with pytest.raises(BadRecord, match=r"record 0: its action at frame 17 is 99; .*14$"):
         open_episodes(config, "train")  # not one is good
     limited = dataclasses.replace(config, max_bad_records=1)
@@ -571,7 +577,7 @@ def test_too_many_bad_records_at_the_start_stop_the_run(tmp_path, wrong_episode)
 
 def test_rollouts_start_from_good_records(make_data, marked_episode, wrong_episode):
     folder = make_data(val=[[40] * 5])
-    config = skipping(DataConfig(dir=str(folder)))
+    config = skipping(DataConfig(num_workers=0, dir=str(folder)))
     sizes = dict(count=3, frames=20, n_prompt=1, num_actions=NUM_ACTIONS, source="random")
     number = lambda script: script.prompt[:, 0, 0, 0, 0].tolist()
     whole = rollouts.write_script(config, "val", **sizes)
@@ -580,7 +586,7 @@ def test_rollouts_start_from_good_records(make_data, marked_episode, wrong_episo
     records = [encode(make[n](n, 40)) for n in range(5)]
     write_shard(folder / "val/data_0000.array_record", records)
     with pytest.raises(BadRecord, match=f"record {first}: "):
-        rollouts.write_script(DataConfig(dir=str(folder)), "val", **sizes)
+        rollouts.write_script(DataConfig(num_workers=0, dir=str(folder)), "val", **sizes)
     replaced, *rest = number(rollouts.write_script(config, "val", **sizes))
     assert rest == others
     assert replaced not in number(whole)
@@ -703,7 +709,7 @@ def test_reading_processes_leave_the_terminal_to_the_run(config):
 
 
 def test_rollouts_of_fewer_episodes_where_there_are_no_more(make_data, capsys):
-    config = DataConfig(dir=str(make_data(val=[[40, 20]])))
+    config = DataConfig(num_workers=0, dir=str(make_data(val=[[40, 20]])))
     sizes = dict(frames=30, n_prompt=4, num_actions=NUM_ACTIONS)
     script = rollouts.write_script(config, "val", count=4, **sizes)
     assert script.real.shape[:2] == (1, 30)
@@ -717,7 +723,7 @@ def test_rollouts_of_fewer_episodes_where_there_are_no_more(make_data, capsys):
 def test_data_of_a_game_of_more_actions_names_the_setting(make_data):
     folder = make_data(train=[[40]])
     (folder / "metadata.json").write_text('{"env": "ALE/Pong-v5", "num_actions": 18}')
-    config = DataConfig(dir=str(folder))
+    config = DataConfig(num_workers=0, dir=str(folder))
     with pytest.raises(UserError, match=r"--config\.model\.num_actions=18 "):
         open_episodes(config, "train")
     assert len(open_episodes(config, "train", num_actions=18)) == 1

@@ -58,7 +58,7 @@ def test_invalid_outcomes_are_reported_only_if_requested(marked_episode, wrong, 
 
 
 def test_a_batch_has_the_outcomes_of_its_pressed_actions(folder):
-    config = DataConfig(dir=str(folder), clip_len=6, stride=4)
+    config = DataConfig(num_workers=0, dir=str(folder), clip_len=6, stride=4)
     clips = loader.open_clips(config, "train", outcomes=True)
     assert [clips.locate(i) for i in range(len(clips))] == [(0, 0), (0, 7), (1, 3), (2, 0), (2, 5)]
     batch = clips.batch([0, 1, 2, 4])
@@ -80,9 +80,11 @@ def test_batches_on_the_device_are_those_of_the_files(folder):
 
     config = dict(dir=str(folder), clip_len=6, stride=4)
     how = dict(batch_size=5, seed=3, outcomes=True, epochs=1)
-    read = next(loader.train_batches(DataConfig(**config), **how))
+    read = next(loader.train_batches(DataConfig(num_workers=0, **config), **how))
     make = lambda *args: DeviceBatches(*args, mesh=sharding.make_mesh())
-    batches = loader.train_batches(DataConfig(on_device=100, **config), make=make, **how)
+    batches = loader.train_batches(
+        DataConfig(num_workers=0, on_device=100, **config), make=make, **how
+    )
     kept = next(batches)
     batches.close()
     assert set(read) == set(kept)
@@ -91,7 +93,7 @@ def test_batches_on_the_device_are_those_of_the_files(folder):
 
 
 def test_data_without_outcomes_is_refused_where_they_are_needed(make_data):
-    config = DataConfig(dir=str(make_data(train=[[8, 9]])), clip_len=6)
+    config = DataConfig(num_workers=0, dir=str(make_data(train=[[8, 9]])), clip_len=6)
     loader.open_clips(config, "train")
     with pytest.raises(UserError, match=r"have no rewards .*tools\.collect.*heads=False"):
         loader.open_clips(config, "train", outcomes=True)

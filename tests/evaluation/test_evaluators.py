@@ -39,7 +39,7 @@ from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.sampling.sampler import Sampler, SamplerConfig
 
 CLIPS, LENGTH = 5, 24
-EMBEDDED = DataConfig(dir="assets/coinrun")
+EMBEDDED = DataConfig(num_workers=0, dir="assets/coinrun")
 TINY = DiTConfig(
     hidden_size=8,
     depth=1,
@@ -427,17 +427,17 @@ def test_a_network_of_another_game_is_refused_by_its_actions():
 
 def test_records_that_are_too_short_are_counted_and_left_out(make_data):
     folder = make_data(test=[[40, 12, 33], [160]])
-    held = held_out.load(DataConfig(dir=str(folder)), "test", frames=33)
+    held = held_out.load(DataConfig(num_workers=0, dir=str(folder)), "test", frames=33)
     assert (len(held), held.records, held.too_short) == (3, 4, 1)
     assert held.frames[:, 0, 0, 0, 0].tolist() == [0, 2, 3]
-    longer = held_out.load(DataConfig(dir=str(folder)), "test", frames=13, up_to=50)
+    longer = held_out.load(DataConfig(num_workers=0, dir=str(folder)), "test", frames=13, up_to=50)
     assert longer.frames.shape[:2] == (3, 33)  # the shortest of those with 13 frames has 33
-    shorter = held_out.load(DataConfig(dir=str(folder)), "test", frames=5, up_to=8)
+    shorter = held_out.load(DataConfig(num_workers=0, dir=str(folder)), "test", frames=5, up_to=8)
     assert shorter.frames.shape[:2] == (4, 8)
     with pytest.raises(UserError, match="3 of 4 records"):
-        held_out.load(DataConfig(dir=str(folder)), "test", frames=33, clips=4)
+        held_out.load(DataConfig(num_workers=0, dir=str(folder)), "test", frames=33, clips=4)
     with pytest.raises(UserError, match=r"longest has 160.*at least 1 frames fewer"):
-        held_out.load(DataConfig(dir=str(folder)), "test", frames=161)
+        held_out.load(DataConfig(num_workers=0, dir=str(folder)), "test", frames=161)
 
 
 def test_the_digest_differs_by_content(clips):
@@ -457,7 +457,7 @@ def measured(tmp_path_factory, net):
     )
     params = dit.init(TINY, 0)
     sampler = Sampler(TINY, params, SamplerConfig(levels=(999, 499)))
-    config = DataConfig(dir="assets/coinrun", clip_len=7, stride=80)
+    config = DataConfig(num_workers=0, dir="assets/coinrun", clip_len=7, stride=80)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, "_EPOCHS", 1)
         patch.setattr(probe, "_CLIPS", 4)
@@ -636,7 +636,12 @@ def test_the_quick_form_loads_the_few_clips_that_it_shows(make_data, monkeypatch
         lambda e, numbers, **kw: loaded.extend(numbers) or real(e, numbers, **kw),
     )
     few = quick.prepare(
-        DataConfig(dir=str(folder)), "val", clips=3, frames=29, num_actions=15, seed=0
+        DataConfig(num_workers=0, dir=str(folder)),
+        "val",
+        clips=3,
+        frames=29,
+        num_actions=15,
+        seed=0,
     )
     assert loaded == [0, 3, 5]  # every second of 0, 2, 3, 4, 5, 6, 7
     assert few.frames[:, 0, 0, 0, 0].tolist() == loaded
@@ -651,8 +656,8 @@ def test_the_quick_form_passes_over_bad_records(make_data, marked_episode, capsy
     write_shard(shard, map(encode, wrong))
     sizes = dict(clips=3, frames=29, num_actions=15, seed=0)
     with pytest.raises(BadRecord, match="record 0: its action at frame 17 is 99"):
-        quick.prepare(DataConfig(dir=str(folder)), "val", **sizes)
-    skipping = DataConfig(dir=str(folder), on_bad_record="skip")
+        quick.prepare(DataConfig(num_workers=0, dir=str(folder)), "val", **sizes)
+    skipping = DataConfig(num_workers=0, dir=str(folder), on_bad_record="skip")
     few = quick.prepare(skipping, "val", **sizes)  # of 0, 2, 4
     assert few.frames[:, 0, 0, 0, 0].tolist() == [1, 5, 4]
     printed = capsys.readouterr().err
@@ -662,7 +667,9 @@ def test_the_quick_form_passes_over_bad_records(make_data, marked_episode, capsy
     assert few.frames[:, 0, 0, 0, 0].tolist() == [1, 4, 5]  # as many as are good
     with pytest.raises(UserError, match=r"bad record number 2 .*data\.max_bad_records=1"):
         quick.prepare(
-            DataConfig(dir=str(folder), on_bad_record="skip", max_bad_records=1), "val", **sizes
+            DataConfig(num_workers=0, dir=str(folder), on_bad_record="skip", max_bad_records=1),
+            "val",
+            **sizes,
         )
 
 

@@ -76,7 +76,7 @@ def test_too_few_clips_are_refused_unless_forced():
 
 
 def test_the_two_sides_are_of_different_records_and_no_frame_counts_twice(make_data):
-    config = DataConfig(dir=str(make_data(test=[[40, 65, 20], [61, 40, 19]])))
+    config = DataConfig(num_workers=0, dir=str(make_data(test=[[40, 65, 20], [61, 40, 19]])))
     plan = Plan(clips=4, force=True)
     ours, others = video_distance.load(config, plan)
     assert not set(ours.records) & set(others.records)
@@ -92,7 +92,7 @@ def test_the_two_sides_are_of_different_records_and_no_frame_counts_twice(make_d
 def test_a_model_that_is_real_is_at_the_floor(make_data, net, monkeypatch):
     brightness = lambda _, clips, label: clips.astype(np.float32).mean((2, 3, 4))[:, :9]
     monkeypatch.setattr(i3d, "features", brightness)
-    config = DataConfig(dir=str(make_data(test=[[60] * 6])))
+    config = DataConfig(num_workers=0, dir=str(make_data(test=[[60] * 6])))
     plan = Plan(clips=6, force=True, n_prompt=4)
     ours, _ = video_distance.load(config, plan)
     generate = lambda prompt, actions, key: ours.frames[:, 4:]

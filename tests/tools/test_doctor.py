@@ -1,6 +1,7 @@
 """The doctor finds each problem, prints its fix, and sets the exit code."""
 
 import importlib.metadata
+import os
 import sys
 from types import SimpleNamespace
 
@@ -53,6 +54,7 @@ def test_a_gpu_that_jax_does_not_use_is_bad(monkeypatch):
         ("", NOTE, ""),
         ("570.1", BAD, "cuda12"),
         ("580.2", BAD, "cuda13"),
+        ("470.42", BAD, "525 or newer"),
     ):
         monkeypatch.setattr(doctor, "nvidia_driver", lambda driver=driver: driver)
         found = doctor.devices()
@@ -66,6 +68,22 @@ def test_a_gpu_that_jax_does_not_use_is_bad(monkeypatch):
 
     monkeypatch.setattr(jax, "devices", broken)
     assert doctor.devices().status == BAD
+
+
+def test_processes_that_hold_a_gpus_memory_are_named(monkeypatch, tmp_path):
+    answers = tmp_path / "answers"
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\ncase "$1" in --query-compute-apps=*) cat {answers};; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    answers.write_text("")
+    assert doctor.gpu_memory().status == OK
+    answers.write_text("4711, python3, 61234 MiB\n")
+    found = doctor.gpu_memory()
+    assert (found.status, "python3 (process 4711, 61234 MiB)" in found.what) == (NOTE, True)
+    assert "CUDA_VISIBLE_DEVICES" in found.mend
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert doctor.gpu_memory().status == OK
 
 
 def test_the_other_checks_run(monkeypatch, tmp_path):

@@ -84,7 +84,7 @@ def test_videos_of_a_pad_game_are_packed_and_trained_on(videos, capsys):
         **dict(hidden_size=8, depth=1, num_heads=1, patch_size=32, image_size=64, max_frames=5),
         **dict(num_actions=3, action_encoding="buttons", dtype="float32"),
     )
-    config = DataConfig(dir=str(out), clip_len=5, num_threads=1)
+    config = DataConfig(num_workers=0, dir=str(out), clip_len=5, num_threads=1)
     batches = loader.train_batches(config, batch_size=2, seed=0, num_actions=network.action_values)
     batch, t = next(batches), np.full((2, 5), 500)
     params = {name: np.full(x.shape, 0.1, x.dtype) for name, x in dit.shapes(network).items()}
@@ -123,7 +123,7 @@ def test_a_second_procgen_game_is_packed_from_videos_into_batches(tmp_path):
     out = run(tmp_path / "videos")
     known = controls.read(out)
     assert known == controls.procgen("maze")
-    config = DataConfig(dir=str(out), num_threads=1)
+    config = DataConfig(num_workers=0, dir=str(out), num_threads=1)
     batch = loader.eval_batches(config, "train", batch_size=1)[0]
     (one,) = (
         r

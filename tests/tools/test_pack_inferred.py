@@ -67,7 +67,9 @@ def test_labels_match_their_frames_and_are_marked_as_inferred(videos, inferred, 
             lengths.append(len(episode))
     assert sorted(lengths) == [5, 9, 13, 15, 15, 15, 15]  # 39 = 15 + 15 + 9, 28 = 15 + 13, …
     assert json.loads((out / METADATA).read_text())["inferred_actions"] == inferred
-    batches = loader.train_batches(DataConfig(dir=str(out), clip_len=5), batch_size=1, seed=0)
+    batches = loader.train_batches(
+        DataConfig(num_workers=0, dir=str(out), clip_len=5), batch_size=1, seed=0
+    )
     assert next(batches)["frames"].shape == (1, 5, 64, 64, 3)
     batches.close()
     check.main([str(out), "--clip-len", "5"])
