@@ -21,9 +21,7 @@ _CHECKPOINT = "a run, an export, or hf://USER/REPOSITORY[@REVISION] (checkpoints
 def main() -> None:
     with shown_to_user():
         args = parser().parse_args()
-        from cwm_jax.play.web import (
-            launch,
-        )  # light: the heavy libraries load after the first page is served
+        from cwm_jax.play.web import launch  # light: heavy libraries load after the first page
 
         launch.serve(
             launch.Options(

@@ -63,7 +63,7 @@ def main() -> None:
             video.write_png(
                 args.grid, contact_sheet.grid(script.real, frames, n_prompt=args.n_prompt)
             )
-            print(f"contact sheet →  {args.grid}")
+            print(f"contact sheet → {args.grid}")
         if args.save_npz:
             _save_npz(args.save_npz, script, frames, args.seed)
             print(f"raw frames → {args.save_npz}")

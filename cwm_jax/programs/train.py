@@ -94,9 +94,7 @@ def _train(settings: Settings, config: dict, workdir: Path) -> None:
     try:
         loop.train(settings, workdir, config=config)
         gc.collect()  # frees the last batches, else the exit warns about their shared memory, …
-        time.sleep(
-            _LAST_BATCHES_SECONDS
-        )  # … which Grain frees in a thread that the exit would stop
+        time.sleep(_LAST_BATCHES_SECONDS)  # … which Grain frees in a thread that the exit stops
     except preemption.Preempted as stopped:
         echo(str(stopped))
         raise SystemExit(preemption.EXIT_CODE) from None

@@ -179,9 +179,7 @@ class Simulator:
         return Seen(frames.reshape(levels, *FRAME_SHAPE), rewards, over)
 
     def _ask(self, job: Any) -> None:
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # it has exited; reading its answer reports the reason
+        with contextlib.suppress(BrokenPipeError):  # it has exited; reading reports the reason
             self._worker.stdin.write(json.dumps(job).encode() + b"\n")
             self._worker.stdin.flush()
 
