@@ -76,14 +76,14 @@ def test_a_resumed_run_reloads_its_clips_before_it_continues(config):
 
 def test_only_so_many_frames_are_kept(config):
     """The first two records, of 3 + 3 clips; their numbers are in pixel (0, 0)."""
-    few = DataConfig(num_workers=0, **{**vars(config), "on_device": 36})
+    few = DataConfig(**{**vars(config), "on_device": 36})
     batches = filled(batches_of(few))
     found = np.concatenate([batch["frames"] for batch in taken(batches, 30)])
     assert set(found[:, 0, 0, 0, 0].tolist()) == {0, 1}
     assert batches.get_state()["clips_on_device"] == 6
     batches.close()
     with pytest.raises(UserError, match=r"on_device=10 frames: the first record has 11"):
-        batches_of(DataConfig(num_workers=0, **{**vars(config), "on_device": 10}))
+        batches_of(DataConfig(**{**vars(config), "on_device": 10}))
 
 
 def test_training_begins_with_the_clips_read_so_far(config, monkeypatch):
@@ -117,7 +117,7 @@ def test_bad_records_stop_it_or_are_skipped(config, marked_episode, tmp_path, ca
     with pytest.raises(BadRecord, match=r"data_0001\.array_record, record 1"):
         taken(batches, 3)
     batches.close()
-    skipping = DataConfig(num_workers=0, **{**vars(config), "on_bad_record": "skip"})
+    skipping = DataConfig(**{**vars(config), "on_bad_record": "skip"})
     batches = filled(batches_of(skipping))
     found = np.concatenate([batch["frames"] for batch in taken(batches, 60)])
     assert set(found[:, 0, 0, 0, 0].tolist()) == set(range(6))

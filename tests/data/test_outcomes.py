@@ -78,13 +78,11 @@ def test_batches_on_the_device_are_those_of_the_files(folder):
     from cwm_jax.data.device_data import DeviceBatches
     from cwm_jax.runtime import sharding
 
-    config = dict(dir=str(folder), clip_len=6, stride=4)
+    config = dict(dir=str(folder), clip_len=6, stride=4, num_workers=0)
     how = dict(batch_size=5, seed=3, outcomes=True, epochs=1)
-    read = next(loader.train_batches(DataConfig(num_workers=0, **config), **how))
+    read = next(loader.train_batches(DataConfig(**config), **how))
     make = lambda *args: DeviceBatches(*args, mesh=sharding.make_mesh())
-    batches = loader.train_batches(
-        DataConfig(num_workers=0, on_device=100, **config), make=make, **how
-    )
+    batches = loader.train_batches(DataConfig(on_device=100, **config), make=make, **how)
     kept = next(batches)
     batches.close()
     assert set(read) == set(kept)

@@ -77,7 +77,7 @@ def test_filters_to_a_power_point_at_the_place_that_they_prefer(frames):
     np.testing.assert_array_equal(sharper(scores, 1.0), plain)
     # Weights to the power 3 are a softmax of 3 times the logits, the bias towards staying included.
     stay = np.zeros(2 * WIDTH, np.float32)
-    stay[[REACH, WIDTH + REACH]] = warp._STAY
+    stay[[REACH, WIDTH + REACH]] = warp.STAY
     np.testing.assert_allclose(
         sharper(scores, 3.0), sharper(3 * (scores + stay) - stay, 1.0), atol=1e-5
     )
