@@ -37,7 +37,7 @@ from cwm_jax.tools import (
         (evaluate, "--kvd 24", "--kvd 24: too few clips"),
         (evaluate, "--seeds 1", "seeds=1: a spread needs 2 or more"),
         (evaluate, "settings --seed -1", "seed=-1: must be"),
-        (evaluate, "settings --steps 1,x", "--steps 1,x: wanted whole numbers, such as 1,2,4"),
+        (evaluate, "settings --steps 1,x", "--steps 1,x: expected whole numbers, such as 1,2,4"),
         (evaluate, "settings --steps 1,0", "ddim_steps must be 1…1000, not 0"),
         (evaluate, "closed-loop --seed -1", "seed=-1: must be"),
         (evaluate, "closed-loop --levels 0", "levels=0: must be 1 or more"),

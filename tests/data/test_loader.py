@@ -348,7 +348,7 @@ def test_a_clip_longer_than_all_episodes(config):
 
 
 def test_shards_without_records(make_data):
-    with pytest.raises(UserError, match="train holds no records"):
+    with pytest.raises(UserError, match="train contains no records"):
         train_batches(
             DataConfig(num_workers=0, dir=str(make_data(train=[[], []]))), batch_size=1, seed=0
         )

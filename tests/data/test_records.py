@@ -191,7 +191,7 @@ def test_number_of_actions_is_a_parameter():
         (b"", "no pickle, or one cut short"),
         (b"hello", "recalls a value it never stored"),
         (b"\x7fELF", "uses the instruction 0x7f, which no record needs"),
-        (pickle.dumps([1, 2]), "holds a list, not a dict with raw_video"),
+        (pickle.dumps([1, 2]), "it is a list, not a dict with raw_video"),
         (pickle.dumps(fields()) + b"\0" * 7, "7 bytes follow the end of its pickle"),
         (pickle.dumps(fields())[:-1], "cut short"),
         (pickle.dumps(fields(), protocol=0), "uses the instruction"),
@@ -276,7 +276,7 @@ def test_the_hostile_pickles_would_have_run(name, tmp_path):
 
 
 def test_a_refused_global_is_named():
-    with pytest.raises(BadRecord, match=r"asks for '(posix|nt)\.system', which no record needs"):
+    with pytest.raises(BadRecord, match=r"refers to '(posix|nt)\.system', which no record needs"):
         decode(record(reward=Runs("true")))
     with pytest.raises(BadRecord, match=r"asks for 'numpy\.testing\._private\.utils\.os\.system'"):
         decode(hostile(Path("x"))["dotted name"])

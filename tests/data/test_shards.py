@@ -126,7 +126,7 @@ def test_a_shard_cut_short_is_named(shard, keep):
     path, _ = shard
     whole = path.read_bytes()
     path.write_bytes(whole[:keep])
-    with pytest.raises(UserError, match=r"data_0000\.array_record \([\d,]+ bytes\) is not a whole"):
+    with pytest.raises(UserError, match=r"data_0000\.array_record \([\d,]+ bytes\) is not a comp"):
         open_shard(path)
 
 

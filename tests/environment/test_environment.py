@@ -180,7 +180,7 @@ def test_bad_input_is_named(checkpoint, vector):
         (dict(checkpoint=checkpoint(False)), "has no heads.*heads=True.*rewards=False"),
         (dict(checkpoint="nowhere"), "nowhere"),
         (dict(checkpoint=with_heads, threshold=2), "threshold=2: must be a number 0…1"),
-        (dict(checkpoint=with_heads, render_mode="ansi"), "'ansi': there are rgb_array"),
+        (dict(checkpoint=with_heads, render_mode="ansi"), "'ansi': must be rgb_array"),
         (dict(checkpoint=with_heads, prompt_frames=0), "prompt_frames=0"),
     ):
         with pytest.raises(UserError, match=fault):

@@ -95,7 +95,7 @@ def test_faults_of_the_call_are_reported(make_data, tmp_path, capsys):
     folder = make_data(train=[[40]])
     for argv, fault in (
         ([str(tmp_path / "none")], "does not exist"),
-        ([str(folder), "--repair", str(folder / "train")], "of its own"),
+        ([str(folder), "--repair", str(folder / "train")], "choose another folder"),
         ([str(folder), "--jobs", "0"], "--jobs"),
     ):
         with pytest.raises(SystemExit) as ended:

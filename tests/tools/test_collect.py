@@ -118,7 +118,7 @@ def test_another_recipe_or_a_strange_folder_is_refused(tmp_path, fake):
     with pytest.raises(UserError, match="seed=5, not 6"):
         make(seed=6)
     (tmp_path / "data/metadata.json").unlink()
-    with pytest.raises(UserError, match="was not recorded"):
+    with pytest.raises(UserError, match="contains other files"):
         make()
 
 

@@ -259,7 +259,7 @@ def test_faults_are_reported(run, tmp_path, capsys):
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     for argv, fault in (
         (["--format", "safetensors", "--output", str(tmp_path / "x.bin")], "must end in"),
-        (["--format", "orbax", "--output", str(tmp_path / "other")], "is there already"),
+        (["--format", "orbax", "--output", str(tmp_path / "other")], "exists already"),
         (["--output", str(tmp_path / "other")], "is no bundle"),
         (["--output", str(tmp_path / "new"), "--data", str(tmp_path)], "no *.array_record"),
     ):

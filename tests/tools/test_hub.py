@@ -86,7 +86,7 @@ def test_a_damaged_file_is_asked_for_again_and_then_refused(dataset, tmp_path, c
     (tmp_path / "metadata.json").unlink()
     with pytest.raises(SystemExit):
         download(tmp_path)
-    assert "metadata.json of them/things arrives damaged" in capsys.readouterr().err
+    assert "metadata.json of them/things is damaged after download" in capsys.readouterr().err
     assert not (tmp_path / "metadata.json").exists()
 
 

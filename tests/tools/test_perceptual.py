@@ -61,7 +61,7 @@ def test_weights_that_are_there_are_not_fetched_again_and_damaged_ones_are(
         perceptual.fetch(LPIPS, None)
     assert "damaged" in capsys.readouterr().err
     monkeypatch.setattr(published_weights, "read", lambda of, file: None)
-    assert "there already" in perceptual.fetch(LPIPS, None)
+    assert "exists already" in perceptual.fetch(LPIPS, None)
     assert not converted
 
 
