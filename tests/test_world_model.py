@@ -125,7 +125,7 @@ def test_a_prompt_may_be_one_picture_for_all_or_one_for_each(model):
         (lambda m: m.step([7, -1]), r"action -1: actions are 0…14"),
         (lambda m: m.step([7, 7, 7]), r"actions of shape \(3, 1\) for 2 worlds"),
         (lambda m: m.step([0.5, 1]), r"actions must be whole numbers, not float64"),
-        (lambda m: m.reset(batch=0), r"batch=0: must be a whole number, 1 or more"),
+        (lambda m: m.reset(batch=0), r"batch=0: must be an integer, 1 or more"),
         (lambda m: m.reset(seed=-1), r"seed=-1: must be 0…"),
         (lambda m: m.reset(seed=[1, 2, 3], batch=2), r"3 seeds for 2 worlds"),
         (lambda m: m.reset(seed=0, where=[True]), r"where has the shape \(1,\).*there are 2"),

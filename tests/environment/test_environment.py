@@ -195,7 +195,7 @@ def test_bad_input_is_named(checkpoint, vector):
         env.reset(options={"level": 3})
     for given, fault in (
         (dict(num_envs=0), "num_envs=0"),
-        (dict(num_envs=2, autoreset_mode="sometimes"), "'sometimes': there are NextStep"),
+        (dict(num_envs=2, autoreset_mode="sometimes"), "'sometimes': must be one of NextStep"),
     ):
         with pytest.raises(UserError, match=fault):
             CoinRunVectorEnv(checkpoint=with_heads, **given)

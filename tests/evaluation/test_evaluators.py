@@ -589,9 +589,9 @@ def test_the_report_lists_different_rankings_or_missing_lpips(measured):
     }
     sides = results["rollout"]["prompt_1"] | {"model_minus": {"copy_last": minus}}
     shown = html_report._ranked({"rollout": {"prompt_1": sides}})
-    assert "copying the last frame above the model, PSNR the other way" in shown
+    assert "copying the last frame above the model, PSNR in the opposite order" in shown
     sides["model_minus"] = {"copy_last": minus | {"psnr": {"6": dict(mean=-1, low=-2, high=0)}}}
-    assert "alike" in html_report._ranked({"rollout": {"prompt_1": sides}})
+    assert "in the same order" in html_report._ranked({"rollout": {"prompt_1": sides}})
     del sides["model"]
     blind = sides | {"model": {"psnr": {"mean": {"6": minus["psnr"]["6"]}}}}
     assert "perceptual fetch" in html_report._ranked({"rollout": {"prompt_1": blind}})

@@ -74,4 +74,4 @@ def test_an_interval_that_contains_zero_is_reported(certain):
         "lpips": {"6": dict(mean=0.1, low=0.05 if certain else -0.05, high=0.2)},
     }
     (line,) = paired.contradictions(found, ["6"], one="a", other="b")
-    assert ("holds 0" in line) != certain
+    assert ("contains 0" in line) != certain

@@ -92,11 +92,11 @@ def test_damaged_and_foreign_archives_are_refused(archive):
         refused(path, of, "no readable archive")
     refused(path.with_name("none.tar.gz"), of, "cannot read")
     refused(path.parent, of, "cannot read")
-    refused(*archive(published(), name="other/alexnet.ckpt"), "holds no")
+    refused(*archive(published(), name="other/alexnet.ckpt"), "contains no")
     path, of = archive(published())
     refused(path, of._replace(sha256="0" * 64), r"SHA-256 [0-9a-f]{64}.*0{64}")
     refused(path, of._replace(size=100), "the published one has 100")
-    refused(path, i3d_weights.PUBLISHED, "holds no .*i3d-kinetics")
+    refused(path, i3d_weights.PUBLISHED, "contains no .*i3d-kinetics")
 
 
 class Calls:

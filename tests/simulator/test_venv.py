@@ -48,7 +48,7 @@ def test_uv_downloads_a_python_if_there_is_none(newer):
 
 
 def test_a_missing_python_is_reported_before_anything_is_created(newer):
-    with pytest.raises(UserError, match=r"3\.12 or 3\.11 alone"):
+    with pytest.raises(UserError, match=r"only for Python 3\.12 or 3\.11"):
         venv.ensure(newer / "environment")
     assert not (newer / "environment").exists()
 
