@@ -1,4 +1,4 @@
-"""Tells one trained network from another, in share codes and in measurements."""
+"""Identifies a trained network, in share codes and in measurements."""
 
 import hashlib
 
