@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu --minutes 7.5 --output runs/bench-gpu [--original DIR]
 
-Golden parity, training steps and attention (`benchmarks.network`), then generated frames
+Golden parity, training steps and attention (`benchmarks.network`), with the kernels of the first
+variant by role, then generated frames
 (`benchmarks.sample`), then, if torch and a checkout of the PyTorch original are present, its
 frames and its training step on the same card (`benchmarks.original`). Each is a program of its own
 with a share of the minutes, so that none uses the memory or the time of another.
@@ -32,6 +33,7 @@ SECTIONS = {
         *("frames_per_s", "mfu", "floor_matmul_s", "floor_copy_s", "xla_gbytes", "working_gbytes"),
         *("compile_s", "seconds_by_kind"),
     ),
+    "roles": ("role", "kernels", "seconds", "gbytes", "gb_s"),
     "attention": ("over", "attention", "forward_s", "forward_and_back_s", "forward_gb_s"),
     "sampler": (
         *("window", "B", "S", "context", "ms/frame", "frames/s", "GFLOP/frame"),
@@ -108,6 +110,8 @@ def gather(output: Path, ended: dict[str, str]) -> dict[str, list[Row]]:
             results = {"sampler": results.get("rows", [])}
         elif name == "original":
             results = {"original": [{"what": what} | numbers for what, numbers in results.items()]}
+        if steps := [row for row in results.get("step", ()) if "roles" in row]:
+            results = results | {"roles": steps[0]["roles"]}  # of the first variant
         for section, rows in results.items():
             found.setdefault(section, []).extend(rows)
         found.setdefault("parts", []).append({"part": name, "how it ended": how})

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from benchmarks import hlo, sizes
+from benchmarks import hlo, machine, sizes
 from benchmarks.train import OPTIM
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.errors import shown_to_user
@@ -54,7 +54,8 @@ def compile_for_target(network, step: ComputeConfig, *, clips: int, frames: int,
 def measure(network, step, *, clips: int, frames: int, devices: int) -> dict:
     start = time.perf_counter()
     compiled = compile_for_target(network, step, clips=clips, frames=frames, devices=devices)
-    taken, found = compiled.memory_analysis(), hlo.kernels(compiled.as_text())
+    taken, text = compiled.memory_analysis(), compiled.as_text()
+    found = hlo.kernels(text)
     state = taken.argument_size_in_bytes + taken.output_size_in_bytes - taken.alias_size_in_bytes
     return {
         "model_tflop": flops.train_step(network, clips=clips, frames=frames).total / 1e12,
@@ -64,7 +65,26 @@ def measure(network, step, *, clips: int, frames: int, devices: int) -> dict:
         "working_gbytes": taken.temp_size_in_bytes / 1e9,
         "compile_s": time.perf_counter() - start,
         "kinds": {kind: [n, found.bytes[kind] / 1e9] for kind, n in found.count.items()},
+        "roles": _roles(text),
     }
+
+
+def _roles(text: str) -> dict[str, list]:
+    """Launches and gigabytes of the kernels of each role, those with the most bytes first."""
+    found: dict[str, list] = {}
+    for kernel in hlo.each(text):
+        launches, gbytes = found.get(kernel.role, (0, 0.0))
+        found[kernel.role] = [launches + kernel.launches, gbytes + kernel.bytes / 1e9]
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def table_of_roles(found: dict) -> str:
+    """Kernels and bytes of one variant by role."""
+    rows = [
+        {"role": role, "kernels": launches, "GB": gbytes}
+        for role, (launches, gbytes) in found["roles"].items()
+    ]
+    return machine.table(rows)
 
 
 def table(results: dict[str, dict]) -> str:
@@ -133,6 +153,9 @@ def main() -> None:
             args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print("Compiled for one H200 on a machine without one. No time was measured.\n")
     print(table(results))
+    for name, found in results.items():
+        if "roles" in found:  # files of earlier versions lack them
+            print(f"\n{name}\n\n{table_of_roles(found)}")
 
 
 if __name__ == "__main__":

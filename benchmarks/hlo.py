@@ -2,10 +2,16 @@
 
 Every instruction left at the top of a compiled GPU program is about one kernel; its operands are
 read and its results written. A cache may reduce that traffic, a workspace increase it.
+
+A kernel's kind is what computes it (a library, a fusion); its role is the part of the step that it
+belongs to, a `jax.named_scope` of the project, forward or backward. A fusion of several parts has
+the role of its last operation. Products have their kind as role: a library's kernels cannot be
+distinguished by name when they are timed.
 """
 
 import collections
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8}
@@ -13,12 +19,30 @@ _BYTES |= {"f64": 8, "f32": 4, "s32": 4, "u32": 4}
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"}
 _CALLS = {"call", "while", "conditional", "async-start"}
 
+# The scopes of the project, outermost first where one is within another.
+ROLES = (
+    *("examples", "context", "conditioning", "patches", "norm", "attention", "gelu"),
+    *("displacements", "warp", "optimizer"),
+)
+OTHER = "the rest"
+LIBRARIES = ("matmul", "attention (cuDNN)", "between devices")
+
 _INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<shape>\([^=]*?\)|\S+) (?P<op>[\w-]+)"
     r"\((?P<args>[^)]*)\)(?P<rest>.*)$"
 )
 _COMMENT = re.compile(r"/\*.*?\*/")  # such as /*index=5*/ within a long tuple
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{\s*$")
+
+
+class Kernel(NamedTuple):
+    """An instruction that does work."""
+
+    name: str
+    kind: str
+    role: str
+    launches: int  # within a loop, of all rounds
+    bytes: int  # read and written by all launches
 
 
 class Kernels(NamedTuple):
@@ -38,10 +62,17 @@ class Kernels(NamedTuple):
 
 def kernels(text: str) -> Kernels:
     """Counts the kernels of a compiled program's text; those of a loop once for each round."""
-    computations, entry = _split(text)
     found = Kernels(collections.Counter(), collections.Counter())
-    _count(computations, entry, 1, found)
+    for kernel in each(text):
+        found.count[kernel.kind] += kernel.launches
+        found.bytes[kernel.kind] += kernel.bytes
     return found
+
+
+def each(text: str) -> list[Kernel]:
+    """The kernels of a compiled program's text, in its order."""
+    computations, entry = _split(text)
+    return list(_each(computations, entry, 1))
 
 
 def kinds(text: str) -> dict[str, str]:
@@ -68,19 +99,30 @@ def _split(text: str) -> tuple[dict[str, list[re.Match]], str]:
     return computations, entry
 
 
-def _count(computations, name: str, times: int, found: Kernels) -> None:
+def _each(computations, name: str, times: int) -> Iterator[Kernel]:
     sizes = {line["name"]: _size(line["shape"]) for line in computations[name]}
     for line in computations[name]:
         op = line["op"]
         if op in _CALLS:
             rounds = re.search(r'known_trip_count":\{"n":"(\d+)"', line["rest"])
             for inner in re.findall(r"(?:to_apply|body|calls)=%([\w.-]+)", line["rest"]):
-                _count(computations, inner, times * int(rounds[1] if rounds else 1), found)
+                yield from _each(computations, inner, times * int(rounds[1] if rounds else 1))
         elif op not in _FREE and not op.endswith("-done"):
             kind = _kind(line, computations)
             read = sum(sizes.get(arg, 0) for arg in re.findall(r"%([\w.-]+)", line["args"]))
-            found.count[kind] += times
-            found.bytes[kind] += times * (read + sizes[line["name"]])
+            moved = times * (read + sizes[line["name"]])
+            yield Kernel(line["name"], kind, _role(line, kind), times, moved)
+
+
+def _role(line: re.Match, kind: str) -> str:
+    if kind.startswith(LIBRARIES):
+        return kind
+    path = re.search(r'op_name="([^"]*)"', line["rest"])
+    scopes = [name for name in re.findall(r"\w+", path[1]) if name in ROLES] if path else []
+    if not scopes:
+        return OTHER
+    direction = ", backward" if "transpose(" in path[1] else ""
+    return f"{scopes[-1]}{direction}"
 
 
 def _size(shape: str) -> int:

@@ -1,4 +1,4 @@
-"""Time of a compiled program by kind of kernel, from one run under JAX's profiler."""
+"""Time of a compiled program by kind and by role of kernel, from one run under JAX's profiler."""
 
 import collections
 import re
@@ -30,30 +30,50 @@ class Event(NamedTuple):
     op: str = ""
 
 
-def seconds_by_kind(run: Callable[[], object], text: str) -> dict[str, float]:
-    """Seconds that the kernels of each kind took in `run`, the longest first.
+class Role(NamedTuple):
+    """What the kernels of one role (`hlo`) took."""
 
-    Kernels that overlap, on several streams or cores, each count.
-
-    Args:
-        run: runs the program once, and may return before it is done.
-        text: the compiled program, as its `as_text` returns it.
-    """
-    return by_kind(_events(run), text)
+    role: str
+    kernels: int  # launches, by the program's text
+    seconds: float
+    gbytes: float  # read and written, by the program's text
+    gb_s: float  # the rate of the two
 
 
 def by_kind(events: Iterable[Event], text: str) -> dict[str, float]:
-    """The seconds of events of a program's run, by kind, the longest first."""
-    kinds, found = hlo.kinds(text), collections.Counter()
-    by_kernel = {_kernel(name): kind for name, kind in kinds.items()}
+    """The seconds of events of a program's run, by kind, the longest first.
+
+    Kernels that overlap, on several streams or cores, each count.
+    """
+    kinds = hlo.kinds(text)
+    return dict(_seconds(events, kinds).most_common())
+
+
+def by_role(events: Iterable[Event], text: str) -> list[Role]:
+    """Kernels, seconds and bytes of a program's run by role, the longest first."""
+    known = hlo.each(text)
+    seconds = _seconds(events, {kernel.name: kernel.role for kernel in known})
+    rows = []
+    for role in {*seconds, *(kernel.role for kernel in known)}:
+        own = [kernel for kernel in known if kernel.role == role]
+        gbytes, took = sum(kernel.bytes for kernel in own) / 1e9, seconds[role]
+        launches = sum(kernel.launches for kernel in own)
+        rows.append(Role(role, launches, took, gbytes, gbytes / took if took else 0.0))
+    return sorted(rows, key=lambda row: row.seconds, reverse=True)
+
+
+def _seconds(events: Iterable[Event], groups: dict[str, str]) -> collections.Counter:
+    """The seconds of events by the group of their instruction, by its name."""
+    by_kernel = {_kernel(name): group for name, group in groups.items()}
+    found = collections.Counter()
     for event in events:
-        kind = kinds.get(event.op) or kinds.get(event.name) or by_kernel.get(event.name)
-        if kind is None and event.on_gpu:
+        group = groups.get(event.op) or groups.get(event.name) or by_kernel.get(event.name)
+        if group is None and event.on_gpu:
             matching = (kind for pattern, kind in _LIBRARIES if pattern.search(event.name))
-            kind = next(matching, "other")
-        if kind is not None:  # on a CPU the rest is the host's own work
-            found[kind] += event.seconds
-    return dict(found.most_common())
+            group = next(matching, "other")
+        if group is not None:  # on a CPU the rest is the host's own work
+            found[group] += event.seconds
+    return found
 
 
 def _kernel(instruction: str) -> str:
@@ -61,8 +81,12 @@ def _kernel(instruction: str) -> str:
     return re.sub(r"[^\w]", "_", instruction)
 
 
+def profile(run: Callable[[], object]) -> list[Event]:
+    """The profiler's events of `run`, which runs a compiled program once and need not wait."""
+    return list(_events(run))
+
+
 def _events(run) -> Iterator[Event]:
-    """All events of the profiler."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())

@@ -3,10 +3,10 @@
     python -m benchmarks.train --size small --batch 2 --dtype float32 --output train.json
 
 Prints the model's arithmetic (our count and XLA's), the bytes that the compiled program moves, the
-least time for both at the speeds measured on this machine, the measured time, and the time by kind
-of kernel (one step more, under JAX's profiler). XLA counts the
-body of a loop once; with `--accumulate` its counts are multiplied by the parts, a little too much
-for operations outside the loop. MFU is the model's arithmetic over the measured time and matmul
+least time for both at the speeds measured on this machine, the measured time, and time and bytes by
+role of kernel (one step more, under JAX's profiler; `benchmarks.hlo`). XLA counts the body of a
+loop once; with `--accumulate` its counts are multiplied by the parts, a little too much for
+operations outside the loop. MFU is the model's arithmetic over the measured time and matmul
 speed. Needs jax, flax, optax and numpy; no data.
 """
 
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import sizes, trace
+from benchmarks import machine, sizes, trace
 from cwm_jax.coinrun import FRAME_SHAPE
 from cwm_jax.errors import shown_to_user
 from cwm_jax.files import path_flag
@@ -47,10 +47,10 @@ def measure(
     frames: int = 32,
     step: ComputeConfig,
     steps: int = 10,
-    machine: dict[str, float] | None = None,
+    rates: dict[str, float] | None = None,
 ) -> dict[str, object]:
-    """Compiles and times steps on one device; rates of `machine` come from `machine_speed`."""
-    machine = machine or machine_speed(network.compute_dtype)
+    """Compiles and times steps on one device; `rates` come from `machine_speed`."""
+    rates = rates or machine_speed(network.compute_dtype)
     state = train_step.init_state(network, OPTIM, 0)
     batch = jax.device_put(random_batch(clips, frames))
     key = jax.random.key(0)
@@ -60,7 +60,8 @@ def measure(
     compile_seconds = time.perf_counter() - start
     cost = compiled.cost_analysis() or {}
     state, times, cpu_times, loss = _times(compiled, state, batch, key, steps)
-    where = trace.seconds_by_kind(lambda: compiled(state, batch, key), compiled.as_text())
+    text = compiled.as_text()
+    events = trace.profile(lambda: compiled(state, batch, key))
     asked = flops.train_step(network, clips=clips, frames=frames)
     parts = step.accumulate_steps
     moved = parts * float(cost.get("bytes accessed", np.nan))
@@ -80,17 +81,18 @@ def measure(
         "xla_tflop": parts * float(cost.get("flops", np.nan)) / 1e12,
         "xla_gbytes": moved / 1e9,
         "working_gbytes": compiled.memory_analysis().temp_size_in_bytes / 1e9,
-        "floor_matmul_s": asked.total / machine["matmul_flops"],
-        "floor_copy_s": moved / machine["copy_bytes"],
+        "floor_matmul_s": asked.total / rates["matmul_flops"],
+        "floor_copy_s": moved / rates["copy_bytes"],
         "compile_s": compile_seconds,
         "step_s": seconds,
         "step_best_s": float(min(times)),
         "step_cpu_s": float(np.median(cpu_times)),  # of all threads of this process
         "frames_per_s": clips * frames / seconds,
-        "mfu": asked.total / seconds / machine["matmul_flops"],
+        "mfu": asked.total / seconds / rates["matmul_flops"],
         "loss": loss,
-        "seconds_by_kind": where,
-        **machine,
+        "seconds_by_kind": trace.by_kind(events, text),
+        "roles": [role._asdict() for role in trace.by_role(events, text)],
+        **rates,
     }
 
 
@@ -144,6 +146,8 @@ def show(found: dict) -> str:
             f"rate         {1 / found['step_s']:.3g} steps/s, {found['frames_per_s']:.5g} "
             f"frames/s, MFU {found['mfu']:.1%}",
             f"kernels      {_shares(found['seconds_by_kind'])}",
+            "",
+            machine.table(found["roles"]),
         ]
     )
 

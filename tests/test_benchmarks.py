@@ -1,5 +1,6 @@
 """Benchmarks run on small sizes, count correctly, and have the configs' sizes."""
 
+import collections
 import dataclasses
 import functools
 import importlib
@@ -9,6 +10,7 @@ import sys
 import time
 import types
 
+import jax
 import numpy as np
 import pytest
 from tiny_network import TINY
@@ -16,7 +18,9 @@ from tiny_network import TINY
 from benchmarks import check_gpu, data, gpu, hlo, network, original, sample, sizes, trace, train
 from cwm_jax.data.config import DataConfig
 from cwm_jax.models import attention, flops
+from cwm_jax.training import train_step
 from cwm_jax.training.config import ComputeConfig
+from cwm_jax.training.train_step import TrainSetup
 
 PROGRAM = """HloModule made_up
 
@@ -28,7 +32,7 @@ PROGRAM = """HloModule made_up
 %body (t: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %t = (s32[], f32[8,4]{1,0}) parameter(0)
   %x = f32[8,4]{1,0} get-tuple-element(%t), index=1
-  %loop_fusion = f32[8,4]{1,0} fusion(%x), kind=kLoop, calls=%fused
+  %loop_fusion = f32[8,4]{1,0} fusion(%x), calls=%fused, metadata={op_name="transpose(jvp(norm))/a"}
   ROOT %out = (s32[], f32[8,4]{1,0}) tuple(%i, %loop_fusion)
 }
 
@@ -232,6 +236,48 @@ def test_kernels_of_a_program():
     }
 
 
+def test_the_roles_of_kernels():
+    """The scope of a kernel and its direction; of products their kind."""
+    assert {kernel.name: kernel.role for kernel in hlo.each(PROGRAM)} == {
+        "g": "matmul (cuBLAS)",
+        "loop_fusion": "norm, backward",
+        "copy.1": hlo.OTHER,
+    }
+    in_graph = functools.partial(trace.Event, on_gpu=True, op="command_buffer_1")
+    events = [
+        in_graph("loop_fusion", 4e-9),
+        in_graph("nvjet_sm90_tst_128x160_64x5_2x1_v_bz_TNT", 1e-9),
+    ]
+    found = {role.role: role for role in trace.by_role(events, PROGRAM)}
+    assert list(found) == ["norm, backward", "matmul (cuBLAS)", hlo.OTHER]
+    assert found["norm, backward"][1:] == (5, 4e-9, 5 * 256e-9, pytest.approx(320))
+    assert found["matmul (cuBLAS)"].gbytes == 288e-9
+    assert found[hlo.OTHER][1:] == (1, 0.0, 256e-9, 0.0)
+
+
+def test_the_parts_of_a_training_step_are_roles():
+    """All that a step computes outside of products belongs to a part, but for few bytes."""
+    setup = TrainSetup(network=TINY, optim=train.OPTIM, compute=ComputeConfig())
+    state = train_step.init_state(TINY, train.OPTIM, 0)
+    args = state, train.random_batch(2, 5), jax.random.key(0), setup
+    known = hlo.each(train_step.train_step.lower(*args).compile().as_text())
+    size = collections.Counter()
+    for kernel in known:
+        size[kernel.role] += kernel.bytes
+    named = {role.removesuffix(", backward") for role in size}
+    assert named >= {
+        "examples",
+        "conditioning",
+        "patches",
+        "norm",
+        "attention",
+        "gelu",
+        "optimizer",
+    }
+    assert {"norm, backward", "attention, backward", "gelu, backward"} <= set(size)
+    assert size[hlo.OTHER] < 0.3 * size.total()
+
+
 def test_the_kinds_of_a_gpus_kernels():
     """Within a CUDA graph an event has its kernel's own name, and the operation of the graph."""
     in_graph = functools.partial(trace.Event, on_gpu=True, op="command_buffer_1")
@@ -328,7 +374,7 @@ def test_arithmetic_of_a_step():
 
 def test_every_part_of_a_step_counts():
     """XLA counts the body of the loop over the parts once."""
-    machine = {"matmul_flops": 1e12, "copy_bytes": 1e9}
+    rates = {"matmul_flops": 1e12, "copy_bytes": 1e9}
     whole, parts = (
         train.measure(
             TINY,
@@ -336,7 +382,7 @@ def test_every_part_of_a_step_counts():
             frames=5,
             step=ComputeConfig(accumulate_steps=n),
             steps=1,
-            machine=machine,
+            rates=rates,
         )
         for n in (1, 4)
     )

@@ -29,6 +29,7 @@ def distances(reach: Reach) -> np.ndarray:
     return (rows[:, None] + columns).reshape(-1).astype(np.float32)
 
 
+@jax.named_scope("displacements")
 def errors(last: jax.Array, target: jax.Array, reach: Reach) -> jax.Array:
     """Summed squared error of each patch under each displacement, float32 [..., h, w, K].
 
@@ -64,6 +65,7 @@ def best(errors_K: jax.Array, reach: Reach) -> jax.Array:
     return jnp.argmin(errors_K + _TIE * distances(reach), axis=-1).astype(jnp.int32)
 
 
+@jax.named_scope("displacements")
 def warp(last: jax.Array, chosen: jax.Array, reach: Reach) -> jax.Array:
     """The last frames [..., H, W, C] with each patch displaced as `chosen`, int [..., h, w]."""
     *_, H, W, C = last.shape

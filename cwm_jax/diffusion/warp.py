@@ -18,6 +18,7 @@ LOG_VARIANCES = -5.0, 1.0  # the smallest and the largest
 STAY = 4.0  # initial logit of a filter's middle: an untrained filter has 3/4 of its weight there
 
 
+@jax.named_scope("warp")
 def velocity(
     sample: jax.Array,
     warped: jax.Array,
@@ -42,6 +43,7 @@ def velocity(
     return mean / total + jnp.sqrt(variance / total) * rest
 
 
+@jax.named_scope("warp")
 def residual(
     last_BTHWC: jax.Array, scores_BTSF: jax.Array, *, reach: int, patch: int, sharpness: float = 1.0
 ) -> jax.Array:

@@ -63,6 +63,7 @@ def split(qkv_BTSC: jax.Array, num_heads: int) -> tuple[jax.Array, jax.Array, ja
     return q, k, v
 
 
+@jax.named_scope("attention")
 def along_space(qkv_BTSC, angles_SJ, *, num_heads: int, implementation: str = "xla") -> jax.Array:
     """Full attention among the tokens of each frame → [B, T, S, D].
 
@@ -81,6 +82,7 @@ def along_space(qkv_BTSC, angles_SJ, *, num_heads: int, implementation: str = "x
     return _joined(over_space(turn(q), turn(k), v, implementation=_without(implementation)))
 
 
+@jax.named_scope("attention")
 def along_time(qkv_BTSC, angles_TJ, *, num_heads: int, implementation: str = "xla") -> jax.Array:
     """Causal attention over the frames, separately at each token position → [B, T, S, D].
 
@@ -150,6 +152,7 @@ def _exact(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
     return jax.default_matmul_precision("highest")
 
 
+@jax.named_scope("attention")
 def over_past(q_BSNK, k_BSNK, v_BSNK, past_k_BSNMK, past_v_BSNMK, visible_BM) -> jax.Array:
     """One new frame attends to itself and to the visible past → [B, S, N, K].
 

@@ -134,11 +134,14 @@ class AxialLayer(nnx.Module):
         attended = product(self.out, attended_BTSD)
         stream = Stream(x_BTSD, Update(attended, self.out.bias[...], gate))
         x_BTSD, normed = self._add_and_norm(stream, shift, scale, cheap)
-        hidden = cheap(gelu)(self.mlp_in(normed))
+        wide = self.mlp_in(normed)
+        with jax.named_scope("gelu"):
+            hidden = cheap(gelu)(wide)
         return Stream(
             x_BTSD, Update(product(self.mlp_out, hidden), self.mlp_out.bias[...], mlp_gate)
         )
 
+    @jax.named_scope("norm")
     def _add_and_norm(self, stream: Stream, shift, scale, cheap):
         return cheap(functools.partial(add_and_norm, kernel=self.norm))(*stream, shift, scale)
 
@@ -180,6 +183,7 @@ class DiT(nnx.Module):
         if config.heads:  # the last, so that the other parameters begin as without
             self.heads = heads.Heads(config, rngs=rngs)
 
+    @jax.named_scope("conditioning")
     def modulations(self, t_BT: jax.Array, action_BT: jax.Array) -> Modulations:
         """The modulations of each frame, from noise levels 0…999 and actions (−1: none)."""
         c = self.time_out(jax.nn.silu(self.time_in(sinusoid(t_BT))))
@@ -191,6 +195,7 @@ class DiT(nnx.Module):
             split(self.final_modulation(c), 2),
         )
 
+    @jax.named_scope("patches")
     def tokens(self, sample_BTHWC: jax.Array, earlier_BTHWC: jax.Array | None = None) -> jax.Array:
         """Noisy samples and the frames before each, newest first, to tokens [B, T, S, D]."""
         assert (earlier_BTHWC is None) == (not self.config.history)
@@ -209,7 +214,8 @@ class DiT(nnx.Module):
         """The outputs of the last layers for the stream after the last block."""
         config = self.config
         shift, scale = modulations.final[:, :, 0], modulations.final[:, :, 1]
-        _, modulated = add_and_norm(*stream, shift, scale, kernel=config.norm_kernel)
+        with jax.named_scope("norm"):
+            _, modulated = add_and_norm(*stream, shift, scale, kernel=config.norm_kernel)
         exact = lambda layer: layer(modulated).astype(jnp.float32)
         return Outputs(
             residual=exact(self.patch_out),
@@ -218,6 +224,7 @@ class DiT(nnx.Module):
             displacements=exact(self.displacement_out) if config.reach else None,
         )
 
+    @jax.named_scope("patches")
     def pixels(self, patches_BTSX: jax.Array) -> jax.Array:
         """Patches [B, T, S, P · P · C] to frames [B, T, H, W, C]; the inverse of `patches`."""
         frames, grid, size = patches_BTSX.shape[:2], self.config.grid, self.config.patch_size

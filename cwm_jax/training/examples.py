@@ -50,6 +50,7 @@ class Teacher(NamedTuple):
     steps: jax.Array | int  # the student's; the teacher takes twice as many
 
 
+@jax.named_scope("examples")
 def make(
     key, batch: dict[str, jax.Array], config: ExampleConfig, teacher: Teacher | None = None
 ) -> Example:

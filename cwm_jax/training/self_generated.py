@@ -57,6 +57,7 @@ def places(count: int, share: float) -> np.ndarray:
     return np.flatnonzero(clips(count, share)) if is_whole else np.arange(count)
 
 
+@jax.named_scope("context")
 def with_generated(
     params: Params,
     network: DiTConfig,

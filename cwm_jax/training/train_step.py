@@ -164,8 +164,14 @@ def update(
     increase, so the state stays finite, however late the metrics are read. `rate` multiplies the
     learning rate: AdamW's update is proportional to it, decay included.
     """
-    optim = setup.optim
     loss, grads = gradients(state.params, example, setup, teacher)
+    with jax.named_scope("optimizer"):
+        return _updated(state, loss, grads, setup, rate)
+
+
+def _updated(state: TrainState, loss, grads, setup: TrainSetup, rate: jax.Array | None):
+    """The next state and the metrics, from a step's loss and gradients."""
+    optim = setup.optim
     updates, opt_state = optimizer(optim, setup.max_steps).update(
         grads, state.opt_state, state.params
     )
