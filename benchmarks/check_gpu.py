@@ -227,7 +227,7 @@ def step(references: References, size: str, dtype: str, clips: int, frames: int)
     network = with_kernels(sizes.network(size, dtype=dtype), frames)
     found = updates(size, network, clips, frames)
     verdict = compare(found, references.of(size), dtype)
-    used = f"attention {network.attention_kernel}, norm {network.norm_kernel}"
+    used = ", ".join(map(" ".join, kernel_choice.settings(network).items()))
     return verdict._replace(text=f"{verdict.text}; {used}")
 
 

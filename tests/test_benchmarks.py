@@ -114,8 +114,8 @@ def test_the_check_of_a_gpu_runs_on_a_cpu(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["check_gpu", "--parts", "original,tiny", "--frames", "2"])
     assert check_gpu.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [*["ok"] * 3, "3", *["--"] * 5, *["ok"] * 2, "7"]
-    assert all("no GPU" in line for line in lines[4:9])
+    assert [line.split()[0] for line in lines] == [*["ok"] * 3, "3", *["--"] * 8, *["ok"] * 2, "10"]
+    assert all("no GPU" in line for line in lines[4:12])
     assert lines[3] == "3 of 3 lines without a failure"
 
 
@@ -159,9 +159,10 @@ def test_a_check_that_fails_or_raises_or_takes_too_long_is_counted(capsys):
 def test_a_kernel_is_checked_as_a_run_would(monkeypatch):
     known = sizes.network("tiny", dtype="bfloat16")
     monkeypatch.setattr(attention, "fuses", lambda: True)  # the fused one is a formula on a CPU
-    verdict = check_gpu.kernel(known, "attention", "fused", 3)
-    assert verdict.right, verdict
-    assert "extreme scores over time" in verdict.text
+    for setting, axis in (("attention", "space"), ("time_attention", "time")):
+        verdict = check_gpu.kernel(known, setting, "fused", 3)
+        assert verdict.right, verdict
+        assert f"extreme scores over {axis}" in verdict.text
     assert "will not be used" in check_gpu.kernel(known, "attention", "cudnn", 3).text
 
 

@@ -72,7 +72,8 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
     trained = _load(hub_models.here(path), step)
     network = trained.network
     anywhere = {"norm": "auto"} if network.norm == "triton" else {}
-    anywhere |= {"attention": "auto"} if network.attention in ("cudnn", "fused") else {}
+    if not {*network.attentions} <= {"auto", "xla"}:
+        anywhere |= {"attention": "auto", "time_attention": "same"}
     return trained._replace(network=dataclasses.replace(network, **anywhere))
 
 

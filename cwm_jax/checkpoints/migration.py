@@ -62,6 +62,7 @@ BEFORE = {
     "model.warp_reach": 0,
     "model.action_encoding": "one_hot",
     "model.attention": "auto",
+    "model.time_attention": "same",
     "model.norm": "auto",
     "model.displacement_down": 0,
     "model.displacement_across": 0,

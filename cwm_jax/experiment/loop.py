@@ -329,10 +329,7 @@ class _Run:
             frames_per_step=self.batch_size * self.settings.data.clip_len,
             skipped=int(state.skipped),
             max_skipped=self.settings.optimizer.max_skipped_updates,
-            kernels={
-                "attention": self.network.attention_kernel,
-                "norm": self.network.norm_kernel,
-            },
+            kernels=kernel_choice.settings(self.network),
         )
 
     def _reporter(self, first: int) -> reporters.Reporter:

@@ -15,34 +15,36 @@ from cwm_jax.models import rope
 KERNELS = ("auto", "xla", "cudnn", "fused")
 
 
-def check(kernel: str, dtype: str) -> None:
-    """Raises a UserError where `config.model.attention` is unknown or does not fit the dtype."""
+def check(kernel: str, dtype: str, *, name: str = "attention") -> None:
+    """Raises a UserError where `config.model.NAME` is unknown or does not fit the dtype."""
     if kernel not in KERNELS:
-        raise UserError(f"config.model.attention must be {', '.join(KERNELS)}, not {kernel!r}")
+        raise UserError(f"config.model.{name} must be {', '.join(KERNELS)}, not {kernel!r}")
     if kernel in ("cudnn", "fused") and dtype == "float32":
         raise UserError(
-            f"config.model.attention={kernel} works in bfloat16 only, and config.model.dtype is "
-            "float32: choose attention=xla or dtype=bfloat16"
+            f"config.model.{name}={kernel} works in bfloat16 only, and config.model.dtype is "
+            f"float32: choose {name}=xla or dtype=bfloat16"
         )
 
 
-def check_device(kernel: str) -> None:
-    """Raises a UserError where `config.model.attention` needs a GPU that is missing."""
-    if kernel in ("cudnn", "fused") and not fuses():
+def check_device(over_space: str, over_time: str) -> None:
+    """Raises a UserError where a kernel needs a GPU that is missing."""
+    for name, kernel in (("attention", over_space), ("time_attention", over_time)):
+        if kernel not in ("cudnn", "fused") or fuses():
+            continue
         raise UserError(
-            f"config.model.attention={kernel} needs an NVIDIA GPU of compute capability 8 or "
+            f"config.model.{name}={kernel} needs an NVIDIA GPU of compute capability 8 or "
             f"newer, not {jax.devices()[0].device_kind}: use auto or xla"
         )
 
 
-def candidates(dtype: jnp.dtype, head_size: int, *, lengths: tuple[int, ...]) -> tuple[str, ...]:
+def candidates(dtype: jnp.dtype, head_size: int, *, length: int) -> tuple[str, ...]:
     """The `KERNELS` that support these sizes on a GPU that `fuses`; XLA's is the first.
 
     Args:
-        lengths: of all sequences that attend.
+        length: of the sequences that attend.
     """
     found = ["xla"]
-    if dtype == jnp.bfloat16 and all(_kernels().fits(length, head_size) for length in lengths):
+    if dtype == jnp.bfloat16 and _kernels().fits(length, head_size):
         found.append("fused")
     if dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128:
         found.append("cudnn")

@@ -26,6 +26,9 @@ class Reach(NamedTuple):
         return (2 * self.down + 1) * (2 * self.across + 1)
 
 
+_ATTENTION = attention.KERNELS  # a field of the class below has the module's name
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiTConfig(ConfigGroup):
     """The network; `config.model` of a config file.
@@ -57,7 +60,13 @@ class DiTConfig(ConfigGroup):
         "auto",
         "kernel of the attention over clips; `fused`, `cudnn`: bfloat16 on NVIDIA; "
         "`auto`: the fastest right one, measured",
-        choices=attention.KERNELS,
+        choices=_ATTENTION,
+    )
+    time_attention: str = setting(
+        "same",
+        "kernel of the attention over time, if it is not that over space (`attention`)",
+        choices=("same", *_ATTENTION),
+        repr=False,
     )
     history: int = setting(
         0,
@@ -125,6 +134,8 @@ class DiTConfig(ConfigGroup):
                 f"{controls.MAX_BUTTONS} buttons"
             )
         attention.check(self.attention, self.dtype)
+        if self.time_attention != "same":
+            attention.check(self.time_attention, self.dtype, name="time_attention")
         if self.history >= self.max_frames:
             raise UserError(
                 f"config.model.history={self.history} must be less than the window, "
@@ -211,9 +222,16 @@ class DiTConfig(ConfigGroup):
         return jnp.dtype(self.dtype)
 
     @property
-    def attention_kernel(self) -> str:
-        """`attention`; auto is xla where `kernel_choice.measured` did not replace it."""
-        return "xla" if self.attention == "auto" else self.attention
+    def attentions(self) -> tuple[str, str]:
+        """The settings of attention over space, and over time."""
+        over_time = self.attention if self.time_attention == "same" else self.time_attention
+        return self.attention, over_time
+
+    @property
+    def attention_kernels(self) -> tuple[str, str]:
+        """`attentions`; auto is xla where `kernel_choice.measured` did not replace it."""
+        over_space, over_time = ("xla" if name == "auto" else name for name in self.attentions)
+        return over_space, over_time
 
     @property
     def norm_kernel(self) -> str:

@@ -231,23 +231,20 @@ class DiT(nnx.Module):
         rows = patches_BTSX.reshape(*frames, grid, grid, size, size, 3).swapaxes(3, 4)
         return rows.reshape(*frames, grid * size, grid * size, 3)
 
-    @property
-    def _attention_options(self) -> dict:
-        """Arguments of attention over clips."""
-        return dict(num_heads=self.config.num_heads, implementation=self.config.attention_kernel)
-
     def _spatial(self, block: Block, stream: Stream, modulation_BT6D, *, cheap=_kept) -> Stream:
         angles_SK = rope.spatial_angles(self.config.grid, self.config.head_size)
         x_BTSD, qkv = block.spatial.project(stream, modulation_BT6D, cheap=cheap)
-        attended = attention.along_space(qkv, angles_SK, **self._attention_options)
+        kernel, heads = self.config.attention_kernels[0], self.config.num_heads
+        attended = attention.along_space(qkv, angles_SK, num_heads=heads, implementation=kernel)
         return block.spatial.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap)
 
     def _temporal(self, block: Block, stream: Stream, modulation_BT6D, *, cheap=_kept):
         frames = np.arange(stream.x_BTSD.shape[1])
         angles_TK = rope.temporal_angles(frames, self.config.head_size)
         x_BTSD, qkv = block.temporal.project(stream, modulation_BT6D, cheap=cheap)
-        attended = attention.along_time(qkv, angles_TK, **self._attention_options)
-        _, k, v = attention.split(qkv, self.config.num_heads)
+        kernel, heads = self.config.attention_kernels[1], self.config.num_heads
+        attended = attention.along_time(qkv, angles_TK, num_heads=heads, implementation=kernel)
+        _, k, v = attention.split(qkv, heads)
         return block.temporal.finish(x_BTSD, attended, modulation_BT6D, cheap=cheap), k, v
 
     def clip(

@@ -1,4 +1,4 @@
-"""Chooses the kernels of `config.model.attention=auto` and `config.model.norm=auto` by measuring.
+"""Chooses the kernels of attention, over space and over time, and norms that are `auto`.
 
 On an NVIDIA GPU each available kernel computes values and gradients on small arrays, which are
 compared with a float32 formula, and is timed forward and backward on the run's own shapes. The
@@ -28,7 +28,15 @@ from cwm_jax.runtime import compile_cache
 
 FILE = "kernels.json"
 FALLBACK = "xla"
-KERNELS = {"attention": ("xla", "fused", "cudnn"), "norm": ("xla", "triton")}
+_ATTENTION = "xla", "fused", "cudnn"
+KERNELS = {"attention": _ATTENTION, "time_attention": _ATTENTION, "norm": ("xla", "triton")}
+
+
+def settings(network: DiTConfig) -> dict[str, str]:
+    """The kernels of a network by setting; without that over time if it is the one over space."""
+    over_space, over_time = network.attention_kernels
+    apart = {"time_attention": over_time} if over_time != over_space else {}
+    return {"attention": over_space, **apart, "norm": network.norm_kernel}
 
 
 def measured(network: DiTConfig, *, clips: int, frames: int) -> DiTConfig:
@@ -40,17 +48,22 @@ def measured(network: DiTConfig, *, clips: int, frames: int) -> DiTConfig:
         clips: that a device processes at once.
         frames: of a clip.
     """
-    if "auto" not in (network.attention, network.norm) or not attention.fuses():
+    over_space, over_time = network.attentions
+    asked = {"attention": over_space, "time_attention": over_time, "norm": network.norm}
+    if "auto" not in asked.values() or not attention.fuses():
         return network
     outcomes, chosen, reports = _outcomes(network, clips, frames), {}, []
-    for setting in KERNELS:
-        if getattr(network, setting) == "auto":
+    for setting, kernel in asked.items():
+        chosen[setting] = kernel
+        if kernel == "auto":
             found, remark = outcomes.get(setting, ({}, ""))
             chosen[setting] = fastest(_agreed(setting, found))
             reports.append(f"{setting}={chosen[setting]} ({_listed(found)}{remark})")
     if jax.process_index() == 0:
         device = jax.devices()[0].device_kind
         echo(f"kernels on {device}, forward and backward: {'; '.join(reports)}", file=sys.stdout)
+    if chosen["time_attention"] == chosen["attention"]:
+        chosen["time_attention"] = "same"
     return dataclasses.replace(network, **chosen)
 
 

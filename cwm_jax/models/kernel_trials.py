@@ -57,8 +57,16 @@ def trials(network: DiTConfig, *, clips: int, frames: int) -> Iterator[Trial]:
         clips: that a device processes at once.
         frames: of a clip.
     """
-    if network.attention == "auto":
-        yield _attention(network, clips, frames)
+    size = network.head_size
+    over_space, over_time = network.attentions
+    if over_space == "auto":
+        angles = rope.spatial_angles(network.grid, size)
+        axis = _Axis("space", attention.along_space, angles, False)
+        yield _attention("attention", axis, network.tokens, network, clips, frames)
+    if over_time == "auto":
+        angles = rope.temporal_angles(np.arange(frames), size)
+        axis = _Axis("time", attention.along_time, angles, True)
+        yield _attention("time_attention", axis, frames, network, clips, frames)
     if network.norm == "auto":
         yield _norm(network, clips, frames)
 
@@ -87,29 +95,25 @@ class _Axis(NamedTuple):
         return attend
 
 
-def _attention(network: DiTConfig, clips: int, frames: int) -> Trial:
+def _attention(
+    setting: str, axis: _Axis, length: int, network: DiTConfig, clips: int, frames: int
+) -> Trial:
     dtype, heads, size = network.compute_dtype, network.num_heads, network.head_size
-    axes = (
-        _Axis("space", attention.along_space, rope.spatial_angles(network.grid, size), False),
-        _Axis("time", attention.along_time, rope.temporal_angles(np.arange(frames), size), True),
-    )
     row = frames, network.tokens, 3 * network.hidden_size
     near, near_extreme = _NEAR[dtype.name]
-    checks, timings = [], []
-    for axis in axes:
-        turn, still = axis.angles_LJ, np.zeros_like(axis.angles_LJ)
-        for name, angles, qkv, most in (
-            ("random numbers", turn, _normal(0, _CLIPS, *row), near),
-            # Not rotated: rounding after rotation would change scores of 250 by more than 1.
-            ("extreme scores", still, _extreme(axis, (_CLIPS, *row), size), near_extreme),
-        ):
-            make = lambda name, axis=axis, angles=angles: axis.by(name, heads, angles)
-            title = f"{name} over {axis.name}"
-            checks.append(Check(title, make, axis.formula(heads, angles), (qkv,), most))
-        timed = lambda name, axis=axis, turn=turn: axis.by(name, heads, turn)
-        timings.append(Timing(timed, ((clips, *row),)))
-    candidates = attention.candidates(dtype, size, lengths=(network.tokens, frames))
-    return Trial("attention", candidates, dtype, tuple(checks), tuple(timings))
+    turn, still = axis.angles_LJ, np.zeros_like(axis.angles_LJ)
+    checks = []
+    for name, angles, qkv, most in (
+        ("random numbers", turn, _normal(0, _CLIPS, *row), near),
+        # Not rotated: rounding after rotation would change scores of 250 by more than 1.
+        ("extreme scores", still, _extreme(axis, (_CLIPS, *row), size), near_extreme),
+    ):
+        make = lambda name, angles=angles: axis.by(name, heads, angles)
+        title = f"{name} over {axis.name}"
+        checks.append(Check(title, make, axis.formula(heads, angles), (qkv,), most))
+    timing = Timing(lambda name: axis.by(name, heads, turn), ((clips, *row),))
+    candidates = attention.candidates(dtype, size, length=length)
+    return Trial(setting, candidates, dtype, tuple(checks), (timing,))
 
 
 def _extreme(axis: _Axis, shape: tuple[int, ...], head_size: int) -> np.ndarray:

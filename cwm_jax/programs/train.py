@@ -73,7 +73,7 @@ def _run(_) -> None:
         _join_others()
         devices.check()
         hosts.check_same({"config": config})
-        attention.check_device(settings.model.attention)
+        attention.check_device(*settings.model.attentions)
         if _DRY_RUN.value:
             dry_run.report(settings)
         else:

@@ -141,8 +141,10 @@ def test_invalid_sizes_are_refused(tiny, change, message):
 
 def test_a_kernel_that_this_device_lacks_is_reported():
     with pytest.raises(UserError, match=r"config.model.attention=cudnn needs an NVIDIA GPU"):
-        attention.check_device("cudnn")
-    attention.check_device("auto")
+        attention.check_device("cudnn", "xla")
+    with pytest.raises(UserError, match=r"config.model.time_attention=fused needs an NVIDIA GPU"):
+        attention.check_device("xla", "fused")
+    attention.check_device("auto", "xla")
 
 
 def test_foreign_parameters_are_named(tiny):

@@ -83,7 +83,11 @@ def on_gpu(monkeypatch, tmp_path):
     monkeypatch.delenv(compile_cache.VARIABLE, raising=False)
     compile_cache.enable(str(tmp_path / "cache"))
     monkeypatch.setattr(attention, "fuses", lambda: True)
-    fake_trials = [trial(fused=square, cudnn=overflows), trial("norm", triton=off)]
+    fake_trials = [
+        trial(fused=square, cudnn=overflows),
+        trial("time_attention", fused=square, cudnn=overflows),
+        trial("norm", triton=off),
+    ]
     monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: fake_trials)
     count = lambda trial: measured.append(trial.setting) or measure(trial)
     monkeypatch.setattr(kernel_choice, "measure", count)
@@ -103,14 +107,29 @@ def test_a_network_gets_the_measured_kernels(tiny, on_gpu, capsys):
     assert "cudnn wrong: not finite on extreme numbers" in printed
 
 
+def test_attention_over_time_may_have_another_kernel(tiny, on_gpu, monkeypatch):
+    network = dataclasses.replace(tiny, dtype="auto", norm="xla")
+    fake_trials = [trial(cudnn=square), trial("time_attention", cudnn=overflows)]
+    monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: fake_trials)
+    found = kernel_choice.measured(network, **BATCH)
+    assert found.attention_kernels == ("cudnn", "xla")
+    assert kernel_choice.settings(found) == {
+        "attention": "cudnn",
+        "time_attention": "xla",
+        "norm": "xla",
+    }
+    given = dataclasses.replace(network, time_attention="xla")
+    assert kernel_choice.measured(given, **BATCH).attention_kernels == ("cudnn", "xla")
+
+
 def test_results_are_kept_for_the_same_shapes(tiny, on_gpu, capsys):
     network = dataclasses.replace(tiny, dtype="auto")
     first = kernel_choice.measured(network, **BATCH)
     assert kernel_choice.measured(network, **BATCH) == first
-    assert on_gpu == ["attention", "norm"]
+    assert on_gpu == ["attention", "time_attention", "norm"]
     assert "measured before" in capsys.readouterr().out
     kernel_choice.measured(network, clips=3, frames=4)
-    assert len(on_gpu) == 4
+    assert len(on_gpu) == 6
     kept = json.loads((compile_cache.folder() / kernel_choice.FILE).read_text())
     assert len(kept) == 2
 
@@ -124,11 +143,11 @@ def test_a_damaged_file_is_ignored_and_replaced(tiny, on_gpu, capsys, text):
     assert kernel_choice.measured(network, **BATCH).attention == "fused"
     assert f"{path} cannot be used and is ignored" in capsys.readouterr().err
     assert kernel_choice.measured(network, **BATCH).attention == "fused"
-    assert len(on_gpu) == 2
+    assert len(on_gpu) == 3
 
 
 def test_an_error_is_not_kept(tiny, on_gpu, monkeypatch):
-    network = dataclasses.replace(tiny, dtype="auto", norm="xla")
+    network = dataclasses.replace(tiny, dtype="auto", time_attention="xla", norm="xla")
     fake_trials = [trial(fused=raises)]
     monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: fake_trials)
     for _ in range(2):
@@ -168,7 +187,7 @@ def test_on_a_cpu_nothing_is_timed(tiny, monkeypatch):
         device_speed, "best_time", lambda *_, **__: pytest.fail("something was timed")
     )
     assert kernel_choice.measured(tiny, **BATCH) == tiny
-    assert (tiny.attention_kernel, tiny.norm_kernel) == ("xla", "xla")
+    assert kernel_choice.settings(tiny) == {"attention": "xla", "norm": "xla"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -176,20 +195,19 @@ def test_the_formulas_of_the_real_trials_are_those_of_the_network(tiny, dtype):
     """XLA's kernels are right on all of the checks; there are extreme ones of each setting."""
     network = dataclasses.replace(tiny, hidden_size=64, num_heads=2, dtype=dtype)
     for real in kernel_trials.trials(network, **BATCH):
-        assert len(real.checks) >= 3
+        assert len(real.checks) >= 2
         found = kernel_choice.measure(real._replace(candidates=("xla", "xla")))
         assert isinstance(found["xla"], float), found
 
 
 def test_available_candidates(tiny):
-    names = lambda dtype, size, lengths: attention.candidates(
-        jnp.dtype(dtype), size, lengths=lengths
-    )
-    assert names("bfloat16", 64, (64, 32)) == ("xla", "fused", "cudnn")
-    assert names("bfloat16", 64, (256, 32)) == ("xla", "cudnn")
-    assert names("bfloat16", 80, (64, 32)) == ("xla", "cudnn")
-    assert names("float32", 64, (64, 32)) == ("xla",)
-    assert kernel_choice.KERNELS["attention"] == names("bfloat16", 64, (1,))
+    names = lambda dtype, size, length: attention.candidates(jnp.dtype(dtype), size, length=length)
+    assert names("bfloat16", 64, 64) == ("xla", "fused", "cudnn")
+    assert names("bfloat16", 64, 256) == ("xla", "cudnn")
+    assert names("bfloat16", 80, 64) == ("xla", "cudnn")
+    assert names("float32", 64, 64) == ("xla",)
+    assert kernel_choice.KERNELS["attention"] == names("bfloat16", 64, 1)
+    assert kernel_choice.KERNELS["time_attention"] == names("bfloat16", 64, 1)
 
 
 def test_extreme_rows_have_extreme_scores(tiny):
