@@ -131,7 +131,7 @@ def old_add_and_norm(x, update, shift, scale, *, kernel="xla"):
 
 OLD: Patches = (
     (dit, "add_and_norm", old_add_and_norm),
-    (dit, "gelu", old_gelu),
+    (layers, "gelu", old_gelu),
     (train_step, "_norm", optax.tree.norm),
 )
 
@@ -287,6 +287,8 @@ def steps() -> dict[str, Step]:
         )
 
     want("norm triton, products by library", "fused", {"norm": "triton"}, (), BY_LIBRARY)
+    both = {"norm": "triton", "mlp": "triton"}
+    want("norm and mlp triton, products by library", "fused", both, (), BY_LIBRARY)
     want("norm triton", "fused", {"norm": "triton"}, ())
     want("old", "cudnn", {"norm": "xla"}, OLD)
     want("norm triton, products by library", chosen, {"norm": "triton"}, (), BY_LIBRARY)

@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--attention", nargs="+", default=["xla", "cudnn"])
     parser.add_argument("--norm", choices=("xla", "triton"), default="xla")
+    parser.add_argument("--mlp", choices=("xla", "triton"), default="xla")
     parser.add_argument("--library", action="store_true", help="products in cuBLAS, with GELU")
     parser.add_argument("--remat", nargs="+", choices=REMAT, default=list(REMAT))
     parser.add_argument("--accumulate", type=int, default=1, help="parts of a step")
@@ -139,13 +140,14 @@ def main() -> None:
         name = f"{args.size} × {args.batch}, {attention}, {remat}, parts {args.accumulate}"
         name += f", devices {args.devices}" if args.devices > 1 else ""
         name += f", norm {args.norm}" if args.norm != "xla" else ""
+        name += f", mlp {args.mlp}" if args.mlp != "xla" else ""
         name += ", products by library" if args.library else ""
         if name in results:
             continue
         step = ComputeConfig(remat=remat, accumulate_steps=args.accumulate)
         shape = dict(clips=args.batch, frames=args.frames, devices=args.devices)
         network = sizes.network(args.size, dtype="bfloat16", attention=attention)
-        network = dataclasses.replace(network, norm=args.norm)
+        network = dataclasses.replace(network, norm=args.norm, mlp=args.mlp)
         results[name] = measure(network, step, **shape)
         results[name]["jax"] = jax.__version__
         print(f"{name}: compiled in {results[name]['compile_s']:.0f} s", flush=True)

@@ -115,6 +115,7 @@ class Variant(NamedTuple):
     norm: str
     remat: str = "none"
     accumulate_steps: int = 1
+    mlp: str = "xla"
 
 
 def variants(*, on_gpu: bool) -> list[Variant]:
@@ -124,6 +125,8 @@ def variants(*, on_gpu: bool) -> list[Variant]:
     return [
         Variant("fused", "triton", "gelu_norm"),  # as in configs/small.py
         Variant("fused", "triton"),
+        Variant("fused", "triton", mlp="triton"),
+        Variant("fused", "triton", "gelu_norm", mlp="triton"),
         Variant("fused", "xla"),
         Variant("cudnn", "xla"),
         Variant("xla", "xla", "gelu_norm"),
@@ -146,7 +149,9 @@ def measurements(size: str, clips: int) -> Iterator[tuple[str, Result, Callable[
 
     def step_time(variant: Variant) -> Result:
         how = ComputeConfig(remat=variant.remat, accumulate_steps=variant.accumulate_steps)
-        known = dataclasses.replace(network(variant.attention), norm=variant.norm)
+        known = dataclasses.replace(
+            network(variant.attention), norm=variant.norm, mlp=variant.mlp
+        )
         return train.measure(known, clips=clips, step=how, steps=10, rates=speeds)
 
     yield "machine", machine.description() | {"dtype": dtype}, measure_machine

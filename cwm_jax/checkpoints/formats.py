@@ -21,7 +21,9 @@ from cwm_jax.sampling.sampler import Sampler, SamplerConfig, ddim_levels
 _FREE = (
     "dtype",
     "attention",
+    "time_attention",
     "norm",
+    "mlp",
     "max_frames",
     "warp_sharpness",
 )  # parameters fit any of these
@@ -71,7 +73,7 @@ def load(path: Path | str, *, step: int | None = None) -> Trained:
     """
     trained = _load(hub_models.here(path), step)
     network = trained.network
-    anywhere = {"norm": "auto"} if network.norm == "triton" else {}
+    anywhere = {name: "auto" for name in ("norm", "mlp") if getattr(network, name) == "triton"}
     if not {*network.attentions} <= {"auto", "xla"}:
         anywhere |= {"attention": "auto", "time_attention": "same"}
     return trained._replace(network=dataclasses.replace(network, **anywhere))

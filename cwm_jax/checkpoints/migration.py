@@ -64,6 +64,7 @@ BEFORE = {
     "model.attention": "auto",
     "model.time_attention": "same",
     "model.norm": "auto",
+    "model.mlp": "auto",
     "model.displacement_down": 0,
     "model.displacement_across": 0,
     "model.displacement_patch": 4,

@@ -87,6 +87,13 @@ class DiTConfig(ConfigGroup):
         choices=("auto", "xla", "triton"),
         repr=False,
     )
+    mlp: str = setting(
+        "auto",
+        "kernel of the gradient of GELU and of the product after it; `triton`: bfloat16 on "
+        "NVIDIA; `auto`: measured",
+        choices=("auto", "xla", "triton"),
+        repr=False,
+    )
     warp_reach: int = setting(
         0,
         "with `history`: pixels by which softmax filters may warp the last frame, at most "
@@ -237,3 +244,8 @@ class DiTConfig(ConfigGroup):
     def norm_kernel(self) -> str:
         """`norm`; auto is xla where `kernel_choice.measured` did not replace it."""
         return "xla" if self.norm == "auto" else self.norm
+
+    @property
+    def mlp_kernel(self) -> str:
+        """`mlp`; auto is xla where `kernel_choice.measured` did not replace it."""
+        return "xla" if self.mlp == "auto" else self.mlp

@@ -25,7 +25,7 @@ from cwm_jax.models.layers import (
     Update,
     add,
     add_and_norm,
-    gelu,
+    gelu_product,
     linear,
     product,
     unit_rms,
@@ -111,7 +111,7 @@ class AxialLayer(nnx.Module):
         size = config.hidden_size
         self.num_heads = config.num_heads
         self.qk_norm = config.qk_norm
-        self.norm = config.norm_kernel
+        self.norm, self.mlp = config.norm_kernel, config.mlp_kernel
         self.modulation = zeros_linear(config, size, 6 * size, rngs=rngs)
         self.qkv = linear(config, size, 3 * size, use_bias=False, rngs=rngs)
         self.out = linear(config, size, size, rngs=rngs)
@@ -134,12 +134,12 @@ class AxialLayer(nnx.Module):
         attended = product(self.out, attended_BTSD)
         stream = Stream(x_BTSD, Update(attended, self.out.bias[...], gate))
         x_BTSD, normed = self._add_and_norm(stream, shift, scale, cheap)
-        wide = self.mlp_in(normed)
+        last, hidden = self.mlp_out, product(self.mlp_in, normed)
+        bias, matrix = (x[...].astype(last.dtype) for x in (self.mlp_in.bias, last.kernel))
+        how = dict(precision=last.precision, kernel=self.mlp, recompute=cheap is not _kept)
         with jax.named_scope("gelu"):
-            hidden = cheap(gelu)(wide)
-        return Stream(
-            x_BTSD, Update(product(self.mlp_out, hidden), self.mlp_out.bias[...], mlp_gate)
-        )
+            found = gelu_product(hidden, bias, matrix, **how)
+        return Stream(x_BTSD, Update(found, last.bias[...], mlp_gate))
 
     @jax.named_scope("norm")
     def _add_and_norm(self, stream: Stream, shift, scale, cheap):

@@ -1,4 +1,4 @@
-"""Chooses the kernels of attention, over space and over time, and norms that are `auto`.
+"""Chooses the kernels of attention, over space and over time, norms and MLPs that are `auto`.
 
 On an NVIDIA GPU each available kernel computes values and gradients on small arrays, which are
 compared with a float32 formula, and is timed forward and backward on the run's own shapes. The
@@ -29,14 +29,16 @@ from cwm_jax.runtime import compile_cache
 FILE = "kernels.json"
 FALLBACK = "xla"
 _ATTENTION = "xla", "fused", "cudnn"
-KERNELS = {"attention": _ATTENTION, "time_attention": _ATTENTION, "norm": ("xla", "triton")}
+_TRITON = "xla", "triton"
+KERNELS = {"attention": _ATTENTION, "time_attention": _ATTENTION, "norm": _TRITON, "mlp": _TRITON}
 
 
 def settings(network: DiTConfig) -> dict[str, str]:
     """The kernels of a network by setting; without that over time if it is the one over space."""
     over_space, over_time = network.attention_kernels
     apart = {"time_attention": over_time} if over_time != over_space else {}
-    return {"attention": over_space, **apart, "norm": network.norm_kernel}
+    others = {"norm": network.norm_kernel, "mlp": network.mlp_kernel}
+    return {"attention": over_space, **apart, **others}
 
 
 def measured(network: DiTConfig, *, clips: int, frames: int) -> DiTConfig:
@@ -49,7 +51,8 @@ def measured(network: DiTConfig, *, clips: int, frames: int) -> DiTConfig:
         frames: of a clip.
     """
     over_space, over_time = network.attentions
-    asked = {"attention": over_space, "time_attention": over_time, "norm": network.norm}
+    asked = {"attention": over_space, "time_attention": over_time}
+    asked |= {"norm": network.norm, "mlp": network.mlp}
     if "auto" not in asked.values() or not attention.fuses():
         return network
     outcomes, chosen, reports = _outcomes(network, clips, frames), {}, []

@@ -4,6 +4,7 @@ A trial belongs to one setting of the network. Its checks use small arrays: rand
 numbers on which kernels are known to fail. Its timings use the shapes of the run.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwm_jax.models import attention, layers, rope
+from cwm_jax.models import attention, dit, layers, rope
 from cwm_jax.models.config import DiTConfig
-from cwm_jax.models.kernels import norm, reference
+from cwm_jax.models.kernels import gelu_product, norm, reference
 
 Function = Callable[..., object]  # of arrays, to an array or several
 
@@ -69,6 +70,8 @@ def trials(network: DiTConfig, *, clips: int, frames: int) -> Iterator[Trial]:
         yield _attention("time_attention", axis, frames, network, clips, frames)
     if network.norm == "auto":
         yield _norm(network, clips, frames)
+    if network.mlp == "auto":
+        yield _mlp(network, clips, frames)
 
 
 class _Axis(NamedTuple):
@@ -171,6 +174,31 @@ def _norm_formula(x_BTSD, product_BTSD, bias_D, gate_BTD, shift_BTD, scale_BTD):
     centred = x - x.mean(-1, keepdims=True)
     normed = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + norm.EPSILON)
     return x, normed * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]
+
+
+def _mlp(network: DiTConfig, clips: int, frames: int) -> Trial:
+    dtype, size = network.compute_dtype, network.hidden_size
+
+    by = lambda name: functools.partial(layers.gelu_product, kernel=name)
+    wide = dit.MLP_RATIO * size
+    shapes = lambda clips: ((clips, frames, network.tokens, wide), (wide,), (wide, size))
+    near, near_extreme = _NEAR[dtype.name]
+    x, bias, matrix = (_normal(i, *shape) for i, shape in enumerate(shapes(_CLIPS)))
+    matrix *= np.float32(wide**-0.5)
+    checks = (
+        Check("random numbers", by, _mlp_formula, (x, bias, matrix), near),
+        Check("large numbers", by, _mlp_formula, (40 * x, bias, matrix), near_extreme),
+    )
+    of_x, _, of_matrix = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes(clips))
+    fits = dtype == jnp.bfloat16 and gelu_product.fits(of_x, of_matrix)
+    candidates = ("xla", "triton") if fits else ("xla",)
+    return Trial("mlp", candidates, dtype, checks, (Timing(by, shapes(clips)),))
+
+
+def _mlp_formula(x, bias, matrix):
+    x = x + bias
+    cube = 0.7978845608028654 * (x + 0.044715 * x**3)
+    return jnp.dot(0.5 * x * (1 + jnp.tanh(cube)), matrix, precision=jax.lax.Precision.HIGHEST)
 
 
 def _normal(seed: int, *shape: int) -> np.ndarray:

@@ -13,9 +13,8 @@ import numpy as np
 from flax import nnx
 
 from cwm_jax.models.config import DiTConfig
+from cwm_jax.models.kernels import gelu_product as gelu_kernel
 from cwm_jax.models.kernels import norm
-
-_SQRT_2_OVER_PI = 0.7978845608028654
 
 
 def linear(config: DiTConfig, inputs: int, outputs: int, *, rngs, **kwargs) -> nnx.Linear:
@@ -65,9 +64,14 @@ def unit_rms(qkv_BTSC: jax.Array, num_heads: int) -> jax.Array:
 
 def product(layer: nnx.Linear, x: jax.Array) -> jax.Array:
     """The output of `layer` for x [..., I] without its bias."""
-    contracted = (((x.ndim - 1,), (0,)), ((), ()))
     kernel = layer.kernel[...].astype(layer.dtype)
-    return _matrix_product(x.astype(layer.dtype), kernel, contracted, precision=layer.precision)
+    x = x.astype(layer.dtype)
+    return _matrix_product(x, kernel, _last_by_first(x), precision=layer.precision)
+
+
+def _last_by_first(x: jax.Array):
+    """The dimensions of a product of x with a matrix, as `lax.dot_general` takes them."""
+    return ((x.ndim - 1,), (0,)), ((), ())
 
 
 class Update(NamedTuple):
@@ -194,12 +198,57 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def _gelu_backward(x, grad):
-    """With u = √(2/π) (x + 0.044715 x³): (1 + tanh u) / 2 + x (1 − tanh² u) u′ / 2, in float32."""
-    z = x.astype(jnp.float32)
-    tanh = jnp.tanh(_SQRT_2_OVER_PI * (z + 0.044715 * z * z * z))
-    inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * z * z)
-    slope = 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh * tanh) * inner
+    slope = gelu_kernel.slope(x.astype(jnp.float32))
     return ((grad.astype(jnp.float32) * slope).astype(x.dtype),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def gelu_product(
+    x: jax.Array,
+    bias_H: jax.Array,
+    matrix_HO: jax.Array,
+    *,
+    precision=None,
+    kernel: str = "xla",
+    recompute: bool = False,
+) -> jax.Array:
+    """gelu(x + bias) · matrix for x [..., H], all in one dtype.
+
+    Args:
+        precision: of the product.
+        kernel: "xla", or "triton": one kernel for NVIDIA GPUs computes the gradients of x and bias,
+            where it supports the shapes.
+        recompute: whether the backward pass computes the GELU again, and does not store it.
+    """
+    if kernel == "triton" and gelu_kernel.fits(x, matrix_HO):
+        return _gelu_product(x, bias_H, matrix_HO, recompute)
+    hidden = (jax.checkpoint(gelu) if recompute else gelu)(x + bias_H)
+    return _matrix_product(hidden, matrix_HO, _last_by_first(x), precision=precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gelu_product(x, bias_H, matrix_HO, recompute: bool):
+    return _gelu_product_forward(x, bias_H, matrix_HO, recompute)[0]
+
+
+def _gelu_product_forward(x, bias_H, matrix_HO, recompute: bool):
+    x = x + bias_H
+    hidden = gelu(x)
+    found = _matrix_product(hidden, matrix_HO, _last_by_first(x))
+    return found, (x, matrix_HO, None if recompute else hidden)
+
+
+def _gelu_product_backward(recompute: bool, kept, grad):
+    x, matrix_HO, hidden = kept
+    rows = lambda y: y.reshape(-1, y.shape[-1])
+    of_x, of_bias = gelu_kernel.gradient(rows(grad), matrix_HO, rows(x))
+    if recompute:
+        # Without the barrier XLA would store the result of the forward pass for this one.
+        hidden = gelu(jax.lax.optimization_barrier(x))
+    of_matrix = jax.lax.dot_general(rows(hidden), rows(grad), (((0,), (0,)), ((), ())))
+    return of_x.reshape(x.shape), of_bias.astype(x.dtype), of_matrix
+
+
+_gelu_product.defvjp(_gelu_product_forward, _gelu_product_backward)

@@ -87,6 +87,7 @@ def on_gpu(monkeypatch, tmp_path):
         trial(fused=square, cudnn=overflows),
         trial("time_attention", fused=square, cudnn=overflows),
         trial("norm", triton=off),
+        trial("mlp", triton=square),
     ]
     monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: fake_trials)
     count = lambda trial: measured.append(trial.setting) or measure(trial)
@@ -98,8 +99,8 @@ def on_gpu(monkeypatch, tmp_path):
 def test_a_network_gets_the_measured_kernels(tiny, on_gpu, capsys):
     network = dataclasses.replace(tiny, dtype="auto")
     found = kernel_choice.measured(network, **BATCH)
-    assert (found.attention, found.norm) == ("fused", "xla")
-    assert dataclasses.replace(found, attention="auto", norm="auto") == network
+    assert (found.attention, found.norm, found.mlp) == ("fused", "xla", "triton")
+    assert dataclasses.replace(found, attention="auto", norm="auto", mlp="auto") == network
     assert (network.attention, network.norm) == ("auto", "auto")
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
@@ -108,7 +109,7 @@ def test_a_network_gets_the_measured_kernels(tiny, on_gpu, capsys):
 
 
 def test_attention_over_time_may_have_another_kernel(tiny, on_gpu, monkeypatch):
-    network = dataclasses.replace(tiny, dtype="auto", norm="xla")
+    network = dataclasses.replace(tiny, dtype="auto", norm="xla", mlp="xla")
     fake_trials = [trial(cudnn=square), trial("time_attention", cudnn=overflows)]
     monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: fake_trials)
     found = kernel_choice.measured(network, **BATCH)
@@ -117,6 +118,7 @@ def test_attention_over_time_may_have_another_kernel(tiny, on_gpu, monkeypatch):
         "attention": "cudnn",
         "time_attention": "xla",
         "norm": "xla",
+        "mlp": "xla",
     }
     given = dataclasses.replace(network, time_attention="xla")
     assert kernel_choice.measured(given, **BATCH).attention_kernels == ("cudnn", "xla")
@@ -126,10 +128,10 @@ def test_results_are_kept_for_the_same_shapes(tiny, on_gpu, capsys):
     network = dataclasses.replace(tiny, dtype="auto")
     first = kernel_choice.measured(network, **BATCH)
     assert kernel_choice.measured(network, **BATCH) == first
-    assert on_gpu == ["attention", "time_attention", "norm"]
+    assert on_gpu == ["attention", "time_attention", "norm", "mlp"]
     assert "measured before" in capsys.readouterr().out
     kernel_choice.measured(network, clips=3, frames=4)
-    assert len(on_gpu) == 6
+    assert len(on_gpu) == 8
     kept = json.loads((compile_cache.folder() / kernel_choice.FILE).read_text())
     assert len(kept) == 2
 
@@ -143,11 +145,11 @@ def test_a_damaged_file_is_ignored_and_replaced(tiny, on_gpu, capsys, text):
     assert kernel_choice.measured(network, **BATCH).attention == "fused"
     assert f"{path} cannot be used and is ignored" in capsys.readouterr().err
     assert kernel_choice.measured(network, **BATCH).attention == "fused"
-    assert len(on_gpu) == 3
+    assert len(on_gpu) == 4
 
 
 def test_an_error_is_not_kept(tiny, on_gpu, monkeypatch):
-    network = dataclasses.replace(tiny, dtype="auto", time_attention="xla", norm="xla")
+    network = dataclasses.replace(tiny, dtype="auto", time_attention="xla", norm="xla", mlp="xla")
     fake_trials = [trial(fused=raises)]
     monkeypatch.setattr(kernel_trials, "trials", lambda *_, **__: fake_trials)
     for _ in range(2):
@@ -161,7 +163,7 @@ def test_failures_never_end_the_run(tiny, on_gpu, monkeypatch, capsys):
 
     monkeypatch.setattr(kernel_trials, "trials", broken)
     found = kernel_choice.measured(dataclasses.replace(tiny, dtype="auto"), **BATCH)
-    assert (found.attention, found.norm) == ("xla", "xla")
+    assert (found.attention, found.norm, found.mlp) == ("xla", "xla", "xla")
     assert "the card is gone" in capsys.readouterr().err
 
 
@@ -187,7 +189,7 @@ def test_on_a_cpu_nothing_is_timed(tiny, monkeypatch):
         device_speed, "best_time", lambda *_, **__: pytest.fail("something was timed")
     )
     assert kernel_choice.measured(tiny, **BATCH) == tiny
-    assert kernel_choice.settings(tiny) == {"attention": "xla", "norm": "xla"}
+    assert kernel_choice.settings(tiny) == {"attention": "xla", "norm": "xla", "mlp": "xla"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
