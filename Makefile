@@ -59,11 +59,11 @@ PROGRAM_PYTHON := $(BIN)/python
 pocket check-gpu bench-gpu: $(STAMP)
 endif
 
-pocket:  ## Record the game, train for MINUTES (a GPU: 9; a CPU: 300), export to OUTPUT; resumable
+pocket:  ## Record the game, train for MINUTES (a GPU: 9; a CPU: 300), export to OUTPUT, measure; resumable
 	$(PROGRAM_PYTHON) -m cwm_jax.tools.pocket \
 	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(FRAMES),--frames $(FRAMES)) \
 	  $(if $(DATA),--data $(DATA)) $(if $(WORKDIR),--workdir $(WORKDIR)) \
-	  $(if $(OUTPUT),--output $(OUTPUT)) $(CONFIG)
+	  $(if $(OUTPUT),--output $(OUTPUT)) $(if $(CARD_MINUTES),--card-minutes $(CARD_MINUTES)) $(CONFIG)
 
 test: $(STAMP)  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --durations=10 -rs

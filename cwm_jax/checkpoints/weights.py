@@ -40,6 +40,25 @@ def read(path: Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
             params = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+    return params, _meta(path, header)
+
+
+def describe(path: Path) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """The shapes of the parameters and their metadata, without starting JAX's devices.
+
+    Raises:
+        UserError: as of `read`.
+    """
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            header = (file.metadata() or {}).get(_KEY)
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+    return shapes, _meta(path, header)
+
+
+def _meta(path: Path, header: str | None) -> dict[str, Any]:
     if header is None:
         raise UserError(
             f"{path} does not describe its network: it was not exported by this program"
@@ -52,4 +71,4 @@ def read(path: Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         raise UserError(f"{path} describes its network in an unknown way: {error!r}") from None
     if not whole:
         raise UserError(f"{path} has no step, or no sizes of its network")
-    return params, meta
+    return meta

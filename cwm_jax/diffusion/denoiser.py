@@ -85,11 +85,16 @@ class Denoiser:
     ) -> jax.Array:
         """The velocity of noisy samples, float32 [B, T, H, W, C].
 
-        The sample, its share of signal (`alpha_bar`, [B, T] or []) and the earlier frames are used
-        only where the last frame is warped: by the given displacements, or the likeliest ones.
+        The sample and its share of signal (`alpha_bar`, [B, T] or []) are used where the network
+        predicts the clean sample or warps the last frame; the earlier frames where it warps: by the
+        given displacements, or the likeliest ones.
         """
         if outputs.log_variance is None:
-            return self.net.pixels(outputs.residual)
+            predicted = self.net.pixels(outputs.residual)
+            if self.config.prediction == "velocity":
+                return predicted
+            of_pixels = jnp.asarray(alpha_bar)[..., None, None, None]
+            return schedule.velocity_of_clean(sample_BTHWC, predicted, of_pixels)
         last = earlier_BTHWC[..., :3].astype(jnp.float32)
         warped = self._warped(outputs, last, displacements_BThw) / self.config.residual_scale
         velocity = warp.velocity(

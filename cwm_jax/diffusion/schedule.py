@@ -75,6 +75,28 @@ def clean(x: jax.Array, velocity: jax.Array, alpha_bar: jax.Array) -> jax.Array:
     return jnp.sqrt(alpha_bar) * x - jnp.sqrt(1 - alpha_bar) * velocity
 
 
+def velocity_of_clean(x: jax.Array, x0: jax.Array, alpha_bar: jax.Array) -> jax.Array:
+    """v = (√ᾱ x − x0) / √(1−ᾱ), the inverse of `clean`; `alpha_bar` < 1 broadcasts."""
+    return (jnp.sqrt(alpha_bar) * x - x0) / jnp.sqrt(1 - alpha_bar)
+
+
+def ramp(alpha_bar: jax.Array) -> jax.Array:
+    """Weights of squared velocity errors for an error of clean samples, float32.
+
+    Dreamer 4 (Hafner et al. 2025, https://arxiv.org/abs/2509.24527) predicts clean samples
+    and weighs their squared error by w(τ) = 0.9 τ + 0.1, where x_τ = τ x0 + (1 − τ) ε. The noised
+    samples here, divided by √ᾱ + √(1−ᾱ), are x_τ with
+
+        τ = √ᾱ / (√ᾱ + √(1−ᾱ)),
+
+    so both have the same ratio of signal to noise. By `clean` an error of the velocity is one of
+    the clean sample times −1 / √(1−ᾱ), so the weight of squared velocity errors is w(τ) (1 − ᾱ).
+    Dreamer 4 samples τ; here the noise levels remain those of `sample`.
+    """
+    signal, sigma = jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
+    return (0.9 * signal / (signal + sigma) + 0.1) * (1 - alpha_bar)
+
+
 def epsilon(x: jax.Array, x0: jax.Array, alpha_bar: jax.Array) -> jax.Array:
     """The noise in x once x0 is known: ε = (x/√ᾱ − x0) / √(1/ᾱ − 1)."""
     return (jnp.sqrt(1 / alpha_bar) * x - x0) / jnp.sqrt(1 / alpha_bar - 1)
@@ -93,5 +115,5 @@ def sample(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array
 
 
 def loss(predicted: jax.Array, velocity: jax.Array, weights: jax.Array | float = 1.0) -> jax.Array:
-    """Mean squared error of the velocity, float32; `weights`, with mean 1, broadcast."""
+    """Mean of weighted squared errors of the velocity, float32; `weights` broadcast."""
     return (weights * jnp.square(predicted.astype(jnp.float32) - velocity)).mean()

@@ -177,7 +177,7 @@ def rows(results: Mapping) -> Iterator[tuple[str, str]]:
         yield f"frames before it leaves the level, of {drift['frames']}", lasted
     yield from _of_uncertainty(results.get("uncertainty"))
     yield from _of_videos(results.get("videos"))
-    for name, value in results["single_step"].items():
+    for name, value in results.get("single_step", {}).items():
         yield f"{name} (single step)", number(value, 4)
 
 

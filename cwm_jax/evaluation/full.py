@@ -55,6 +55,7 @@ class Plan:
     seed: int = 0  # of all noise and of the random actions
     batch_size: int = 32  # clips generated at a time
     seeds: int = 4  # over which the spread of generated frames is taken; 0: no uncertainty
+    single_step: bool = True  # whether single steps are measured, on all clips of the split
 
     def __post_init__(self):
         for name, least in (("horizon", 2), ("drift_frames", drift.WINDOW), ("batch_size", 1)):
@@ -135,11 +136,8 @@ def measure(
         maps = _uncertainty(network, sampler, clips, plan, watched=watched)
         measured.results["uncertainty"] = uncertainty.summary(maps, seeds=plan.seeds)
         measured = measured._replace(unsure=maps)
-    mesh = sharding.make_mesh()
-    batches = loader.eval_batches(
-        config, plan.split, batch_size=_whole_batch(plan.batch_size), num_actions=NUM_ACTIONS
-    )
-    measured.results["single_step"] = dict(single_step.epoch_end(network, params, batches, mesh))
+    if plan.single_step:
+        measured.results["single_step"] = _single_step(network, params, config, plan)
     conditions = protocol.of(
         clips,
         sampler.config,
@@ -154,6 +152,13 @@ def measure(
     )
     measured.results["protocol"] = conditions.as_dict()
     return measured
+
+
+def _single_step(network: DiTConfig, params: Params, config: DataConfig, plan: Plan) -> dict:
+    batches = loader.eval_batches(
+        config, plan.split, batch_size=_whole_batch(plan.batch_size), num_actions=NUM_ACTIONS
+    )
+    return dict(single_step.epoch_end(network, params, batches, sharding.make_mesh()))
 
 
 def _uncertainty(

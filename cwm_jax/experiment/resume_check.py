@@ -12,7 +12,7 @@ _FIXED = (
     *("model.hidden_size", "model.depth", "model.num_heads", "model.patch_size"),
     *("model.image_size", "model.num_actions", "model.action_encoding", "model.max_frames"),
     *("model.history", "model.residual_scale", "model.warp_reach", "model.qk_norm"),
-    "model.heads",
+    *("model.heads", "model.prediction"),
     *("model.displacement_down", "model.displacement_across", "model.displacement_patch"),
 )
 

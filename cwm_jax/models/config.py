@@ -81,6 +81,13 @@ class DiTConfig(ConfigGroup):
         most=2,
         repr=False,
     )
+    prediction: str = setting(
+        "velocity",
+        "what the network predicts: `velocity`, or the `clean` sample (not with warps or "
+        "displacements, which weigh both by a log-variance)",
+        choices=("velocity", "clean"),
+        repr=False,
+    )
     norm: str = setting(
         "auto",
         "kernel of residual addition and norm; `triton`: NVIDIA; `auto`: measured",
@@ -162,6 +169,12 @@ class DiTConfig(ConfigGroup):
             raise UserError(
                 f"config.model.warp_sharpness={self.warp_sharpness} needs config.model.warp_reach "
                 "≥ 1: it is the power of softmax filters, which this network does not have"
+            )
+        if self.prediction == "clean" and (self.warp_reach or self.reach):
+            raise UserError(
+                "config.model.prediction='clean' needs warp_reach=0, displacement_down=0 and "
+                "displacement_across=0: a network with a warp predicts a residual from it, "
+                "scaled by its log-variance; use 'velocity'"
             )
         self._check_displacement()
 

@@ -31,9 +31,13 @@ class Prediction:
 
     def velocity(self, sample: str, last: str | None, alpha_bar) -> str:
         """The velocity of noisy samples in patches; see `Denoiser.velocity`."""
+        nodes, one = self._nodes, np.float32(1)
+        if self._config.prediction == "clean":
+            signal = nodes.mul(sample, nodes("Sqrt", alpha_bar))
+            sigma = nodes("Sqrt", nodes("Sub", one, alpha_bar))
+            return nodes("Div", nodes("Sub", signal, self._residual), sigma)
         if not (self._config.warp_reach or self._config.reach):
             return self._residual
-        nodes, one = self._nodes, np.float32(1)
         guess = self._filtered(last) if self._config.warp_reach else self._displaced(last)
         guess = nodes("Div", guess, np.float32(self._config.residual_scale))
         variance = nodes(

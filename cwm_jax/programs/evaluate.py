@@ -78,13 +78,14 @@ def measure(args: argparse.Namespace) -> None:
         seed=args.seed,
         batch_size=args.batch_size,
         seeds=args.seeds,
+        single_step=not args.no_single_step,
     )
     videos = _video_plan(args)
     measured = _measured(args, plan, lpips_weights.available(), videos)
     results = measured.results
     full.write_json(args.output, results)
     report = args.report or args.output.parent / f"{args.output.stem}_report"
-    pictures = _write_report(report, measured, plan)
+    pictures = "" if args.no_report else _write_report(report, measured, plan)
     used = results["clips"]
     print(
         f"{used['used']} of {used['records']} records of {args.data}/{args.split} used "
@@ -362,6 +363,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--output", type=path_flag, default=Path("metrics.json"), help="(%(default)s)")
     add("--report", type=path_flag, help="folder of report.html (beside the output, OUTPUT_report)")
+    add("--no-report", action="store_true", help="numbers only")
     add("--split", default=default.split, choices=shards.SPLITS, help="(%(default)s)")
     add("--clips", type=int, default=default.clips, help="0: all that are long enough (0)")
     add("--horizon", type=int, default=default.horizon, help="frames to generate (%(default)s)")
@@ -375,6 +377,7 @@ def parser() -> argparse.ArgumentParser:
         default=default.seeds,
         help="rollouts with other noise, whose spread is compared with the error (%(default)s)",
     )
+    add("--no-single-step", action="store_true", help="skip single steps on the whole split")
     add(
         "--kvd",
         type=int,

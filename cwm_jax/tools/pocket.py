@@ -6,90 +6,33 @@
 `make pocket MINUTES=9 FRAMES=4000000` does the same. The same command continues an interrupted
 one. On a GPU the frames are stored in its memory. A data folder that was not
 recorded here is used as it is. Other arguments, --config.NAME=VALUE, go to train.py.
+
+During training the newest save is exported, at first after two minutes and then each time that the
+training has doubled, so a run that was killed leaves a model. After training, some held-out clips
+are measured, and `card.md` is written beside the export.
 """
 
 import argparse
-import json
-import math
 import os
-import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from cwm_jax import controls, files, shipped
+from cwm_jax import shipped
 from cwm_jax.checkpoints.run_checkpoint import FOLDER
-from cwm_jax.data import shards
 from cwm_jax.data.records import FRAME_BYTES
 from cwm_jax.errors import UserError, echo, shown_to_user
+from cwm_jax.experiment import card_measurement
 from cwm_jax.files import path_flag
-from cwm_jax.runtime import process_memory
+from cwm_jax.runtime import device_query, process_memory, subprograms
+from cwm_jax.runtime.device_query import Device
 from cwm_jax.runtime.preemption import EXIT_CODE
+from cwm_jax.simulator import missing_records
 
-POLICY, SEED = "random=1,sticky=3", 1
-HELD_OUT = 200  # records of val, and of test
-
-# Of 1,500 records by POLICY: a record has 160 frames, or fewer if an episode ends.
-_FRAMES_PER_RECORD = 117
-_BYTES_PER_FRAME = 740  # compressed, on disk
+SAVE_MINUTES = 2.0  # `checkpoints.every_minutes` of `configs/pocket.py`
 _STEP_BYTES = 14 * 10**9  # of GPU memory, besides the frames: 128 clips of 12 frames
 _GPU_BATCH = 128
-_PROBE = """
-import jax, json
-from cwm_jax.runtime import devices
-if fault := devices.missing():
-    raise SystemExit(fault)
-d = jax.local_devices()[0]
-limit = (d.memory_stats() or {}).get("bytes_limit", 0)
-print(json.dumps([d.platform, d.device_kind, limit, getattr(d, "compute_capability", "")]))
-"""
-
-
-class Device(NamedTuple):
-    """The device of training."""
-
-    platform: str  # of JAX: cpu, gpu, …
-    kind: str
-    memory: int  # bytes, 0 if the device does not report it
-    capability: str  # compute capability of an NVIDIA GPU
-
-    @property
-    def is_gpu(self) -> bool:
-        return self.platform == "gpu"
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether the kernels of attention and norm were measured on this GPU type."""
-        return self.is_gpu and self.capability == "9.0"
-
-
-def find_device() -> Device:
-    """JAX's device, queried in another process, since a query allocates the memory of a GPU.
-
-    Raises:
-        UserError: JAX finds no usable device.
-    """
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        return Device("cpu", "cpu", 0, "")
-    found = subprocess.run(
-        [sys.executable, "-c", _PROBE],
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    if found.returncode:
-        reason = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"JAX finds no device: {reason}\nJAX_PLATFORMS=cpu trains on the CPU.")
-    return Device(*json.loads(found.stdout.splitlines()[-1]))
-
-
-def records_for(frames: int) -> int:
-    """Number of records with about so many frames, in whole shards."""
-    return 100 * math.ceil(frames / _FRAMES_PER_RECORD / 100)
 
 
 def check_memory(frames: int, device: Device) -> None:
@@ -102,75 +45,6 @@ def check_memory(frames: int, device: Device) -> None:
             f"{device.kind} has {gib:.1f} GiB, of which training needs {_STEP_BYTES / 2**30:.1f}: "
             f"use at most FRAMES={max(0, fitting)}"
         )
-
-
-class Recorded(NamedTuple):
-    """The contents of a data folder."""
-
-    by_us: bool  # there is a `metadata.json` of `cwm_jax.tools.collect`, or no data at all
-    records: dict[str, int]  # complete records of each split, if known
-    frames: int  # of train, if known
-    wanted: dict[str, int]  # records of each split requested by the last call
-
-
-def look_at(data: Path) -> Recorded:
-    """The recorded contents of a data folder; empty if it does not exist."""
-    none = dict.fromkeys(shards.SPLITS, 0)
-    path = data / controls.METADATA
-    if path.is_file():
-        try:
-            metadata = files.read_json_object(path)
-            if "recipe" in metadata:
-                of = metadata["splits"]
-                records = {split: of[split]["records"] for split in shards.SPLITS}
-                wanted = {split: of[split]["wanted"] for split in shards.SPLITS}
-                return Recorded(True, records, of["train"]["frames"], wanted)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read {path}: {error!r}") from None
-    has_data = any((data / split).is_dir() for split in shards.SPLITS)
-    return Recorded(not has_data, none, 0, none)
-
-
-def record(data: Path, frames: int) -> None:
-    """Records the missing frames of the folder, with all cores.
-
-    Raises:
-        UserError: there is too little disk, or the game cannot be played here.
-    """
-    have = look_at(data)
-    if not have.by_us:
-        echo(f"training on {data} as it is: it was not recorded by cwm_jax.tools.collect")
-        return
-    wanted = dict(train=records_for(frames), val=HELD_OUT, test=HELD_OUT)
-    wanted = {split: max(count, have.wanted[split]) for split, count in wanted.items()}
-    missing = sum(max(0, wanted[split] - have.records[split]) for split in wanted)
-    if not missing:
-        return
-    needed, free = missing * _FRAMES_PER_RECORD * _BYTES_PER_FRAME, _free_disk(data)
-    if needed > free:
-        raise UserError(
-            f"FRAMES={frames} (--frames): {missing} more records need about "
-            f"{needed / 1e9:.1f} GB in {data}, and {free / 1e9:.1f} GB are free: free some, or "
-            f"use fewer frames"
-        )
-    words = ["-m", "cwm_jax.tools.collect", "--output", str(data), "--policy", POLICY]
-    words += ["--seed", str(SEED)]
-    for split, count in wanted.items():
-        words += [f"--{split}", str(count)]
-    code = _run(words)
-    if code == 2:
-        raise UserError(
-            f"{data} has {have.records['train']} of {wanted['train']} records, and more could "
-            f"not be recorded. Install Procgen (make install-procgen; Linux on x86-64, Python 3.11 "
-            f"or 3.12), or give a folder with train/ and val/: make pocket DATA=FOLDER"
-        )
-    _leave_unless_done(code)
-
-
-def _free_disk(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.absolute().parent
-    return shutil.disk_usage(folder).free
 
 
 def train_words(args: argparse.Namespace, device: Device, more: Sequence[str]) -> list[str]:
@@ -189,50 +63,71 @@ def train_words(args: argparse.Namespace, device: Device, more: Sequence[str]) -
     return words + [f"--config.{name}={value}" for name, value in settings.items()] + [*more]
 
 
-def _environment(**changes: str) -> dict[str, str]:
-    """Environment of our programs: they find this package, and use one GPU."""
-    path = os.pathsep.join(filter(None, (str(shipped.root()), os.environ.get("PYTHONPATH"))))
-    ours = {
-        "CUDA_VISIBLE_DEVICES": "0",
-        "XLA_CLIENT_MEM_FRACTION": str(process_memory.SHARE_OF_GPU),
-    }
-    return {**ours, **os.environ, "PYTHONPATH": path, **changes}
+def saved(workdir: Path) -> list[int]:
+    """The steps of the saved checkpoints, rising."""
+    return sorted(int(p.name) for p in (workdir / FOLDER).glob("*") if p.name.isdigit())
 
 
-def _run(words: Sequence[str], **environment: str) -> int:
-    """Runs Python; forwards SIGTERM. A terminal sends Ctrl-C and SIGHUP to both processes."""
-    program = subprocess.Popen([sys.executable, *words], env=_environment(**environment))
-    before = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: program.terminate()),
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-    }
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        before[signal.SIGHUP] = signal.signal(
-            signal.SIGHUP, lambda *_: program.send_signal(signal.SIGHUP)
-        )
-    try:
-        return program.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def export_words(args: argparse.Namespace) -> list[str]:
+    """The arguments of Python that export the newest checkpoint."""
+    words = ["-m", "cwm_jax.tools.export", str(args.workdir), "--format", "safetensors"]
+    return [*words, "--dtype", "bfloat16", "--output", str(args.output)]
+
+
+class EarlyExports:
+    """Exports the newest checkpoint during training, each time that its step has doubled."""
+
+    def __init__(self, args: argparse.Namespace):
+        begun = saved(args.workdir) if args.output.exists() else []
+        self._args, self._step = args, max(begun, default=0)
+        self._program: subprocess.Popen | None = None
+
+    def __call__(self) -> None:
+        """To be called now and then; does not wait."""
+        if self._program is not None and self._program.poll() is None:
+            return
+        self._report()
+        newest = max(saved(self._args.workdir), default=0)
+        if newest and newest >= 2 * self._step:
+            self._step = newest
+            self._program = subprocess.Popen(
+                [sys.executable, *export_words(self._args)],
+                env=subprograms.environment(JAX_PLATFORMS="cpu"),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+    def close(self) -> None:
+        """Waits for an export that has begun."""
+        if self._program is not None:
+            self._program.wait()
+            self._report()
+
+    def _report(self) -> None:
+        if self._program is None:
+            return
+        failed, self._program = self._program.returncode, None
+        words = f"cannot export step {self._step} yet" if failed else f"exported step {self._step}"
+        echo(f"{words}{'' if failed else f' to {self._args.output}'}; training goes on")
 
 
 def _leave_unless_done(code: int) -> None:
     if code:
-        raise SystemExit(code if code > 0 else 128 - code)
+        raise SystemExit(subprograms.status(code))
 
 
-def _saved(workdir: Path) -> Iterator[Path]:
-    return (p for p in (workdir / FOLDER).glob("*") if p.name.isdigit())
+def export(args: argparse.Namespace) -> None:
+    """Exports the newest checkpoint; exits with the program's code if that is not 0."""
+    _leave_unless_done(subprograms.run(export_words(args), JAX_PLATFORMS="cpu"))
 
 
 def make(args: argparse.Namespace, more: Sequence[str]) -> None:
-    """Records, trains and exports; exits with train.py's code if that is not 0.
+    """Records, trains, exports and measures; exits with train.py's code if that is not 0.
 
     Raises:
         UserError: unusable arguments, machine or folder.
     """
-    device = find_device()
+    device = device_query.find()
     if args.minutes is None:
         args.minutes = 9 if device.is_gpu else 300
     if args.frames is None:
@@ -243,14 +138,37 @@ def make(args: argparse.Namespace, more: Sequence[str]) -> None:
     check_memory(args.frames, device)
     if device.is_gpu:
         process_memory.multiply_by_library()
-    record(args.data, args.frames)
+    missing_records.record(args.data, args.frames)
     echo(f"training for {args.minutes:g} minutes on {device.kind}")
-    code = _run(train_words(args, device, more))
-    if code in (0, EXIT_CODE) and any(_saved(args.workdir)):
-        words = ["-m", "cwm_jax.tools.export", str(args.workdir), "--format", "safetensors"]
-        words += ["--dtype", "bfloat16", "--output", str(args.output)]
-        _leave_unless_done(_run(words, JAX_PLATFORMS="cpu"))
+    if warning := too_short(args.minutes, more):
+        echo(warning)
+    early = EarlyExports(args)
+    code = subprograms.run(train_words(args, device, more), meanwhile=early)
+    early.close()
+    if (code in (0, EXIT_CODE) or code < 0) and saved(args.workdir):
+        export(args)
+        if code == 0 and args.card_minutes:
+            cores = "" if device.is_gpu else f", {os.cpu_count()} cores"
+            clips = card_measurement.ON_GPU if device.is_gpu else card_measurement.ON_CPU
+            where = args.output, args.workdir, device.kind + cores
+            card_measurement.write(*where, minutes=args.card_minutes, clips=clips)
     _leave_unless_done(code)
+
+
+def too_short(minutes: float, more: Sequence[str]) -> str:
+    """A warning where training ends before its first save by the clock; else empty."""
+    flag = "--config.checkpoints.every_minutes="
+    given = [word.removeprefix(flag) for word in more if word.startswith(flag)]
+    try:
+        every = float(given[-1]) if given else SAVE_MINUTES
+    except ValueError:  # train.py reports it
+        return ""
+    if 0 < every < minutes:
+        return ""
+    return (
+        f"WARNING: MINUTES={minutes:g} are over before the first save, by {flag[2:]}{every:g}: the "
+        f"model is saved at the end alone, and lost if the run is killed before"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -260,7 +178,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if other := [word for word in more if not word.startswith("--config.")]:
             flags.error(f"unrecognized arguments: {' '.join(other)}")
         args.output = args.output or args.workdir / "model.safetensors"
-        make(args, more)
+        if not args.export_only:
+            make(args, more)
+        elif saved(args.workdir):
+            export(args)
+        else:
+            raise UserError(f"--export-only: {args.workdir} has no checkpoint yet")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -273,6 +196,13 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=path_flag, default=Path("data/pocket"), help="data folder (%(default)s)")
     add("--workdir", type=path_flag, default=Path("runs/pocket"), help="of training (%(default)s)")
     add("--output", type=path_flag, help="file to export to (model.safetensors in the workdir)")
+    add(
+        "--card-minutes",
+        type=float,
+        default=10.0,
+        help="for measuring the model after training; 0: no card (%(default)s)",
+    )
+    add("--export-only", action="store_true", help="export the newest checkpoint, do nothing else")
     return parser
 
 

@@ -74,6 +74,12 @@ class LossConfig(ConfigGroup):
 
     PATH = "config.loss"
 
+    weighting: str = setting(
+        "velocity",
+        "`velocity`: squared error of velocities; `ramp`: of clean samples, times 0.9 τ + 0.1, "
+        "where τ is the share of signal of the noise level",
+        choices=("velocity", "ramp"),
+    )
     middle_weight: float = setting(
         1.0, "of pixels in the middle, where CoinRun keeps the player", least=0, most=1000
     )

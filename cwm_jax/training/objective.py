@@ -35,10 +35,12 @@ def clip_loss(
     """Diffusion loss of clips, float32 [].
 
     With history the first frame of a clip, which has no residual, does not count. With a
-    `middle_weight` other than 1 the pixels of the middle have that weight. With a `teacher` the
+    `middle_weight` other than 1 the pixels of the middle have that weight. With the `weighting`
+    "ramp" each frame is weighted by its noise level, see `schedule.ramp`. With a `teacher` the
     targets are its velocities. With discrete displacements their cross-entropy is added, and in
     half of the clips the last frame is warped by the best displacements instead of the likeliest,
-    so that the residual is learned for both.
+    so that the residual is learned for both; not with a teacher, whose velocities belong to its
+    own likeliest ones.
     """
     denoiser, frames = bind(network, params), to_model(jnp.asarray(example.frames_BTHWC))
     context_frames, t_BT, actions_BT = frames, example.t_BT, example.actions_BT
@@ -62,7 +64,7 @@ def clip_loss(
     if errors is not None:
         logits = denoiser.logits(outputs)
         # Noise of the first frame, which is unused otherwise: the same on any device.
-        is_best = example.noise_BTHWC[:, 0, 0, 0, 0] > 0
+        is_best = (example.noise_BTHWC[:, 0, 0, 0, 0] > 0) & (teacher is None)
         chosen = _chosen(logits, errors, is_best, network.reach)
         entropy = _cross_entropy(logits, errors, network.reach)[:, counted]
         weights = _weights(errors.shape[2], middle)[..., 0]
@@ -78,6 +80,8 @@ def clip_loss(
         predict = lambda x, t: taught(x, t, actions_BT, earlier)
         target = distillation.velocity(predict, sample.x, t_BT, teacher.steps)
     weights = 1.0 if middle == 1 else _weights(network.image_size, middle)
+    if config.loss.weighting == "ramp":
+        weights = weights * schedule.ramp(alpha_bar(t_BT))[:, counted, None, None, None]
     return schedule.loss(predicted[:, counted], target[:, counted], weights) + added
 
 

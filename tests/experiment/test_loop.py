@@ -287,6 +287,17 @@ def test_a_student_is_distilled_and_resumes(tmp_path, small_data, capsys):
         train(tmp_path / "other", config)
 
 
+def test_a_network_that_predicts_clean_samples_is_saved_and_resumes_as_such(tmp_path, small_data):
+    settings = {"model.prediction": "clean", "loss.weighting": "ramp", "schedule.max_steps": 4}
+    config = config_of(small_data, settings)
+    train(tmp_path / "run", config)
+    assert run_checkpoint.load(tmp_path / "run").network.prediction == "clean"
+    assert {"val/loss", "eval/psnr"} <= set().union(*lines_of(tmp_path / "run"))
+    assert int(train(tmp_path / "run", changed(config, {"schedule.max_steps": 5})).step) == 5
+    with pytest.raises(UserError, match=r"config\.model\.prediction='velocity', was 'clean'"):
+        train(tmp_path / "run", changed(config, {"model.prediction": "velocity"}))
+
+
 def test_a_run_refuses_parameters_of_another_network(tmp_path, small_data):
     train(tmp_path / "first", config_of(small_data, {"schedule.max_steps": 1}))
     config = config_of(small_data, {"init_from": str(tmp_path / "first")})

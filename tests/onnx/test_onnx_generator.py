@@ -42,6 +42,7 @@ NETWORKS = {
         displacement_patch=8,
         qk_norm=True,
     ),
+    "clean": dataclasses.replace(PLAIN, history=1, prediction="clean"),
     "motion": dataclasses.replace(PLAIN, history=2, warp_reach=4),
     "buttons": dataclasses.replace(PLAIN, num_actions=3, action_encoding="buttons"),
 }

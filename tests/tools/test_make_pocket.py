@@ -1,20 +1,22 @@
 """`make pocket`: a small complete run, its checks beforehand, and an interruption."""
 
 import argparse
-import json
-import os
 import signal
 from pathlib import Path
 
 import pytest
 
+from configs import pocket as config
 from cwm_jax.checkpoints import formats
 from cwm_jax.errors import UserError
+from cwm_jax.experiment import card_measurement
+from cwm_jax.runtime import device_query, subprograms
+from cwm_jax.runtime.device_query import Device
 from cwm_jax.runtime.preemption import EXIT_CODE
 from cwm_jax.tools import pocket
 
-CPU = pocket.Device("cpu", "cpu", 0, "")
-GPU = pocket.Device("gpu", "NVIDIA H100 80GB HBM3", 80 * 10**9, "9.0")
+CPU = Device("cpu", "cpu", 0, "")
+GPU = Device("gpu", "NVIDIA H100 80GB HBM3", 80 * 10**9, "9.0")
 _MODEL = dict(hidden_size=16, depth=1, num_heads=1, patch_size=16, max_frames=5, history=1)
 _MODEL |= dict(displacement_down=1, displacement_across=1, displacement_patch=16)
 SMALL = {f"model.{name}": value for name, value in _MODEL.items()} | {"data.clip_len": 3}
@@ -33,11 +35,16 @@ def flags(tmp_path, *more):
 def test_a_rehearsal_on_data_from_elsewhere_without_optional_packages(
     tmp_path, make_data, monkeypatch, capfd
 ):
-    make_data(train=[[20, 20]], val=[[20]])
+    """Trains, exports, measures and writes the card, in seconds."""
+    make_data(train=[[40, 40]], val=[[40]], test=[[40, 40]])
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "sitecustomize.py").write_text(ABSENT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # without weights of LPIPS
+    short = {"clips": 2, "horizon": 4, "drift-frames": 16}
+    monkeypatch.setattr(card_measurement, "ON_CPU", short)
+    monkeypatch.setattr(card_measurement, "STEPS", (1,))
     pocket.main(flags(tmp_path, *SETTINGS, "--config.schedule.max_steps=3"))
     printed = capfd.readouterr()
     assert "was not recorded by cwm_jax.tools.collect" in printed.err
@@ -45,6 +52,13 @@ def test_a_rehearsal_on_data_from_elsewhere_without_optional_packages(
     trained = formats.load(tmp_path / "run" / "model.safetensors")
     assert trained.step == 3
     assert trained.config["schedule"]["minutes"] == 5
+    card = (tmp_path / "run" / "card.md").read_text()
+    assert "| updates | 3 |" in card
+    assert "| training frames | 36 (4 clips of 3 an update) |" in card
+    assert "| | floor | S = 1 |" in card
+    for row in ("PSNR, dB, at frame 2", "sharpness of the first and last 16", "jump, as readable"):
+        assert f"| {row}" in card
+    assert "LPIPS was not measured: its weights are absent" in card
 
 
 @pytest.fixture
@@ -59,44 +73,9 @@ def programs(monkeypatch):
             return next((code for word, code in self.codes.items() if word in words), 0)
 
     found = Programs()
-    monkeypatch.setattr(pocket, "_run", found)
-    monkeypatch.setattr(pocket, "find_device", lambda: CPU)
+    monkeypatch.setattr(subprograms, "run", found)
+    monkeypatch.setattr(device_query, "find", lambda: CPU)
     return found
-
-
-def recorded(folder, *, train, frames):
-    """As `cwm_jax.tools.collect` leaves it."""
-    held = {"records": 200, "wanted": 200, "frames": 1}
-    splits = {"train": dict(records=train, wanted=train, frames=frames), "val": held, "test": held}
-    folder.mkdir()
-    (folder / "metadata.json").write_text(json.dumps({"recipe": {}, "splits": splits}))
-
-
-def test_missing_records_are_recorded(tmp_path, programs):
-    recorded(tmp_path / "data", train=300, frames=35_000)
-    pocket.record(tmp_path / "data", 30_000)
-    assert not programs
-    pocket.record(tmp_path / "data", 40_000)
-    words = " ".join(programs[0])
-    assert "--train 400 --val 200 --test 200" in words
-
-
-def test_without_the_game_and_data_the_alternatives_are_reported(tmp_path, programs):
-    programs.codes = {"cwm_jax.tools.collect": 2}
-    with pytest.raises(
-        UserError, match=r"0 of 100 records.*\n?.*make install-procgen.*DATA=FOLDER"
-    ):
-        pocket.record(tmp_path / "data", 100)
-
-
-def test_too_little_disk_or_memory_is_reported_before_recording(tmp_path, programs, monkeypatch):
-    with pytest.raises(UserError, match=r"FRAMES=1000000000000 .* GB are free"):
-        pocket.record(tmp_path / "data", 10**12)
-    assert not programs
-    pocket.check_memory(4_000_000, GPU)
-    with pytest.raises(UserError, match=r"FRAMES=6000000 .* use at most FRAMES=5\d{6}$"):
-        pocket.check_memory(6_000_000, GPU)
-    pocket.check_memory(6_000_000, CPU)
 
 
 @pytest.mark.parametrize("word", ["minutes", "frames"])
@@ -110,7 +89,7 @@ def test_zero_amounts_are_refused(tmp_path, programs, word, capsys):
 def test_a_run_that_was_cut_off_is_exported_as_far_as_it_is(tmp_path, programs, make_data):
     make_data(train=[[20]], val=[[20]])
     programs.codes = {"cwm_jax.programs.train": EXIT_CODE}
-    for saved, count in ((False, 1), (True, 2)):
+    for saved, count in ((False, 1), (True, 2)):  # train.py, and then the export
         programs.clear()
         if saved:
             (tmp_path / "run" / "checkpoints" / "7").mkdir(parents=True)
@@ -120,6 +99,55 @@ def test_a_run_that_was_cut_off_is_exported_as_far_as_it_is(tmp_path, programs, 
         assert len(programs) == count
     assert "cwm_jax.tools.export" in programs[1]
     assert str(tmp_path / "run" / "model.safetensors") in programs[1]
+
+
+def test_a_killed_training_leaves_a_model_and_its_status(tmp_path, programs):
+    programs.codes = {"cwm_jax.programs.train": -signal.SIGKILL}
+    (tmp_path / "run" / "checkpoints" / "7").mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        pocket.main(flags(tmp_path))
+    assert ended.value.code == 128 + signal.SIGKILL
+    assert "cwm_jax.tools.export" in programs[-1]
+    programs.clear()
+    pocket.main(flags(tmp_path, "--export-only"))
+    assert [words[1] for words in programs] == ["cwm_jax.tools.export"]
+
+
+def test_without_a_checkpoint_there_is_nothing_to_export(tmp_path, programs, capsys):
+    with pytest.raises(SystemExit):
+        pocket.main(flags(tmp_path, "--export-only"))
+    assert "has no checkpoint yet" in capsys.readouterr().err
+    assert not programs
+
+
+def test_checkpoints_are_exported_during_training_each_time_the_step_doubles(tmp_path, monkeypatch):
+    args = argparse.Namespace(workdir=tmp_path, output=tmp_path / "model.safetensors")
+    writes = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
+    saved = lambda: max(pocket.saved(tmp_path))
+    words = lambda args: ["-c", writes, str(args.output), f"{saved()} "]
+    monkeypatch.setattr(pocket, "export_words", words)
+    early = pocket.EarlyExports(args)
+    for step in (100, 150, 199, 210, 410, 430):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        early()
+        early.close()
+    assert args.output.read_text() == "100 210 430 "
+
+
+def test_minutes_that_are_over_before_the_first_save_are_named(tmp_path, programs, capsys):
+    pocket.main(["--minutes", "2", *flags(tmp_path)[2:]])
+    assert "MINUTES=2 are over before the first save" in capsys.readouterr().err
+    often = "--config.checkpoints.every_minutes=1"
+    pocket.main(["--minutes", "2", *flags(tmp_path)[2:], often])
+    assert "before the first save" not in capsys.readouterr().err
+    assert config.get_config().checkpoints.every_minutes == pocket.SAVE_MINUTES
+
+
+def test_too_little_memory_is_reported():
+    pocket.check_memory(4_000_000, GPU)
+    with pytest.raises(UserError, match=r"FRAMES=6000000 .* use at most FRAMES=5\d{6}$"):
+        pocket.check_memory(6_000_000, GPU)
+    pocket.check_memory(6_000_000, CPU)
 
 
 def test_a_gpu_gets_more_clips_and_the_frames_in_its_memory():
@@ -132,23 +160,3 @@ def test_a_gpu_gets_more_clips_and_the_frames_in_its_memory():
     for words in (on_gpu, on_cpu):
         assert words[-1] == "--config.optimizer.lr=1"  # the user's come last, so that they hold
         assert "--config.schedule.minutes=9.0" in words
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_is_forwarded_to_the_running_program(name):
-    number = getattr(signal, name)
-    waits = "import os, signal, sys, time\n"
-    waits += f"signal.signal(signal.{name}, lambda *_: sys.exit(75))\n"
-    waits += f"os.kill({os.getpid()}, signal.{name})\ntime.sleep(60)"
-    before = signal.getsignal(number)
-    assert pocket._run(["-c", waits]) == 75
-    assert signal.getsignal(number) == before
-
-
-def test_a_device_is_found_by_another_process(monkeypatch):
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setattr(pocket, "_PROBE", 'print("noise")\nprint(\'["gpu", "G", 7, "9.0"]\')')
-    assert pocket.find_device() == ("gpu", "G", 7, "9.0")
-    monkeypatch.setattr(pocket, "_PROBE", "raise RuntimeError('no driver')")
-    with pytest.raises(UserError, match="no device: RuntimeError: no driver"):
-        pocket.find_device()
