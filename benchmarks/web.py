@@ -2,11 +2,13 @@
 
     make web
     python -m benchmarks.web [--page dist/web] [--seconds 10] [--frames 5000] [--threads 1,2]
-        [--steps 1,2,4] [--only pace,keys,load,memory]
+        [--steps 1,2,4] [--only pace,keys,load,memory] [--patience 300]
 
-Frames a second by steps and threads, with the processor time of each and the slowest
-frame besides the median; from a key to its frame; from opening the page to its first frame; memory
-over many frames. WebGPU is measured if the browser has an adapter.
+Frames a second by backend and steps, with the time of the median and of the slowest frame and the
+processor time of the tab's process; from a key to its frame; from opening the page to its first
+frame; memory over many frames. Backends are the page's kernels (`wasm`), onnxruntime-web by number
+of threads, and WebGPU if the browser has an adapter. Each part ends with a Markdown table. No
+measurement takes longer than `--patience` seconds, except of memory: `--frames` frames of one step.
 """
 
 import argparse
@@ -32,16 +34,20 @@ _FLAGS = (
     "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1280,900"
 )
 _TICKS = os.sysconf("SC_CLK_TCK")
-_PATIENCE = 300  # seconds
-_WARM = 40  # frames before timing starts
+_WARM = 40  # frames before timing starts, of which …
+_WARM_SECONDS = 8.0  # … there may be fewer on a slow machine
 
 
 class Page:
-    """One tab that plays, and its process."""
+    """One tab that plays.
 
-    def __init__(self, driver, address: str):
-        self.driver = driver
-        driver.set_script_timeout(_PATIENCE)
+    Args:
+        patience: seconds that anything may take.
+    """
+
+    def __init__(self, driver, address: str, patience: float):
+        self.driver, self._patience = driver, patience
+        driver.set_script_timeout(patience)
         driver.get(address)
         self.wait("return window.play?.started")
 
@@ -49,22 +55,27 @@ class Page:
         return self.driver.execute_script(script, *args)
 
     def wait(self, script: str):
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + self._patience
         while time.monotonic() < end:
             with contextlib.suppress(Exception):  # the first visit loads the page twice
                 if found := self.run(script):
                     return found
             time.sleep(0.05)
-        raise UserError(f"the page did nothing for {_PATIENCE} s: {self.run(_TEXT)}")
+        raise UserError(f"the page did nothing for {self._patience} s: {self.run(_TEXT)}")
 
-    def frames(self, count: int) -> list[float]:
-        """Milliseconds between so many frames of auto-run at full speed."""
+    def frames(self, count: int, seconds: float) -> list[float]:
+        """Milliseconds between frames of auto-run at full speed: up to so many, in so much time."""
         self.run("play.times = []; play.seen = (message, now) => play.times.push(now);"
                  "play.send({do: 'settings', fps: 1000, auto: true})")  # fmt: skip
-        self.wait(f"return play.times.length > {count}")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.run("return play.times.length") <= count:
+            time.sleep(0.05)
         self.run("play.send({do: 'settings', auto: false})")
         times = self.run("return play.times")
         return [b - a for a, b in itertools.pairwise(times)]
+
+    def warm(self) -> None:
+        self.frames(_WARM, _WARM_SECONDS)
 
     def settings(self, **settings) -> None:
         self.run("play.send({do: 'settings', ...arguments[0]})", settings)
@@ -123,88 +134,98 @@ def _megabytes(process: int) -> float:
     return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
 
+@contextlib.contextmanager
+def _playing(address: str, args: argparse.Namespace, query: str = "backend=wasm"):
+    """A page in a fresh browser, and the folder of its profile."""
+    with tempfile.TemporaryDirectory() as profile, _browser(profile) as driver:
+        yield Page(driver, f"{address}?{query}", args.patience), profile
+
+
 def pace(address: str, args: argparse.Namespace) -> None:
     """Frames a second."""
     rows = []
-    kinds = [("wasm", threads) for threads in args.threads] + [("webgpu", 1)]
+    kinds = [("wasm", 1), *(("onnxruntime", threads) for threads in args.threads), ("webgpu", 1)]
     for backend, threads in kinds:
-        with tempfile.TemporaryDirectory() as profile, _browser(profile) as driver:
-            page = Page(driver, f"{address}?backend={backend}&threads={threads}")
+        query = f"backend={backend}&threads={threads}"
+        with _playing(address, args, query) as (page, profile):
             model = page.run("return play.model")
             if model["backend"] != backend:
-                print("no WebGPU here, or its results differ from WASM's")
+                print(f"no {backend} here, or its results differ from those of wasm", flush=True)
                 continue
-            process = _renderer(profile)
             for steps in args.steps:
                 page.settings(steps=steps)
-                page.frames(_WARM)
-                page.run(_RESTART)
-                before, began = _processor_seconds(process), time.perf_counter()
-                count = 0
-                times = []
-                while time.perf_counter() - began < args.seconds:
-                    times += page.frames(20)
-                    count += 21
-                spent = _processor_seconds(process) - before
-                times.sort()
-                rows.append({
-                    "backend": backend,
-                    "threads": model["threads"],
-                    "steps": steps,
-                    "frames/s": round(1000 * len(times) / sum(times), 1),
-                    "ms, median": round(times[len(times) // 2], 1),
-                    "ms, 95 %": round(times[int(0.95 * len(times))], 1),
-                    "ms, fastest": round(times[0], 1),
-                    "processor ms a frame": round(1000 * spent / count, 1),
-                })  # fmt: skip
+                page.warm()
+                measured = _measured(page, _renderer(profile), args.seconds)
+                rows.append({"backend": backend, "threads": model["threads"], "steps": steps})
+                rows[-1] |= measured
                 print(machine.described(rows[-1]), flush=True)
     print(machine.table(rows))
 
 
-_RESTART = "play.send({do: 'start', clip: 5, frames: 4})"
+def _measured(page: Page, process: int, seconds: float) -> dict[str, float]:
+    before = _processor_seconds(process)
+    times = sorted(page.frames(10**9, seconds))
+    spent = _processor_seconds(process) - before
+    if not times:
+        raise UserError(f"no two frames came within {seconds} s: give more --seconds")
+    median = times[len(times) // 2]
+    return {
+        "frames": len(times) + 1,
+        "frames/s": round(1000 * len(times) / sum(times), 1),
+        "ms, median": round(median, 1),
+        "ms, slowest": round(times[-1], 1),
+        "over twice the median": sum(ms > 2 * median for ms in times),
+        "processor ms a frame": round(1000 * spent / (len(times) + 1), 1),
+    }
 
 
 def keys(address: str, args: argparse.Namespace) -> None:
-    """From a key to its frame, without auto-run and with 15 frames a second."""
-    with tempfile.TemporaryDirectory() as profile, _browser(profile) as driver:
-        page = Page(driver, f"{address}?backend=wasm&threads=1")
-        page.settings(fps=15, steps=0)
-        page.frames(_WARM)
+    """From a key to its frame, at 15 frames a second and the steps that the page chooses."""
+    with _playing(address, args) as (page, _):
+        page.settings(steps=0)
+        page.warm()
         page.settings(fps=15)
         page.run(_PRESS)
         page.wait(f"return play.delays.length >= {max(20, int(args.seconds))}")
         delays = sorted(page.run("clearInterval(play.timer); return play.delays"))
-        steps = page.run("return document.getElementById('r-steps').textContent")
-        row = {"presses": len(delays), "p50 ms": round(delays[len(delays) // 2])}
-        print(
-            machine.described(
-                row | {"p95 ms": round(delays[int(0.95 * len(delays))]), "steps": steps}
-            )
-        )
+        row = {
+            "presses": len(delays),
+            "p50 ms": round(delays[len(delays) // 2]),
+            "p95 ms": round(delays[int(0.95 * len(delays))]),
+            "steps": page.run("return document.getElementById('r-steps').textContent"),
+        }
+        print(machine.table([row]))
 
 
 def load(address: str, args: argparse.Namespace) -> None:
     """From opening the page to the first playable frame."""
+    rows = []
     with tempfile.TemporaryDirectory() as profile, _browser(profile) as driver:
         for visit in ("first", "second"):
             began = time.perf_counter()
-            page = Page(driver, f"{address}?backend=wasm&threads=1")
-            print(f"{visit} visit: {time.perf_counter() - began:.1f} s to the first frame")
+            page = Page(driver, f"{address}?backend=wasm", args.patience)
+            seconds = round(time.perf_counter() - began, 1)
+            rows.append({"visit": visit, "seconds to the first frame": seconds})
+            print(machine.described(rows[-1]), flush=True)
             if visit == "first":
                 page.wait("return navigator.serviceWorker.controller")
                 time.sleep(5)  # the service worker caches the rest
+    print(machine.table(rows))
 
 
 def memory(address: str, args: argparse.Namespace) -> None:
     """Memory of the tab's process while it plays."""
-    with tempfile.TemporaryDirectory() as profile, _browser(profile) as driver:
-        page = Page(driver, f"{address}?backend=wasm&threads=1")
+    rows = []
+    with _playing(address, args) as (page, profile):
         process = _renderer(profile)
         page.settings(steps=1)
         for share in (0, 0.1, 0.25, 0.5, 0.75, 1):
-            at = int(share * args.frames)
-            page.frames(max(1, at - page.run("return play.frames")))
-            print(f"{at} frames: {_megabytes(process):.0f} MB", flush=True)
+            missing = int(share * args.frames) - page.run("return play.frames")
+            page.frames(max(1, missing), args.patience + missing)
+            at = page.run("return play.frames")
+            rows.append({"frames": at, "MB": round(_megabytes(process))})
+            print(machine.described(rows[-1]), flush=True)
+    print(machine.table(rows))
 
 
 def main() -> None:
@@ -217,6 +238,7 @@ def main() -> None:
     add("--threads", type=whole, default=[1, 2])
     add("--steps", type=whole, default=[1, 2, 4])
     add("--only", default="pace,keys,load,memory")
+    add("--patience", type=float, default=300, help="seconds for one measurement (%(default)s)")
     args = parser.parse_args()
     with shown_to_user(), _served(args.page) as address:
         print(machine.described(machine.description()))

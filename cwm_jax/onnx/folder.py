@@ -21,6 +21,7 @@ import numpy as np
 from cwm_jax import __version__, files
 from cwm_jax.checkpoints import formats
 from cwm_jax.checkpoints.run_checkpoint import Trained
+from cwm_jax.diffusion import denoiser, displacement, warp
 from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.errors import UserError
 from cwm_jax.sampling import sampler
@@ -55,7 +56,8 @@ def write(trained: Trained, out: Path, *, steps: Sequence[int], dtype: str) -> d
     network = dataclasses.replace(trained.network, dtype="float32", attention="xla", norm="xla")
     plan = generator.Plan(tuple(sorted(set(steps))), SamplerConfig.context_level)
     weights = Weights(WEIGHTS, dtype)
-    generator.store(weights, _arrays(trained.params), _tables(network, trained.params, plan))
+    tables = _tables(network, trained.params, plan)
+    generator.store(weights, network, _arrays(trained.params), tables)
     about = _about(trained, network, plan, dtype)
     graphs = generator.Graphs(network, weights, plan, {"cwm_jax": json.dumps(about)})
     models = [graphs.denoise(), graphs.encode(), *map(graphs.frame, plan.steps)]
@@ -63,6 +65,7 @@ def write(trained: Trained, out: Path, *, steps: Sequence[int], dtype: str) -> d
     for model in models:
         (out / f"{model.graph.name}.onnx").write_bytes(model.SerializeToString())
     found = {path.name: files.sha256(path) for path in sorted(out.iterdir())}
+    about["weights"] = weights.places
     about["files"] = {name: digest for name, digest in found.items() if name != DESCRIPTION}
     (out / DESCRIPTION).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return about
@@ -92,7 +95,8 @@ def _about(trained: Trained, network, plan, dtype: str) -> dict[str, Any]:
 
     sizes = dataclasses.asdict(network)
     names = ("image_size", "patch_size", "hidden_size", "depth", "num_heads", "max_frames")
-    names += ("num_actions", "action_encoding", "history", "residual_scale")
+    names += ("num_actions", "action_encoding", "history", "residual_scale", "warp_reach")
+    names += ("qk_norm",)
     return {
         "format": FORMAT,
         "made_with": _versions(),
@@ -101,14 +105,26 @@ def _about(trained: Trained, network, plan, dtype: str) -> dict[str, Any]:
         "step": trained.step,
         "stored_in": dtype,
         "network": {name: sizes[name] for name in names}
-        | {"action_values": network.action_values, "tokens": network.tokens},
+        | {"action_values": network.action_values, "tokens": network.tokens}
+        | {"displacement": _displacement(network)},
         "steps": list(plan.steps),
         "usual_steps": formats.usual_steps(trained),
         "levels": {str(n): list(ddim_levels(n)) for n in plan.steps},
+        "table": plan.table,
+        "log_variances": list(warp.LOG_VARIANCES),
         "first_rows": {str(n): plan.first_row(n) for n in plan.steps},
         "context_level": plan.context_level,
         "noise_clip": sampler.NOISE_CLIP,
     }
+
+
+def _displacement(network) -> dict[str, Any] | None:
+    """How far patches may be displaced, and what is subtracted from each displacement's logit."""
+    reach = network.reach
+    if not reach:
+        return None
+    cost = denoiser.STAY * displacement.distances(reach)
+    return reach._asdict() | {"cost": [float(np.float32(x)) for x in cost]}
 
 
 def _versions() -> dict[str, str]:

@@ -49,9 +49,12 @@ class Plan(NamedTuple):
         return sum(self.steps[: self.steps.index(steps)])
 
 
-def store(weights: Weights, params: dict[str, np.ndarray], tables: Tables) -> None:
-    """Stores all weights of a network: its layers' parameters and the modulations of `tables`."""
+def store(
+    weights: Weights, config: DiTConfig, params: dict[str, np.ndarray], tables: Tables
+) -> None:
+    """Stores all weights of a network: its layers' parameters, rotary tables and modulations."""
     layers.store(weights, params)
+    layers.store_rotations(weights, config)
     every = (np.concatenate([x, y[None]]) for x, y in zip(tables.steps, tables.context))  # noqa: B905
     rows = [np.asarray(x).reshape(*x.shape[:2], -1) for x in every]
     rows = np.concatenate(rows, axis=-1)

@@ -48,6 +48,24 @@ def store(weights: Weights, params: dict[str, np.ndarray]) -> None:
         weights.add(f"outputs.{part}", np.concatenate(every, axis=axis))
 
 
+def store_rotations(weights: Weights, config: DiTConfig) -> None:
+    """Stores the rotary tables: `rotation.space.cos` [S, K], `rotation.time.cos` [max_frames, K],
+    and as many sines, which have the sign of their half.
+
+    All are scaled by K^(-1/4), so that the scores of attention are scaled by K^(-1/2).
+    """
+    angles = {
+        "space": rope.spatial_angles(config.grid, config.head_size),
+        "time": rope.temporal_angles(np.arange(config.max_frames), config.head_size),
+    }
+    scale = np.float32(config.head_size**-0.25)
+    for axis, of_half in angles.items():
+        cos, sin = rope.cos_sin(of_half)
+        for name, halves in (("cos", (cos, cos)), ("sin", (-sin, sin))):
+            table = scale * np.concatenate(halves, axis=-1)
+            weights.add(f"rotation.{axis}.{name}", table, exact=True)
+
+
 class Network:
     """Adds the network's layers to a graph.
 
@@ -65,11 +83,8 @@ class Network:
         self._lengths = nodes("Concat", *frames, axis=0)  # P and T
         hidden = nodes("Sub", lanes.attends, np.float32(1))
         self._hidden = nodes.mul(hidden, np.float32(-_HIDDEN))
-        angles = rope.temporal_angles(np.arange(config.max_frames), config.head_size)
-        self._turns = [
-            nodes("Gather", table[:, None, None], lanes.place, axis=0)
-            for table in self._tables(angles)
-        ]
+        turns = [nodes("Gather", table, lanes.place, axis=0) for table in self._rotation("time")]
+        self._turns = [nodes.reshape(turn, -1, 1, 1, config.head_size) for turn in turns]
 
     def tokens(self, sample: str, earlier: str | None) -> str:
         """Samples [T, H, W, 3] and the frames before each, [T, history, H, W, 3], to tokens."""
@@ -138,8 +153,8 @@ class Network:
 
     def _spatial(self, x: str, block: int) -> str:
         layer = f"blocks.{block}.spatial"
-        angles = rope.spatial_angles(self._config.grid, self._config.head_size)
-        turns = [table[:, None] for table in self._tables(angles)]
+        shape = self._config.tokens, 1, self._config.head_size
+        turns = [self._nodes.reshape(table, *shape) for table in self._rotation("space")]
         q, k, v = self._project(x, layer, 2 * block, turns)
         return self._finish(x, self._over_space(q, k, v), layer, 2 * block)
 
@@ -180,14 +195,9 @@ class Network:
         swapped = nodes("Concat", second, first, axis=-1)
         return nodes.add(nodes.mul(x, cos), nodes.mul(swapped, sin))
 
-    def _tables(self, angles: np.ndarray) -> list[np.ndarray]:
-        """Cosines, and sines with the sign of each half, float32 [..., K], of angles [..., K/2].
-
-        Both are scaled by K^(-1/4), so that the scores of attention are scaled by K^(-1/2).
-        """
-        cos, sin = rope.cos_sin(angles)
-        scale = np.float32(self._config.head_size**-0.25)
-        return [scale * np.concatenate(x, axis=-1) for x in ((cos, cos), (-sin, sin))]
+    def _rotation(self, axis: str) -> list[str]:
+        """Cosines and sines, see `store_rotations`."""
+        return [self._nodes.parameter(f"rotation.{axis}.{part}") for part in ("cos", "sin")]
 
     def _over_space(self, q: str, k: str, v: str) -> str:
         nodes = self._nodes

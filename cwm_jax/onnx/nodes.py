@@ -1,7 +1,7 @@
 """Writes an ONNX graph node by node; parameters are named once, and stored in a separate file."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -48,6 +48,14 @@ class Weights:
 
     def __getitem__(self, name: str) -> Stored:
         return self._stored[name]
+
+    @property
+    def places(self) -> dict[str, dict[str, Any]]:
+        """Of each weight: its offset in bytes, its shape and its dtype."""
+        return {
+            name: {"offset": one.offset, "shape": list(one.shape), "dtype": str(one.dtype)}
+            for name, one in self._stored.items()
+        }
 
     @property
     def data(self) -> bytes:

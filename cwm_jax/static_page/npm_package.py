@@ -36,6 +36,12 @@ def files(archive: Path | None = None) -> dict[str, bytes]:
     Raises:
         UserError: npm is missing or fails, or the archive is not the pinned one.
     """
+    with tarfile.open(checked(archive)) as tar:
+        return {name: tar.extractfile(f"package/{where}").read() for name, where in FILES.items()}
+
+
+def checked(archive: Path | None = None) -> Path:
+    """The package's .tgz with the pinned checksum; arguments and errors as `files`."""
     path = archive or _fetched()
     if not path.is_file():
         raise UserError(f"there is no file {path}; give the .tgz of {NAME} {VERSION}")
@@ -44,8 +50,7 @@ def files(archive: Path | None = None) -> dict[str, bytes]:
             f"{path} is not {NAME} {VERSION}: its checksum is {_integrity(path)[:23]}…, and the "
             f"pinned one {INTEGRITY[:23]}…; delete it to fetch it again"
         )
-    with tarfile.open(path) as tar:
-        return {name: tar.extractfile(f"package/{where}").read() for name, where in FILES.items()}
+    return path
 
 
 def _fetched() -> Path:

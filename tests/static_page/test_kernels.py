@@ -1,0 +1,117 @@
+"""The page's kernels compute what the exported graphs do; they are built from their source."""
+
+import base64
+import dataclasses
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cwm_jax.checkpoints.run_checkpoint import Trained
+from cwm_jax.coinrun import to_model
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from cwm_jax.onnx import folder
+from cwm_jax.onnx.runtime import OnnxGenerator
+
+NODE = shutil.which("node")
+ROOT = Path(__file__).parents[2]
+ACTIONS = [-1, 7, 4, 1, 5, 14, 0]
+GIVEN = 2
+PLAIN = DiTConfig(
+    hidden_size=32,
+    depth=2,
+    num_heads=2,
+    patch_size=16,
+    image_size=64,
+    max_frames=8,
+    dtype="float32",
+)
+NETWORKS = {
+    "plain": PLAIN,  # as `configs/small.py`
+    "displacement": dataclasses.replace(  # as `configs/pocket.py`
+        PLAIN,
+        history=3,
+        displacement_down=3,
+        displacement_across=2,
+        displacement_patch=8,
+        qk_norm=True,
+    ),
+}
+
+
+def export(kind, out):
+    """A network of random numbers whose gates are open, so that every part of it counts."""
+    network, rng = NETWORKS[kind], np.random.default_rng(0)
+    params = {
+        name: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
+        for name, leaf in sorted(dit.shapes(network).items())
+    }
+    config = {"model": dataclasses.asdict(network), "sampler": {"ddim_steps": 2}}
+    folder.write(Trained(network, params, config, 7, None), out, steps=(1, 2), dtype="float32")
+
+
+def node_frames(path, job):
+    (path / "job.json").write_text(json.dumps(job))
+    script = ROOT / "benchmarks" / "web_rollout.mjs"
+    command = [NODE, script, path, path / "job.json", path / "frames.f32"]
+    subprocess.run(command, check=True, timeout=150)
+    return np.fromfile(path / "frames.f32", np.float32).reshape(-1, 64, 64, 3)
+
+
+def text(array):
+    return base64.b64encode(array.tobytes()).decode()
+
+
+@pytest.mark.skipif(not NODE, reason="Node.js is not installed")
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_kernels_compute_the_graphs_of_the_network(kind, tmp_path):
+    export(kind, tmp_path)
+    prompt = np.random.default_rng(2).integers(0, 256, (GIVEN, 64, 64, 3), dtype=np.uint8)
+    noises = _noises(tmp_path)
+    generator = OnnxGenerator(tmp_path, steps=2, threads=1)
+    world, wanted = generator.start(to_model(prompt), np.array(ACTIONS[:GIVEN])), []
+    for action, noise in zip(ACTIONS[GIVEN:], noises, strict=True):
+        world, frame = generator.step(world, action, noise)
+        wanted.append(frame)
+    clip = {"frames": text(prompt), "given": GIVEN, "actions": ACTIONS, "seed": 5}
+    clip["teacher"] = text(np.stack(wanted))
+    found = node_frames(tmp_path, {"steps": 2, "clips": [clip]})
+    error = np.abs(found - np.stack(wanted))
+    print("largest", error.max(), "root mean square", np.sqrt((error**2).mean()))
+    assert np.quantile(error, 0.99) < 0.01  # of 2; of near ties the other displacement may win
+    assert np.abs(np.diff(wanted, axis=0)).max() > 0.1  # the picture moves
+
+
+def _noises(tmp_path):
+    script = tmp_path / "noise.mjs"
+    script.write_text(
+        f"""import fs from "node:fs";
+        import {{frameNoise}} from "{ROOT}/web/noise.js";
+        const all = [];
+        for (let n = {GIVEN}; n < {len(ACTIONS)}; n++) all.push(...frameNoise(5, n, 12288));
+        fs.writeFileSync("{tmp_path}/noise.f32", new Uint8Array(Float32Array.from(all).buffer));"""
+    )
+    subprocess.run([NODE, script], check=True, timeout=60)
+    return np.fromfile(tmp_path / "noise.f32", np.float32).reshape(-1, 64, 64, 3)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("ziglang"), reason="ziglang is not installed")
+def test_the_kernels_are_built_from_their_source(tmp_path):
+    subprocess.run(
+        ["make", "kernels", f"PYTHON={sys.executable}", f"KERNELS={tmp_path}/kernels.wasm"],
+        cwd=ROOT,
+        check=True,
+        timeout=150,
+    )
+    built = (tmp_path / "kernels.wasm").read_bytes()
+    assert built == (ROOT / "web" / "kernels.wasm").read_bytes()
