@@ -1,4 +1,4 @@
-"""Several commands of a program, each in its own process, with one import of its libraries."""
+"""Several commands, each in its own process, with one import of the libraries."""
 
 import json
 import os
@@ -10,21 +10,21 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 
-# Imports a module, then calls its `main` in a fork for each list of words.
+# Calls the `main` of each command's module in a fork of this process.
 _PARENT = """
 import importlib, json, os, sys
-module = importlib.import_module(sys.argv[1])
-for number, words in enumerate(json.loads(sys.argv[2])):
+from cwm_jax.programs import train
+for number, (name, *words) in enumerate(json.loads(sys.argv[1])):
     child = os.fork()
     if not child:
         for stream, end in (1, "out"), (2, "err"):
-            file = os.open(f"{sys.argv[3]}/{number}.{end}", os.O_WRONLY | os.O_CREAT)
+            file = os.open(f"{sys.argv[2]}/{number}.{end}", os.O_WRONLY | os.O_CREAT)
             os.dup2(file, stream)
-        sys.argv = [sys.argv[1], *words]
-        module.main()
+        sys.argv = [name, *words]
+        importlib.import_module(name).main()
         sys.exit()
     status = os.waitpid(child, 0)[1]
-    print(os.waitstatus_to_exitcode(status))
+    print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
 
@@ -35,14 +35,19 @@ class Ended(NamedTuple):
 
 
 def run_each(
-    module: str, commands: Sequence[Sequence[str]], folder: Path, **environment: str
+    commands: Sequence[Sequence[str]], folder: Path, *, cwd: Path = ROOT, **environment: str
 ) -> list[Ended]:
-    """Runs `main` of a module once for each list of words; `folder` gets what is printed."""
+    """Runs commands one after the other.
+
+    Args:
+        commands: the module and the words of each.
+        folder: gets what they print.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", _PARENT, module, json.dumps(commands), str(folder)],
-        cwd=ROOT,
+        [sys.executable, "-c", _PARENT, json.dumps(commands), str(folder)],
+        cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
     )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_network import of_one_block
 
 from cwm_jax.checkpoints import torch_format
 from cwm_jax.coinrun import to_model
@@ -45,10 +46,8 @@ def known(network_of):
 
 @pytest.fixture(scope="module")
 def shallow(known):
-    """The same with its first block alone, for what a loss is made of."""
-    config, params = known
-    params = {name: p for name, p in params.items() if not name.startswith("blocks.1.")}
-    return dataclasses.replace(config, depth=1), params
+    """For what a loss is made of."""
+    return of_one_block(*known)
 
 
 def clip_of(frames=5, clips=2, seed=0):

@@ -397,9 +397,10 @@ MISTAKES = (
 
 
 def test_the_training_program_reports_mistakes_without_a_traceback(tmp_path):
-    commands = [[str(tmp_path) if word == "W" else word for word in words] for words, _ in MISTAKES]
+    words_of = lambda words: [str(tmp_path) if word == "W" else word for word in words]
+    commands = [["cwm_jax.programs.train", *words_of(words)] for words, _ in MISTAKES]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    results = run_each("cwm_jax.programs.train", commands, tmp_path, XLA_FLAGS=flags)
+    results = run_each(commands, tmp_path, XLA_FLAGS=flags)
     for (words, message), result in zip(MISTAKES, results, strict=True):
         assert result.returncode not in (0, None), words
         assert message in result.stderr

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tiny_network import of_one_block
 
 from cwm_jax.evaluation import protocol
 from cwm_jax.models import dit
@@ -83,8 +84,7 @@ def test_the_same_seed_generates_the_same_frames(tiny, tiny_params):
     prompt = np.zeros((1, 1, 64, 64, 3), np.uint8)
     actions = np.full((1, 7), 7, np.int32)
 
-    network = dataclasses.replace(tiny, depth=1)
-    params = {name: p for name, p in tiny_params.items() if not name.startswith("blocks.1.")}
+    network, params = of_one_block(tiny, tiny_params)
 
     def frames():
         generator = Sampler(network, params, SamplerConfig(levels=(999, 500), eta=0.5))
