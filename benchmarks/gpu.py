@@ -29,7 +29,16 @@ SECTIONS = {
     "machine": ("device", "python", "jax", "dtype", "matmul_flops", "copy_bytes"),
     "parity": ("dtype", "attention", "within", "worst_v", "rms_v", "rms_of_v", "loss_off"),
     "step": (
-        *("attention", "norm", "mlp", "remat", "accumulate_steps", "clips", "step_s", "step_best_s"),
+        *(
+            "attention",
+            "norm",
+            "mlp",
+            "remat",
+            "accumulate_steps",
+            "clips",
+            "step_s",
+            "step_best_s",
+        ),
         *("frames_per_s", "mfu", "floor_matmul_s", "floor_copy_s", "xla_gbytes", "working_gbytes"),
         *("compile_s", "seconds_by_kind"),
     ),

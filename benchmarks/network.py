@@ -149,9 +149,7 @@ def measurements(size: str, clips: int) -> Iterator[tuple[str, Result, Callable[
 
     def step_time(variant: Variant) -> Result:
         how = ComputeConfig(remat=variant.remat, accumulate_steps=variant.accumulate_steps)
-        known = dataclasses.replace(
-            network(variant.attention), norm=variant.norm, mlp=variant.mlp
-        )
+        known = dataclasses.replace(network(variant.attention), norm=variant.norm, mlp=variant.mlp)
         return train.measure(known, clips=clips, step=how, steps=10, rates=speeds)
 
     yield "machine", machine.description() | {"dtype": dtype}, measure_machine

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.model.depth = 2
     config.model.num_heads = 4
     config.model.max_frames = 16
-    config.model.history = 2  # draws changes: minutes do not suffice to learn whole frames
+    config.model.history = 2  # generates residuals: minutes do not suffice to learn whole frames
 
     config.data.dir = "assets/coinrun"
     config.data.clip_len = 8

@@ -57,17 +57,17 @@ class Worlds(VecEnv):
         self._actions = actions
 
     def step_wait(self):
-        frames, rewards, ends, cut, infos = self.envs.step(self._actions)
+        frames, rewards, ends, cut, details = self.envs.step(self._actions)
         over = ends | cut
         last = frames.copy()
         for i in np.nonzero(over)[0]:
-            last[i] = infos["final_obs"][i]
+            last[i] = details["final_obs"][i]
         rewards = rewards + scroll(self._frames, last)
         self._frames = frames
-        told = [{"TimeLimit.truncated": bool(c and not e)} for c, e in zip(cut, ends, strict=True)]
+        infos = [{"TimeLimit.truncated": bool(c and not e)} for c, e in zip(cut, ends, strict=True)]
         for i in np.nonzero(over)[0]:
-            told[i]["terminal_observation"] = last[i]
-        return frames, rewards.astype(np.float32), over, told
+            infos[i]["terminal_observation"] = last[i]
+        return frames, rewards.astype(np.float32), over, infos
 
     def close(self):
         self.envs.close()

@@ -62,18 +62,24 @@ def make_data(tmp_path) -> Callable[..., Path]:
     through the split.
     """
 
-    def make(**splits: Sequence[Sequence[int]]) -> Path:
-        for split, shards in splits.items():
-            (tmp_path / split).mkdir()
-            number = 0
-            for i, lengths in enumerate(shards):
-                episodes = [_marked_episode(number + k, n) for k, n in enumerate(lengths)]
-                path = tmp_path / split / f"data_{i:04d}.array_record"
-                write_shard(path, map(encode, episodes))
-                number += len(lengths)
-        return tmp_path
+    return functools.partial(_write_data, tmp_path)
 
-    return make
+
+@pytest.fixture(scope="session")
+def write_data() -> Callable[..., Path]:
+    """write_data(folder, train=[[40, 33], [160]], …): as `make_data`, in any folder."""
+    return _write_data
+
+
+def _write_data(folder: Path, **splits: Sequence[Sequence[int]]) -> Path:
+    for split, shards in splits.items():
+        (folder / split).mkdir()
+        number = 0
+        for i, lengths in enumerate(shards):
+            episodes = [_marked_episode(number + k, n) for k, n in enumerate(lengths)]
+            write_shard(folder / split / f"data_{i:04d}.array_record", map(encode, episodes))
+            number += len(lengths)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -140,16 +140,18 @@ def test_the_image_plays(parsed):
 
 
 def test_the_devcontainer_builds_that_image():
-    told = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
     arguments = {
         rest.split("=")[0] for word, rest in dockerfile(ROOT / "Dockerfile") if word == "ARG"
     }
-    assert set(told["build"]["args"]) <= arguments
-    assert (ROOT / ".devcontainer" / told["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    assert set(container["build"]["args"]) <= arguments
+    assert (
+        ROOT / ".devcontainer" / container["build"]["dockerfile"]
+    ).resolve() == ROOT / "Dockerfile"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    assert set(told["build"]["args"]["EXTRA"].split(",")) <= {"cpu", *extras}
+    assert set(container["build"]["args"]["EXTRA"].split(",")) <= {"cpu", *extras}
 
 
 def test_the_space_starts_the_page_on_its_port(monkeypatch):

@@ -89,17 +89,17 @@ def test_the_wheel_holds_what_it_needs_and_no_more(built):
 
 def test_every_subcommand_starts_from_any_folder_and_writes_nothing_to_its_own(run, installed):
     before = digests(installed)
-    first, *names = (told := run("-c", HELP)).splitlines()
+    first, *names = (printed := run("-c", HELP)).splitlines()
     assert Path(first).is_relative_to(installed)
     wanted = "train sample play evaluate collect pack preview check export import hub doctor"
     assert set(wanted.split()) <= set(names)
-    assert "test: 1 shards, 20 readable records" in told
-    assert "of checkpoints/pocket → mine.safetensors" in told
+    assert "test: 1 shards, 20 readable records" in printed
+    assert "of checkpoints/pocket → mine.safetensors" in printed
     settings = [f"--config.model.{size}" for size in TINY]
     settings += ["--config.data.clip_len=4", "--config.data.batch_size=2"]
     cwm = ("-m", "cwm_jax.programs.command")
-    told = run(*cwm, "train", "--config", "debug", "--dry-run", *settings)
-    assert "2 clips of 4 frames" in told
+    printed = run(*cwm, "train", "--config", "debug", "--dry-run", *settings)
+    assert "2 clips of 4 frames" in printed
     assert digests(installed) == before
 
 
@@ -111,8 +111,8 @@ def test_the_command_starts_at_once(run):
 
 
 def test_a_word_that_is_no_subcommand_is_named(run):
-    told = run("-m", "cwm_jax.programs.command", "smaple", code=2)
-    assert told.startswith(
+    printed = run("-m", "cwm_jax.programs.command", "smaple", code=2)
+    assert printed.startswith(
         "error: there is no `cwm smaple` (did you mean sample?); there are train"
     )
 
@@ -139,8 +139,8 @@ for call in (
     except UserError as error:
         print(error)
 """
-    told = run("-c", code)
-    assert told.count("this package was built without its ") == 4
+    printed = run("-c", code)
+    assert printed.count("this package was built without its ") == 4
     for name in ("checkpoints/pocket", "assets/coinrun", "configs"):
-        assert f"{name}" in told
-    assert "install it from a complete wheel" in told
+        assert f"{name}" in printed
+    assert "install it from a complete wheel" in printed

@@ -25,8 +25,8 @@ def unless(named: Path | str | None) -> Path:
         return located(named)
     if not (FOLDER / MODEL_FILE).is_file():
         raise UserError(_missing())
-    told = f"Using {NAME}, the model that comes with the project; --checkpoint names another"
-    echo(told, file=sys.stdout)
+    notice = f"Using {NAME}, the model that comes with the project; --checkpoint names another"
+    echo(notice, file=sys.stdout)
     return FOLDER
 
 

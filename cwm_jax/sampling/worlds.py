@@ -6,7 +6,7 @@ on, and every step costs the same. What a world generates depends on its prompt,
 actions, and the number of worlds beside it (through the order of floating-point sums), but not on
 what the others do.
 
-Of a network with heads (`cwm_jax.models.heads`) each step also tells what its actions earned and
+Of a network with heads (`cwm_jax.models.heads`) each step also predicts what its actions earned and
 whether they ended the episode; the world goes on all the same.
 """
 
@@ -79,9 +79,9 @@ def outcomes(denoiser: Denoiser, worlds: Worlds, action_B) -> Outcomes | None:
     """What these actions lead to, as the heads tell; None for a network without."""
     if not denoiser.config.heads:
         return None
-    told = denoiser.net.outcomes(worlds.scene_BH[:, None], action_B[:, None])
-    signs = jax.nn.softmax(told.reward[:, 0])
-    return Outcomes(signs[:, 0], signs[:, 2], jax.nn.sigmoid(told.end[:, 0]))
+    predicted = denoiser.net.outcomes(worlds.scene_BH[:, None], action_B[:, None])
+    signs = jax.nn.softmax(predicted.reward[:, 0])
+    return Outcomes(signs[:, 0], signs[:, 2], jax.nn.sigmoid(predicted.end[:, 0]))
 
 
 def step(denoiser: Denoiser, tables: Tables, worlds: Worlds, action_B, config: SamplerConfig):
@@ -123,9 +123,9 @@ def _rollout(params, tables, worlds, actions_BF, *, network, config):
     denoiser = bind(network, params)
 
     def one_frame(worlds, action_B):
-        told = outcomes(denoiser, worlds, action_B)
+        predicted = outcomes(denoiser, worlds, action_B)
         worlds = step(denoiser, tables, worlds, action_B, config)
-        return worlds, (worlds.frame_BHWC, told)
+        return worlds, (worlds.frame_BHWC, predicted)
 
     worlds, found = jax.lax.scan(one_frame, worlds, actions_BF.T)
     return worlds, *jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)

@@ -70,8 +70,8 @@ def clip_loss(
         weights = _weights(errors.shape[2], middle)[..., 0]
         added = config.loss.displacement_weight * (weights * entropy).mean()
     if example.targets is not None:
-        told = denoiser.net.outcomes(denoiser.net.scene(stream), example.targets.pressed_BT)
-        of_outcomes = outcome_loss(told, example.targets, alpha_bar(t_BT))
+        outcomes = denoiser.net.outcomes(denoiser.net.scene(stream), example.targets.pressed_BT)
+        of_outcomes = outcome_loss(outcomes, example.targets, alpha_bar(t_BT))
         added += config.loss.outcome_weight * of_outcomes
     predicted = denoiser.velocity(outputs, sample.x, alpha_bar(t_BT), earlier, chosen)
     target = sample.velocity

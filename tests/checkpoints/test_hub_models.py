@@ -115,15 +115,15 @@ def test_without_the_hub_what_was_fetched_by_that_name_is_used(published, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("hf://them/things@v9", "them/things has no revision v9: name a branch, a tag or a commit"),
         ("hf://them/nothing", "the hub knows no them/nothing"),
         ("hf://them/things/large", "add one of model.safetensors, small/other.safetensors"),
     ],
 )
-def test_what_is_not_there_is_named(published, name, told):
-    with pytest.raises(UserError, match=told):
+def test_what_is_not_there_is_named(published, name, message):
+    with pytest.raises(UserError, match=message):
         formats.load(name)
 
 

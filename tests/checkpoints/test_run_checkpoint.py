@@ -1,6 +1,7 @@
 """Checkpoints: complete, exact, and damage is detected."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -21,20 +22,31 @@ OPTIM = train_step.OptimizerConfig(
 CONFIG = {"model": dataclasses.asdict(TINY), "lr": 1e-3}
 
 
-def state_at(step, seed=0):
-    state = train_step.init_state(TINY, OPTIM, seed)
+@functools.cache
+def fresh():
+    return train_step.init_state(TINY, OPTIM, 0)
+
+
+def state_at(step):
+    state = fresh()
     different = jax.tree.map(lambda x: x + step, state.ema)
     return state._replace(step=jnp.int32(step), ema=different)
 
 
-@pytest.fixture
-def run(tmp_path):
-    with Checkpoints(tmp_path, retention=Retention(2)) as saved:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    with Checkpoints(folder, retention=Retention(2)) as saved:
         for step in (3, 7, 11):
             saved.save(
                 state_at(step), data_position=f"place {step}", config=CONFIG, seconds=step / 2
             )
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, written):
+    return shutil.copytree(written, tmp_path, dirs_exist_ok=True)
 
 
 def test_state_and_position_come_back_exactly(run):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_network import of_one_block
 
 from cwm_jax.checkpoints import torch_format
 from cwm_jax.coinrun import to_model
@@ -27,9 +28,26 @@ OPTIM = train_step.OptimizerConfig(
 )
 
 
+# What is one program where it is used is one here too: eagerly, each operation would be compiled.
+clip_loss = jax.jit(objective.clip_loss, static_argnames=("network", "config"))
+gradients = jax.jit(train_step.gradients, static_argnames="setup")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def predicted(config, params, *inputs):
+    """The network's velocity for a sample, its noise levels, actions and earlier frames."""
+    return denoiser.bind(config, params)(*inputs)
+
+
 @pytest.fixture(scope="module")
 def known(network_of):
     return network_of(2)
+
+
+@pytest.fixture(scope="module")
+def shallow(known):
+    """For what a loss is made of."""
+    return of_one_block(*known)
 
 
 def clip_of(frames=5, clips=2, seed=0):
@@ -96,44 +114,48 @@ def test_a_players_cache_equals_a_world_that_starts_with_its_first_frame(known):
     actions = jnp.array([[-1, 7, 1]])
     pad = ((0, 0), (0, 1))
     frames = jnp.pad(to_model(prompt), (*pad, (0, 0), (0, 0), (0, 0)))
-    begun = kv_cache.start(net, context, frames, jnp.pad(actions, pad, constant_values=-1), 3)
+    start, append = (
+        jax.jit(functools.partial(function, net, context))
+        for function in (kv_cache.start, staggered_cache.append)
+    )
+    begun = start(frames, jnp.pad(actions, pad, constant_values=-1), 3)
     kept = staggered_cache.fresh(begun)
     for number in range(3):
-        kept = staggered_cache.append(net, context, kept, prompt[0, number], actions[0, number])
+        kept = append(kept, prompt[0, number], actions[0, number])
     for one, other in zip(
         jax.tree.leaves(kept.in_use().kv), jax.tree.leaves(begun.kv), strict=True
     ):
         np.testing.assert_allclose(one[:, :, :, :3], other[:, :, :, :3], atol=1e-4)
 
 
-def test_the_first_frame_of_a_clip_does_not_count(known):
-    config, params = known
+def test_the_first_frame_of_a_clip_does_not_count(shallow):
+    config, params = shallow
     frames, actions = clip_of()
     t, noise = schedule.sample(KEY, frames.shape)
     example = Example(frames, actions, t, noise)
-    loss = objective.clip_loss(params, example, network=config)
+    loss = clip_loss(params, example, network=config)
     earlier = residual.earlier(config, to_model(frames))
     x0 = residual.to_sample(config, to_model(frames), earlier)
     sample = schedule.noised(x0, t, noise)
-    off = denoiser.bind(config, params)(sample.x, t, actions, earlier) - sample.velocity
+    off = predicted(config, params, sample.x, t, actions, earlier) - sample.velocity
     np.testing.assert_allclose(loss, jnp.square(off[:, 1:]).mean(), rtol=1e-5)
 
 
-def test_the_loss_with_self_generated_context(known):
+def test_the_loss_with_self_generated_context(shallow):
     """The loss of a clip whose context was generated in two rounds, computed by hand."""
-    config, params = known
+    config, params = shallow
     frames, actions = clip_of()
     t, noise = schedule.sample(KEY, frames.shape)
     own = context_of(frames, rounds=2)
     example = Example(frames, actions, t, noise, own)
-    loss = lambda share: objective.clip_loss(
+    loss = lambda share: clip_loss(
         params,
         example,
         network=config,
         config=ExampleConfig().changed({"context.share": share, "context.rounds": 2}),
     )
     real = shown = to_model(frames)
-    net = denoiser.bind(config, params)
+    net = functools.partial(predicted, config, params)
     for number in (0, 1):
         beside, level = residual.earlier(config, shown), own.t_BPT[:, number]
         x0 = residual.to_sample(config, real, beside)
@@ -147,7 +169,7 @@ def test_the_loss_with_self_generated_context(known):
     np.testing.assert_allclose(loss(1.0), of_clips.mean(), rtol=1e-4)
     # A clip outside of the share has real context.
     first = Example(*(x[:1] for x in (frames, actions, t, noise)))
-    of_first = objective.clip_loss(params, first, network=config)
+    of_first = clip_loss(params, first, network=config)
     np.testing.assert_allclose(loss(0.5), (of_first + of_clips[1]) / 2, rtol=1e-4)
 
 
@@ -157,15 +179,17 @@ def context_of(frames, rounds=1):
     return examples.make(jax.random.key(4), batch, noise).context
 
 
-def test_no_gradient_goes_through_self_generated_frames(known):
+def test_no_gradient_goes_through_self_generated_frames(shallow):
     """The gradient of the last linear is as if the generated frames had been given."""
-    config, params = known
+    config, params = shallow
     frames, actions = clip_of(clips=1)
     t, noise = schedule.sample(KEY, frames.shape)
     own = context_of(frames)
     real = to_model(frames)
-    generated = self_generated.in_rounds(denoiser.bind(config, params), real, actions, own)
-    shown = residual.earlier(config, generated)
+    own_frames = lambda params: self_generated.in_rounds(
+        denoiser.bind(config, params), real, actions, own
+    )
+    shown = residual.earlier(config, jax.jit(own_frames)(params))
 
     def given(params):
         sample = schedule.noised(residual.to_sample(config, real, shown), t, noise)
@@ -178,8 +202,8 @@ def test_no_gradient_goes_through_self_generated_frames(known):
     )
     whole = lambda p: objective.clip_loss(p, example, network=config, config=of_noise)
     for one, other in zip(
-        jax.tree.leaves(jax.grad(whole)(params)),
-        jax.tree.leaves(jax.grad(given)(params)),
+        jax.tree.leaves(jax.jit(jax.grad(whole))(params)),
+        jax.tree.leaves(jax.jit(jax.grad(given))(params)),
         strict=True,
     ):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
@@ -188,20 +212,19 @@ def test_no_gradient_goes_through_self_generated_frames(known):
 @pytest.mark.parametrize(
     ("share", "how"),
     [
-        (1.0, dict(remat="gelu_norm")),
-        (0.5, dict(remat="layer", accumulate_steps=2)),
-        (0.25, dict(accumulate_steps=2)),  # half a clip of each part
+        (0.5, dict(remat="gelu_norm", accumulate_steps=2)),
+        (0.25, dict(remat="layer", accumulate_steps=2)),  # half a clip of each part
     ],
 )
-def test_self_generated_frames_do_not_depend_on_how_a_step_is_computed(known, share, how):
-    config, params = known
+def test_self_generated_frames_do_not_depend_on_how_a_step_is_computed(shallow, share, how):
+    config, params = shallow
     frames, actions = clip_of(clips=4, frames=3)
     noise = ExampleConfig().changed({"context.share": share, "context.rounds": 2})
     example = examples.make(KEY, {"frames": frames, "actions": actions}, noise)
     setup = train_step.TrainSetup(network=config, optim=OPTIM, examples=noise)
-    loss, plain = train_step.gradients(params, example, setup)
+    loss, plain = gradients(params, example, setup)
     other_setup = dataclasses.replace(setup, compute=train_step.ComputeConfig(**how))
-    other_loss, other = train_step.gradients(params, example, other_setup)
+    other_loss, other = gradients(params, example, other_setup)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     for name, gradient in plain.items():
         scale = float(jnp.abs(gradient).max())
@@ -218,7 +241,7 @@ def test_evaluated_frames_are_the_trained_ones(known):
     example_of_window = Example(frames[:, :5], actions[:, :5], t, noise)
     np.testing.assert_allclose(
         measured["val/loss"],
-        objective.clip_loss(params, example_of_window, network=config),
+        clip_loss(params, example_of_window, network=config),
         rtol=1e-5,
     )
     generated = rollout_quality.reconstruction(config, params, frames, actions)
@@ -243,16 +266,16 @@ def test_the_original_has_no_such_network(known):
         torch_format.to_original(params, config)
 
 
-def test_a_network_with_history_learns(known):
+def test_a_network_with_history_learns(shallow):
     """On stripes that move two pixels per frame, it does better than the last frame."""
-    config, _ = known
+    config, _ = shallow
     noise = ExampleConfig().changed({"noise_levels.top_share": 0.5, "context.share": 0.5})
     columns = np.arange(64) + 2 * np.arange(5)[:, None, None]
     stripes = np.where(columns // 8 % 2, 220, 30).astype(np.uint8) * np.ones((5, 64, 1), np.uint8)
     frames = np.repeat(stripes[None, ..., None], 3, axis=-1).repeat(2, axis=0)
     batch = {"frames": frames, "actions": np.array([[-1, 7, 7, 7, 7]] * 2, np.int32)}
     example = Example(*batch.values(), np.full((2, 5), 999), jax.random.normal(KEY, frames.shape))
-    loss_of = lambda state: objective.clip_loss(state.params, example, network=config)
+    loss_of = lambda state: clip_loss(state.params, example, network=config)
     setup = train_step.TrainSetup(network=config, optim=OPTIM, examples=noise)
     state = train_step.init_state(config, OPTIM, 0)
     untrained = loss_of(state)

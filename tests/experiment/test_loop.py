@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 from changed_config import changed
+from forked_programs import run_each
 from tiny_network import TINY
 
 from configs import base
@@ -28,13 +30,16 @@ from cwm_jax.rendering import plots
 from cwm_jax.rendering.video import read_mp4
 from cwm_jax.runtime import preemption
 from cwm_jax.training import train_step
+from cwm_jax.training.train_step import TrainState
 
 ROOT = Path(__file__).parents[2]
 
 
 def config_of(data_dir, settings=None):
-    sizes = ("hidden_size", "depth", "num_heads", "patch_size", "max_frames", "dtype")
+    """A short run, without rollouts and their scores; `WATCHED` has them."""
+    sizes = ("hidden_size", "num_heads", "patch_size", "max_frames", "dtype")
     short = {f"model.{name}": getattr(TINY, name) for name in sizes} | {
+        "model.depth": 1,
         "data.dir": str(data_dir),
         "data.clip_len": 5,
         "data.stride": 3,
@@ -49,10 +54,10 @@ def config_of(data_dir, settings=None):
         "logging.wandb.mode": "disabled",
         "validation.every_steps": 3,
         "validation.batches": 1,
-        "evaluation.every_steps": 4,
+        "evaluation.every_steps": 0,
         "evaluation.clips": 2,
         "evaluation.frames": 6,
-        "rollouts.every_steps": 4,
+        "rollouts.every_steps": 0,
         "rollouts.frames": 7,
         "rollouts.count": 2,
         "checkpoints.every_steps": 3,
@@ -61,27 +66,56 @@ def config_of(data_dir, settings=None):
     return changed(base.get_config().to_dict(), short | (settings or {}))
 
 
+WATCHED = {"evaluation.every_steps": 4, "rollouts.every_steps": 4}
+
+
 def train(workdir, config):
     return loop.train(Settings.from_config(config), workdir, config=config)
 
 
+@pytest.fixture(scope="module")
+def small_data(write_data, tmp_path_factory):
+    """3 + 3 + 4 = 10 clips: 5 steps an epoch."""
+    folder = tmp_path_factory.mktemp("data")
+    return write_data(folder, train=[[11, 12], [14]], val=[[11, 9]])
+
+
+class Run(NamedTuple):
+    """A run of two epochs, for tests that read it; `copy` is for those that continue it."""
+
+    workdir: Path
+    state: TrainState
+
+    def copy(self, workdir: Path) -> Path:
+        return shutil.copytree(self.workdir, workdir)
+
+
+@pytest.fixture(scope="module")
+def whole(small_data, tmp_path_factory):
+    """With everything that a run does beside its updates."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    ones = {name: np.ones(shape, np.float32) for name, shape in lpips.shapes().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lpips_weights, "available", lambda: lpips.from_arrays(ones))
+        return Run(run, train(run, config_of(small_data, WATCHED)))
+
+
 @pytest.fixture
-def small_data(make_data):
-    return make_data(
-        train=[[11, 12], [14]], val=[[11, 9]]
-    )  # 3 + 3 + 4 = 10 clips: 5 steps an epoch
+def plain_curves(monkeypatch, whole):
+    """Takes away the plots of all runs but `whole`."""
+    monkeypatch.setattr(plots, "curves", lambda *_: None)
+
+
+pytestmark = pytest.mark.usefixtures("plain_curves")
 
 
 def lines_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_writes_all_its_files(tmp_path, small_data, monkeypatch):
-    ones = {name: np.ones(shape, np.float32) for name, shape in lpips.shapes().items()}
-    monkeypatch.setattr(lpips_weights, "available", lambda: lpips.from_arrays(ones))
-    run = tmp_path / "run"
-    state = train(run, config_of(small_data))
-    assert int(state.step) == 10
+def test_a_run_writes_all_its_files(whole):
+    run = whole.workdir
+    assert int(whole.state.step) == 10
     seen = {}
     for line in lines_of(run):
         for name in line:
@@ -100,18 +134,16 @@ def test_a_run_writes_all_its_files(tmp_path, small_data, monkeypatch):
     assert run_checkpoint.load(run).step == 10
 
 
-def test_training_resumes_from_an_import_with_an_incomplete_config(tmp_path, small_data):
+def test_training_resumes_from_an_import_with_an_incomplete_config(tmp_path, small_data, whole):
     """A PyTorch checkpoint has neither the stride of its clips nor the seed."""
-    state = train(tmp_path / "theirs", config_of(small_data, {"schedule.max_steps": 2}))
-    imported, known = tmp_path / "imported", config_of(small_data)
-    known = {name: known[name] for name in ("model", "optimizer")}
+    config = config_of(small_data, {"schedule.epochs": 3, "schedule.max_steps": 11})
+    imported, known = tmp_path, {name: config[name] for name in ("model", "optimizer")}
     with run_checkpoint.Checkpoints(imported, retention=run_checkpoint.Retention(1)) as saved:
-        saved.save(state, data_position="", config=known)
-    assert int(train(imported, config_of(small_data, {"schedule.max_steps": 3})).step) == 3
-    other = config_of(small_data, {"schedule.max_steps": 4})
-    other["model"]["depth"] += 1
+        saved.save(whole.state, data_position="", config=known)
+    assert int(train(imported, config).step) == 11
+    config["model"]["depth"] += 1
     with pytest.raises(UserError, match=r"config.model.depth=\d, was"):
-        train(imported, other)
+        train(imported, config)
 
 
 def test_two_runs_do_not_share_a_workdir(tmp_path, small_data, monkeypatch):
@@ -125,27 +157,6 @@ def test_two_runs_do_not_share_a_workdir(tmp_path, small_data, monkeypatch):
         train(run, config_of(small_data, {"schedule.max_steps": 1}))
     assert not (run / "checkpoints").exists()
     train(run, config_of(small_data, {"schedule.max_steps": 1}))  # the first has ended
-
-
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, small_data):
-    whole = train(tmp_path / "whole", config_of(small_data))
-    cut = tmp_path / "cut"
-    train(cut, config_of(small_data, {"schedule.max_steps": 4}))
-    train(cut, config_of(small_data, {"schedule.max_steps": 7}))
-    resumed = train(cut, config_of(small_data))
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), whole, resumed)
-    assert jax.tree.all(same)
-
-    def values(workdir):
-        """Metrics by step, without speeds, paths, and values at interruptions."""
-        return {
-            (line["step"], name): value
-            for line in lines_of(workdir)
-            for name, value in line.items()
-            if name.split("/")[0] in ("train", "val", "epoch") and line["step"] in (2, 4, 6, 8, 10)
-        }
-
-    assert values(cut) == values(tmp_path / "whole")
 
 
 def before_step(monkeypatch, step, action):
@@ -168,16 +179,19 @@ def stopped_before(workdir, config, monkeypatch, step):
     assert run_checkpoint.load(workdir).step == step
 
 
-def test_a_stopped_run_saves_its_step_and_loses_nothing(tmp_path, small_data, monkeypatch):
-    config = config_of(small_data)
-    whole = train(tmp_path / "whole", config)
-    cut = tmp_path / "cut"
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    tmp_path, small_data, whole, monkeypatch
+):
+    """By a signal or by fewer steps; a stopped run saves its step and loses nothing."""
+    config, cut = config_of(small_data), tmp_path / "cut"
     stopped_before(cut, config, monkeypatch, 1)  # before anything was saved
+    train(cut, changed(config, {"schedule.max_steps": 4}))  # within an epoch
     stopped_before(cut, config, monkeypatch, 5)  # at an epoch's end, whose validation is postponed
     names = {name for line in lines_of(cut) if line["step"] == 5 for name in line}
     assert "epoch/val_loss" not in names
     resumed = train(cut, config)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, resumed))
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), whole.state, resumed)
+    assert jax.tree.all(same)
 
     def values(workdir):
         return [
@@ -187,7 +201,7 @@ def test_a_stopped_run_saves_its_step_and_loses_nothing(tmp_path, small_data, mo
             if name.split("/")[0] in ("train", "val", "epoch")
         ]
 
-    assert values(cut) == values(tmp_path / "whole")
+    assert values(cut) == values(whole.workdir)
 
 
 def poisoned(batch):
@@ -195,19 +209,19 @@ def poisoned(batch):
 
 
 def test_a_nan_loss_stops_the_run_and_is_never_saved(tmp_path, small_data, monkeypatch, capsys):
+    short = {"checkpoints.every_steps": 1, "schedule.max_steps": 4, "validation.every_steps": 0}
+    config = config_of(small_data, short)
     with monkeypatch.context() as patch:
-        before_step(patch, 6, poisoned)  # a step that is saved after
-        with pytest.raises(UserError, match=r"step 6 has loss nan.*\n.*max_skipped_updates=0"):
-            train(tmp_path / "run", config_of(small_data))
-    assert run_checkpoint.load(tmp_path / "run").step == 5
-    record = json.loads((tmp_path / "run" / "post-mortem" / "step_0000006.json").read_text())
-    batches = loader.train_batches(
-        Settings.from_config(config_of(small_data)).data, batch_size=2, seed=0
-    )
-    assert record["clips"] == batches.origins(5)
+        before_step(patch, 3, poisoned)
+        with pytest.raises(UserError, match=r"step 3 has loss nan.*\n.*max_skipped_updates=0"):
+            train(tmp_path / "run", config)
+    assert run_checkpoint.load(tmp_path / "run").step == 2
+    record = json.loads((tmp_path / "run" / "post-mortem" / "step_0000003.json").read_text())
+    batches = loader.train_batches(Settings.from_config(config).data, batch_size=2, seed=0)
+    assert record["clips"] == batches.origins(2)
     with monkeypatch.context() as patch:
-        before_step(patch, 6, poisoned)
-        config = config_of(small_data, {"optimizer.max_skipped_updates": 1})
+        before_step(patch, 3, poisoned)
+        config = config_of(small_data, short | {"optimizer.max_skipped_updates": 1})
         config["model"] |= {"attention": "xla", "norm": "xla"}  # as the message suggests
         state = train(tmp_path / "run", config)
     assert "config.model.attention='xla', was 'auto'" in capsys.readouterr().out
@@ -215,61 +229,52 @@ def test_a_nan_loss_stops_the_run_and_is_never_saved(tmp_path, small_data, monke
     assert all(bool(jax.numpy.isfinite(p).all()) for p in state.params.values())
 
 
-def test_changed_settings_are_refused_by_name_or_reported(tmp_path, small_data, capsys):
-    train(tmp_path, config_of(small_data, {"schedule.max_steps": 1}))
-    kept = (tmp_path / "config.json").read_text()
-    other = config_of(small_data, {"seed": 1, "optimizer.ema_decay": 0.0})
-    other["model"]["depth"] = 1
+def test_changed_settings_are_refused_by_name_or_reported(tmp_path, small_data, whole, capsys):
+    run = whole.copy(tmp_path / "run")
+    kept = (run / "config.json").read_text()
+    other = config_of(small_data, {"seed": 1, "optimizer.ema_decay": 0.0, "model.depth": 2})
     with pytest.raises(UserError) as raised:
-        train(tmp_path, other)
+        train(run, other)
     for name in ("seed", "optimizer.ema_decay", "model.depth"):
         assert f"config.{name}=" in str(raised.value)
     with pytest.raises(UserError, match=r"batch_size=2, this run has batch_size=5.*global_batch"):
-        train(tmp_path, config_of(small_data, {"data.batch_size": 5}))
-    assert (tmp_path / "config.json").read_text() == kept
-    assert (
-        int(
-            train(
-                tmp_path, config_of(small_data, {"schedule.max_steps": 2, "optimizer.lr": 2e-3})
-            ).step
-        )
-        == 2
-    )
+        train(run, config_of(small_data, {"data.batch_size": 5}))
+    assert (run / "config.json").read_text() == kept
+    longer = {"schedule.epochs": 3, "schedule.max_steps": 11, "optimizer.lr": 2e-3}
+    assert int(train(run, config_of(small_data, longer)).step) == 11
     assert "config.optimizer.lr=0.002, was 0.001" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("exported", [False, True])
-def test_a_run_starts_from_another_runs_parameters(tmp_path, small_data, exported):
-    first = train(tmp_path / "first", config_of(small_data, {"schedule.epochs": 1}))
-    source = tmp_path / "first"
+def test_a_run_starts_from_another_runs_parameters(tmp_path, small_data, whole, exported):
+    source = tmp_path / f"model{weights.SUFFIX}"
     if exported:
-        source = tmp_path / f"model{weights.SUFFIX}"
-        trained = run_checkpoint.load(tmp_path / "first")
+        trained = run_checkpoint.load(whole.workdir)
         weights.write(source, trained.params, dict(step=trained.step, config=trained.config))
+    else:
+        source = whole.copy(tmp_path / "first")
     config = config_of(
         small_data, {"init_from": str(source), "optimizer.lr": 0.0, "schedule.max_steps": 1}
     )
     config["model"]["max_frames"] = 8
     second = train(tmp_path / "second", config)
     assert int(second.step) == 1
-    for (
-        name,
-        average,
-    ) in first.ema.items():  # what a run samples from; a rate of 0 leaves it unchanged
+    for name, average in whole.state.ema.items():
+        # What a run samples from; a rate of 0 leaves it unchanged.
         np.testing.assert_array_equal(second.params[name], average)
         np.testing.assert_allclose(second.ema[name], average, atol=1e-6)
-    if not exported:
-        shutil.rmtree(source)  # not needed after the start
+    if exported:
+        return
+    shutil.rmtree(source)  # not needed after the start
     longer = changed(config, {"schedule.max_steps": 2})
     assert int(train(tmp_path / "second", longer).step) == 2
     with pytest.raises(UserError, match=r"another run:\n  config\.init_from='', was "):
         train(tmp_path / "second", changed(longer, {"init_from": ""}))
 
 
-def test_a_student_is_distilled_and_resumes(tmp_path, small_data, capsys):
+def test_a_student_is_distilled_and_resumes(tmp_path, small_data, whole, capsys):
     """The loss is relative to the teacher: near 0 where the student is the teacher."""
-    train(tmp_path / "teacher", config_of(small_data, {"schedule.max_steps": 2}))
-    teacher = str(tmp_path / "teacher")
+    teacher = str(whole.workdir)
     config = config_of(
         small_data, {"init_from": teacher, "distil_from": teacher, "schedule.max_steps": 2}
     )
@@ -281,9 +286,9 @@ def test_a_student_is_distilled_and_resumes(tmp_path, small_data, capsys):
     assert int(train(tmp_path / "student", changed(config, {"schedule.max_steps": 3})).step) == 3
     with pytest.raises(UserError, match=r"config\.distil_from: no checkpoint folder at .*nowhere"):
         train(tmp_path / "student", config | dict(distil_from=str(tmp_path / "nowhere")))
-    config["model"]["depth"] = 1
+    config["model"]["depth"] = 2
     config["init_from"] = ""
-    with pytest.raises(UserError, match=r"config\.distil_from=.*depth=2, not 1"):
+    with pytest.raises(UserError, match=r"config\.distil_from=.*depth=1, not 2"):
         train(tmp_path / "other", config)
 
 
@@ -298,11 +303,9 @@ def test_a_network_that_predicts_clean_samples_is_saved_and_resumes_as_such(tmp_
         train(tmp_path / "run", changed(config, {"model.prediction": "velocity"}))
 
 
-def test_a_run_refuses_parameters_of_another_network(tmp_path, small_data):
-    train(tmp_path / "first", config_of(small_data, {"schedule.max_steps": 1}))
-    config = config_of(small_data, {"init_from": str(tmp_path / "first")})
-    config["model"]["depth"] = 1
-    with pytest.raises(UserError, match=r"config\.init_from=.*depth=2, not 1"):
+def test_a_run_refuses_parameters_of_another_network(tmp_path, small_data, whole):
+    config = config_of(small_data, {"init_from": str(whole.workdir), "model.depth": 2})
+    with pytest.raises(UserError, match=r"config\.init_from=.*depth=1, not 2"):
         train(tmp_path / "second", config)
     config["init_from"] = str(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"config\.init_from: no checkpoint folder at .*nothing"):
@@ -323,27 +326,26 @@ def test_failures_of_optional_work_never_end_training(
         places += [(loop.single_step, name) for name in ("validation", "epoch_end")]
     for module, name in places:
         monkeypatch.setattr(module, name, failing)
-    assert int(train(tmp_path / "run", config_of(small_data)).step) == 10
-    assert run_checkpoint.load(tmp_path / "run").step == 10
+    config = config_of(small_data, WATCHED | {"schedule.max_steps": 5})
+    assert int(train(tmp_path / "run", config).step) == 5
+    assert run_checkpoint.load(tmp_path / "run").step == 5
     message = capsys.readouterr().err
     names = ["score", "write a rollout video", "plot curves", "validate", "measure the epoch"]
     for name in ["prepare rollouts"] if what == "sampler" else names:
         assert f"cannot {name}" in message
 
 
-def test_a_finished_run_is_unchanged_by_another_start(tmp_path, small_data):
-    config = config_of(small_data, {"schedule.max_steps": 3})
-    first = train(tmp_path, config)
-    before = lines_of(tmp_path)
-    again = train(tmp_path, config)
-    assert int(again.step) == int(first.step) == 3
-    assert lines_of(tmp_path) == before
+def test_a_finished_run_is_unchanged_by_another_start(tmp_path, small_data, whole):
+    run = whole.copy(tmp_path / "run")
+    again = train(run, config_of(small_data, WATCHED))
+    assert int(again.step) == int(whole.state.step) == 10
+    assert lines_of(run) == lines_of(whole.workdir)
 
 
 def test_mistakes_are_reported_at_the_start(tmp_path, small_data):
     for changes, message in (
         ({"data.batch_size": 20}, "only 10 clips"),
-        ({"rollouts.frames": 12}, r"the longest episode .*config\.rollouts\.frames=12"),
+        (WATCHED | {"rollouts.frames": 12}, r"the longest episode .*config\.rollouts\.frames=12"),
     ):
         with pytest.raises(UserError, match=message):
             train(tmp_path / "run", config_of(small_data, changes))
@@ -385,40 +387,39 @@ def program(*words, cwd=ROOT, devices=1):
 DEBUG = ["--config", "configs/debug.py", "--workdir", "W"]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--config", "configs/small.py"], "set the run's folder: --workdir=runs/NAME"),
-        (
-            ["--config", "configs/none.py", "--workdir", "W"],
-            "--config configs/none.py: there is no such file",
-        ),
-        (
-            [*DEBUG, "--config.seeed=1"],
-            "there is no setting config.seeed (did you mean seed?); see",
-        ),
-        ([*DEBUG, "--config.data.d=1"], "there is no setting config.data.d; see docs/settings.md"),
-        (
-            [*DEBUG, "--config.optimizer.lr=fast"],
-            "flag --config.optimizer.lr=fast: could not convert string to float",
-        ),
-        ([*DEBUG, "--config.data.dir=no"], "error: The data folder no does not exist."),
-        (
-            [*DEBUG, "--config.data.global_batch_size=3"],
-            "error: config.data.global_batch_size=3 cannot be split over 2 devices",
-        ),
-    ],
+MISTAKES = (
+    (["--config", "configs/small.py"], "set the run's folder: --workdir=runs/NAME"),
+    (
+        ["--config", "configs/none.py", "--workdir", "W"],
+        "--config configs/none.py: there is no such file",
+    ),
+    ([*DEBUG, "--config.seeed=1"], "there is no setting config.seeed (did you mean seed?); see"),
+    ([*DEBUG, "--config.data.d=1"], "there is no setting config.data.d; see docs/settings.md"),
+    (
+        [*DEBUG, "--config.optimizer.lr=fast"],
+        "flag --config.optimizer.lr=fast: could not convert string to float",
+    ),
+    ([*DEBUG, "--config.data.dir=no"], "error: The data folder no does not exist."),
+    (
+        [*DEBUG, "--config.data.global_batch_size=3"],
+        "error: config.data.global_batch_size=3 cannot be split over 2 devices",
+    ),
 )
-def test_the_training_program_reports_mistakes_without_a_traceback(tmp_path, words, message):
-    words = [str(tmp_path) if word == "W" else word for word in words]
-    result = program("train.py", *words, devices=2)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
 
 
-def test_the_sampling_program(tmp_path, small_data):
-    train(tmp_path / "run", config_of(small_data, {"schedule.max_steps": 1}))
+def test_the_training_program_reports_mistakes_without_a_traceback(tmp_path):
+    words_of = lambda words: [str(tmp_path) if word == "W" else word for word in words]
+    commands = [["cwm_jax.programs.train", *words_of(words)] for words, _ in MISTAKES]
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    results = run_each(commands, tmp_path, XLA_FLAGS=flags)
+    for (words, message), result in zip(MISTAKES, results, strict=True):
+        assert result.returncode not in (0, None), words
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_the_sampling_program(tmp_path, whole):
+    whole.copy(tmp_path / "run")
     words = "--frames 8 --n-samples 2 --n-prompt 2 --noise-levels 999,400 --action-source pattern"
     result = program(
         *[str(ROOT / "sample.py"), "--checkpoint", "run", *words.split(), "--pattern", "7,8"],
@@ -435,8 +436,8 @@ def test_the_sampling_program(tmp_path, small_data):
         np.testing.assert_array_equal(raw["frames"][:, :2], raw["real"][:, :2])
 
 
-def test_the_sampling_program_reports_mistakes(tmp_path, small_data, monkeypatch, capsys):
-    train(tmp_path / "run", config_of(small_data, {"schedule.max_steps": 1}))
+def test_the_sampling_program_reports_mistakes(tmp_path, whole, monkeypatch, capsys):
+    whole.copy(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     for words, message in (
         ("--checkpoint nowhere", "nowhere"),
@@ -470,7 +471,6 @@ def ticking(monkeypatch, seconds):
 
 def test_a_run_ends_with_its_minutes_and_resumes_with_its_clock(tmp_path, small_data, monkeypatch):
     ticking(monkeypatch, seconds=3)
-    never = {f"{name}.every_steps": 0 for name in ("validation", "evaluation", "rollouts")}
     config = config_of(
         small_data,
         {
@@ -478,10 +478,11 @@ def test_a_run_ends_with_its_minutes_and_resumes_with_its_clock(tmp_path, small_
             "schedule.epochs": 100,
             "schedule.decay_share": 0.5,
             "logging.every_steps": 1,
+            "validation.every_steps": 0,
         },
     )
     saves = {"checkpoints.every_minutes": 1.0, "checkpoints.every_steps": 1000}
-    config = changed(config, never | saves | {"checkpoints.keep": 9})
+    config = changed(config, saves | {"checkpoints.keep": 9})
     run = tmp_path / "run"
     train(run, changed(config, {"schedule.max_steps": 4}))
     stopped = run_checkpoint.Checkpoints(run, retention=run_checkpoint.Retention(9)).newest()
@@ -509,9 +510,8 @@ def test_minutes_that_end_with_the_first_update_are_reported(tmp_path, small_dat
 
 
 def test_stages_and_data_on_the_device_change_no_other_update(tmp_path, small_data):
-    never = {f"{name}.every_steps": 0 for name in ("validation", "evaluation", "rollouts")}
-    short = {"schedule.max_steps": 4, "logging.every_steps": 1}
-    config = config_of(small_data, short | never)
+    short = {"schedule.max_steps": 4, "logging.every_steps": 1, "validation.every_steps": 0}
+    config = config_of(small_data, short)
     train(tmp_path / "plain", config)
     config["data"]["on_device"] = 1000
     config["schedule"]["stages"] = ((0.5, {"noise_levels.top_share": 1.0}),)
@@ -529,7 +529,7 @@ def test_frames_that_leave_too_little_memory_are_named(tmp_path, small_data, mon
     def fail(_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
-    config = config_of(small_data, {"rollouts.every_steps": 0, "evaluation.every_steps": 0})
+    config = config_of(small_data)
     with monkeypatch.context() as patch:
         before_step(patch, 1, fail)
         with pytest.raises(UserError, match=r"memory is exhausted: --dry-run reports what fits"):

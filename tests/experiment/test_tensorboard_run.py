@@ -28,19 +28,19 @@ def read(workdir):
 
 
 @pytest.fixture
-def film(tmp_path):
+def rollout_mp4(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), np.uint8)
-    video.write_mp4(tmp_path / "film.mp4", frames, fps=15)
-    return tmp_path / "film.mp4"
+    video.write_mp4(tmp_path / "video.mp4", frames, fps=15)
+    return tmp_path / "video.mp4"
 
 
-def test_numbers_pictures_and_videos_are_under_the_keys_of_the_run(tmp_path, film):
+def test_numbers_pictures_and_videos_are_under_the_keys_of_the_run(tmp_path, rollout_mp4):
     picture = np.random.default_rng(1).integers(0, 256, (7, 9, 3), np.uint8)
     with reporter(tmp_path) as report:
         report.scalars(1, {"train/loss": 0.5})
         report.scalars(2, {"train/loss": 0.25, "val/loss": 1.0})
         report.image(2, "rollout/grid", picture)
-        report.video(2, "rollout/video", film)
+        report.video(2, "rollout/video", rollout_mp4)
     events = read(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.25)]
     assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(2, 1.0)]

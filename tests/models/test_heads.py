@@ -140,9 +140,9 @@ class Recorded(Episodes):
             frames = rng.integers(100, size=(12, 64, 64, 3), dtype=np.uint8)
             frames[11:, ..., 0] += np.uint8(150 * ends)
             done = np.arange(12) == (11 if ends else 12)
-            told = Outcomes(np.where(done, 10, 0).astype(np.float32), done)
+            known = Outcomes(np.where(done, 10, 0).astype(np.float32), done)
             actions = rng.integers(15, size=12).astype(np.int32)
-            self._made.append(Episode(frames, actions, told))
+            self._made.append(Episode(frames, actions, known))
 
     def __getitem__(self, number):
         return self._made[number]
@@ -157,16 +157,16 @@ def test_heads_are_fitted_to_a_network_that_stays_as_it_is(tiny, tiny_params, wi
     assert seen.targets.ends_BT.sum() >= 12
     params = frozen_heads.fit(with_heads, tiny_params, seen, epochs=60, seed=0)
     assert all(params[name] is leaf for name, leaf in tiny_params.items())
-    told = outcomes.of_records(with_heads, params, data, range(24))
+    predicted = outcomes.of_records(with_heads, params, data, range(24))
     for head in outcomes.HEADS:
-        assert 0 < outcomes.best_threshold(told, head) < 1
-    found = outcomes.summary(told)["end"]["events"]
+        assert 0 < outcomes.best_threshold(predicted, head) < 1
+    found = outcomes.summary(predicted)["end"]["events"]
     assert found["precision"]["mean"] == found["recall"]["mean"] == 1
     low = frozen_heads.shifted(params, end=0.9, reward=0.5)
     shifted = outcomes.of_records(with_heads, low, data, range(2))
     odds = lambda p: np.log(p / (1 - p))
     end = lambda record: odds(record.probability["end"].astype(float))
-    np.testing.assert_allclose(end(shifted[0]), end(told[0]) - odds(0.9), atol=0.02)
+    np.testing.assert_allclose(end(shifted[0]), end(predicted[0]) - odds(0.9), atol=0.02)
 
 
 def test_every_frame_is_counted_once_and_with_a_past():
@@ -184,23 +184,23 @@ def test_scores_are_those_of_frames_and_of_first_named_events():
     real[9] = True
     said = lambda *frames: np.isin(np.arange(10), frames) * 1.0
     record = lambda named, happened: outcomes.Predicted({"end": named}, {"end": happened})
-    told = [
+    predicted = [
         record(said(7, 8), real),  # near enough as an event, wrong as a frame
         record(said(2, 9), real),  # right as a frame, too early as an event
         record(said(), real),
         record(said(5), np.zeros(10, bool)),
     ]
-    told = [
+    predicted = [
         outcomes.Predicted(
             {**t.probability, "reward": t.probability["end"]},
             {**t.happened, "reward": t.happened["end"]},
         )
-        for t in told
+        for t in predicted
     ]
-    found = outcomes.summary(told)["end"]
+    found = outcomes.summary(predicted)["end"]
     assert found["frames"]["precision"]["mean"] == 1 / 5
     assert found["frames"]["recall"]["mean"] == 1 / 3
     assert found["frames"]["base_rate"] == 3 / 40
     assert found["events"]["precision"]["mean"] == 1 / 3
     assert found["events"]["recall"]["mean"] == 1 / 3
-    assert "end by events" in outcomes.table("here", outcomes.summary(told))
+    assert "end by events" in outcomes.table("here", outcomes.summary(predicted))

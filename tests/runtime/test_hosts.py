@@ -9,7 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from changed_config import changed
 from test_sharding import free_port
+
+from configs import debug
+from cwm_jax.experiment import loop
+from cwm_jax.experiment.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -33,23 +38,30 @@ def disks(tmp_path, make_data) -> list[Path]:
     return disks
 
 
+def settings_of(*, steps: int, fsdp: int) -> dict[str, object]:
+    sizes = {f"{group}.{k}": v for group, values in SMALL.items() for k, v in values.items()}
+    length = {"schedule.max_steps": steps, "compute.fsdp": fsdp}
+    return sizes | OFTEN | SHORT | VIDEO | length
+
+
+def train_alone(workdir: Path, disk: Path, monkeypatch, *, steps: int) -> None:
+    """In this process, with the same settings as `train`."""
+    monkeypatch.chdir(disk)
+    config = debug.get_config().to_dict()
+    config = changed(config, settings_of(steps=steps, fsdp=1))
+    loop.train(Settings.from_config(config), workdir, config=config)
+
+
 def train(workdir: Path, disks: list[Path], *, steps: int, fsdp: int = 1) -> list[tuple[int, str]]:
     """Runs `train.py` once on each disk, together; the exit code and errors of each."""
-    settings = [f"{group}.{k}={v}" for group, values in SMALL.items() for k, v in values.items()]
-    settings += [
-        f"{k}={v}"
-        for k, v in (
-            OFTEN | SHORT | VIDEO | {"schedule.max_steps": steps, "compute.fsdp": fsdp}
-        ).items()
-    ]
+    settings = [f"{k}={v}" for k, v in settings_of(steps=steps, fsdp=fsdp).items()]
     command = [sys.executable, ROOT / "train.py", "--config", ROOT / "configs/debug.py"]
     command += ["--workdir", workdir, *(f"--config.{setting}" for setting in settings)]
-    if len(disks) > 1:
-        command += ["--launcher=flags", f"--coordinator=localhost:{free_port()}"]
-        command += [f"--num_processes={len(disks)}"]
+    command += ["--launcher=flags", f"--coordinator=localhost:{free_port()}"]
+    command += [f"--num_processes={len(disks)}"]
     started = [
         subprocess.Popen(
-            [*command, *([f"--process_id={i}"] if len(disks) > 1 else [])],
+            [*command, f"--process_id={i}"],
             cwd=disk,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
@@ -67,16 +79,16 @@ def measured(workdir: Path, name: str) -> dict[int, float]:
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-def test_two_hosts_train_like_one(tmp_path, disks):
+def test_two_hosts_train_like_one(tmp_path, disks, monkeypatch):
     """They read, train, validate and generate alike, with sharded parameters.
 
     Then one alone resumes from their checkpoint. An epoch has two updates.
     """
     alone, together = tmp_path / "alone", tmp_path / "together"
-    for ended in [*train(alone, disks[:1], steps=3), *train(together, disks, steps=2, fsdp=2)]:
-        assert ended[0] == 0, ended[1]
-    [(code, error)] = train(together, disks[:1], steps=3)
-    assert code == 0, error
+    train_alone(alone, disks[0], monkeypatch, steps=3)
+    for code, error in train(together, disks, steps=2, fsdp=2):
+        assert code == 0, error
+    train_alone(together, disks[0], monkeypatch, steps=3)
     for name in ("train/loss", "val/loss", "epoch/train_loss", "epoch/psnr"):
         expected, found = measured(alone, name), measured(together, name)
         assert expected.keys() == found.keys()

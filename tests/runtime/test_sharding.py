@@ -20,6 +20,7 @@ from cwm_jax.runtime.hosts import Place
 ROOT = Path(__file__).parents[2]
 
 # Trains three steps, saves, and resumes from `restore_from`; prints a line of losses for each.
+# Several numbers of shards, separated by commas, are trained one after the other.
 SCRIPT = """
 import dataclasses, json, re, sys
 from pathlib import Path
@@ -28,7 +29,7 @@ sys.path[:0] = [".", "tests", "tests/training"]
 from cwm_jax.checkpoints import run_checkpoint
 from cwm_jax.training import train_step
 from cwm_jax.runtime import hosts, sharding
-port, count, index, fsdp, folder, restore_from = sys.argv[1:]
+port, count, index, shards, folder, restore_from = sys.argv[1:]
 if int(count) > 1:
     hosts.join(hosts.Place(coordinator="localhost:" + port, count=int(count), index=int(index)))
 from tiny_network import TINY
@@ -38,15 +39,15 @@ try:
     hosts.check_same({"config": {"a": {"b": jax.process_index()}}})
 except Exception as error:
     print("refused", error)
-mesh, optim = sharding.make_mesh(int(fsdp)), settings(ema_decay=0.5)
+optim = settings(ema_decay=0.5)
 network = dataclasses.replace(TINY, depth=1)
 batch, mine = batch_of(4), 4 // jax.process_count()
 mine = {k: v[jax.process_index() * mine :][:mine] for k, v in batch.items()}
 fresh = lambda: train_step.init_state(network, optim, 0)
 shapes = jax.eval_shape(fresh)
-setup = train_step.TrainSetup(network=network, optim=optim, mesh=mesh)
+last = run_checkpoint.Retention(1)
 
-def train(state):
+def train(state, mesh, setup):
     losses = []
     for _ in range(3):
         state, metrics = train_step.train_step(state, sharding.to_devices(mine, mesh), KEY, setup)
@@ -54,22 +55,25 @@ def train(state):
     print(json.dumps(losses))
     return state
 
-state = train(jax.jit(fresh, out_shardings=sharding.placement(shapes, mesh))())
-kept = state.params["blocks.0.spatial.qkv.kernel"].addressable_shards[0].data.size
-fast = dataclasses.replace(network, dtype="bfloat16")
-lowered = train_step.train_step.lower(
-    state, batch, KEY, dataclasses.replace(setup, network=fast)
-).as_text()
-over_devices = r'stablehlo.(?:all_reduce|reduce_scatter)".*?\\^bb0\\(%\\w+: tensor<(\\w+)>'
-print("sums", *sorted(set(re.findall(over_devices, lowered, re.DOTALL))))
-print("part", kept / state.params["blocks.0.spatial.qkv.kernel"].size)
-last = run_checkpoint.Retention(1)
+for fsdp in shards.split(","):
+    mesh = sharding.make_mesh(int(fsdp))
+    setup = train_step.TrainSetup(network=network, optim=optim, mesh=mesh)
+    make = jax.jit(fresh, out_shardings=sharding.placement(shapes, mesh))
+    state = train(make(), mesh, setup)
+    kept = state.params["blocks.0.spatial.qkv.kernel"].addressable_shards[0].data.size
+    fast = dataclasses.replace(network, dtype="bfloat16")
+    lowered = train_step.train_step.lower(
+        state, batch, KEY, dataclasses.replace(setup, network=fast)
+    ).as_text()
+    over_devices = r'stablehlo.(?:all_reduce|reduce_scatter)".*?\\^bb0\\(%\\w+: tensor<(\\w+)>'
+    print("sums", *sorted(set(re.findall(over_devices, lowered, re.DOTALL))))
+    print("part", kept / state.params["blocks.0.spatial.qkv.kernel"].size)
 with run_checkpoint.Checkpoints(Path(folder), retention=last) as kept_in:
     kept_in.save(state, data_position="", config={})
 if restore_from:
     with run_checkpoint.Checkpoints(Path(restore_from), retention=last) as kept_in:
         state = kept_in.restore(sharding.abstract(shapes, mesh))
-    train(state)
+    train(state, mesh, setup)
 """
 
 
@@ -108,8 +112,8 @@ def test_one_device_four_devices_and_two_processes_train_alike(tmp_path):
     """
     one, four, two = tmp_path / "1x1", tmp_path / "1x4", tmp_path / "2x2"
     [alone] = launch(one, processes=1, devices=1)
-    [whole] = launch(tmp_path / "whole", processes=1, devices=4)
-    [shared] = launch(four, processes=1, devices=4, fsdp=4, restore_from=one)
+    [both] = launch(four, processes=1, devices=4, fsdp="1,4", restore_from=one)
+    whole, shared = both[:3], both[3:]
     hosts = launch(two, processes=2, devices=2, fsdp=2, restore_from=four)
     expected = json.loads(alone[0])
     assert [printed[1:3] for printed in (alone, whole, shared)] == [

@@ -43,7 +43,8 @@ def test_moments_come_across(tmp_path):
     weights = arrays("weights_step3")
     gradient = {k: np.cos(np.arange(v.size)).reshape(v.shape) * 1e-3 for k, v in weights.items()}
     ours = convert_torch.torch_format.from_original(gradient, trained.network)
-    updates, _ = train_step.optimizer(optim).update(ours, state.opt_state, state.params)
+    update = jax.jit(train_step.optimizer(optim).update)
+    updates, _ = update(ours, state.opt_state, state.params)
     stepped = jax.tree.map(lambda p, u: p + u, state.params, updates)
 
     names = [n for n in loaded["model"] if not (n.startswith("blocks.") and "rotary" in n)]

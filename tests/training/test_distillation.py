@@ -105,12 +105,12 @@ def test_the_loss_is_the_distance_to_the_teachers_steps(network_of, clips, histo
     t = t.at[:, 1].set(999).at[:2, 2].set(499)
     earlier = residual.earlier(network, to_model(frames))
     x = schedule.noised(residual.to_sample(network, to_model(frames), earlier), t, noise).x
-    taught = denoiser.bind(network, teacher.params)
-    wanted = distillation.velocity(lambda x, t: taught(x, t, actions, earlier), x, t, 2)
-    off = denoiser.bind(network, params)(x, t, actions, earlier) - wanted
-    loss = functools.partial(
-        objective.clip_loss, params, Example(frames, actions, t, noise), network=network
-    )
+    predict = jax.jit(lambda params, *args: denoiser.bind(network, params)(*args))
+    taught = lambda x, t: predict(teacher.params, x, t, actions, earlier)
+    wanted = distillation.velocity(taught, x, t, 2)
+    off = predict(params, x, t, actions, earlier) - wanted
+    clip_loss = jax.jit(objective.clip_loss, static_argnames="network")
+    loss = functools.partial(clip_loss, params, Example(frames, actions, t, noise), network=network)
     counted = residual.counted(network)
     np.testing.assert_allclose(loss(teacher=teacher), jnp.square(off[:, counted]).mean(), rtol=1e-4)
     assert loss(teacher=teacher) != pytest.approx(float(loss()), rel=0.01)
@@ -172,7 +172,7 @@ example = examples.make(jax.random.key(0), batch, ExampleConfig(), teacher)
 optim = train_step.OptimizerConfig(
     lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0)
 setup = train_step.TrainSetup(network=network, optim=optim)
-alone = train_step.gradients(params, example, setup, teacher)
+alone = jax.jit(train_step.gradients, static_argnums=2)(params, example, setup, teacher)
 mesh = sharding.make_mesh(2)
 place = lambda tree: jax.device_put(tree, sharding.placement(tree, mesh))
 params, teacher = place(params), teacher._replace(params=place(others))

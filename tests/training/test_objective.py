@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from tiny_network import of_one_block
 
 from cwm_jax import coinrun
 from cwm_jax.diffusion import denoiser, schedule
@@ -13,6 +14,13 @@ from cwm_jax.training.config import ExampleConfig
 from cwm_jax.training.examples import Example
 
 KEY = jax.random.key(3)
+
+clip_loss = jax.jit(objective.clip_loss, static_argnames=("network", "config"))
+
+
+@pytest.fixture(scope="module")
+def shallow(tiny, tiny_params):
+    return of_one_block(tiny, tiny_params)
 
 
 def made(shape, settings=None):
@@ -113,24 +121,25 @@ def first_loss(network, clips, settings=None):
     return float(metrics["train/loss"])
 
 
-def test_mirrored_clips_give_the_loss_of_mirrored_data(tiny, clips):
+def test_mirrored_clips_give_the_loss_of_mirrored_data(shallow, clips):
+    tiny, _ = shallow
     found, plain = first_loss(tiny, clips, {"augment.mirror_share": 1.0}), first_loss(tiny, clips)
     assert found == pytest.approx(first_loss(tiny, in_a_mirror(clips)), rel=1e-6)
     assert found != pytest.approx(plain, rel=1e-6)
 
 
-def test_errors_in_the_middle_have_the_configured_weight(tiny, tiny_params, clips):
+def test_errors_in_the_middle_have_the_configured_weight(shallow, clips):
     weights = objective._weights(64, 10.0)
     assert weights.mean() == pytest.approx(1)
     assert weights[32, 32] == pytest.approx(10 * weights[0, 0])
     assert (weights > 1).sum() == 16 * 16  # a quarter of each side
     assert weights[24:40, 24:40].min() > 1
 
-    frames, actions = clips["frames"], clips["actions"]
+    (tiny, tiny_params), frames, actions = shallow, clips["frames"], clips["actions"]
     given = Example(frames, actions, *schedule.sample(KEY, frames.shape))
-    loss = functools.partial(objective.clip_loss, tiny_params, given, network=tiny)
+    loss = functools.partial(clip_loss, tiny_params, given, network=tiny)
     sample = schedule.noised(coinrun.to_model(frames), given.t_BT, given.noise_BTHWC)
-    net = denoiser.bind(tiny, tiny_params)
+    net = jax.jit(lambda *args: denoiser.bind(tiny, tiny_params)(*args))
     squares = np.square(net(sample.x, given.t_BT, actions) - sample.velocity)
     assert loss() == pytest.approx(squares.mean(), rel=1e-5)
     weighted = loss(config=ExampleConfig().changed({"loss.middle_weight": 10.0}))
@@ -138,6 +147,7 @@ def test_errors_in_the_middle_have_the_configured_weight(tiny, tiny_params, clip
     assert weighted != pytest.approx(float(loss()), rel=1e-6)
 
 
-def test_the_middle_weighs_in_a_training_step(tiny, clips):
+def test_the_middle_weighs_in_a_training_step(shallow, clips):
+    tiny, _ = shallow
     weighed = first_loss(tiny, clips, {"loss.middle_weight": 10.0})
     assert weighed != pytest.approx(first_loss(tiny, clips), rel=1e-6)

@@ -1,6 +1,7 @@
 """Self-generated context frames, and the targets after them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from cwm_jax.training.config import ExampleConfig
 
 KEY = jax.random.key(3)
 DISPLACEMENT = (2, 1)  # rows, columns by which `moving_clip` moves per frame
+
+rollout = jax.jit(self_generated.rollout, static_argnames=("network", "steps"))
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +63,16 @@ def test_a_rollout_is_the_samplers(network, params):
     batch = batch_of(2)
     context = context_of(batch, steps=2)
     given = to_model(batch["frames"]), jnp.asarray(batch["actions"])
-    found = self_generated.rollout(params, network, *given, context, steps=2)
+    found = rollout(params, network, *given, context, steps=2)
     config = sampler.SamplerConfig(levels=sampler.ddim_levels(2), window="cached")
     net = denoiser.bind(network, params)
-    tables = sampler.tabulate(net, config)
+    tables = jax.jit(lambda: sampler.tabulate(net, config))()
+    next_frame = jax.jit(functools.partial(sampler.step, net, tables, config=config))
     prompt = batch["frames"][:, :1], batch["actions"][:, :1]
     world = sampler.Sampler(network, params, config).start(*prompt)
     for t in range(1, 5):
-        step = batch["actions"][:, t], context.noise_BTHWC[:, t], None, config
-        world, frame = sampler.step(net, tables, world, *step)
+        step = batch["actions"][:, t], context.noise_BTHWC[:, t], None
+        world, frame = next_frame(world, *step)
         np.testing.assert_allclose(found[:, t], frame, atol=1e-4)
     np.testing.assert_array_equal(found[:, 0], given[0][:, 0])
 
@@ -78,7 +82,7 @@ def test_a_rollout_starts_with_the_configured_noise(network, params):
     context = context_of(batch, steps=1)
     context = context._replace(start_noise_B=jnp.array([0.0, 0.1]))
     given = to_model(batch["frames"]), jnp.asarray(batch["actions"])
-    found = self_generated.rollout(params, network, *given, context, steps=1)
+    found = rollout(params, network, *given, context, steps=1)
     noise = np.asarray(found[:, 0] - given[0][:, 0])
     assert not noise[0].any()
     assert noise[1].std() == pytest.approx(0.1, rel=0.03)
@@ -94,10 +98,11 @@ def test_a_step_with_rollouts_does_not_depend_on_its_parts(network, params):
     setup = train_step.TrainSetup(network=network, optim=optim, examples=noise)
     parts = dataclasses.replace(setup, compute=train_step.ComputeConfig(accumulate_steps=2))
     example = examples.make(KEY, batch, noise)
-    loss, gradients = train_step.gradients(params, example, setup)
-    other_loss, others = train_step.gradients(params, example, parts)
+    gradients = jax.jit(train_step.gradients, static_argnames="setup")
+    loss, plain = gradients(params, example, setup)
+    other_loss, others = gradients(params, example, parts)
     np.testing.assert_allclose(loss, other_loss, rtol=1e-4)
-    for name, gradient in gradients.items():
+    for name, gradient in plain.items():
         scale = float(jnp.abs(gradient).max())
         np.testing.assert_allclose(others[name], gradient, atol=1e-3 * scale, err_msg=name)
 
@@ -109,7 +114,7 @@ def test_no_gradient_goes_through_a_rollout(network, params):
     given = to_model(batch["frames"]), example.actions_BT, example.t_BT, example.context
     given += (noise.context,)
     total = lambda p: self_generated.with_generated(p, network, *given)[0].sum()
-    assert all(not gradient.any() for gradient in jax.grad(total)(params).values())
+    assert all(not gradient.any() for gradient in jax.jit(jax.grad(total))(params).values())
 
 
 def persistent(network, seen, free=True, above=0.1):
