@@ -7,44 +7,30 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 import numpy as np
 
 from cwm_jax import files
-from cwm_jax.checkpoints import formats, run_checkpoint
-from cwm_jax.data import device_data, loader
+from cwm_jax.checkpoints import run_checkpoint
 from cwm_jax.errors import UserError, echo
-from cwm_jax.evaluation import generation, lpips_weights, quick, single_step
 from cwm_jax.experiment import (
     clock,
     dry_run,
-    metrics_file,
+    given_models,
     progress,
     reporters,
     resume_check,
+    run_data,
     run_directory,
     stages,
 )
+from cwm_jax.experiment.measurements import Measurements
 from cwm_jax.experiment.settings import Settings
-from cwm_jax.models import dit, kernel_choice
-from cwm_jax.rendering import contact_sheet, video
-from cwm_jax.runtime import (
-    device_speed,
-    hosts,
-    preemption,
-    process_memory,
-    random_numbers,
-    sharding,
-)
-from cwm_jax.sampling import rollouts
-from cwm_jax.sampling.sampler import Sampler
+from cwm_jax.models import kernel_choice
+from cwm_jax.runtime import device_speed, preemption, process_memory, random_numbers, sharding
 from cwm_jax.training import train_step
-from cwm_jax.training.examples import Teacher
 from cwm_jax.training.train_step import TrainState
-
-Result = TypeVar("Result")
 
 
 def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
@@ -63,7 +49,7 @@ def train(settings: Settings, workdir: Path, *, config: dict) -> TrainState:
     run_directory.make(workdir)
     is_first = jax.process_index() == 0
     lock = run_directory.held(workdir) if is_first else contextlib.nullcontext()
-    with lock, contextlib.closing(run.batches), _memory_named(settings):
+    with lock, contextlib.closing(run.data), _memory_named(settings):
         return run.train()
 
 
@@ -72,93 +58,10 @@ class _Run:
         self.settings, self.workdir, self.config = settings, workdir, config
         self.clock = clock.Clock(settings.schedule.minutes, settings.schedule.decay_share)
         self.saved_seconds = 0.0  # of the clock, at the last save
-        self._check_one_process()
+        run_data.check_one_process(settings)
         self.mesh = sharding.make_mesh(settings.compute.fsdp)
-        self.batch_size = sharding.global_batch_size(
-            settings.data.batch_size,
-            settings.data.global_batch_size,
-            parts=settings.compute.accumulate_steps,
-        )
-        self.shared = dict(
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_actions=settings.model.action_values,
-        )
-        self.batches = loader.train_batches(
-            settings.data,
-            batch_size=self.batch_size,
-            seed=settings.seed,
-            make=self._kind_of_batches(),
-            outcomes=settings.model.heads,
-            **self.shared,
-        )
-        self.validation = self._val_batches(limit=settings.validation.batches * self.batch_size)
-        self.whole_validation = self._val_batches(limit=None)
-        # Hosts may have their own copies of the data, and one may be incomplete.
-        val = {"clips": self.whole_validation.num_clips}
-        hosts.check_same({"data": {"train": self.batches.get_state(), "val": val}})
-        self.script = self._script() if settings.rollouts.every_steps else None
-        self.quick = self._quick() if settings.evaluation.every_steps else None
-        plan = settings.schedule
-        total = plan.epochs * self.batches.per_epoch
-        self.total_steps = min(total, plan.max_steps or total)
-        if settings.optimizer.decay_steps and self.total_steps < plan.max_steps:
-            raise UserError(
-                f"config.schedule.epochs={plan.epochs} end after {total} updates, before "
-                f"config.schedule.max_steps={plan.max_steps}, at which decay_steps "
-                f"bring the learning rate to 0: raise epochs or lower max_steps"
-            )
-
-    def _check_one_process(self) -> None:
-        """Refuses settings for one process only: each process has its own clock and memory."""
-        settings = self.settings
-        for name, value in (
-            ("schedule.minutes", settings.schedule.minutes),
-            ("checkpoints.every_minutes", settings.checkpoints.every_minutes),
-            ("data.on_device", settings.data.on_device),
-        ):
-            if value and jax.process_count() > 1:
-                raise UserError(
-                    f"config.{name}={value:g} is for one process, and there are "
-                    f"{jax.process_count()}: set it to 0"
-                )
-
-    def _kind_of_batches(self) -> Callable[..., loader.TrainBatches]:
-        if self.settings.data.on_device:
-            return functools.partial(device_data.DeviceBatches, mesh=self.mesh)
-        return loader.TrainBatches
-
-    def _val_batches(self, *, limit: int | None) -> loader.EvalBatches:
-        return loader.eval_batches(
-            self.settings.data, "val", batch_size=self.batch_size, limit=limit, **self.shared
-        )
-
-    def _script(self) -> rollouts.Script:
-        """The same clips each time, so that rollouts are comparable."""
-        settings = self.settings
-        with _setting_named("rollouts.frames", settings.rollouts.frames):
-            return rollouts.write_script(
-                settings.data,
-                "val",
-                count=settings.rollouts.count,
-                frames=settings.rollouts.frames,
-                n_prompt=settings.rollouts.n_prompt,
-                num_actions=settings.model.action_values,
-                seed=settings.seed,
-            )
-
-    def _quick(self) -> quick.Quick:
-        settings = self.settings
-        with _setting_named("evaluation.frames", settings.evaluation.frames):
-            return quick.prepare(
-                settings.data,
-                "val",
-                clips=settings.evaluation.clips,
-                frames=settings.evaluation.frames,
-                num_actions=settings.model.action_values,
-                seed=settings.seed,
-                lpips=None if jax.process_index() else lpips_weights.available(),
-            )
+        self.data = run_data.RunData(settings, self.mesh)
+        self.total_steps = self.data.total_steps()
 
     def train(self) -> TrainState:
         settings = self.settings
@@ -166,11 +69,12 @@ class _Run:
         # With the kernels for this device; checkpoints keep the config unchanged.
         self.network = kernel_choice.measured(
             settings.model,
-            clips=self.batch_size // jax.device_count() // settings.compute.accumulate_steps,
+            clips=self.data.batch_size // jax.device_count() // settings.compute.accumulate_steps,
             frames=settings.data.clip_len,
         )
         setup = dataclasses.replace(settings.setup(self.mesh), network=self.network)
-        updates = stages.Stages(settings.stages, setup, self._teacher(), self._memory_check())
+        teacher = given_models.teacher(settings, self.mesh)
+        updates = stages.Stages(settings.stages, setup, teacher, self._memory_check())
         with (
             contextlib.closing(updates),
             preemption.Stop() as stop,
@@ -178,13 +82,14 @@ class _Run:
         ):
             first, state, pause_due = self._start()
             with self._reporter(first) as self.reporter:
+                self.measurements = self._measurements()
                 late = self._progress(first, state)
                 if pause_due:
                     state = self._pause(first, state, stop)
                 for step in range(first + 1, self.total_steps + 1):
                     if stop.requested(step - 1):
                         break
-                    batch = sharding.to_devices(next(self.batches), self.mesh)
+                    batch = sharding.to_devices(next(self.data.train), self.mesh)
                     state, metrics = updates.update(
                         self._share(step), state, batch, key, **self._rate()
                     )
@@ -255,9 +160,9 @@ class _Run:
         shapes = jax.eval_shape(begin)
         saved = self.checkpoints.newest()
         differing = resume_check.compare(saved.config, self.config) if saved else []
-        given = None if saved else self._given_params()
+        given = None if saved else given_models.first_params(settings)
         if saved and saved.data_position:
-            self.batches.set_state(json.loads(saved.data_position))
+            self.data.train.set_state(json.loads(saved.data_position))
         if saved:
             self.clock.resume(saved.seconds)
             self.saved_seconds = saved.seconds
@@ -282,51 +187,15 @@ class _Run:
             return f"{step} of {self.total_steps}"
         return f"{step} ({min(self.clock.seconds / 60, minutes):.1f} of {minutes:g} minutes)"
 
-    def _given_params(self) -> dict[str, np.ndarray] | None:
-        """The parameters that a new run begins with; None where they are random."""
-        path = self.settings.init_from
-        if not path:
-            return None
-        echo(f"starting from the parameters of {path}", file=sys.stdout)
-        return self._params_of("init_from", path)
-
-    def _teacher(self) -> Teacher | None:
-        path = self.settings.distil_from
-        if not path:
-            return None
-        params = self._params_of("distil_from", path)
-        echo(f"distilling {path} to half of its denoising steps", file=sys.stdout)
-        make = functools.partial(
-            train_step.init_teacher, self.settings.model, steps=self.settings.sampler.ddim_steps
-        )
-        shapes = jax.eval_shape(make, params)
-        return jax.jit(make, out_shardings=sharding.placement(shapes, self.mesh))(params)
-
-    def _params_of(self, setting: str, path: str) -> dict[str, np.ndarray]:
-        """The parameters of a model that a setting names; it must have this run's network.
-
-        But for heads: they begin anew where it has none.
-        """
-        network = self.settings.model
-        try:
-            given = formats.load(path)
-        except UserError as error:
-            raise UserError(f"config.{setting}: {error}") from None
-        same_heads = dataclasses.replace(given.network, heads=network.heads)
-        if differs := formats.same_network(same_heads, network):
-            raise UserError(
-                f"config.{setting}={path} has another network than config.model: {differs}"
-            )
-        params = dit.with_heads(network, given.params, self.settings.seed)
-        return jax.tree.map(np.asarray, params)
-
     def _progress(self, first: int, state: TrainState) -> progress.Progress:
-        ahead = self.batches.get_state()["batches_taken"] - first  # not 0 if the run was imported
+        ahead = (
+            self.data.train.get_state()["batches_taken"] - first
+        )  # not 0 if the run was imported
         return progress.Progress(
             self.reporter,
             self.workdir,
-            lambda step: self.batches.origins(step - 1 + ahead),
-            frames_per_step=self.batch_size * self.settings.data.clip_len,
+            lambda step: self.data.train.origins(step - 1 + ahead),
+            frames_per_step=self.data.batch_size * self.settings.data.clip_len,
             skipped=int(state.skipped),
             max_skipped=self.settings.optimizer.max_skipped_updates,
             kernels=kernel_choice.settings(self.network),
@@ -343,8 +212,12 @@ class _Run:
             enabled=jax.process_index() == 0,
         )
 
+    def _measurements(self) -> Measurements:
+        given = self.settings, self.network, self.data, self.mesh, self.workdir, self.reporter
+        return Measurements(*given)
+
     def _ends_epoch(self, step: int) -> bool:
-        return step % self.batches.per_epoch == 0
+        return step % self.data.train.per_epoch == 0
 
     def _is_pause(self, step: int) -> bool:
         """Whether something other than training happens after this step."""
@@ -380,48 +253,23 @@ class _Run:
         weights = train_step.weights_to_sample(state)
         val_loss = None
         if _is_due(step, settings.validation.every_steps):
-            batches = stop.until(self.validation)
-            val_loss = _attempt("validate", lambda: self._validate(step, weights, batches))
+            batches = stop.until(self.data.validation)
+            val_loss = self.measurements.validation(step, weights, batches)
         scores = _is_due(step, settings.evaluation.every_steps)
         videos = _is_due(step, settings.rollouts.every_steps)
         videos |= bool(settings.rollouts.every_steps) and step == self.total_steps
         if scores or videos:
-            self._roll_out(step, weights, scores=scores, videos=videos)
+            self.measurements.rollouts(step, weights, scores=scores, videos=videos)
         if self._ends_epoch(step):
-            batches = stop.until(self.whole_validation)
-            _attempt("measure the epoch", lambda: self._measure_epoch(step, state, batches))
+            self.measurements.epoch(step, state, stop.until(self.data.whole_validation))
             state = state._replace(epoch_loss=state.epoch_loss * 0)
         if self._saves(step):
             self._save(state, val_loss=val_loss)
-            _attempt("plot curves.png", self._plot_curves, alone=True)
+            self.measurements.plot_curves()
         return state
 
-    def _validate(self, step: int, weights, batches) -> float:
-        results = dict(single_step.validation(self.network, weights, batches, self.mesh))
-        self.reporter.scalars(step, results)
-        return results["val/loss"]
-
-    def _measure_epoch(self, step: int, state: TrainState, batches) -> None:
-        weights = train_step.weights_to_sample(state)
-        results = single_step.epoch_end(self.network, weights, batches, self.mesh)
-        loss_sum, count = sharding.local(sharding.whole(state.epoch_loss, self.mesh))
-        self.reporter.scalars(step, {"epoch/train_loss": loss_sum / count, **dict(results)})
-
-    def _roll_out(self, step: int, weights, *, scores: bool, videos: bool) -> None:
-        """Runs rollouts in the first process; every process must call it."""
-        weights = sharding.whole(weights, self.mesh)
-        if jax.process_index():
-            return
-        sampler = _attempt("prepare rollouts", lambda: self._sampler(weights), alone=True)
-        if scores and sampler:
-            _attempt("score rollouts", lambda: self._evaluate(step, sampler), alone=True)
-        if videos and sampler:
-            _attempt(
-                "write a rollout video", lambda: self._write_rollout(step, sampler), alone=True
-            )
-
     def _save(self, state: TrainState, **details) -> None:
-        position = json.dumps(self.batches.get_state())
+        position = json.dumps(self.data.train.get_state())
         self.saved_seconds = self.clock.seconds
         details |= dict(data_position=position, config=self.config, seconds=self.saved_seconds)
         seconds = self.checkpoints.save(state, **details)
@@ -447,47 +295,10 @@ class _Run:
             + ". Run the same command again to resume."
         )
 
-    def _plot_curves(self) -> None:
-        from cwm_jax.rendering import plots  # imports Matplotlib, which training does not need
-
-        if jax.process_index() == 0:
-            series = metrics_file.read_series(self.workdir / reporters.METRICS_FILE)
-            if any(name.endswith("loss") for name in series):  # there are none before the first log
-                plots.curves(series, self.workdir / "curves.png")
-
-    def _sampler(self, weights) -> Sampler:
-        return Sampler(self.settings.model, sharding.local(weights), self.settings.rollout_sampler)
-
-    def _evaluate(self, step: int, sampler: Sampler) -> None:
-        """Runs the quick evaluation."""
-        self.reporter.scalars(step, dict(quick.run(generation.by_sampler(sampler), self.quick)))
-
-    def _write_rollout(self, step: int, sampler: Sampler) -> None:
-        """Writes rollouts from validation clips, as a video and a contact sheet."""
-        settings, name = self.settings, f"rollout_{step:07d}"
-        mp4 = self.workdir / "rollouts" / f"{name}.mp4"
-        key = random_numbers.key(settings.seed)
-        frames = rollouts.write(sampler, self.script, mp4, key=key)
-        png = mp4.with_suffix(".png")
-        video.write_png(
-            png, contact_sheet.grid(self.script.real, frames, n_prompt=settings.rollouts.n_prompt)
-        )
-        self.reporter.video(step, "rollout/video", mp4)
-        self.reporter.image(step, "rollout/grid", png)
-
 
 def _is_due(step: int, every: int) -> bool:
     """Whether something is due that happens every so many steps; 0: never."""
     return bool(every) and step % every == 0
-
-
-@contextlib.contextmanager
-def _setting_named(name: str, value: int) -> Iterator[None]:
-    """Adds the setting to an error about validation clips."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{error} (config.{name}={value})") from None
 
 
 @contextlib.contextmanager
@@ -506,22 +317,3 @@ def _memory_named(settings: Settings) -> Iterator[None]:
             else "the device's memory is exhausted: --dry-run reports what fits"
         )
         raise UserError(f"{cause} ({str(error).splitlines()[0][:200]})") from None
-
-
-def _attempt(what: str, action: Callable[[], Result], *, alone: bool = False) -> Result | None:
-    """Runs an optional action, such as writing a video; its errors are logged, and None returned.
-
-    Args:
-        alone: the action involves no other process. With others, errors are raised, since the
-            other processes would wait for the one that failed.
-    """
-    try:
-        return action()
-    except preemption.StopRequested:
-        raise
-    except Exception as error:
-        if jax.process_count() > 1 and not alone:
-            raise
-        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        echo(f"WARNING: cannot {what}: {name}{error}; training continues")
-        return None

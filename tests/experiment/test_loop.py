@@ -22,13 +22,14 @@ from configs import base
 from cwm_jax.checkpoints import run_checkpoint, weights
 from cwm_jax.data import loader
 from cwm_jax.errors import UserError
-from cwm_jax.evaluation import lpips, lpips_weights
-from cwm_jax.experiment import clock, loop, metrics_file, run_directory
+from cwm_jax.evaluation import lpips, lpips_weights, quick, single_step
+from cwm_jax.experiment import clock, loop, measurements, metrics_file, run_directory
 from cwm_jax.experiment.settings import Settings
 from cwm_jax.programs import sample
 from cwm_jax.rendering import plots
 from cwm_jax.rendering.video import read_mp4
 from cwm_jax.runtime import preemption
+from cwm_jax.sampling import rollouts
 from cwm_jax.training import train_step
 from cwm_jax.training.train_step import TrainState
 
@@ -293,8 +294,8 @@ def test_a_student_is_distilled_and_resumes(tmp_path, small_data, whole, capsys)
 
 
 def test_a_network_that_predicts_clean_samples_is_saved_and_resumes_as_such(tmp_path, small_data):
-    settings = {"model.prediction": "clean", "loss.weighting": "ramp", "schedule.max_steps": 4}
-    config = config_of(small_data, settings)
+    settings = WATCHED | {"model.prediction": "clean", "loss.weighting": "ramp"}
+    config = config_of(small_data, settings | {"schedule.max_steps": 4})
     train(tmp_path / "run", config)
     assert run_checkpoint.load(tmp_path / "run").network.prediction == "clean"
     assert {"val/loss", "eval/psnr"} <= set().union(*lines_of(tmp_path / "run"))
@@ -320,10 +321,10 @@ def test_failures_of_optional_work_never_end_training(
     def failing(*_, **__):
         raise ZeroDivisionError("odd")
 
-    places = [(loop, "Sampler")]
+    places = [(measurements, "Sampler")]
     if what == "rest":
-        places = [(loop.quick, "run"), (loop.rollouts, "write"), (plots, "curves")]
-        places += [(loop.single_step, name) for name in ("validation", "epoch_end")]
+        places = [(quick, "run"), (rollouts, "write"), (plots, "curves")]
+        places += [(single_step, name) for name in ("validation", "epoch_end")]
     for module, name in places:
         monkeypatch.setattr(module, name, failing)
     config = config_of(small_data, WATCHED | {"schedule.max_steps": 5})
