@@ -73,10 +73,10 @@ pocket:  ## Record the game, train for MINUTES (a GPU: 9; a CPU: 300), export to
 	  $(if $(OUTPUT),--output $(OUTPUT)) $(if $(CARD_MINUTES),--card-minutes $(CARD_MINUTES)) $(CONFIG)
 
 test: $(STAMP)  ## Run the whole test suite
-	$(BIN)/python -m pytest -n 2 --durations=10 -rs
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -rs
 
 test-torch-extra: install-torch  ## Run the whole suite with PyTorch, including the .pt tests
-	$(BIN)/python -m pytest -n 2 --durations=10 -rs
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 -rs
 
 faults: $(STAMP)  ## Inject faults into training runs for MINUTES=10 (RESULTS=FILE adds up)
 	$(BIN)/python -m tests.faults --minutes $(or $(MINUTES),10) $(if $(RESULTS),--results $(RESULTS))

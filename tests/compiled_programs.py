@@ -8,8 +8,9 @@ from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
 # XLA of jax 0.10 compiles in half of the time so, and with a third of the memory maps; later ones
-# do not know the flag.
-_QUICK = "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
+# may not know the flags.
+_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+_QUICK = _FLAGS if version("jaxlib").startswith("0.10.") else ""
 
 
 def environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,10 @@ from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 
 _MANY_MAPS = 15_000
+
+# Tracing makes many objects, nearly all of which stay: with Python's own thresholds the search for
+# cycles among them takes a noticeable part of the suite's time.
+gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)

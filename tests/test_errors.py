@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from forked_programs import run_each
 
 from cwm_jax.errors import UserError, echo, shown_to_user
 
@@ -71,11 +72,10 @@ def test_a_stream_that_cannot_be_written_does_not_end_the_work(shell, tmp_path):
     _run(tmp_path, shell)
 
 
-def test_the_programs_help_is_printed_in_ascii():
-    for words in (["train.py"], ["sample.py"], ["-m", "cwm_jax.tools.pack"]):
-        command = [sys.executable, *words, "--help"]
-        environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def test_the_programs_help_is_printed_in_ascii(tmp_path):
+    modules = ("programs.train", "programs.sample", "tools.pack")
+    commands = [[f"cwm_jax.{module}", "--help"] for module in modules]
+    for done in run_each(commands, tmp_path, PYTHONIOENCODING="ascii"):
         assert "UnicodeEncodeError" not in done.stderr
         assert "--" in done.stdout
 

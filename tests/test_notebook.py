@@ -5,27 +5,34 @@ import os
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 
+from configs import debug
 from cwm_jax.checkpoints import weights
+from cwm_jax.models import dit
+from cwm_jax.models.config import DiTConfig
 
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parents[1]
-_NETWORK = ["hidden_size=16", "depth=1", "num_heads=1", "patch_size=32", "max_frames=4"]
+_NETWORK = dict(hidden_size=16, depth=1, num_heads=1, patch_size=32, max_frames=4, history=0)
 _REST = ["schedule.max_steps=2", "schedule.minutes=0.0", "data.clip_len=4"]
 _REST += [f"{part}.every_steps=0" for part in ("validation", "evaluation", "rollouts")]
-SETTINGS = [f"--config.model.{size}" for size in [*_NETWORK, "history=0"]]
+SETTINGS = [f"--config.model.{name}={size}" for name, size in _NETWORK.items()]
 SETTINGS += [f"--config.{one}" for one in _REST]
 
 
 @pytest.fixture
-def short(tmp_path, make_data, tiny, tiny_params):
-    """The notebook with a tiny model and few of everything."""
+def short(tmp_path, make_data):
+    """The notebook with a tiny model, trains one of its size, and has few of everything."""
     model = tmp_path / "tiny.safetensors"
-    config = {"model": dataclasses.asdict(tiny), "sampler": {"ddim_steps": 1}}
-    weights.write(model, tiny_params, {"step": 7, "config": config})
+    network = DiTConfig(**(debug.get_config().model.to_dict() | _NETWORK))
+    rng, shapes = np.random.default_rng(0), dit.shapes(network)
+    params = {name: 0.1 * rng.standard_normal(x.shape, np.float32) for name, x in shapes.items()}
+    config = {"model": dataclasses.asdict(network), "sampler": {"ddim_steps": 1}}
+    weights.write(model, params, {"step": 7, "config": config})
     notebook = nbformat.read(ROOT / "notebooks" / "coinrun.ipynb", as_version=4)
     (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
     parameters.source += f"\nMODEL, MORE_SETTINGS = {str(model)!r}, {SETTINGS!r}"

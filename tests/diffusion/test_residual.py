@@ -279,6 +279,6 @@ def test_a_network_with_history_learns(shallow):
     setup = train_step.TrainSetup(network=config, optim=OPTIM, examples=noise)
     state = train_step.init_state(config, OPTIM, 0)
     untrained = loss_of(state)
-    for _ in range(60):
+    for _ in range(20):
         state, _ = train_step.train_step(state, batch, KEY, setup)
     assert loss_of(state) < 0.5 * untrained

@@ -457,7 +457,7 @@ def measured(tmp_path_factory, net):
     )
     params = dit.init(TINY, 0)
     sampler = Sampler(TINY, params, SamplerConfig(levels=(999, 499)))
-    config = DataConfig(num_workers=0, dir="assets/coinrun", clip_len=7, stride=80)
+    config = DataConfig(num_workers=0, dir="assets/coinrun", clip_len=7, stride=160)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, "_EPOCHS", 1)
         patch.setattr(probe, "_CLIPS", 4)

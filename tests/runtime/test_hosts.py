@@ -18,7 +18,7 @@ from cwm_jax.experiment.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
-    "model": dict(hidden_size=32, depth=1, num_heads=2, max_frames=5),
+    "model": dict(hidden_size=32, depth=1, num_heads=2, patch_size=16, max_frames=5),
     "data": dict(dir="data", clip_len=5, stride=3, num_workers=0, num_threads=1),
 }
 OFTEN = {"logging.every_steps": 1, "validation.every_steps": 2, "evaluation.every_steps": 99}

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_network import of_one_block
 
 from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, residual, schedule
@@ -24,6 +25,12 @@ KEY = jax.random.key(3)
 OPTIM = train_step.OptimizerConfig(
     lr=3e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
 )
+
+
+@pytest.fixture(scope="module")
+def shallow_of(network_of):
+    """`network_of`, with the first block alone."""
+    return lambda history: of_one_block(*network_of(history))
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +103,9 @@ def test_a_perfect_teacher_gives_the_targets_of_the_data():
 
 
 @pytest.mark.parametrize("history", [0, 2])
-def test_the_loss_is_the_distance_to_the_teachers_steps(network_of, clips, history):
+def test_the_loss_is_the_distance_to_the_teachers_steps(shallow_of, clips, history):
     """After the same frames and actions; and no gradient of it is the teacher's."""
-    network, params = network_of(history)
+    network, params = shallow_of(history)
     teacher = Teacher(altered(params), 2)
     frames, actions = clips
     t, noise = schedule.sample(KEY, frames.shape)
@@ -116,8 +123,8 @@ def test_the_loss_is_the_distance_to_the_teachers_steps(network_of, clips, histo
     assert loss(teacher=teacher) != pytest.approx(float(loss()), rel=0.01)
 
 
-def test_distillation_does_not_depend_on_how_an_update_is_computed(network_of, clips):
-    network, params = network_of(2)
+def test_distillation_does_not_depend_on_how_an_update_is_computed(shallow_of, clips):
+    network, params = shallow_of(2)
     teacher = Teacher(altered(params), np.int32(2))
     noise = ExampleConfig().changed({"context.share": 0.5})
     batch = dict(zip(("frames", "actions"), clips, strict=True))
@@ -137,9 +144,9 @@ def test_distillation_does_not_depend_on_how_an_update_is_computed(network_of, c
         np.testing.assert_allclose(other[name], gradient, atol=1e-3 * scale, err_msg=name)
 
 
-def test_a_student_approaches_its_teachers_steps(network_of, clips):
+def test_a_student_approaches_its_teachers_steps(shallow_of, clips):
     """On the same noise each time, from which one step has to reach the end of two."""
-    network, params = network_of(2)
+    network, params = shallow_of(2)
     teacher = Teacher(params, np.int32(1))
     noise = schedule.sample(KEY, clips[0].shape)[1]
     example = Example(*clips, jnp.full((4, 3), 999), noise)
