@@ -42,7 +42,7 @@ NETWORKS = {
         displacement_patch=8,
         qk_norm=True,
     ),
-    "motion": dataclasses.replace(PLAIN, history=2, warp_reach=4),
+    "motion": dataclasses.replace(PLAIN, history=2, warp_reach=4, warp_sharpness=2.0),
     "buttons": dataclasses.replace(PLAIN, num_actions=3, action_encoding="buttons"),
 }
 ACTIONS = tuple(np.random.default_rng(1).integers(0, 5, 40).tolist())
