@@ -54,7 +54,7 @@ export class KernelNetwork {
       this.#outputs(row);
       this.#advance(sample, world.frames.at(-1), now, after);
     }
-    return this.#shown(sample, world.frames.at(-1));
+    return this.#added(sample, world.frames.at(-1));
   }
 
   #encode(world, frame, action) {
@@ -154,15 +154,19 @@ export class KernelNetwork {
 
   // --- layers
 
+  // Writes what the tokens of a frame after these get from them to `fromHistory`; the frame is denoised in
+  // several steps and then encoded, all with the same.
   #historyTokens(frames) {
-    const {history, tokens, image_size: size, patch_size: side} = this.sizes;
+    const {history, tokens} = this.sizes;
     if (!history) return;
+    const shown = Array.from({length: history}, (_, h) => frames[Math.max(0, frames.length - 1 - h)]);
+    if (shown.every((frame, h) => frame === this.shown?.[h])) return;
+    this.shown = shown;
     const rows = this.#floats(this.wide, tokens * this.patch * history);
-    for (let h = 0; h < history; h++) {
-      const frame = frames[Math.max(0, frames.length - 1 - h)];
+    shown.forEach((frame, h) => {
       for (let i = 0, at = 3 * h; i < this.order.length; i += 3, at += 3 * history)
         for (let c = 0; c < 3; c++) rows[at + c] = frame[this.order[i + c]];
-    }
+    });
     this.#product(this.historyIn, this.wide, this.fromHistory);
   }
 
@@ -288,7 +292,8 @@ export class KernelNetwork {
     return guess;
   }
 
-  #shown(sample, last) {
+  // The frame of a denoised sample.
+  #added(sample, last) {
     const {history, residual_scale: scale} = this.sizes, frame = new Float32Array(sample.length);
     this.order.forEach((pixel, i) => {
       frame[pixel] = history ? Math.min(1, Math.max(-1, last[pixel] + scale * sample[i])) : sample[i];
