@@ -69,7 +69,7 @@ class Page:
                  "play.send({do: 'settings', fps: 1000, auto: true})")  # fmt: skip
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.run("return play.times.length") <= count:
-            time.sleep(0.05)
+            time.sleep(min(1.0, max(0.0, end - time.monotonic())))  # each look costs time too
         self.run("play.send({do: 'settings', auto: false})")
         times = self.run("return play.times")
         return [b - a for a, b in itertools.pairwise(times)]

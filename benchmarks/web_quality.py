@@ -1,6 +1,6 @@
 """Whether frames of the page's kernels are as good as those of float32: LPIPS and keys.
 
-    python -m benchmarks.web_quality [--clips 28] [--frames 24] [--steps 2] [--checkpoint PATH]
+    python -m benchmarks.web_quality [--clips 20] [--frames 24] [--seeds 2] [--steps 2]
 
 Clips of the split `test`, four real frames each, then frames under the recorded actions, generated
 in Node.js with the page's modules: once by `web/kernels.wasm`, once by onnxruntime-web in float32,
@@ -77,8 +77,9 @@ def main() -> None:
     add = parser.add_argument
     add("--checkpoint", type=model_flag, help="the model (checkpoints/pocket)")
     add("--data", type=path_flag, default="assets/coinrun", help="(%(default)s)")
-    add("--clips", type=int, default=28)
+    add("--clips", type=int, default=0, help="0: all that are long enough")
     add("--frames", type=int, default=24, help="generated of each (%(default)s)")
+    add("--seeds", type=int, default=2, help="times that each clip is continued (%(default)s)")
     add("--steps", type=int, default=2, help="denoising steps (%(default)s)")
     args = parser.parse_args()
     with shown_to_user(), tempfile.TemporaryDirectory(prefix="cwm_jax_") as temporary:
@@ -90,6 +91,9 @@ def main() -> None:
             tar.extractall(export, filter="data")
         config = DataConfig(dir=str(args.data))
         clips = held_out.load(config, "test", frames=PROMPT + args.frames, clips=args.clips)
+        often = lambda array: np.concatenate([array] * args.seeds)
+        repeated = {"frames": often(clips.frames), "actions": often(clips.actions)}
+        clips = HeldOut(**clips._asdict() | repeated)
         eyes, reader = lpips_weights.available(), probe.cached(config, user_cache.folder())
         rows = []
         for name, package in (("kernels", None), ("onnxruntime", export / "package")):

@@ -10,7 +10,8 @@
 
 import fs from "node:fs";
 import {Generator, toModel, toPixels} from "../web/generator.js";
-import {KernelNetwork, supports} from "../web/kernel_network.js";
+import {supports} from "../web/kernel_memory.js";
+import {KernelNetwork} from "../web/kernel_network.js";
 import {OnnxNetwork} from "../web/onnx_network.js";
 
 const [folder, jobPath, output] = process.argv.slice(2);

@@ -159,12 +159,14 @@ function paint(canvas, pixels) {
   context.putImageData(image, 0, 0);
 }
 
-// The glow of the picture on the page.
+// The glow of the picture on the page: few pixels, which the browser enlarges smoothly, with a
+// transparent rim. A blur of the style sheet would be computed for each frame.
 function ambience() {
   const context = $("glow").getContext("2d");
   context.imageSmoothingEnabled = true;
   context.globalAlpha = .25;
-  context.drawImage($("screen"), 0, 0, 8, 8);
+  context.filter = "saturate(1.5)";
+  context.drawImage($("screen"), 1, 1, 8, 8);
   $("glow").classList.add("on");
 }
 

@@ -3,7 +3,8 @@
 
 import {UserError} from "./errors.js";
 import {Generator, toModel} from "./generator.js";
-import {KernelNetwork, supports} from "./kernel_network.js";
+import {supports} from "./kernel_memory.js";
+import {KernelNetwork} from "./kernel_network.js";
 import {OnnxNetwork} from "./onnx_network.js";
 
 const TOLERANCE = 2e-3;  // between two backends' first frames, in [−1, 1], …

@@ -18,6 +18,7 @@ from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import held_out, probe, probe_accuracy
 from cwm_jax.evaluation.probe import Probe
+from cwm_jax.runtime import user_cache
 
 LOST = 2  # frames of a recording without a label: its first and its last
 _BLOCK = 160  # frames read in one call
@@ -64,7 +65,7 @@ def trained(config: DataConfig) -> tuple[Probe, dict]:
             f"--infer-actions {config.dir}: its data is of {known.game}; actions can be inferred "
             "for CoinRun only, from a data folder of CoinRun"
         )
-    reader = probe.cached(config, probe.cache_folder())
+    reader = probe.cached(config, user_cache.folder())
     lengths = loader.open_episodes(config, "test").lengths
     clips = held_out.load(config, "test", frames=int(np.median(lengths)))
     return reader, accuracy(reader, clips.frames, clips.actions)

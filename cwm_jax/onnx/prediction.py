@@ -98,7 +98,10 @@ class Prediction:
         taps = np.array([config.taps] * 2, np.int64)
         seen = around
         for axis, logits in enumerate(nodes.several("Split", 2, self._logits, taps, axis=2), 2):
-            filter_ = nodes("Softmax", nodes.add(logits, stay), axis=-1)
+            logits = nodes.add(logits, stay)
+            if config.warp_sharpness != 1:
+                logits = nodes.mul(logits, np.float32(config.warp_sharpness))
+            filter_ = nodes("Softmax", logits, axis=-1)
             terms = []
             for tap in range(config.taps):
                 weight = nodes("Unsqueeze", nodes.slice(filter_, 2, tap, tap + 1), [3, 4])

@@ -43,7 +43,7 @@ NETWORKS = {
         qk_norm=True,
     ),
     "clean": dataclasses.replace(PLAIN, history=1, prediction="clean"),
-    "motion": dataclasses.replace(PLAIN, history=2, warp_reach=4),
+    "motion": dataclasses.replace(PLAIN, history=2, warp_reach=4, warp_sharpness=2.0),
     "buttons": dataclasses.replace(PLAIN, num_actions=3, action_encoding="buttons"),
 }
 ACTIONS = tuple(np.random.default_rng(1).integers(0, 5, 40).tolist())
