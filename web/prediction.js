@@ -21,7 +21,7 @@ export class Prediction {
 
   // One denoising step of a sample, in place, from ᾱ = now to after; out: the network's outputs, `columns` a token.
   advance(sample, out, columns, last, now, after) {
-    const {tokens, residual_scale: scale, displacement} = this.sizes, noise = 1 - now, sigma = Math.sqrt(noise), root = Math.sqrt(now);
+    const {tokens, residual_scale: scale, displacement, prediction: predicted} = this.sizes, noise = 1 - now, sigma = Math.sqrt(noise), root = Math.sqrt(now);
     const guess = displacement ? this.#displaced(out, columns, last) : null;
     const [low, high] = this.about.log_variances, back = Math.sqrt(1 / now), less = Math.sqrt(1 / now - 1);
     const keep = Math.sqrt(after), rest = Math.sqrt(1 - after);
@@ -31,6 +31,7 @@ export class Prediction {
       const whole = variance * now + noise, mixed = (1 - variance) * root * sigma, unknown = Math.sqrt(variance / whole);
       for (let at = from; at < from + this.patch; at++, i++) {
         let velocity = out[at];
+        if (predicted === "clean") velocity = (sample[i] * root - velocity) / sigma;
         if (guess) velocity = (sample[i] * mixed - guess[i] / scale * sigma) / whole + velocity * unknown;
         const clean = sample[i] * root - velocity * sigma;
         sample[i] = clean * keep + (sample[i] * back - clean) / less * rest;

@@ -96,7 +96,7 @@ def _about(trained: Trained, network, plan, dtype: str) -> dict[str, Any]:
     sizes = dataclasses.asdict(network)
     names = ("image_size", "patch_size", "hidden_size", "depth", "num_heads", "max_frames")
     names += ("num_actions", "action_encoding", "history", "residual_scale", "warp_reach")
-    names += ("qk_norm",)
+    names += ("qk_norm", "prediction")
     return {
         "format": FORMAT,
         "made_with": _versions(),

@@ -38,6 +38,7 @@ PLAIN = DiTConfig(
 )
 NETWORKS = {
     "plain": PLAIN,  # as `configs/small.py`
+    "clean": dataclasses.replace(PLAIN, history=1, prediction="clean"),
     "displacement": dataclasses.replace(  # as `configs/pocket.py`
         PLAIN,
         history=3,
