@@ -6,9 +6,11 @@ import functools
 import importlib
 import json
 import os
+import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -181,6 +183,29 @@ def test_updates_that_differ_are_wrong():
         lost = numbers | {name: np.array([1, 1, np.nan])}
         assert not check_gpu.compare(lost, numbers, "bfloat16").right
     assert check_gpu.compare(numbers, numbers, "float32").right
+
+
+BARE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+from benchmarks import check_gpu, gpu, network, original, sample
+"""
+
+
+def test_the_benchmarks_of_a_gpu_need_few_packages():
+    """A bare machine has JAX, Flax, Optax, Orbax and what these need."""
+    absent = {
+        *("einops", "grain", "array_record", "ml_collections", "av", "PIL", "matplotlib", "gradio"),
+        *("wandb", "safetensors", "skimage", "huggingface_hub", "tqdm", "torch"),
+    }
+    code = BARE.format(absent=sorted(absent))
+    root = Path(gpu.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_parts_of_a_gpu_benchmark():

@@ -61,7 +61,7 @@ export class Generator {
     this.noise = null;
   }
 
-  // A memory of these frames, float32 each, and the actions that led into them.
+  // The KV caches of these frames, float32 each, and the actions that led into them.
   async remembered(frames, actions) {
     const memory = new Memory(this.sizes), start = firstRemembered(frames.length, this.slots);
     await this.network.append(memory.inUse, frames.slice(start), actions.slice(start));

@@ -12,7 +12,6 @@ import functools
 import itertools
 from typing import NamedTuple
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,8 +136,8 @@ def generate_watched_frame(
     earlier = kv_cache.earlier(denoiser, state)
     frames = denoiser.to_frame(clean_SBHWC, earlier)
     moved = jnp.square(jnp.diff(frames, axis=0)).sum(0) / max(len(config.levels) - 1, 1)
-    patch = denoiser.config.patch_size
-    by_patch = einops.reduce(moved, "b (h p) (w q) c -> b h w", "mean", p=patch, q=patch)
+    grid, patch = denoiser.config.grid, denoiser.config.patch_size
+    by_patch = moved.reshape(-1, grid, patch, grid, patch, 3).mean((2, 4, 5))
     return frame_BHWC, 127.5 * jnp.sqrt(by_patch)
 
 
