@@ -172,11 +172,15 @@ def _measured(page: Page, process: int, seconds: float) -> dict[str, float]:
     return {
         "frames": len(times) + 1,
         "frames/s": round(1000 * len(times) / sum(times), 1),
-        "ms, median": round(median, 1),
-        "ms, slowest": round(times[-1], 1),
+        "ms, median": _rounded(median),
+        "ms, slowest": _rounded(times[-1]),
         "over twice the median": sum(ms > 2 * median for ms in times),
-        "processor ms a frame": round(1000 * spent / (len(times) + 1), 1),
+        "processor ms a frame": _rounded(1000 * spent / (len(times) + 1)),
     }
+
+
+def _rounded(ms: float) -> float:
+    return round(ms, 1) if ms < 100 else round(ms)
 
 
 def keys(address: str, args: argparse.Namespace) -> None:
