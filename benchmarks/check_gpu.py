@@ -48,7 +48,16 @@ ROOT = Path(__file__).parents[1]
 ORIGINAL = "original"
 PARTS = (ORIGINAL, "debug", "pocket", "small", "large")
 EXAMPLES = {  # of the configs, if not the default; with one pass of generated context
-    "debug": ExampleConfig().changed({"noise_levels.top_share": 0.2}),
+    "debug": ExampleConfig().changed(
+        {
+            "noise_levels.top_share": 0.2,
+            "context.share": 0.5,
+            "context.steps": 1,
+            "context.top_share": 0.5,
+            "augment.mirror_share": 0.45,
+            "loss.middle_weight": 4.0,
+        }
+    ),
     "pocket": ExampleConfig().changed(
         {
             "noise_levels.top_share": 0.35,

@@ -4,7 +4,16 @@ from cwm_jax.models.config import DiTConfig
 
 SIZES = {
     "tiny": dict(hidden_size=64, depth=2, num_heads=2),  # to try the benchmarks themselves
-    "debug": dict(hidden_size=256, depth=2, num_heads=4, max_frames=16, history=2),
+    "debug": dict(
+        hidden_size=256,
+        depth=2,
+        num_heads=4,
+        max_frames=16,
+        history=2,
+        displacement_down=8,
+        displacement_across=4,
+        qk_norm=True,
+    ),
     "pocket": dict(
         hidden_size=256,
         depth=4,
