@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ZIG ?= $(BIN)/python -m ziglang
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-torch install-procgen demo play web kernels pocket test test-torch-extra faults check-gpu bench-gpu
+.PHONY: help install install-torch install-procgen install-ziglang demo play web kernels pocket test test-torch-extra faults check-gpu bench-gpu
 .PHONY: lint format lock wheel space docs clean
 
 help:  ## List the targets
@@ -51,9 +52,12 @@ play: $(STAMP)  ## Play in the browser (CHECKPOINT=runs/small to choose; else ch
 web: $(STAMP)  ## Build dist/web, the page that runs in the browser without a server (needs npm; CHECKPOINT=…)
 	$(BIN)/python -m cwm_jax.tools.web --build $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
+install-ziglang: $(STAMP)  ## Add the compiler of web/kernels.c
+	$(BIN)/python -m pip install --quiet ziglang==0.17.1
+
 KERNELS ?= web/kernels.wasm
-kernels:  ## Compile web/kernels.c (needs: pip install ziglang==0.17.1)
-	$(PYTHON) -m ziglang cc -target wasm32-freestanding -mcpu=generic+simd128 -O3 -nostdlib \
+kernels:  ## Compile web/kernels.c to web/kernels.wasm (after make install-ziglang)
+	$(ZIG) cc -target wasm32-freestanding -mcpu=generic+simd128 -O3 -nostdlib \
 	  -Wl,--no-entry -Wl,--strip-all -Wl,--export-memory -Wl,--export=__heap_base \
 	  -o $(KERNELS) web/kernels.c
 	@chmod 644 $(KERNELS)

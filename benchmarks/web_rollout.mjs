@@ -38,13 +38,13 @@ for (const {frames, given, actions, seed, teacher} of job.clips) {
   const pixels = bytes(frames), each = generator.pixels;
   const prompt = Array.from({length: given}, (_, i) => toModel(pixels.subarray(i * each, (i + 1) * each)));
   const followed = teacher && new Float32Array(bytes(teacher).buffer);
-  const memory = await generator.remembered(prompt, actions.slice(0, given));
+  const cache = await generator.cacheOf(prompt, actions.slice(0, given));
   for (let number = given; number < actions.length; number++) {
-    const frame = await generator.frame(memory, actions[number], {seed, number, steps: job.steps});
+    const frame = await generator.frame(cache, actions[number], {seed, number, steps: job.steps});
     fs.writeSync(file, new Uint8Array(frame.buffer, frame.byteOffset, frame.byteLength));
     const at = (number - given) * each;
     const next = followed ? followed.slice(at, at + each) : toModel(toPixels(frame));
-    await generator.remember(memory, next, actions[number]);
+    await generator.append(cache, next, actions[number]);
   }
 }
 fs.closeSync(file);

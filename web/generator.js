@@ -1,6 +1,6 @@
 // Generates frames with a network (`kernel_network.js` or `onnx_network.js`) and the KV caches of a
-// world. As in `cwm_jax/sampling/staggered_cache.py`, a memory is two caches, staggered by half a
-// window; the next frame attends to the older one.
+// world. As in `cwm_jax/sampling/staggered_cache.py`, a player has two, staggered by half a window;
+// the next frame attends to the older one.
 
 import {frameNoise} from "./noise.js";
 
@@ -32,7 +32,7 @@ class World {
   clear() { this.frames = []; }
 }
 
-export class Memory {
+export class StaggeredCache {
   constructor(sizes) {
     const slots = sizes.max_frames - 1;
     this.worlds = [new World(sizes, slots), new World(sizes, slots)];
@@ -46,7 +46,7 @@ export class Memory {
 export const stride = (slots) => Math.floor(slots / 2) + 1;
 
 // The number of the oldest cached frame of a session with so many frames.
-export function firstRemembered(frames, slots) {
+export function firstCached(frames, slots) {
   return Math.ceil(Math.max(0, frames - slots) / stride(slots)) * stride(slots);
 }
 
@@ -62,28 +62,28 @@ export class Generator {
   }
 
   // The KV caches of these frames, float32 each, and the actions that led into them.
-  async remembered(frames, actions) {
-    const memory = new Memory(this.sizes), start = firstRemembered(frames.length, this.slots);
-    await this.network.append(memory.inUse, frames.slice(start), actions.slice(start));
+  async cacheOf(frames, actions) {
+    const cache = new StaggeredCache(this.sizes), start = firstCached(frames.length, this.slots);
+    await this.network.append(cache.inUse, frames.slice(start), actions.slice(start));
     const later = start + stride(this.slots);
-    if (frames.length > later) await this.network.append(memory.younger, frames.slice(later), actions.slice(later));
-    return memory;
+    if (frames.length > later) await this.network.append(cache.younger, frames.slice(later), actions.slice(later));
+    return cache;
   }
 
-  // Adds a frame to a memory.
-  async remember(memory, frame, action) {
-    if (memory.inUse.count === this.slots) {
-      memory.inUse.clear();
-      memory.old = 1 - memory.old;
+  // Appends a frame to a cache.
+  async append(cache, frame, action) {
+    if (cache.inUse.count === this.slots) {
+      cache.inUse.clear();
+      cache.old = 1 - cache.old;
     }
-    const joins = memory.inUse.count >= stride(this.slots);
-    await this.network.append(memory.inUse, [frame], [action]);
-    if (joins) await this.network.append(memory.younger, [frame], [action]);
+    const joins = cache.inUse.count >= stride(this.slots);
+    await this.network.append(cache.inUse, [frame], [action]);
+    if (joins) await this.network.append(cache.younger, [frame], [action]);
   }
 
   // The next frame, float32: `steps` denoising steps from the noise of this seed and number.
-  frame(memory, action, {seed, number, steps}) {
-    return this.network.frame(memory.inUse, action, this.noiseOf(seed, number), steps);
+  frame(cache, action, {seed, number, steps}) {
+    return this.network.frame(cache.inUse, action, this.noiseOf(seed, number), steps);
   }
 
   // Sampled in advance, after a frame was shown.

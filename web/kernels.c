@@ -1,6 +1,6 @@
-// The network's arithmetic in WebAssembly with 128-bit vectors; `network.js` calls these functions.
+// The network's arithmetic in WebAssembly with 128-bit vectors; `kernel_network.js` calls these functions.
 //
-//     make kernels PYTHON=python3      # writes kernels.wasm; needs pip install ziglang==0.17.1
+//     make install-ziglang kernels     # writes kernels.wasm
 //
 // Matrix products multiply integers of 16 bits, with one step size for each row of the left and each
 // column of the right matrix, and add in 32 bits without overflow: WebAssembly has one instruction

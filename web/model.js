@@ -104,8 +104,8 @@ async function agree(one, other) {
   const given = toModel(Uint8Array.from({length: one.pixels}, (_, i) => i * 37 % 256));
   const frames = [];
   for (const generator of [one, other]) {
-    const memory = await generator.remembered([given], [-1]);
-    frames.push(await generator.frame(memory, 7, {seed: 1, number: 1, steps: generator.about.steps[0]}));
+    const cache = await generator.cacheOf([given], [-1]);
+    frames.push(await generator.frame(cache, 7, {seed: 1, number: 1, steps: generator.about.steps[0]}));
   }
   const far = frames[0].filter((value, i) => !(Math.abs(value - frames[1][i]) < TOLERANCE)).length;
   const same = far <= DIFFERENT * frames[0].length;

@@ -3,7 +3,7 @@
 
 import {crc32, toHex} from "./bytes.js";
 import {UserError} from "./errors.js";
-import {firstRemembered, toModel, toPixels} from "./generator.js";
+import {firstCached, toModel, toPixels} from "./generator.js";
 import {History} from "./history.js";
 import {MAX_FRAMES} from "./share_code.js";
 
@@ -21,8 +21,8 @@ export class Session {
     this.history = new History(generator.pixels);
     prompt.frames.forEach((frame, i) => this.history.append(frame, prompt.actions[i], null));
     this.at = this.history.length - 1;  // the frame that is shown; the next follows it
-    this.memory = null;
-    this.remembered = 0;  // frames in `memory`
+    this.cache = null;
+    this.cached = 0;  // frames in `cache`
     this.script = [];  // to be replayed: [action, steps]
     this.expected = null;
     this.branches = [];
@@ -30,30 +30,30 @@ export class Session {
 
   get given() { return this.history.given; }
   get length() { return this.history.length; }
-  get window() { return this.at + 1 - firstRemembered(this.at + 1, this.generator.slots); }
+  get window() { return this.at + 1 - firstCached(this.at + 1, this.generator.slots); }
 
   // Generates the frame after the one shown, and returns its pixels. Await `settle`
-  // before the next one: it adds the frame to the memory, after the frame was shown.
+  // before the next one: it adds the frame to the cache, after the frame was shown.
   async step(action, steps) {
     this.#roomFor(1);
     this.branches = [];
-    const memory = await this.#recalled(), number = this.at + 1;
-    this.memory = null;
-    const pixels = toPixels(await this.generator.frame(memory, action, {seed: this.seed, number, steps}));
+    const cache = await this.#recalled(), number = this.at + 1;
+    this.cache = null;
+    const pixels = toPixels(await this.generator.frame(cache, action, {seed: this.seed, number, steps}));
     await this.history.cut(number);
     this.history.append(pixels, action, [steps, LANES]);
     this.at = number;
-    this.unsettled = {memory, pixels, action};
+    this.unsettled = {cache, pixels, action};
     return pixels;
   }
 
   async settle() {
     if (!this.unsettled) return;
-    const {memory, pixels, action} = this.unsettled;
+    const {cache, pixels, action} = this.unsettled;
     this.unsettled = null;
-    await this.generator.remember(memory, toModel(pixels), action);
-    this.memory = memory;
-    this.remembered = this.at + 1;
+    await this.generator.append(cache, toModel(pixels), action);
+    this.cache = cache;
+    this.cached = this.at + 1;
     this.generator.noiseOf(this.seed, this.at + 1);
   }
 
@@ -81,14 +81,14 @@ export class Session {
     this.script = [];
     const branches = actions.map((action) => ({action, steps, frames: []}));
     for (const [index, branch] of branches.entries()) {
-      const memory = await this.#rebuilt();
+      const cache = await this.#rebuilt();
       for (let t = 0; t < frames; t++) {
         const number = this.at + 1 + t;
-        const frame = await this.generator.frame(memory, branch.action, {seed: this.seed, number, steps});
+        const frame = await this.generator.frame(cache, branch.action, {seed: this.seed, number, steps});
         const pixels = toPixels(frame);
         branch.frames.push(pixels);
         show(index, t, pixels);
-        if (t < frames - 1) await this.generator.remember(memory, toModel(pixels), branch.action);
+        if (t < frames - 1) await this.generator.append(cache, toModel(pixels), branch.action);
       }
     }
     this.branches = branches;
@@ -102,7 +102,7 @@ export class Session {
     for (const pixels of branch.frames) this.history.append(pixels, branch.action, [branch.steps, LANES]);
     this.at = this.length - 1;
     this.branches = [];
-    this.memory = null;
+    this.cache = null;
     return this.history.frame(this.at);
   }
 
@@ -133,14 +133,14 @@ export class Session {
 
   async #recalled() {
     await this.settle();
-    return this.memory && this.remembered === this.at + 1 ? this.memory : this.#rebuilt();
+    return this.cache && this.cached === this.at + 1 ? this.cache : this.#rebuilt();
   }
 
-  // The memory of all frames up to the one shown.
+  // The cache of all frames up to the one shown.
   async #rebuilt() {
-    const stop = this.at + 1, start = firstRemembered(stop, this.generator.slots);
+    const stop = this.at + 1, start = firstCached(stop, this.generator.slots);
     const frames = await this.history.frames(start, stop);
-    return this.generator.remembered(frames.map(toModel), this.history.actions.slice(start, stop));
+    return this.generator.cacheOf(frames.map(toModel), this.history.actions.slice(start, stop));
   }
 }
 

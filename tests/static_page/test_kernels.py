@@ -109,7 +109,7 @@ def _noises(tmp_path):
 @pytest.mark.skipif(not importlib.util.find_spec("ziglang"), reason="ziglang is not installed")
 def test_the_kernels_are_built_from_their_source(tmp_path):
     subprocess.run(
-        ["make", "kernels", f"PYTHON={sys.executable}", f"KERNELS={tmp_path}/kernels.wasm"],
+        ["make", "kernels", f"ZIG={sys.executable} -m ziglang", f"KERNELS={tmp_path}/kernels.wasm"],
         cwd=ROOT,
         check=True,
         timeout=150,
