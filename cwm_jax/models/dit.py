@@ -330,10 +330,26 @@ class DiT(nnx.Module):
         return self.heads(scene_BTH, action_vectors(self.config, pressed_BT))
 
 
+class _Keys:
+    """The keys of fresh parameters that `nnx.Rngs(key)` gives.
+
+    `nnx.Rngs` counts in a traced variable, each change of which searches all operations so far:
+    most of the time of tracing `init`.
+    """
+
+    def __init__(self, key: jax.Array):
+        self._key, self._count = key, 0
+
+    def params(self) -> jax.Array:
+        key = jax.random.fold_in(self._key, self._count)
+        self._count += 1
+        return key
+
+
 @functools.lru_cache
 def _skeleton(config: DiTConfig) -> tuple[nnx.GraphDef, dict[str, tuple], dict[str, nnx.Param]]:
     """The network's graph, and each parameter's path and shape by name."""
-    abstract = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(random_numbers.key(0))))
+    abstract = nnx.eval_shape(lambda: DiT(config, rngs=_Keys(random_numbers.key(0))))
     graph, state = nnx.split(abstract, nnx.Param)
     flat = nnx.to_flat_state(state)
     paths = {_name(path): path for path, _ in flat}
@@ -346,13 +362,14 @@ def _name(path: tuple) -> str:
 
 def init(config: DiTConfig, seed: int) -> Params:
     """Fresh float32 parameters: Xavier uniform, zero biases, adaLN and last linear all zero."""
-    state = nnx.state(DiT(config, rngs=nnx.Rngs(random_numbers.key(seed))), nnx.Param)
+    state = nnx.state(DiT(config, rngs=_Keys(random_numbers.key(seed))), nnx.Param)
     return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
 def shapes(config: DiTConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Name, shape and dtype of every parameter, without allocating any."""
-    return jax.eval_shape(lambda: init(config, 0))
+    _, _, leaves = _skeleton(config)
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
 
 
 def bind(config: DiTConfig, params: Params) -> DiT:
