@@ -90,8 +90,10 @@ def page(tmp_path_factory, prompts):
 def served(folder, port=0):
     with server.serving(folder, "127.0.0.1", port) as serving:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{serving.server_address[1]}/"
-        serving.shutdown()
+        try:
+            yield f"http://127.0.0.1:{serving.server_address[1]}/"
+        finally:  # without it the thread would query a closed socket for ever
+            serving.shutdown()
 
 
 @contextlib.contextmanager
