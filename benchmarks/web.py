@@ -96,8 +96,10 @@ _TEXT = "return document.body.innerText.slice(0, 500)"
 def _served(folder: Path):
     with server.serving(folder, "127.0.0.1", 0) as serving:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{serving.server_address[1]}/"
-        serving.shutdown()
+        try:
+            yield f"http://127.0.0.1:{serving.server_address[1]}/"
+        finally:
+            serving.shutdown()
 
 
 @contextlib.contextmanager
