@@ -17,7 +17,7 @@ nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parents[1]
-_NETWORK = dict(hidden_size=16, depth=1, num_heads=1, patch_size=32, max_frames=4, history=0)
+_NETWORK = dict(hidden_size=16, depth=1, num_heads=1, patch_size=32, max_frames=4, history=1)
 _REST = ["schedule.max_steps=2", "schedule.minutes=0.0", "data.clip_len=4"]
 _REST += [f"{part}.every_steps=0" for part in ("validation", "evaluation", "rollouts")]
 SETTINGS = [f"--config.model.{name}={size}" for name, size in _NETWORK.items()]

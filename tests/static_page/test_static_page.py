@@ -148,6 +148,12 @@ class Person:
         self.key(code, "keyup")
         self.settled()
 
+    def begins(self, clip):
+        """Starts a session and waits for it: keys held before it are let go at its start."""
+        before = self.run("return play.sessions")
+        self.run("play.start({clip: arguments[0]})", clip)
+        self.until(f"return play.sessions > {before} && {TOTAL} == 4")
+
     def settled(self):
         """Waits until no frame comes any more."""
         before = -1
@@ -190,9 +196,7 @@ def person(page, tmp_path_factory):
 @pytest.fixture
 def anew(person):
     """A session from a clip's first four frames."""
-    before = person.run("return play.sessions")
-    person.run("play.start({clip: 5})")
-    person.until(f"return play.sessions > {before} && {TOTAL} == 4")
+    person.begins(5)
     return person
 
 
@@ -335,7 +339,7 @@ def test_plays_offline_after_the_first_visit(page, tmp_path):
             raise OSError  # the port is free again: nobody answers there now
         someone = Person(driver, address)
         assert someone.run("return crossOriginIsolated")
-        someone.run("play.start({clip: 200})")
+        someone.begins(200)
         someone.hold("ArrowRight", 5)
 
 
