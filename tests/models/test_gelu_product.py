@@ -43,9 +43,10 @@ def near(found, wanted, dtype):
     np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=ACCURACY[dtype], atol=least)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", ACCURACY)
-@pytest.mark.parametrize(("rows", "scale"), [((2, 64), 1), ((1, 6, 64), 40)])
+@pytest.mark.parametrize(
+    ("rows", "scale", "recompute"), [((2, 64), 1, False), ((1, 6, 64), 40, True)]
+)
 def test_values_and_gradients_are_those_of_the_formula(rows, scale, dtype, recompute):
     *args, grad = (x.astype(dtype) for x in arguments(rows, scale))
     exact = [x.astype(jnp.float32) for x in args]
