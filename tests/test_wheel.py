@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 pytest.importorskip("build")
 pytest.importorskip("hatchling")
 
-TINY = ["hidden_size=16", "depth=1", "num_heads=1", "patch_size=32", "max_frames=4", "history=0"]
+TINY = ["hidden_size=16", "depth=1", "num_heads=1", "patch_size=32", "max_frames=4", "history=1"]
 HELP = """
 import contextlib, io, sys
 import cwm_jax
