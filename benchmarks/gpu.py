@@ -3,10 +3,10 @@
     python -m benchmarks.gpu --minutes 7.5 --output runs/bench-gpu [--original DIR]
 
 Golden parity, training steps and attention (`benchmarks.network`), with the kernels of the first
-variant by role, then generated frames
-(`benchmarks.sample`), then, if torch and a checkout of the PyTorch original are present, its
-frames and its training step on the same card (`benchmarks.original`). Each is a program of its own
-with a share of the minutes, so that none uses the memory or the time of another.
+variant by role, then generated frames (`benchmarks.sample`), then, if torch and a checkout of the
+PyTorch original are present, its frames and its training step on the same card
+(`benchmarks.original`). Each is a program of its own with a share of the minutes, so that none uses
+the memory or the time of another.
 `results.json` and `results.md` are updated after each part. Needs jax, flax, optax,
 orbax-checkpoint and numpy, and a checkout; `--size tiny --batch 2` tries it on a CPU.
 """
@@ -29,16 +29,8 @@ SECTIONS = {
     "machine": ("device", "python", "jax", "dtype", "matmul_flops", "copy_bytes"),
     "parity": ("dtype", "attention", "within", "worst_v", "rms_v", "rms_of_v", "loss_off"),
     "step": (
-        *(
-            "attention",
-            "norm",
-            "mlp",
-            "remat",
-            "accumulate_steps",
-            "clips",
-            "step_s",
-            "step_best_s",
-        ),
+        *("attention", "norm", "mlp", "remat", "accumulate_steps", "clips"),
+        *("step_s", "step_best_s"),
         *("frames_per_s", "mfu", "floor_matmul_s", "floor_copy_s", "xla_gbytes", "working_gbytes"),
         *("compile_s", "seconds_by_kind"),
     ),

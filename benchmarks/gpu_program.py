@@ -71,11 +71,8 @@ def measure(network, step, *, clips: int, frames: int, devices: int) -> dict:
 
 def _roles(text: str) -> dict[str, list]:
     """Launches and gigabytes of the kernels of each role, those with the most bytes first."""
-    found: dict[str, list] = {}
-    for kernel in hlo.each(text):
-        launches, gbytes = found.get(kernel.role, (0, 0.0))
-        found[kernel.role] = [launches + kernel.launches, gbytes + kernel.bytes / 1e9]
-    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+    found = hlo.kernels(text, by="role")
+    return {role: [found.count[role], n / 1e9] for role, n in found.bytes.most_common()}
 
 
 def table_of_roles(found: dict) -> str:

@@ -46,7 +46,7 @@ class Kernel(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """Kernels of a program by kind."""
+    """Launches and bytes of a program's kernels, by kind or by role."""
 
     count: collections.Counter
     bytes: collections.Counter
@@ -60,12 +60,16 @@ class Kernels(NamedTuple):
         return sum(self.bytes.values())
 
 
-def kernels(text: str) -> Kernels:
-    """Counts the kernels of a compiled program's text; those of a loop once for each round."""
+def kernels(text: str, by: str = "kind") -> Kernels:
+    """Counts the kernels of a compiled program's text; those of a loop once for each round.
+
+    `by` is "kind" or "role".
+    """
     found = Kernels(collections.Counter(), collections.Counter())
     for kernel in each(text):
-        found.count[kernel.kind] += kernel.launches
-        found.bytes[kernel.kind] += kernel.bytes
+        group = getattr(kernel, by)
+        found.count[group] += kernel.launches
+        found.bytes[group] += kernel.bytes
     return found
 
 

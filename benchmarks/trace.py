@@ -51,14 +51,12 @@ def by_kind(events: Iterable[Event], text: str) -> dict[str, float]:
 
 def by_role(events: Iterable[Event], text: str) -> list[Role]:
     """Kernels, seconds and bytes of a program's run by role, the longest first."""
-    known = hlo.each(text)
-    seconds = _seconds(events, {kernel.name: kernel.role for kernel in known})
-    rows = []
-    for role in {*seconds, *(kernel.role for kernel in known)}:
-        own = [kernel for kernel in known if kernel.role == role]
-        gbytes, took = sum(kernel.bytes for kernel in own) / 1e9, seconds[role]
-        launches = sum(kernel.launches for kernel in own)
-        rows.append(Role(role, launches, took, gbytes, gbytes / took if took else 0.0))
+    seconds = _seconds(events, {kernel.name: kernel.role for kernel in hlo.each(text)})
+    known, rows = hlo.kernels(text, by="role"), []
+    for role in {*seconds, *known.count}:
+        gbytes, took = known.bytes[role] / 1e9, seconds[role]
+        rate = gbytes / took if took else 0.0
+        rows.append(Role(role, known.count[role], took, gbytes, rate))
     return sorted(rows, key=lambda row: row.seconds, reverse=True)
 
 
