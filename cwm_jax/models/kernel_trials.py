@@ -178,7 +178,6 @@ def _norm_formula(x_BTSD, product_BTSD, bias_D, gate_BTD, shift_BTD, scale_BTD):
 
 def _mlp(network: DiTConfig, clips: int, frames: int) -> Trial:
     dtype, size = network.compute_dtype, network.hidden_size
-
     by = lambda name: functools.partial(layers.gelu_product, kernel=name)
     wide = dit.MLP_RATIO * size
     shapes = lambda clips: ((clips, frames, network.tokens, wide), (wide,), (wide, size))
@@ -196,9 +195,8 @@ def _mlp(network: DiTConfig, clips: int, frames: int) -> Trial:
 
 
 def _mlp_formula(x, bias, matrix):
-    x = x + bias
-    cube = 0.7978845608028654 * (x + 0.044715 * x**3)
-    return jnp.dot(0.5 * x * (1 + jnp.tanh(cube)), matrix, precision=jax.lax.Precision.HIGHEST)
+    hidden = jax.nn.gelu(x + bias, approximate=True)
+    return jnp.dot(hidden, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
 def _normal(seed: int, *shape: int) -> np.ndarray:

@@ -37,12 +37,17 @@ zeros_linear = functools.partial(linear, kernel_init=nnx.initializers.zeros)
 
 
 def _matrix_product(x, kernel, dimension_numbers, **kwargs) -> jax.Array:
+    """`lax.dot_general` of the layers: x [..., I] @ kernel [I, O]."""
+    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
+    return _times(x, kernel, **kwargs)
+
+
+def _times(x, kernel, **kwargs) -> jax.Array:
     """x [..., I] @ kernel [I, O], as the product of two matrices.
 
     Otherwise the kernel's gradient would be a sum over several axes, for which XLA on CPU first
     transposes all of the activations.
     """
-    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
     rows = x.reshape(-1, x.shape[-1])
     product = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **kwargs)
     return product.reshape(*x.shape[:-1], -1)
@@ -65,13 +70,7 @@ def unit_rms(qkv_BTSC: jax.Array, num_heads: int) -> jax.Array:
 def product(layer: nnx.Linear, x: jax.Array) -> jax.Array:
     """The output of `layer` for x [..., I] without its bias."""
     kernel = layer.kernel[...].astype(layer.dtype)
-    x = x.astype(layer.dtype)
-    return _matrix_product(x, kernel, _last_by_first(x), precision=layer.precision)
-
-
-def _last_by_first(x: jax.Array):
-    """The dimensions of a product of x with a matrix, as `lax.dot_general` takes them."""
-    return ((x.ndim - 1,), (0,)), ((), ())
+    return _times(x.astype(layer.dtype), kernel, precision=layer.precision)
 
 
 class Update(NamedTuple):
@@ -223,31 +222,31 @@ def gelu_product(
         recompute: whether the backward pass computes the GELU again, and does not store it.
     """
     if kernel == "triton" and gelu_kernel.fits(x, matrix_HO):
-        return _gelu_product(x, bias_H, matrix_HO, recompute)
+        return _gelu_product(x, bias_H, matrix_HO, precision, recompute)
     hidden = (jax.checkpoint(gelu) if recompute else gelu)(x + bias_H)
-    return _matrix_product(hidden, matrix_HO, _last_by_first(x), precision=precision)
+    return _times(hidden, matrix_HO, precision=precision)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _gelu_product(x, bias_H, matrix_HO, recompute: bool):
-    return _gelu_product_forward(x, bias_H, matrix_HO, recompute)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _gelu_product(x, bias_H, matrix_HO, precision, recompute: bool):
+    return _gelu_product_forward(x, bias_H, matrix_HO, precision, recompute)[0]
 
 
-def _gelu_product_forward(x, bias_H, matrix_HO, recompute: bool):
+def _gelu_product_forward(x, bias_H, matrix_HO, precision, recompute: bool):
     x = x + bias_H
     hidden = gelu(x)
-    found = _matrix_product(hidden, matrix_HO, _last_by_first(x))
+    found = _times(hidden, matrix_HO, precision=precision)
     return found, (x, matrix_HO, None if recompute else hidden)
 
 
-def _gelu_product_backward(recompute: bool, kept, grad):
+def _gelu_product_backward(precision, recompute: bool, kept, grad):
     x, matrix_HO, hidden = kept
     rows = lambda y: y.reshape(-1, y.shape[-1])
     of_x, of_bias = gelu_kernel.gradient(rows(grad), matrix_HO, rows(x))
     if recompute:
         # Without the barrier XLA would store the result of the forward pass for this one.
         hidden = gelu(jax.lax.optimization_barrier(x))
-    of_matrix = jax.lax.dot_general(rows(hidden), rows(grad), (((0,), (0,)), ((), ())))
+    of_matrix = jnp.matmul(rows(hidden).T, rows(grad), precision=precision)
     return of_x.reshape(x.shape), of_bias.astype(x.dtype), of_matrix
 
 
