@@ -55,12 +55,20 @@ web: $(STAMP)  ## Build dist/web, the page that runs in the browser without a se
 install-ziglang: $(STAMP)  ## Add the compiler of web/kernels.c
 	$(BIN)/python -m pip install --quiet ziglang==0.17.1
 
-KERNELS ?= web/kernels.wasm
-kernels:  ## Compile web/kernels.c to web/kernels.wasm (after make install-ziglang)
-	$(ZIG) cc -target wasm32-freestanding -mcpu=generic+simd128 -O3 -nostdlib \
-	  -Wl,--no-entry -Wl,--strip-all -Wl,--export-memory -Wl,--export=__heap_base \
-	  -o $(KERNELS) web/kernels.c
-	@chmod 644 $(KERNELS)
+KERNELS ?= web
+kernels:  ## Compile web/kernels.c to web/kernels*.wasm (after make install-ziglang)
+	$(call compiled,kernels.wasm)
+	$(call compiled,kernels-shared.wasm,-matomics -mbulk-memory -Wl$(COMMA)--shared-memory -Wl$(COMMA)--max-memory=2147483648)
+
+# The two files differ in their memory alone. With a stack of 0 bytes a function that needed one would fail;
+# so threads that share a memory do not write over each other's.
+COMMA := ,
+define compiled
+	$(ZIG) cc -target wasm32-freestanding -mcpu=generic+simd128 -O3 -mllvm -disable-lsr -nostdlib \
+	  -Wl,--no-entry -Wl,--strip-all -Wl,--import-memory -Wl,-z,stack-size=0 $(2) \
+	  -o $(KERNELS)/$(1) web/kernels.c
+	@chmod 644 $(KERNELS)/$(1)
+endef
 
 # PYTHON=… on the command line is used as it is, on a machine that has the packages but no .venv.
 ifeq ($(origin PYTHON),command line)

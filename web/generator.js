@@ -7,7 +7,11 @@ import {frameNoise} from "./noise.js";
 const TO_MODEL = Float32Array.from({length: 256}, (_, u) => Math.fround(Math.fround(u / 255) * 2) - 1);
 
 // Frames as uint8 pixels to float32 in [−1, 1], and back, as in `cwm_jax/coinrun.py`.
-export const toModel = (pixels) => Float32Array.from(pixels, (u) => TO_MODEL[u]);
+export function toModel(pixels) {
+  const out = new Float32Array(pixels.length);
+  for (let i = 0; i < out.length; i++) out[i] = TO_MODEL[pixels[i]];
+  return out;
+}
 
 export function toPixels(frame) {
   const out = new Uint8Array(frame.length);

@@ -5,7 +5,8 @@
 // Matrix products multiply integers of 16 bits, with one step size for each row of the left and each
 // column of the right matrix, and add in 32 bits without overflow: WebAssembly has one instruction
 // for eight such products, and only four for floating point. All else is float32. All operations are
-// exactly specified, so every device computes the same bits.
+// exactly specified, so every device computes the same bits. Each row of a result depends on its row of
+// the left side alone, so threads share the work by rows; the functions keep nothing in memory of their own.
 
 #include <wasm_simd128.h>
 
@@ -54,7 +55,13 @@ static inline v128_t exponential(v128_t x) {
   return mul(y, power);
 }
 
-// Rounds one row to whole multiples of a step, at most `limit`; returns the step.
+// Where the left side of a product has row `row`: rows are in groups of four, whose numbers are in the
+// order pair of columns, row, column. So the inner loop of `product` needs one pointer.
+static inline i16 *left_row(i16 *left, int row, int size) {
+  return left + row / ROWS * ROWS * size + row % ROWS * 2;
+}
+
+// Rounds one row to whole multiples of a step, at most `limit`, into its place in a left side; returns the step.
 static inline float quantised_row(const float *x, i16 *out, int size, float limit) {
   v128_t most = all(0.0f);
   for (int i = 0; i < size; i += 4) most = wasm_f32x4_pmax(most, wasm_f32x4_abs(load(x + i)));
@@ -63,23 +70,29 @@ static inline float quantised_row(const float *x, i16 *out, int size, float limi
   for (int i = 0; i < size; i += 8) {
     v128_t a = wasm_i32x4_sub(add(mul(load(x + i), inverse), all(ROUND)), zero);
     v128_t b = wasm_i32x4_sub(add(mul(load(x + i + 4), inverse), all(ROUND)), zero);
-    wasm_v128_store(out + i, wasm_i16x8_narrow_i32x4(a, b));
+    v128_t pairs = wasm_i16x8_narrow_i32x4(a, b);
+    i16 *to = out + i * ROWS;
+    wasm_v128_store32_lane(to, pairs, 0);
+    wasm_v128_store32_lane(to + 2 * ROWS, pairs, 1);
+    wasm_v128_store32_lane(to + 4 * ROWS, pairs, 2);
+    wasm_v128_store32_lane(to + 6 * ROWS, pairs, 3);
   }
   return step;
 }
 
-// x [rows, size] to 16 bits, with a step for each row. `size` is a multiple of 8, as everywhere.
+// x [rows, size] to a left side of 16 bits, with a step for each row. `size` is a multiple of 8 and `rows`
+// of 4, as everywhere.
 EXPORT(quantise)
 void quantise(const float *x, i16 *out, float *steps, int rows, int size, float limit) {
   for (int row = 0; row < rows; row++)
-    steps[row] = quantised_row(x + row * size, out + row * size, size, limit);
+    steps[row] = quantised_row(x + row * size, left_row(out, row, size), size, limit);
 }
 
-// LayerNorm without parameters, then `scale` and `shift` [size], to 16 bits. Overwrites `scratch` [size].
+// LayerNorm without parameters, then `scale` and `shift` [size], to a left side. Overwrites `scratch` [size].
 EXPORT(norm)
 void norm(const float *x, const float *shift, const float *scale, i16 *out, float *steps, int rows,
           int size, float limit, float *scratch) {
-  for (int row = 0; row < rows; row++, x += size, out += size) {
+  for (int row = 0; row < rows; row++, x += size) {
     v128_t total = all(0.0f), squares = all(0.0f);
     for (int i = 0; i < size; i += 4) total = add(total, load(x + i));
     v128_t mean = all(sum(total) / size);
@@ -92,22 +105,22 @@ void norm(const float *x, const float *shift, const float *scale, i16 *out, floa
       v128_t unit = mul(sub(load(x + i), mean), inverse);
       wasm_v128_store(scratch + i, add(mul(unit, load(scale + i)), load(shift + i)));
     }
-    steps[row] = quantised_row(scratch, out, size, limit);
+    steps[row] = quantised_row(scratch, left_row(out, row, size), size, limit);
   }
 }
 
 // GELU in its tanh form, x · sigmoid(√(8/π) · (x + 0.044715 x³)), of x [rows, size], which it
-// overwrites; then to 16 bits.
+// overwrites; then to a left side.
 EXPORT(gelu)
 void gelu(float *x, i16 *out, float *steps, int rows, int size, float limit) {
-  for (int row = 0; row < rows; row++, x += size, out += size) {
+  for (int row = 0; row < rows; row++, x += size) {
     for (int i = 0; i < size; i += 4) {
       v128_t v = load(x + i);
       v128_t inner = add(mul(mul(mul(v, v), v), all(0.044715f)), v);
       v128_t rest = exponential(mul(inner, all(-1.5957691216f)));
       wasm_v128_store(x + i, wasm_f32x4_div(v, add(rest, all(1.0f))));
     }
-    steps[row] = quantised_row(x, out, size, limit);
+    steps[row] = quantised_row(x, left_row(out, row, size), size, limit);
   }
 }
 
@@ -151,8 +164,10 @@ void pack(const void *kernel, int is_half, int depth, int width, float limit, i1
   }
 }
 
-// a [rows, depth] times a packed kernel, plus `bias` [width]. With a `gate` [width], the result times
-// the gate is added to `out` [rows, width]; without one it is stored there.
+// A left side [rows, depth] times a packed kernel, plus `bias` [width]. With a `gate` [width], the result times
+// the gate is added to `out` [rows, width]; without one it is stored there. The inner loop has 24 of
+// V8's instructions for 256 multiplications and 4 for the loop; `-disable-lsr` in the Makefile keeps its
+// addresses constant, and unrolling or larger tiles need more than the 15 registers that V8 uses.
 EXPORT(product)
 void product(const i16 *a, const float *row_steps, const i16 *kernel, const float *steps,
              const float *bias, const float *gate, float *out, int rows, int depth, int width) {
@@ -160,12 +175,12 @@ void product(const i16 *a, const float *row_steps, const i16 *kernel, const floa
     for (int row = 0; row < rows; row += ROWS) {
       v128_t sums[ROWS][2];
       for (int i = 0; i < ROWS; i++) sums[i][0] = sums[i][1] = wasm_i32x4_const_splat(0);
-      const i16 *left = a + row * depth, *right = kernel + column * depth;
-      for (int k = 0; k < depth; k += 2, right += 2 * COLUMNS) {
+      const i16 *left = a + row * depth, *right = kernel + column * depth, *end = right + COLUMNS * depth;
+      for (; right != end; left += 2 * ROWS, right += 2 * COLUMNS) {
         v128_t first = wasm_v128_load(right), second = wasm_v128_load(right + COLUMNS);
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-          v128_t pair = wasm_v128_load32_splat(left + i * depth + k);
+          v128_t pair = wasm_v128_load32_splat(left + 2 * i);
           sums[i][0] = wasm_i32x4_add(sums[i][0], wasm_i32x4_dot_i16x8(pair, first));
           sums[i][1] = wasm_i32x4_add(sums[i][1], wasm_i32x4_dot_i16x8(pair, second));
         }
@@ -255,29 +270,30 @@ static void product32(const float *a, int a_stride, const float *b, int b_stride
   }
 }
 
-// Attention among the tokens of a frame; q, k, v and out are [tokens, heads, size]. Overwrites
-// `scratch` [tokens · (tokens + size)].
+// Attention of `rows` tokens of a frame to all its `tokens`; k and v are [tokens, heads, size], q and out
+// [rows, heads, size]. Overwrites `scratch` [tokens · (rows + size)].
 EXPORT(over_space)
-void over_space(const float *q, const float *k, const float *v, float *out, int tokens, int heads,
+void over_space(const float *q, const float *k, const float *v, float *out, int rows, int tokens, int heads,
                 int size, float *scratch) {
   int stride = heads * size;
-  float *turned = scratch + tokens * tokens;  // the keys of a head, [size, tokens]
+  float *turned = scratch + rows * tokens;  // the keys of a head, [size, tokens]
   for (int head = 0; head < heads; head++) {
     for (int token = 0; token < tokens; token++)
       for (int i = 0; i < size; i++) turned[i * tokens + token] = k[token * stride + head * size + i];
-    product32(q + head * size, stride, turned, tokens, scratch, tokens, tokens, size, tokens);
-    for (int token = 0; token < tokens; token++) softmax(scratch + token * tokens, tokens);
-    product32(scratch, tokens, v + head * size, stride, out + head * size, stride, tokens, tokens, size);
+    product32(q + head * size, stride, turned, tokens, scratch, tokens, rows, size, tokens);
+    for (int row = 0; row < rows; row++) softmax(scratch + row * tokens, tokens);
+    product32(scratch, tokens, v + head * size, stride, out + head * size, stride, rows, tokens, size);
   }
 }
 
-// Attention of each token to the same token of `frames` frames; keys and values are
-// [frames, tokens, heads, size], q and out [tokens, heads, size]. Overwrites `scratch` [frames + 3].
+// Attention of `rows` tokens, each to the same token of `frames` frames; keys and values of a frame are
+// `each` numbers after those of the frame before, q and out [rows, heads, size]. Overwrites `scratch`
+// [frames + 3].
 EXPORT(over_time)
-void over_time(const float *q, const float *keys, const float *values, float *out, int frames,
-               int tokens, int heads, int size, float *scratch) {
-  int each = tokens * heads * size, padded = (frames + 3) / 4 * 4;
-  for (int place = 0; place < each; place += size) {
+void over_time(const float *q, const float *keys, const float *values, float *out, int frames, int each,
+               int rows, int heads, int size, float *scratch) {
+  int padded = (frames + 3) / 4 * 4;
+  for (int place = 0; place < rows * heads * size; place += size) {
     for (int frame = 0; frame < padded; frame++) {
       v128_t dot = all(0.0f);
       const float *key = keys + frame * each + place;

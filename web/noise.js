@@ -1,25 +1,46 @@
 // The noise of a frame: JAX's threefry2x32 for the session's seed and the frame's number
 // (`cwm_jax/runtime/random_numbers.py`), so that a share code gives the same frames in both.
 
-const ROTATIONS = [[13, 15, 26, 6], [17, 29, 16, 24]];
 const f32 = Math.fround;
 const SQRT_2 = f32(Math.SQRT2);
 const LOWEST = -0.99999994039535522461;  // the float32 after −1
 
+let second = 0;  // the second word of the last `mixed`: an array for each call would take half the time
+
 // Threefry of Salmon et al. 2011 with 20 rounds: two words under a key of two words.
-export function threefry(key, x0, x1) {
-  const keys = [key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA];
-  x0 = x0 + keys[0] | 0;
-  x1 = x1 + keys[1] | 0;
-  for (let group = 0; group < 5; group++) {
-    for (const rotation of ROTATIONS[group % 2]) {
-      x0 = x0 + x1 | 0;
-      x1 = (x1 << rotation | x1 >>> 32 - rotation) ^ x0;
-    }
-    x0 = x0 + keys[(group + 1) % 3] | 0;
-    x1 = x1 + keys[(group + 2) % 3] + group + 1 | 0;
-  }
-  return [x0, x1];
+export const threefry = ([key0, key1], x0, x1) => [mixed(key0, key1, x0, x1), second];
+
+function mixed(key0, key1, x0, x1) {
+  const key2 = key0 ^ key1 ^ 0x1BD11BDA;
+  x0 = x0 + key0 | 0;
+  x1 = x1 + key1 | 0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 13 | x1 >>> 19) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 15 | x1 >>> 17) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 26 | x1 >>> 6) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 6 | x1 >>> 26) ^ x0;
+  x0 = x0 + key1 | 0; x1 = x1 + key2 + 1 | 0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 17 | x1 >>> 15) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 29 | x1 >>> 3) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 16 | x1 >>> 16) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 24 | x1 >>> 8) ^ x0;
+  x0 = x0 + key2 | 0; x1 = x1 + key0 + 2 | 0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 13 | x1 >>> 19) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 15 | x1 >>> 17) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 26 | x1 >>> 6) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 6 | x1 >>> 26) ^ x0;
+  x0 = x0 + key0 | 0; x1 = x1 + key1 + 3 | 0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 17 | x1 >>> 15) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 29 | x1 >>> 3) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 16 | x1 >>> 16) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 24 | x1 >>> 8) ^ x0;
+  x0 = x0 + key1 | 0; x1 = x1 + key2 + 4 | 0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 13 | x1 >>> 19) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 15 | x1 >>> 17) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 26 | x1 >>> 6) ^ x0;
+  x0 = x0 + x1 | 0; x1 = (x1 << 6 | x1 >>> 26) ^ x0;
+  x0 = x0 + key2 | 0; x1 = x1 + key0 + 5 | 0;
+  second = x1;
+  return x0;
 }
 
 // The initial noise of frame `number` of a session, N(0, 1): float32 [count].
@@ -31,10 +52,10 @@ export function frameNoise(seed, number, count) {
 
 // jax.random.normal of float32.
 export function normal(key, count) {
-  const out = new Float32Array(count);
+  const [key0, key1] = key, out = new Float32Array(count);
   for (let i = 0; i < count; i++) {
-    const [high, low] = threefry(key, 0, i);
-    const unit = f32(((high ^ low) >>> 9) * 2 ** -23);
+    const bits = mixed(key0, key1, 0, i) ^ second;
+    const unit = f32((bits >>> 9) * 2 ** -23);
     const uniform = Math.max(LOWEST, f32(f32(unit * 2) + LOWEST));
     out[i] = f32(SQRT_2 * inverseErf(uniform));
   }
@@ -50,8 +71,8 @@ const FAR = [-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.0
 function inverseErf(x) {
   const w = f32(-Math.log1p(f32(f32(-x) * x)));
   const near = w < 5;
-  const at = near ? f32(w - 2.5) : f32(f32(Math.sqrt(w)) - 3);
+  const at = near ? f32(w - 2.5) : f32(f32(Math.sqrt(w)) - 3), coefficients = near ? NEAR : FAR;
   let sum = 0;
-  for (const coefficient of near ? NEAR : FAR) sum = f32(f32(sum * at) + coefficient);
+  for (let i = 0; i < 9; i++) sum = f32(f32(sum * at) + coefficients[i]);
   return f32(sum * x);
 }

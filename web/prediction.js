@@ -11,12 +11,19 @@ export class Prediction {
   }
 
   // A frame of numbers in patches.
-  inPatches(frame) { return Float32Array.from(this.order, (pixel) => frame[pixel]); }
+  inPatches(frame) {
+    const {order} = this, out = new Float32Array(order.length);
+    for (let i = 0; i < out.length; i++) out[i] = frame[order[i]];
+    return out;
+  }
 
   // The residual of a frame from the last one, as the network encodes it; without history the frame.
   residual(frame, last) {
-    const {history, residual_scale: scale} = this.sizes;
-    return Float32Array.from(this.order, (pixel) => history ? (frame[pixel] - last[pixel]) / scale : frame[pixel]);
+    const {order, sizes: {history, residual_scale: scale}} = this;
+    if (!history) return this.inPatches(frame);
+    const out = new Float32Array(order.length);
+    for (let i = 0; i < out.length; i++) out[i] = (frame[order[i]] - last[order[i]]) / scale;
+    return out;
   }
 
   // One denoising step of a sample, in place, from ᾱ = now to after; out: the network's outputs, `columns` a token.
@@ -63,10 +70,11 @@ export class Prediction {
 
   // The frame of a denoised sample.
   added(sample, last) {
-    const {history, residual_scale: scale} = this.sizes, frame = new Float32Array(sample.length);
-    this.order.forEach((pixel, i) => {
+    const {order, sizes: {history, residual_scale: scale}} = this, frame = new Float32Array(sample.length);
+    for (let i = 0; i < frame.length; i++) {
+      const pixel = order[i];
       frame[pixel] = history ? Math.min(1, Math.max(-1, last[pixel] + scale * sample[i])) : sample[i];
-    });
+    }
     return frame;
   }
 }
