@@ -2,12 +2,13 @@
 
     make web
     python -m benchmarks.web [--page dist/web] [--seconds 10] [--frames 5000] [--threads 1,2]
-        [--steps 1,2,4] [--only pace,keys,load,memory] [--patience 300]
+        [--steps 1,2,4] [--backends wasm,onnxruntime,webgpu] [--only pace,keys,load,memory]
+        [--patience 300]
 
 Frames a second by backend and steps, with the time of the median and of the slowest frame and the
 processor time of the tab's process; from a key to its frame; from opening the page to its first
-frame; memory over many frames. Backends are the page's kernels (`wasm`), onnxruntime-web by number
-of threads, and WebGPU if the browser has an adapter. Each part ends with a Markdown table. No
+frame; memory over many frames. Backends are the page's kernels (`wasm`) and onnxruntime-web, both by
+number of threads, and WebGPU if the browser has an adapter. Each part ends with a Markdown table. No
 measurement takes longer than `--patience` seconds, except of memory: `--frames` frames of one step.
 """
 
@@ -146,7 +147,8 @@ def _playing(address: str, args: argparse.Namespace, query: str = "backend=wasm"
 def pace(address: str, args: argparse.Namespace) -> None:
     """Frames a second."""
     rows = []
-    kinds = [("wasm", 1), *(("onnxruntime", threads) for threads in args.threads), ("webgpu", 1)]
+    on_cpu = itertools.product(("wasm", "onnxruntime"), args.threads)
+    kinds = [pair for pair in (*on_cpu, ("webgpu", 1)) if pair[0] in args.backends]
     for backend, threads in kinds:
         query = f"backend={backend}&threads={threads}"
         with _playing(address, args, query) as (page, profile):
@@ -243,6 +245,7 @@ def main() -> None:
     add("--frames", type=int, default=5000)
     add("--threads", type=whole, default=[1, 2])
     add("--steps", type=whole, default=[1, 2, 4])
+    add("--backends", default="wasm,onnxruntime,webgpu", help="of `pace` (%(default)s)")
     add("--only", default="pace,keys,load,memory")
     add("--patience", type=float, default=300, help="seconds for one measurement (%(default)s)")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 // The time of a frame of the page's kernels, by its parts, in Node.js:
 //
-//     node benchmarks/web_frames.mjs FOLDER [--frames 60] [--steps 1,2,4]
+//     node benchmarks/web_frames.mjs FOLDER [--frames 60] [--steps 1,2,4] [--threads 1,2]
 //
 // FOLDER is an ONNX export (`cwm_jax.tools.export --format onnx --dtype float16 --ddim-steps 1,2,4`).
 // Prints medians in ms, and the least, of the noise, of the S denoising steps, of the encoding into the
@@ -8,16 +8,21 @@
 
 import fs from "node:fs";
 import {parseArgs} from "node:util";
+import "./node_workers.mjs";
 import {Generator, toModel, toPixels} from "../web/generator.js";
 import {KernelNetwork} from "../web/kernel_network.js";
 
 const {values: given, positionals: [folder]} = parseArgs({allowPositionals: true, options: {
   frames: {type: "string", default: "60"}, steps: {type: "string", default: "1,2,4"},
+  threads: {type: "string", default: "1,2"},
 }});
 const about = JSON.parse(fs.readFileSync(`${folder}/model.json`));
 const weights = new Uint8Array(fs.readFileSync(`${folder}/weights.bin`));
-const kernels = fs.readFileSync(new URL("../web/kernels.wasm", import.meta.url));
-const generator = new Generator(about, await KernelNetwork.create(kernels, about, weights));
+
+async function generatorWith(threads) {
+  const kernels = new URL(`../web/kernels${threads > 1 ? "-shared" : ""}.wasm`, import.meta.url);
+  return new Generator(about, await KernelNetwork.create(fs.readFileSync(kernels), about, weights, threads));
+}
 
 const median = (times) => times.toSorted((a, b) => a - b)[times.length >> 1];
 const shown = (times) => `${median(times).toFixed(1)} (${Math.min(...times).toFixed(1)})`;
@@ -28,7 +33,7 @@ async function timed(times, work) {
   return result;
 }
 
-async function measure(steps, frames) {
+async function measure(generator, steps, frames) {
   const picture = toModel(Uint8Array.from({length: generator.pixels}, (_, i) => i * 37 % 256));
   const cache = await generator.cacheOf([picture], [-1]);
   const parts = {noise: [], frame: [], encoding: [], whole: []};
@@ -42,10 +47,14 @@ async function measure(steps, frames) {
   return parts;
 }
 
-await measure(1, 24);  // V8 compiles in stages
-for (const steps of given.steps.split(",").map(Number)) {
-  const parts = await measure(steps, Number(given.frames));
-  const mean = parts.whole.reduce((a, b) => a + b) / parts.whole.length;
-  const text = Object.entries(parts).map(([name, times]) => `${name} ${shown(times)}`).join(", ");
-  console.log(`steps ${steps}: ${text}; ${(1000 / mean).toFixed(1)} frames/s`);
+for (const threads of given.threads.split(",").map(Number)) {
+  const generator = await generatorWith(threads);
+  await measure(generator, 1, 24);  // V8 compiles in stages
+  for (const steps of given.steps.split(",").map(Number)) {
+    const parts = await measure(generator, steps, Number(given.frames));
+    const mean = parts.whole.reduce((a, b) => a + b) / parts.whole.length;
+    const text = Object.entries(parts).map(([name, times]) => `${name} ${shown(times)}`).join(", ");
+    console.log(`threads ${generator.network.threads}, steps ${steps}: ${text}; ${(1000 / mean).toFixed(1)} frames/s`);
+  }
+  await generator.network.release();
 }

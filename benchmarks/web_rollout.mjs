@@ -2,13 +2,14 @@
 //
 //     node benchmarks/web_rollout.mjs FOLDER JOB OUTPUT
 //
-// FOLDER is an ONNX export. JOB is a JSON file: {steps, package, clips: [{frames, given, actions, seed}]};
+// FOLDER is an ONNX export. JOB is a JSON file: {steps, package, threads, clips: [{frames, given, actions, seed}]};
 // frames: base64 of uint8 [given, H, W, 3]; actions: those that led into the given frames, then those of
 // the frames to generate. "package" is the unpacked onnxruntime-web to compute with; without it, the
-// kernels do. With "teacher" of a clip (base64 of float32 [F, H, W, 3]), each frame follows those frames.
+// kernels do, on so many "threads". With "teacher" of a clip (base64 of float32 [F, H, W, 3]), each frame follows those frames.
 // OUTPUT gets all generated frames, float32 in [−1, 1].
 
 import fs from "node:fs";
+import "./node_workers.mjs";
 import {Generator, toModel, toPixels} from "../web/generator.js";
 import {supports} from "../web/kernel_memory.js";
 import {KernelNetwork} from "../web/kernel_network.js";
@@ -30,7 +31,8 @@ async function network() {
     return new OnnxNetwork(ort, about, {denoise: await open("denoise"), encode: await open("encode")});
   }
   if (!supports(about.network)) throw new Error("the kernels do not compute this network");
-  return KernelNetwork.create(fs.readFileSync(new URL("../web/kernels.wasm", import.meta.url)), about, weights);
+  const {threads = 1} = job, kernels = new URL(`../web/kernels${threads > 1 ? "-shared" : ""}.wasm`, import.meta.url);
+  return KernelNetwork.create(fs.readFileSync(kernels), about, weights, threads);
 }
 
 const generator = new Generator(about, await network()), file = fs.openSync(output, "w");
@@ -48,3 +50,4 @@ for (const {frames, given, actions, seed, teacher} of job.clips) {
   }
 }
 fs.closeSync(file);
+await generator.network.release();

@@ -56,13 +56,16 @@ const handlers = {
   hello(message) {
     Object.assign(window.play, {model: message});
     $("title").textContent = `${message.name}, step ${message.step.toLocaleString("en")}`;
-    const how = message.backend === "webgpu" ? "WebGPU" : `WebAssembly, ${message.threads} thread${message.threads === 1 ? "" : "s"}`;
-    $("facts").prepend(`${how} · model ${message.fingerprint}. `);
+    $("model").textContent = ` · model ${message.fingerprint}. `;
     showSteps(message.steps);
     const code = codeOfAddress();
     if (code) $("code").value = code;
     if (code) replay(code);
     else send({do: "start", clip: startClip, frames: Number($("prompt").value)});
+  },
+  backend({backend, threads}) {
+    Object.assign(window.play.model, {backend, threads});
+    $("backend").textContent = backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads} thread${threads === 1 ? "" : "s"}`;
   },
   warming({done}) { cover("Warming up", "The browser compiles the model while it runs.", {share: .92 + .08 * done}); },
   started({given: frames, source}) {

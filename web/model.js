@@ -9,21 +9,21 @@ import {OnnxNetwork} from "./onnx_network.js";
 
 const TOLERANCE = 2e-3;  // between two backends' first frames, in [−1, 1], …
 const DIFFERENT = .01;  // … which this share of the numbers may exceed: near ties of two displacements
-const WEIGHTS = "weights.bin", KERNELS = "kernels.wasm";
+const WEIGHTS = "weights.bin";
 const GRAPHS = ["denoise", "encode"];
 const RUNTIMES = {
   onnxruntime: {module: "ort.wasm.mjs", loader: "ort-wasm.mjs", binary: "ort-wasm.wasm", provider: "wasm"},
   webgpu: {module: "ort.webgpu.mjs", loader: "ort-webgpu.mjs", binary: "ort-webgpu.wasm", provider: "webgpu"},
 };
 
-// {about, generator, backend, threads}; `say` receives progress messages. backends: of "wasm" (the
+// {about, generator, backend}; `say` receives progress messages. backends: of "wasm" (the
 // kernels if they compute this network, else onnxruntime), "onnxruntime" and "webgpu".
 export async function loadModel(files, {backends, threads, say}) {
   const about = await files.json("model.json");
   const fetched = new Progress(files, say);
   const plain = !backends.includes("onnxruntime") && supports(about.network) ? "wasm" : "onnxruntime";
   const wanted = [plain, ...(backends.includes("webgpu") && await hasWebGpu() ? ["webgpu"] : [])];
-  fetched.expect([WEIGHTS, ...new Set(wanted.flatMap(filesOf))]);
+  fetched.expect([WEIGHTS, ...new Set(wanted.flatMap((backend) => filesOf(backend, threads)))]);
   const open = async (backend) => new Generator(about, await network(backend, {about, fetched, files, threads}));
   let backend = plain, generator = await open(plain);
   if (wanted.includes("webgpu")) {
@@ -32,11 +32,11 @@ export async function loadModel(files, {backends, threads, say}) {
     await (better ? generator : found)?.network.release();
     if (better) { generator = found; backend = "webgpu"; }
   }
-  return {about, generator, backend, threads: backend === "onnxruntime" ? threads : 1};
+  return {about, generator, backend};
 }
 
-const filesOf = (backend) => {
-  if (backend === "wasm") return [KERNELS];
+const filesOf = (backend, threads) => {
+  if (backend === "wasm") return [threads > 1 ? "kernels-shared.wasm" : "kernels.wasm"];
   const {module, loader, binary} = RUNTIMES[backend];
   return [...GRAPHS.map((name) => `${name}.onnx`), module, loader, binary];
 };
@@ -64,12 +64,12 @@ async function hasWebGpu() {
 }
 
 async function network(backend, {about, fetched, files, threads}) {
-  const names = [WEIGHTS, ...filesOf(backend)];
+  const names = [WEIGHTS, ...filesOf(backend, threads)];
   const [weights, ...others] = await Promise.all(names.map((name) => fetched.get(name)));
   try {
-    if (backend === "wasm") return await KernelNetwork.create(others[0], about, weights);
+    if (backend === "wasm") return await KernelNetwork.create(others[0], about, weights, threads);
     const ort = await runtime(backend, others.at(-1), files, threads);
-    return new OnnxNetwork(ort, about, await sessions(ort, backend, weights, others));
+    return new OnnxNetwork(ort, about, await sessions(ort, backend, weights, others), ort.env.wasm.numThreads);
   } catch (error) {
     throw new UserError(`The model does not fit into this browser's memory, or cannot run here (${error.message ?? error}).`);
   }

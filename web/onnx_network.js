@@ -1,8 +1,9 @@
 // The network as ONNX graphs in onnxruntime-web; `cwm_jax/onnx/generator.py` lists their inputs.
 
 export class OnnxNetwork {
-  // ort: the module; about: model.json; sessions: {denoise, encode}.
-  constructor(ort, about, sessions) {
+  // ort: the module; about: model.json; sessions: {denoise, encode}, which use so many threads.
+  constructor(ort, about, sessions, threads = 1) {
+    this.threads = threads;
     this.ort = ort;
     this.about = about;
     this.sizes = about.network;

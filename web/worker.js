@@ -19,7 +19,7 @@ let model = null, prompts = null, session = null, governor = null;
 const keys = {held: IDLE, tapped: null, stamp: 0};
 const pace = {fps: 15, steps: 0, auto: false, stepMode: false};
 let commands = [], wake = () => {};
-let due = 0, slow = "";
+let due = 0, slow = "", saidThreads = 0;
 
 const say = (name, more = {}, transfer = []) => postMessage({say: name, ...more}, transfer);
 
@@ -41,9 +41,9 @@ const does = {
     prompts = new Prompts(files, await files.json("clips"), model.about.network.image_size);
     prompts.index.records.forEach((record) => { record.actions = Array.from(fromHex(record.actions)); });
     governor = new Governor(automatic(model.about));
-    const {about, backend, threads: used} = model;
-    say("hello", {name: about.name, step: about.step, steps: about.steps, fingerprint: about.fingerprint,
-      clips: prompts.count, backend, threads: used});
+    const {about} = model;
+    say("hello", {name: about.name, step: about.step, steps: about.steps, fingerprint: about.fingerprint, clips: prompts.count});
+    sayBackend();
   },
 
   async start({clip, frames, png}) {
@@ -95,6 +95,7 @@ async function live() {
     else if (!session || !wanted()) await new Promise((resolve) => { wake = resolve; });
     else if (performance.now() < due) await pause(due - performance.now());
     else await guarded(frame);
+    if (model) sayBackend();
     await turn();
   }
 }
@@ -185,6 +186,13 @@ async function warmUp(opened) {
     say("warming", {done: (number + 1) / WARM_UP});
   }
   governor.choose(pace.fps, true);
+}
+
+// What computes; again if the threads changed, since the kernels go on with one if another is lost.
+function sayBackend() {
+  const {backend, generator: {network: {threads}}} = model;
+  if (threads !== saidThreads) say("backend", {backend, threads});
+  saidThreads = threads;
 }
 
 // Lets messages arrive; faster than a timer.

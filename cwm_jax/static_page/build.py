@@ -30,7 +30,7 @@ SOURCE = shipped.page()
 MOST_BYTES = 30_000_000
 LEVEL = 9  # of compression
 MARK = "cwm-web.json"  # marks a folder built by this module, which may be replaced
-KERNELS = "kernels.wasm"
+KERNELS = ("kernels.wasm", "kernels-shared.wasm")
 _PACKED = (".onnx", ".bin", ".wasm")
 _SCRIPTS = (".js", ".css")
 
@@ -59,7 +59,7 @@ def build(
     assets = _model(trained, name, steps, dtype) | npm_package.files(runtime)
     assets |= start_clips.files(prompts)
     clip = start_clips.gallery(prompts)[0]
-    assets[KERNELS] = (SOURCE / KERNELS).read_bytes()
+    assets |= {file: (SOURCE / file).read_bytes() for file in KERNELS}
     assets["rollout.png"] = recorded_rollout.picture(trained, prompts, clip)
     with _written_whole(out) as made:
         listed = {key: _put(made, key, data) for key, data in assets.items()}
