@@ -7,9 +7,10 @@
 
 Frames a second by backend and steps, with the time of the median and of the slowest frame and the
 processor time of the tab's process; from a key to its frame; from opening the page to its first
-frame; memory over many frames. Backends are the page's kernels (`wasm`) and onnxruntime-web, both by
-number of threads, and WebGPU if the browser has an adapter. Each part ends with a Markdown table. No
-measurement takes longer than `--patience` seconds, except of memory: `--frames` frames of one step.
+frame; memory over many frames. Backends are the page's kernels (`wasm`) and onnxruntime-web, both
+by number of threads, and WebGPU if the browser has an adapter. Each part ends with a Markdown
+table. No measurement takes longer than `--patience` seconds, except of memory: `--frames` frames of
+one step.
 """
 
 import argparse
