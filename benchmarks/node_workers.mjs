@@ -13,7 +13,7 @@ if (isMainThread) {
 
     postMessage(data) { this.thread.postMessage(data); }
 
-    terminate() { this.thread.terminate(); }
+    terminate() { return this.thread.terminate(); }
   };
 } else {
   globalThis.self = globalThis;

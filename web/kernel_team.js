@@ -100,12 +100,13 @@ export class Team {
   #helper(about) {
     const helper = new Worker(new URL("./kernel_helper.js", import.meta.url), {type: "module"});
     this.helpers.push(helper);
+    let timer;
     return new Promise((resolve, reject) => {
-      setTimeout(reject, START, "too slow");
+      timer = setTimeout(reject, START, new Error("they take too long"));
       helper.onmessage = resolve;
       helper.onerror = (event) => { event.preventDefault?.(); reject(event); };
       helper.postMessage(about);
-    });
+    }).finally(() => clearTimeout(timer));
   }
 
   // Goes on with one thread, in a copy of the memory, so that a late helper does no harm.

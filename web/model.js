@@ -1,5 +1,5 @@
 // Loads the network: as kernels in WebAssembly, as graphs in onnxruntime where the kernels do not
-// compute it, and on WebGPU if that gives the same results.
+// compute it, and on WebGPU if that gives the same results and is not slower.
 
 import {UserError} from "./errors.js";
 import {Generator, toModel} from "./generator.js";
@@ -9,6 +9,7 @@ import {OnnxNetwork} from "./onnx_network.js";
 
 const TOLERANCE = 2e-3;  // between two backends' first frames, in [−1, 1], …
 const DIFFERENT = .01;  // … which this share of the numbers may exceed: near ties of two displacements
+const TRIAL = 1000;  // ms for which a backend's speed is measured
 const WEIGHTS = "weights.bin";
 const GRAPHS = ["denoise", "encode"];
 const RUNTIMES = {
@@ -27,12 +28,17 @@ export async function loadModel(files, {backends, threads, say}) {
   const open = async (backend) => new Generator(about, await network(backend, {about, fetched, files, threads}));
   let backend = plain, generator = await open(plain);
   if (wanted.includes("webgpu")) {
-    const found = await open("webgpu").catch((error) => { console.warn("WebGPU:", error); return null; });
-    const better = found && await agree(found, generator);
+    const found = await open("webgpu").catch(unusable);
+    const better = found && await isBetter(found, generator, backends.includes("wasm")).catch(unusable);
     await (better ? generator : found)?.network.release();
     if (better) { generator = found; backend = "webgpu"; }
   }
   return {about, generator, backend};
+}
+
+function unusable(error) {
+  console.warn("WebGPU is not used:", error);
+  return null;
 }
 
 const filesOf = (backend, threads) => {
@@ -69,7 +75,9 @@ async function network(backend, {about, fetched, files, threads}) {
   try {
     if (backend === "wasm") return await KernelNetwork.create(others[0], about, weights, threads);
     const ort = await runtime(backend, others.at(-1), files, threads);
-    return new OnnxNetwork(ort, about, await sessions(ort, backend, weights, others), ort.env.wasm.numThreads);
+    const lanes = backend === "webgpu" ? 1 : Infinity;  // its LayerNormalization wants one scale for all lanes
+    const how = {threads: ort.env.wasm.numThreads, lanes};
+    return new OnnxNetwork(ort, about, await sessions(ort, backend, weights, others), how);
   } catch (error) {
     throw new UserError(`The model does not fit into this browser's memory, or cannot run here (${error.message ?? error}).`);
   }
@@ -99,16 +107,32 @@ async function sessions(ort, backend, weights, graphs) {
   return opened;
 }
 
-// Whether two generators generate the same first frame.
-async function agree(one, other) {
-  const given = toModel(Uint8Array.from({length: one.pixels}, (_, i) => i * 37 % 256));
-  const frames = [];
-  for (const generator of [one, other]) {
-    const cache = await generator.cacheOf([given], [-1]);
-    frames.push(await generator.frame(cache, 7, {seed: 1, number: 1, steps: generator.about.steps[0]}));
-  }
+// Whether WebGPU generates the same frames as WebAssembly, and if that can be chosen, at least as fast.
+async function isBetter(found, plain, canChoose) {
+  const frames = [await firstFrame(plain), await firstFrame(found)];
   const far = frames[0].filter((value, i) => !(Math.abs(value - frames[1][i]) < TOLERANCE)).length;
-  const same = far <= DIFFERENT * frames[0].length;
-  if (!same) console.warn(`WebGPU differs from WebAssembly in ${far} of ${frames[0].length} numbers: not used`);
-  return same;
+  if (far > DIFFERENT * frames[0].length) return unusable(`${far} of ${frames[0].length} numbers differ from WebAssembly`);
+  if (!canChoose) return true;
+  const [slow, fast] = [await frameTime(found), await frameTime(plain)];
+  return slow <= fast || unusable(`a frame takes ${slow.toFixed(0)} ms, with WebAssembly ${fast.toFixed(0)}`);
+}
+
+const given = (generator) => toModel(Uint8Array.from({length: generator.pixels}, (_, i) => i * 37 % 256));
+
+async function firstFrame(generator) {
+  const cache = await generator.cacheOf([given(generator)], [-1]);
+  return generator.frame(cache, 7, {seed: 1, number: 1, steps: generator.about.steps[0]});
+}
+
+// The least ms of a frame of the fewest steps with its encoding; compilers have a second to finish.
+async function frameTime(generator) {
+  const cache = await generator.cacheOf([given(generator)], [-1]), end = performance.now() + TRIAL;
+  let least = Infinity;
+  do {
+    const began = performance.now();
+    const frame = await generator.frame(cache, 7, {seed: 1, number: 1, steps: Math.min(...generator.about.steps)});
+    await generator.append(cache, frame, 7);
+    least = Math.min(least, performance.now() - began);
+  } while (performance.now() < end);
+  return least;
 }

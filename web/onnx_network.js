@@ -1,9 +1,11 @@
 // The network as ONNX graphs in onnxruntime-web; `cwm_jax/onnx/generator.py` lists their inputs.
 
 export class OnnxNetwork {
-  // ort: the module; about: model.json; sessions: {denoise, encode}, which use so many threads.
-  constructor(ort, about, sessions, threads = 1) {
+  // ort: the module; about: model.json; sessions: {denoise, encode}, which use so many threads and compute so
+  // many frames in one run.
+  constructor(ort, about, sessions, {threads = 1, lanes = Infinity} = {}) {
     this.threads = threads;
+    this.lanes = lanes;
     this.ort = ort;
     this.about = about;
     this.sizes = about.network;
@@ -37,6 +39,11 @@ export class OnnxNetwork {
 
   // Appends frames, float32 in [−1, 1], and the actions that led into them.
   async append(world, frames, actions) {
+    for (let at = 0; at < frames.length; at += this.lanes)
+      await this.#append(world, frames.slice(at, at + this.lanes), actions.slice(at, at + this.lanes));
+  }
+
+  async #append(world, frames, actions) {
     const size = this.sizes.image_size, past = world.count;
     const feeds = this.#lanes(world, actions);
     const all = new Float32Array(frames.length * this.pixels);

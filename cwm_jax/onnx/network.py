@@ -16,6 +16,7 @@ from cwm_jax.models import rope
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.onnx.nodes import Nodes, Weights
 
+_SPLIT = 6  # outputs of a Split: WebGPU guarantees a shader 8 buffers, inputs and outputs together
 _EPSILON = 1e-6  # of norms, as in `cwm_jax.models`
 _HIDDEN = -1e9  # added to the scores of frames that a lane does not attend to
 
@@ -135,7 +136,12 @@ class Network:
         count = 12 * depth + 2
         is_scale = np.array([*[0, 1, 0, 0, 1, 0] * (2 * depth), 0, 1], np.float32)
         every = nodes.add(nodes.reshape(modulation, -1, count, size), is_scale[:, None])
-        return nodes.several("Split", count, every, np.ones(count, np.int64), axis=1)
+        vectors = []
+        for start in range(0, count, _SPLIT):
+            few = min(_SPLIT, count - start)
+            some = nodes.slice(every, 1, start, start + few)
+            vectors += nodes.several("Split", few, some, np.ones(few, np.int64), axis=1)
+        return vectors
 
     def _of(self, layer: int) -> list[str]:
         """Shift, scale and gate of attention, then of the MLP."""

@@ -61,7 +61,8 @@ def export(kind, out):
     folder.write(Trained(network, params, config, 7, None), out, steps=(1, 2), dtype="float32")
 
 
-def node_frames(path, job):
+def node_frames(path, clip, threads=1):
+    job = {"steps": 2, "threads": threads, "clips": [clip]}
     (path / "job.json").write_text(json.dumps(job))
     script = ROOT / "benchmarks" / "web_rollout.mjs"
     command = [NODE, script, path, path / "job.json", path / "frames.f32"]
@@ -86,11 +87,61 @@ def test_kernels_compute_the_graphs_of_the_network(kind, tmp_path):
         wanted.append(frame)
     clip = {"frames": text(prompt), "given": GIVEN, "actions": ACTIONS, "seed": 5}
     clip["teacher"] = text(np.stack(wanted))
-    found = node_frames(tmp_path, {"steps": 2, "clips": [clip]})
+    found = node_frames(tmp_path, clip)
     error = np.abs(found - np.stack(wanted))
     print("largest", error.max(), "root mean square", np.sqrt((error**2).mean()))
     assert np.quantile(error, 0.99) < 0.01  # of 2; of near ties the other displacement may win
     assert np.abs(np.diff(wanted, axis=0)).max() > 0.1  # the picture moves
+
+
+@pytest.mark.skipif(not NODE, reason="Node.js is not installed")
+def test_threads_compute_the_same_bits(tmp_path):
+    export("displacement", tmp_path)
+    prompt = np.random.default_rng(2).integers(0, 256, (GIVEN, 64, 64, 3), dtype=np.uint8)
+    clip = {"frames": text(prompt), "given": GIVEN, "actions": ACTIONS, "seed": 5}
+    frames = [node_frames(tmp_path, clip, threads) for threads in (1, 3)]
+    assert (frames[0] == frames[1]).all()
+
+
+@pytest.mark.skipif(not NODE, reason="Node.js is not installed")
+def test_a_lost_thread_changes_no_frame(tmp_path):
+    export("displacement", tmp_path)
+    script = tmp_path / "lost.mjs"
+    script.write_text(_LOST % {"root": ROOT, "export": tmp_path})
+    done = subprocess.run([NODE, script], check=True, timeout=60, capture_output=True, text=True)
+    assert json.loads(done.stdout) == {"before": 2, "after": 1, "same": True}
+    assert "one thread is used" in done.stderr
+
+
+_LOST = """
+    import fs from "node:fs";
+    import "%(root)s/benchmarks/node_workers.mjs";
+    import {Generator} from "%(root)s/web/generator.js";
+    import {KernelNetwork} from "%(root)s/web/kernel_network.js";
+    const about = JSON.parse(fs.readFileSync("%(export)s/model.json"));
+    const weights = new Uint8Array(fs.readFileSync("%(export)s/weights.bin"));
+    const generators = [];
+    for (const [name, threads] of [["kernels", 1], ["kernels-shared", 2]]) {
+      const kernels = fs.readFileSync(`%(root)s/web/${name}.wasm`);
+      const network = await KernelNetwork.create(kernels, about, weights, threads);
+      generators.push(new Generator(about, network));
+    }
+    const [, {network}] = generators, frames = [[], []], first = new Float32Array(12288), counts = [];
+    const caches = await Promise.all(generators.map((one) => one.cacheOf([first], [4])));
+    for (let number = 1; number < 9; number++) {
+      if (number === 4) {
+        counts.push(network.threads);
+        await network.team.helpers[0].terminate();
+      }
+      for (const [i, generator] of generators.entries()) {
+        const frame = await generator.frame(caches[i], 7, {seed: 1, number, steps: 2});
+        await generator.append(caches[i], frame, 7);
+        frames[i].push(...frame);
+      }
+    }
+    const same = frames[0].every((value, i) => value === frames[1][i]);
+    console.log(JSON.stringify({before: counts[0], after: network.threads, same}));
+"""
 
 
 def _noises(tmp_path):
@@ -108,11 +159,7 @@ def _noises(tmp_path):
 
 @pytest.mark.skipif(not importlib.util.find_spec("ziglang"), reason="ziglang is not installed")
 def test_the_kernels_are_built_from_their_source(tmp_path):
-    subprocess.run(
-        ["make", "kernels", f"ZIG={sys.executable} -m ziglang", f"KERNELS={tmp_path}/kernels.wasm"],
-        cwd=ROOT,
-        check=True,
-        timeout=150,
-    )
-    built = (tmp_path / "kernels.wasm").read_bytes()
-    assert built == (ROOT / "web" / "kernels.wasm").read_bytes()
+    command = ["make", "kernels", f"ZIG={sys.executable} -m ziglang", f"KERNELS={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=150)
+    for name in ("kernels.wasm", "kernels-shared.wasm"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "web" / name).read_bytes()
