@@ -126,7 +126,8 @@ _LOST = """
       const network = await KernelNetwork.create(kernels, about, weights, threads);
       generators.push(new Generator(about, network));
     }
-    const [, {network}] = generators, frames = [[], []], first = new Float32Array(12288), counts = [];
+    const [, {network}] = generators, frames = [[], []], counts = [];
+    const first = new Float32Array(12288);
     const caches = await Promise.all(generators.map((one) => one.cacheOf([first], [4])));
     for (let number = 1; number < 9; number++) {
       if (number === 4) {

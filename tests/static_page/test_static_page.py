@@ -176,6 +176,9 @@ class Person:
     def code(self):
         return self.driver.execute_async_script("play.makeCode().then(arguments[0])")
 
+    def backend(self):
+        return self.run("return document.getElementById('backend').textContent")
+
     def note(self):
         return self.run("return document.getElementById('note').textContent")
 
@@ -189,7 +192,7 @@ def person(page, tmp_path_factory):
     with served(page) as address, browser(folder, downloads=folder) as driver:
         someone = Person(driver, address)
         someone.run("play.send({do: 'settings', fps: 60, steps: 2})")
-        someone.folder = folder
+        someone.folder, someone.address = folder, address
         yield someone
 
 
@@ -308,6 +311,38 @@ def test_a_users_picture_starts_a_session_that_python_reads(anew, prompts):
     anew.hold("ArrowLeft", 3)
     code = anew.code()
     assert alike(python_frames(prompts, code), anew.frames(0, anew.total))
+
+
+def test_two_threads_show_the_same_frames(anew):
+    anew.hold("ArrowRight", 6)
+    shown, code, driver = anew.frames(0, anew.total), anew.code(), anew.driver
+    first = driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    try:
+        other = Person(driver, f"{anew.address}?backend=wasm&threads=2")
+        other.run("play.replay(arguments[0])", code)
+        other.until("return document.getElementById('note').textContent.startsWith('Played again')")
+        assert (other.frames(0, other.total) == shown).all()
+        assert other.backend() == "WebAssembly, 2 threads"
+    finally:
+        driver.close()
+        driver.switch_to.window(first)
+
+
+def test_webgpu_plays_with_a_software_adapter(page, tmp_path):
+    flags = "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"
+    with served(page) as address, browser(tmp_path, *flags) as driver:
+        driver.get(f"{address}cwm-web.json")
+        find = "navigator.gpu?.requestAdapter().then((found) => arguments[0](Boolean(found)))"
+        if not driver.execute_async_script(f"{find} ?? arguments[0](false)"):
+            pytest.skip("this browser has no software adapter")
+        someone = Person(driver, f"{address}?backend=webgpu")
+        assert someone.backend() == "WebGPU"
+        someone.hold("ArrowRight", 3)
+        someone.run("play.send({do: 'rewind', to: 4})")  # builds the cache of several frames
+        someone.until("return document.getElementById('place').textContent.startsWith('5 /')")
+        someone.key("ArrowUp")
+        someone.until(f"return {TOTAL} == 6")
 
 
 def test_records_a_video(anew):
