@@ -10,7 +10,8 @@ import {Prompts} from "./prompts.js";
 import {checkRecipe, Session} from "./session.js";
 import * as shareCode from "./share_code.js";
 
-const WARM_UP = 24;  // frames before the user's first: the browser compiles in stages
+const WARM_UP = 24;  // frames before the user's first: the browser compiles in stages …
+const WARM_MS = 4000;  // … or as many as take so long
 const FUTURE = 8;  // frames of what-if
 const IDLE = 4;
 const FUTURES = [1, 2, 4, 5, 7, 8];  // left, jump left, nothing, jump, right, jump right
@@ -178,12 +179,15 @@ async function begin(prompt, seed) {
 // Runs the model before the first session, so that the governor has measured a frame's time.
 async function warmUp(opened) {
   const least = governor.choices[0], trial = new Session(model.generator, opened.prompt, 0);
-  for (let number = 0; number < WARM_UP; number++) {
+  const start = performance.now();
+  for (let done = 0; done < 1;) {
     const began = performance.now();
-    await trial.step(number % 15, least);
+    await trial.step(trial.length % 15, least);
     await trial.settle();
-    if (number >= WARM_UP / 2) governor.note(least, performance.now() - began);
-    say("warming", {done: (number + 1) / WARM_UP});
+    const now = performance.now();
+    done = Math.max((trial.length - trial.given) / WARM_UP, (now - start) / WARM_MS);
+    if (done > .5) governor.note(least, now - began);
+    say("warming", {done: Math.min(1, done)});
   }
   governor.choose(pace.fps, true);
 }
