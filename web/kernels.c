@@ -165,9 +165,9 @@ void pack(const void *kernel, int is_half, int depth, int width, float limit, i1
 }
 
 // A left side [rows, depth] times a packed kernel, plus `bias` [width]. With a `gate` [width], the result times
-// the gate is added to `out` [rows, width]; without one it is stored there. The inner loop has 24 of
-// V8's instructions for 256 multiplications and 4 for the loop; `-disable-lsr` in the Makefile keeps its
-// addresses constant, and unrolling or larger tiles need more than the 15 registers that V8 uses.
+// the gate is added to `out` [rows, width]; without one it is stored there. V8's inner loop has 22
+// instructions for 64 multiplications and 4 for the loop: `-disable-lsr` in the Makefile keeps addresses
+// constant. Unrolled loops and larger tiles need more than the 15 registers that V8 allocates.
 EXPORT(product)
 void product(const i16 *a, const float *row_steps, const i16 *kernel, const float *steps,
              const float *bias, const float *gate, float *out, int rows, int depth, int width) {
