@@ -1,6 +1,7 @@
 """The faults, each injected into its own run, which is compared with an uninterrupted run."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -18,8 +19,8 @@ SHARDS = ("data_0000.array_record", "data_0001.array_record")
 _CUTS = (7, 9, 11, 14)  # runs killed before these steps have two checkpoints
 
 
-def kill_9(workspace: Workspace, rng: random.Random) -> Trial:
-    """SIGKILL at random moments until the run is finished."""
+def kill_9(workspace: Workspace, rng: random.Random, most: float = math.inf) -> Trial:
+    """SIGKILL at random moments, at most so often, until the run is finished."""
     trial, workdir = Trial("kill -9", times=0), workspace.workdir()
     reference, config = workspace.reference(), workspace.config()
     saved, reached = [], 0
@@ -29,10 +30,9 @@ def kill_9(workspace: Workspace, rng: random.Random) -> Trial:
         if in_training:  # otherwise possibly during the start
             run.until(lambda run=run: "resuming" in run.output or _last_step(workdir) > 0)
         # Longer and longer, so that the run ends on a busy machine too.
-        code = run.wait(rng.uniform(0, 2 + trial.times))
-        if code is None:
+        if trial.times < most and run.wait(rng.uniform(0, 2 + trial.times)) is None:
             run.kill()
-            code = run.end()
+        code = run.end()
         if saved and "resuming" in run.output:
             trial.expect(f"resuming from step {saved[-1]} " in run.output, "lost a checkpoint")
             trial.redone += max(0, reached - saved[-1])

@@ -61,12 +61,13 @@ for fsdp in shards.split(","):
     make = jax.jit(fresh, out_shardings=sharding.placement(shapes, mesh))
     state = train(make(), mesh, setup)
     kept = state.params["blocks.0.spatial.qkv.kernel"].addressable_shards[0].data.size
-    fast = dataclasses.replace(network, dtype="bfloat16")
-    lowered = train_step.train_step.lower(
-        state, batch, KEY, dataclasses.replace(setup, network=fast)
-    ).as_text()
-    over_devices = r'stablehlo.(?:all_reduce|reduce_scatter)".*?\\^bb0\\(%\\w+: tensor<(\\w+)>'
-    print("sums", *sorted(set(re.findall(over_devices, lowered, re.DOTALL))))
+    if jax.device_count() > jax.process_count() == 1:
+        fast = dataclasses.replace(network, dtype="bfloat16")
+        lowered = train_step.train_step.lower(
+            state, batch, KEY, dataclasses.replace(setup, network=fast)
+        ).as_text()
+        over_devices = r'stablehlo.(?:all_reduce|reduce_scatter)".*?\\^bb0\\(%\\w+: tensor<(\\w+)>'
+        print("sums", *sorted(set(re.findall(over_devices, lowered, re.DOTALL))))
     print("part", kept / state.params["blocks.0.spatial.qkv.kernel"].size)
 with run_checkpoint.Checkpoints(Path(folder), retention=last) as kept_in:
     kept_in.save(state, data_position="", config={})
@@ -113,23 +114,21 @@ def test_one_device_four_devices_and_two_processes_train_alike(tmp_path):
     one, four, two = tmp_path / "1x1", tmp_path / "1x4", tmp_path / "2x2"
     [alone] = launch(one, processes=1, devices=1)
     [both] = launch(four, processes=1, devices=4, fsdp="1,4", restore_from=one)
-    whole, shared = both[:3], both[3:]
+    whole, shared = both[:3], both[3:]  # losses, sums, part
     hosts = launch(two, processes=2, devices=2, fsdp=2, restore_from=four)
     expected = json.loads(alone[0])
-    assert [printed[1:3] for printed in (alone, whole, shared)] == [
-        ["sums f32", "part 1.0"],
-        ["sums f32", "part 1.0"],
-        ["sums f32", "part 0.25"],
-    ]
+    assert alone[1:] == ["part 1.0"]
+    assert whole[1:] == ["sums f32", "part 1.0"]
+    assert shared[1:3] == ["sums f32", "part 0.25"]
     assert hosts[0][1:] == hosts[1][1:]  # both processes report the same
     assert "the same config.a.b, but it is 0 in process 0 and 1 in process 1" in hosts[0][0]
     np.testing.assert_allclose(json.loads(whole[0]), expected, rtol=2e-5)
     np.testing.assert_allclose(json.loads(shared[0]), expected, rtol=2e-5)
     np.testing.assert_allclose(json.loads(hosts[0][1]), expected, rtol=2e-5)
-    assert hosts[0][2:4] == ["sums f32", "part 0.5"]
+    assert hosts[0][2] == "part 0.5"
     later = json.loads(shared[3])
     assert later[0] != expected[0]
-    np.testing.assert_allclose(json.loads(hosts[0][4]), later, rtol=2e-5)
+    np.testing.assert_allclose(json.loads(hosts[0][3]), later, rtol=2e-5)
 
 
 @pytest.mark.parametrize("index", [0, 2])
@@ -139,13 +138,13 @@ def test_a_missing_process_is_named(index):
     code = (
         "import sys; from cwm_jax.runtime import hosts\n"
         f"place = hosts.Place(coordinator='{coordinator}', count=3, index={2 - index})\n"
-        "try: hosts.join(place, wait_seconds=3)\n"
+        "try: hosts.join(place, wait_seconds=2)\n"
         "except hosts.UserError as error: print(error)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     start = time.monotonic()
     with pytest.raises(UserError, match="process 1"):
-        hosts.join(Place(coordinator=coordinator, count=3, index=index), wait_seconds=9)
+        hosts.join(Place(coordinator=coordinator, count=3, index=index), wait_seconds=5)
     assert time.monotonic() - start < 60
     assert b"process" in other.communicate(timeout=60)[0]
 
