@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import einops
 import numpy as np
-from scipy import stats
 
 from cwm_jax.evaluation import bootstrap, generation, rollout_quality
 from cwm_jax.evaluation.generation import Generate
@@ -178,6 +177,8 @@ def _mean(values: np.ndarray) -> float:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Rank correlation along the last axis; NaN if one side is constant."""
+    from scipy import stats  # takes half a second to import
+
     a, b = (stats.rankdata(x, axis=-1) for x in (a, b))
     a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
     with np.errstate(invalid="ignore", divide="ignore"):
