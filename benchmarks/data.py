@@ -84,13 +84,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dir", type=path_flag, default="assets/coinrun")
     parser.add_argument("--batch", type=int, default=128, help="clips")
+    parser.add_argument("--clip-len", type=int, default=DataConfig.clip_len, help="frames")
+    parser.add_argument("--stride", type=int, default=DataConfig.stride, help="frames")
     parser.add_argument("--seconds", type=float, default=8.0, help="for each of the rates")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="reading processes; 0: threads")
     parser.add_argument("--output", type=path_flag, help="JSON file of the numbers")
     args = parser.parse_args()
     process_memory.keep_freed()  # as train.py does
-    config = DataConfig(dir=str(args.dir), num_threads=args.threads, num_workers=args.workers)
+    config = DataConfig(
+        dir=str(args.dir),
+        clip_len=args.clip_len,
+        stride=args.stride,
+        num_threads=args.threads,
+        num_workers=args.workers,
+    )
     counts = {
         _BATCHES: batches(config, args.batch),
         "records read, not decoded": records_alone(config),
