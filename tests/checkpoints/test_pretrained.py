@@ -48,14 +48,13 @@ def test_its_card_describes_this_model(trained):
     assert f"{trained.step:,} steps" in card
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_it_does_better_than_the_last_frame(trained, steps):
+def test_it_does_better_than_the_last_frame(trained):
     """On embedded clips of levels that it was not trained on, four frames after four given."""
     embedded = DataConfig(num_workers=0, dir="assets/coinrun")
     episodes = loader.open_episodes(embedded, "test", num_actions=15)
     picked = loader.pick_episodes(episodes, count=6, length=24)
     clips = loader.load_clips(episodes, picked, length=24)
-    given, shown = 20, dict(levels=ddim_levels(steps), window="hop")
+    given, shown = 20, dict(levels=ddim_levels(2), window="hop")
     generator = formats.open_sampler(pretrained.FOLDER, **shown).sampler
     seen = slice(given - 4, given)
     state = generator.start(clips["frames"][:, seen], clips["actions"][:, seen])
