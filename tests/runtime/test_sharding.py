@@ -122,7 +122,7 @@ def test_a_missing_process_is_named(index):
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     start = time.monotonic()
     with pytest.raises(UserError, match="process 1"):
-        hosts.join(Place(coordinator=coordinator, count=3, index=index), wait_seconds=5)
+        hosts.join(Place(coordinator=coordinator, count=3, index=index), wait_seconds=4)
     assert time.monotonic() - start < 60
     assert b"process" in other.communicate(timeout=60)[0]
 
