@@ -1,7 +1,7 @@
 // Chooses the denoising steps of a frame, as `cwm_jax/play/inference/governor.py` does.
 
 const PATIENCE = 1500;  // ms between changes, since they are visible
-const FULL = .9, ROOMY = .7;  // shares of a frame's time: more is too slow, less leaves time for more steps
+const FULL = .9, ROOMY = .85;  // shares of a frame's time: more is too slow, less leaves time for more steps
 const SMOOTHING = .2;  // weight of the newest measurement
 const OVERHEAD = 2;  // runs of a frame besides its steps: it is added to two caches
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 FLOOR = 5  # frames a second; below it, a higher rate matters more than better frames
 _PATIENCE = 1.5  # seconds between changes, which are visible
-_FULL, _ROOMY = 0.9, 0.7  # shares of a frame's time: above, fewer steps; below, more
+_FULL, _ROOMY = 0.9, 0.85  # shares of a frame's time: above, fewer steps; below, more
 _SPARE = 0.8  # the share of a frame's time at which a lowered rate rises again
 _SMOOTHING = 0.2  # weight of the newest measurement
 _FRAMES = 20  # measured before the rate or card is left, so that one slow frame has no effect

@@ -213,6 +213,17 @@ def test_the_governor_follows_the_load():
     assert governor.choose(15, (10, 4, 2, 1)) < 10
 
 
+def test_a_slow_start_does_not_leave_fewer_steps_than_the_device_reaches():
+    now, used = [0.0], []
+    governor = Governor((2, 1), clock=lambda: now[0])
+    for step_seconds in [0.040] * 30 + [0.014] * 100:
+        now[0] += 1 / 15
+        used.append(governor.choose(15, (2, 1)))
+        governor.note(steps=used[-1], seconds=step_seconds * (used[-1] + 2))
+    assert used[30] == 1
+    assert used[-1] == 2  # 56 of 67 ms
+
+
 def test_the_governor_chooses_only_compiled_programs():
     governor, _ = governed(0.019, fps=15)
     for _ in range(30):
