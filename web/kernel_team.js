@@ -49,7 +49,7 @@ export class Team {
     const {exports: run} = await WebAssembly.instantiate(module, {env: {memory}});
     const team = new Team(run, module, memory, layout);
     try {
-      await team.#hire(threads);
+      await team.#startHelpers(threads);
     } catch (error) {
       team.#alone(`the kernels' threads did not start (${error?.message ?? error})`);
     }
@@ -87,7 +87,7 @@ export class Team {
     return false;
   }
 
-  async #hire(threads) {
+  async #startHelpers(threads) {
     if (threads === 1) return;
     const {module, memory, layout} = this;
     await Promise.all(Array.from({length: threads - 1}, (_, i) => this.#helper({module, memory, layout, threads, thread: i + 1})));
