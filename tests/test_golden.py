@@ -76,7 +76,6 @@ def test_forward_pass_and_loss():
     assert float(schedule.loss(v, sample.velocity)) == pytest.approx(golden["loss"], abs=1e-5)
 
 
-@pytest.mark.usefixtures("compiled_as_users_do")
 def test_three_updates():
     golden = arrays("train3")
     # The file holds the three rates; only one warm-up goes through them.

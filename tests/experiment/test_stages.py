@@ -30,8 +30,14 @@ def batch():
     return sharding.to_devices(batch, sharding.make_mesh())
 
 
+def fresh(network):
+    """A state where updates leave it; elsewhere the first update would be compiled apart."""
+    state = train_step.init_state(network, OPTIM, 0)
+    return jax.device_put(state, sharding.placement(state, sharding.make_mesh()))
+
+
 def losses_of(update, network, batch, shares):
-    state, losses = train_step.init_state(network, OPTIM, 0), []
+    state, losses = fresh(network), []
     for share in shares:
         state, metrics = update(share, state, batch, KEY, rate=RATE)
         losses.append(float(metrics["train/loss"]))
@@ -55,7 +61,7 @@ def test_a_stage_begins_at_its_share_also_in_a_run_that_starts_within_it(network
 def test_the_next_stage_is_compiled_during_the_current_one(network, batch):
     setup = train_step.TrainSetup(network=network, optim=OPTIM, mesh=sharding.make_mesh())
     updates = stages.Stages(NOISES, setup)
-    state, _ = updates.update(0.0, train_step.init_state(network, OPTIM, 0), batch, KEY, rate=RATE)
+    state, _ = updates.update(0.0, fresh(network), batch, KEY, rate=RATE)
     updates._next.result()
     before = train_step.train_step._cache_size()
     updates.update(0.5, state, batch, KEY, rate=RATE)
