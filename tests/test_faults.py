@@ -17,7 +17,7 @@ from tests.faults.trials import Skipped, Workspace
 
 # Faults of a whole process. Signals and losses that are not finite are injected in
 # tests/experiment/test_loop.py, killed workers in tests/data/test_loader.py.
-SHORT = (functools.partial(campaign.kill_9, most=3), campaign.disk_full)
+SHORT = (functools.partial(campaign.kill_9, most=2), campaign.disk_full)
 
 
 @pytest.mark.timeout(600)
