@@ -10,7 +10,7 @@ import fs from "node:fs";
 import {parseArgs} from "node:util";
 import "./node_workers.mjs";
 import {Generator, toModel, toPixels} from "../web/generator.js";
-import {KernelNetwork} from "../web/kernel_network.js";
+import {kernelsFile, KernelNetwork} from "../web/kernel_network.js";
 
 const {values: given, positionals: [folder]} = parseArgs({allowPositionals: true, options: {
   frames: {type: "string", default: "60"}, steps: {type: "string", default: "1,2,4"},
@@ -20,7 +20,7 @@ const about = JSON.parse(fs.readFileSync(`${folder}/model.json`));
 const weights = new Uint8Array(fs.readFileSync(`${folder}/weights.bin`));
 
 async function generatorWith(threads) {
-  const kernels = new URL(`../web/kernels${threads > 1 ? "-shared" : ""}.wasm`, import.meta.url);
+  const kernels = new URL(`../web/${kernelsFile(threads)}`, import.meta.url);
   return new Generator(about, await KernelNetwork.create(fs.readFileSync(kernels), about, weights, threads));
 }
 

@@ -12,7 +12,7 @@ import fs from "node:fs";
 import "./node_workers.mjs";
 import {Generator, toModel, toPixels} from "../web/generator.js";
 import {supports} from "../web/kernel_memory.js";
-import {KernelNetwork} from "../web/kernel_network.js";
+import {kernelsFile, KernelNetwork} from "../web/kernel_network.js";
 import {OnnxNetwork} from "../web/onnx_network.js";
 
 const [folder, jobPath, output] = process.argv.slice(2);
@@ -31,7 +31,7 @@ async function network() {
     return new OnnxNetwork(ort, about, {denoise: await open("denoise"), encode: await open("encode")});
   }
   if (!supports(about.network)) throw new Error("the kernels do not compute this network");
-  const {threads = 1} = job, kernels = new URL(`../web/kernels${threads > 1 ? "-shared" : ""}.wasm`, import.meta.url);
+  const {threads = 1} = job, kernels = new URL(`../web/${kernelsFile(threads)}`, import.meta.url);
   return KernelNetwork.create(fs.readFileSync(kernels), about, weights, threads);
 }
 

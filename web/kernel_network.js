@@ -6,9 +6,11 @@ import {KernelMemory, layoutOf, memoryFor} from "./kernel_memory.js";
 import {Team} from "./kernel_team.js";
 import {Prediction} from "./prediction.js";
 
+// The file with the kernels for so many threads.
+export const kernelsFile = (threads) => threads > 1 ? "kernels-shared.wasm" : "kernels.wasm";
+
 export class KernelNetwork {
-  // kernels: the bytes of kernels.wasm, or for several threads of kernels-shared.wasm; about: model.json;
-  // weights: the bytes of weights.bin.
+  // kernels: the bytes of `kernelsFile(threads)`; about: model.json; weights: the bytes of weights.bin.
   static async create(kernels, about, weights, threads = 1) {
     const layout = layoutOf(about, threads), memory = memoryFor(layout, threads > 1);
     const team = await Team.create(await WebAssembly.compile(kernels), memory, layout, threads);
@@ -62,7 +64,8 @@ export class KernelNetwork {
   #compute(sample, job) {
     const {memory, team} = this;
     memory.floats(memory.layout.sample, sample.length).set(sample);
-    if (team.compute(job)) memory.buffer = team.memory.buffer;
+    team.compute(job);
+    memory.buffer = team.memory.buffer;  // another one if a thread was lost
   }
 
   // Writes the last of these frames in patches, newest first, the oldest repeated; returns whether they

@@ -66,25 +66,25 @@ export class Team {
     this.helpers = [];
   }
 
-  // Computes a job: see `compute` of kernel_part.js. Returns true if helpers were lost on the way,
-  // and with them the memory: `memory` is a copy then.
+  // Computes a job: see `compute` of kernel_part.js. If helpers were lost on the way, `memory` is
+  // a copy afterwards.
   compute(job) {
-    if (this.threads > 1) {
-      try {
-        FIELDS.forEach((name, i) => { this.control[JOB + i] = Number(job[name]); });
-        this.barrier.wait();
-        this.part.compute(job);
-        this.barrier.wait();
-        return false;
-      } catch (error) {
-        if (!(error instanceof HelperLost)) throw error;
-      }
-      this.#alone("a thread of the kernels did not answer");
+    if (this.threads === 1 || !this.#together(job)) this.part.compute(job);
+  }
+
+  // Returns whether all helpers did their part; else this thread is the only one from now on.
+  #together(job) {
+    FIELDS.forEach((name, i) => { this.control[JOB + i] = Number(job[name]); });
+    try {
+      this.barrier.wait();
       this.part.compute(job);
+      this.barrier.wait();
       return true;
+    } catch (error) {
+      if (!(error instanceof HelperLost)) throw error;
+      this.#alone("a thread of the kernels did not answer");
+      return false;
     }
-    this.part.compute(job);
-    return false;
   }
 
   async #startHelpers(threads) {

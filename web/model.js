@@ -4,7 +4,7 @@
 import {UserError} from "./errors.js";
 import {Generator, toModel} from "./generator.js";
 import {supports} from "./kernel_memory.js";
-import {KernelNetwork} from "./kernel_network.js";
+import {kernelsFile, KernelNetwork} from "./kernel_network.js";
 import {OnnxNetwork} from "./onnx_network.js";
 
 const TOLERANCE = 2e-3;  // between two backends' first frames, in [−1, 1], …
@@ -42,7 +42,7 @@ function unusable(error) {
 }
 
 const filesOf = (backend, threads) => {
-  if (backend === "wasm") return [threads > 1 ? "kernels-shared.wasm" : "kernels.wasm"];
+  if (backend === "wasm") return [kernelsFile(threads)];
   const {module, loader, binary} = RUNTIMES[backend];
   return [...GRAPHS.map((name) => `${name}.onnx`), module, loader, binary];
 };
@@ -113,8 +113,8 @@ async function isBetter(found, plain, canChoose) {
   const far = frames[0].filter((value, i) => !(Math.abs(value - frames[1][i]) < TOLERANCE)).length;
   if (far > DIFFERENT * frames[0].length) return unusable(`${far} of ${frames[0].length} numbers differ from WebAssembly`);
   if (!canChoose) return true;
-  const [slow, fast] = [await frameTime(found), await frameTime(plain)];
-  return slow <= fast || unusable(`a frame takes ${slow.toFixed(0)} ms, with WebAssembly ${fast.toFixed(0)}`);
+  const [webGpu, wasm] = [await frameTime(found), await frameTime(plain)];
+  return webGpu <= wasm || unusable(`a frame takes ${webGpu.toFixed(0)} ms, with WebAssembly ${wasm.toFixed(0)}`);
 }
 
 // The cache of two frames.

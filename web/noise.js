@@ -11,34 +11,28 @@ let second = 0;  // the second word of the last `mixed`: an array for each call 
 export const threefry = ([key0, key1], x0, x1) => [mixed(key0, key1, x0, x1), second];
 
 function mixed(key0, key1, x0, x1) {
-  const key2 = key0 ^ key1 ^ 0x1BD11BDA;
+  let key2 = key0 ^ key1 ^ 0x1BD11BDA;
   x0 = x0 + key0 | 0;
   x1 = x1 + key1 | 0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 13 | x1 >>> 19) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 15 | x1 >>> 17) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 26 | x1 >>> 6) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 6 | x1 >>> 26) ^ x0;
-  x0 = x0 + key1 | 0; x1 = x1 + key2 + 1 | 0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 17 | x1 >>> 15) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 29 | x1 >>> 3) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 16 | x1 >>> 16) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 24 | x1 >>> 8) ^ x0;
-  x0 = x0 + key2 | 0; x1 = x1 + key0 + 2 | 0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 13 | x1 >>> 19) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 15 | x1 >>> 17) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 26 | x1 >>> 6) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 6 | x1 >>> 26) ^ x0;
-  x0 = x0 + key0 | 0; x1 = x1 + key1 + 3 | 0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 17 | x1 >>> 15) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 29 | x1 >>> 3) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 16 | x1 >>> 16) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 24 | x1 >>> 8) ^ x0;
-  x0 = x0 + key1 | 0; x1 = x1 + key2 + 4 | 0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 13 | x1 >>> 19) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 15 | x1 >>> 17) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 26 | x1 >>> 6) ^ x0;
-  x0 = x0 + x1 | 0; x1 = (x1 << 6 | x1 >>> 26) ^ x0;
-  x0 = x0 + key2 | 0; x1 = x1 + key0 + 5 | 0;
+  for (let group = 1; group <= 5; group++) {
+    if (group % 2) {
+      x0 = x0 + x1 | 0; x1 = (x1 << 13 | x1 >>> 19) ^ x0;
+      x0 = x0 + x1 | 0; x1 = (x1 << 15 | x1 >>> 17) ^ x0;
+      x0 = x0 + x1 | 0; x1 = (x1 << 26 | x1 >>> 6) ^ x0;
+      x0 = x0 + x1 | 0; x1 = (x1 << 6 | x1 >>> 26) ^ x0;
+    } else {
+      x0 = x0 + x1 | 0; x1 = (x1 << 17 | x1 >>> 15) ^ x0;
+      x0 = x0 + x1 | 0; x1 = (x1 << 29 | x1 >>> 3) ^ x0;
+      x0 = x0 + x1 | 0; x1 = (x1 << 16 | x1 >>> 16) ^ x0;
+      x0 = x0 + x1 | 0; x1 = (x1 << 24 | x1 >>> 8) ^ x0;
+    }
+    const used = key0;
+    key0 = key1;
+    key1 = key2;
+    key2 = used;
+    x0 = x0 + key0 | 0;
+    x1 = x1 + key1 + group | 0;
+  }
   second = x1;
   return x0;
 }

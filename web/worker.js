@@ -44,7 +44,6 @@ const does = {
     governor = new Governor(automatic(model.about));
     const {about} = model;
     say("hello", {name: about.name, step: about.step, steps: about.steps, fingerprint: about.fingerprint, clips: prompts.count});
-    sayBackend();
   },
 
   async start({clip, frames, png}) {

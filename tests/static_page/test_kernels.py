@@ -117,12 +117,12 @@ _LOST = """
     import fs from "node:fs";
     import "%(root)s/benchmarks/node_workers.mjs";
     import {Generator} from "%(root)s/web/generator.js";
-    import {KernelNetwork} from "%(root)s/web/kernel_network.js";
+    import {kernelsFile, KernelNetwork} from "%(root)s/web/kernel_network.js";
     const about = JSON.parse(fs.readFileSync("%(export)s/model.json"));
     const weights = new Uint8Array(fs.readFileSync("%(export)s/weights.bin"));
     const generators = [];
-    for (const [name, threads] of [["kernels", 1], ["kernels-shared", 2]]) {
-      const kernels = fs.readFileSync(`%(root)s/web/${name}.wasm`);
+    for (const threads of [1, 2]) {
+      const kernels = fs.readFileSync(`%(root)s/web/${kernelsFile(threads)}`);
       const network = await KernelNetwork.create(kernels, about, weights, threads);
       generators.push(new Generator(about, network));
     }
