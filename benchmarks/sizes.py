@@ -23,6 +23,7 @@ SIZES = {
         displacement_down=8,
         displacement_across=4,
         qk_norm=True,
+        still_threshold=1.0,
     ),
     "small": dict(hidden_size=512, depth=6, num_heads=8),
     "large": dict(hidden_size=640, depth=8, num_heads=8),

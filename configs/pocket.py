@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.model.displacement_across = 4
     config.model.displacement_patch = 4
     config.model.qk_norm = True
+    config.model.still_threshold = 1.0
 
     config.data.dir = "data/pocket"
     config.data.clip_len = 12

@@ -17,7 +17,19 @@ import numpy as np
 import pytest
 from tiny_network import TINY
 
-from benchmarks import check_gpu, data, gpu, hlo, network, original, sample, sizes, trace, train
+from benchmarks import (
+    check_gpu,
+    data,
+    gpu,
+    hlo,
+    idle,
+    network,
+    original,
+    sample,
+    sizes,
+    trace,
+    train,
+)
 from cwm_jax.data.config import DataConfig
 from cwm_jax.models import attention, flops
 from cwm_jax.training import train_step
@@ -55,6 +67,15 @@ def test_sizes_are_those_of_the_configs(name):
     config = importlib.import_module(f"configs.{name}").get_config().model
     known = dataclasses.asdict(sizes.network(name))
     assert {k: config[k] for k in known} == known
+
+
+def test_changes_of_an_idle_world_count_once_it_has_settled(monkeypatch):
+    monkeypatch.setattr(idle.lpips_weights, "available", lambda: None)
+    frames = np.full((2, idle.FRAMES, 8, 8, 3), 100, np.uint8)
+    frames[:, : idle.SETTLED - 1] = 7
+    frames[1, -1, :4] = 90
+    found = idle.changes(frames)
+    np.testing.assert_allclose(found["colours"], [0, 10 * 0.5**0.5], rtol=1e-6)
 
 
 def test_operations_of_a_forward_pass():

@@ -50,7 +50,7 @@ export class KernelNetwork {
       const out = memory.floats(memory.layout.found, this.sizes.tokens * columns);
       prediction.advance(sample, out, columns, last, now, after);
     }
-    return prediction.added(sample, last);
+    return prediction.finished(sample, last);
   }
 
   #encode(world, frame, action) {

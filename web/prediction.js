@@ -68,6 +68,24 @@ export class Prediction {
     return guess;
   }
 
+  // The frame of a denoised sample, with what stands still as in the last one; see
+  // `cwm_jax/diffusion/stillness.py`.
+  finished(sample, last) {
+    const frame = this.added(sample, last), {image_size: size, still_threshold: threshold, still} = this.sizes;
+    if (!threshold) return frame;
+    const {patch, share} = still;
+    const most = (threshold / 127.5) ** 2 * 3 * patch ** 2, small = [];  // most: of the sum of squares
+    for (let top = 0; top < size; top += patch) for (let left = 0; left < size; left += patch) {
+      const rows = Array.from({length: patch}, (_, y) => ((top + y) * size + left) * 3);
+      let sum = 0;
+      for (const row of rows) for (let i = row; i < row + 3 * patch; i++) sum += (frame[i] - last[i]) ** 2;
+      if (sum < most) small.push(rows);
+    }
+    if (small.length < share * (size / patch) ** 2) return frame;
+    for (const row of small.flat()) frame.set(last.subarray(row, row + 3 * patch), row);
+    return frame;
+  }
+
   // The frame of a denoised sample.
   added(sample, last) {
     const {order, sizes: {history, residual_scale: scale}} = this, frame = new Float32Array(sample.length);

@@ -26,6 +26,7 @@ _FREE = (
     "mlp",
     "max_frames",
     "warp_sharpness",
+    "still_threshold",
 )  # parameters fit any of these
 
 

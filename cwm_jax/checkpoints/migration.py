@@ -69,6 +69,7 @@ BEFORE = {
     "model.displacement_across": 0,
     "model.displacement_patch": 4,
     "model.warp_sharpness": 1.0,
+    "model.still_threshold": 0.0,
     "model.qk_norm": False,
     "model.heads": False,
     "model.prediction": "velocity",

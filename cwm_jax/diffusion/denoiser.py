@@ -9,7 +9,7 @@ KV cache and self-generated context all use it.
 import jax
 import jax.numpy as jnp
 
-from cwm_jax.diffusion import displacement, residual, schedule, warp
+from cwm_jax.diffusion import displacement, residual, schedule, stillness, warp
 from cwm_jax.models import dit
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.models.dit import DiT, Outputs, Params, Stream
@@ -43,6 +43,16 @@ class Denoiser:
     def to_frame(self, sample: jax.Array, earlier: jax.Array | None) -> jax.Array:
         """The frames of clean samples; the inverse of `to_sample`."""
         return residual.to_frame(self.config, sample, earlier)
+
+    def finished(self, sample_BHWC: jax.Array, earlier_BHWC: jax.Array | None) -> jax.Array:
+        """The frames of denoised samples as a rollout goes on from them, [B, H, W, C].
+
+        As `to_frame`, with what stands still kept where the config wants it (`stillness`).
+        """
+        frame_BHWC = self.to_frame(sample_BHWC, earlier_BHWC)
+        if not self.config.still_threshold:
+            return frame_BHWC
+        return stillness.kept(frame_BHWC, earlier_BHWC[..., :3], self.config.still_threshold)
 
     def __call__(self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None) -> jax.Array:
         """The velocity √ᾱ ε − √(1−ᾱ) x0 of every frame's sample, float32 [B, T, H, W, C].

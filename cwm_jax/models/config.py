@@ -26,6 +26,8 @@ class Reach(NamedTuple):
         return (2 * self.down + 1) * (2 * self.across + 1)
 
 
+STILL_PATCH = 4  # pixels on a side, see `cwm_jax.diffusion.stillness`
+
 _ATTENTION = attention.KERNELS  # a field of the class below has the module's name
 
 
@@ -125,6 +127,14 @@ class DiTConfig(ConfigGroup):
         most=100,
         repr=False,
     )
+    still_threshold: float = setting(
+        0.0,
+        "with `history`, in generation: while most of a frame hardly changes, patches that change "
+        "by less (root mean square, colours of 0…255) stay as they were; 0: all change",
+        least=0,
+        most=255,
+        repr=False,
+    )
     qk_norm: bool = setting(False, "whether queries and keys are scaled to RMS 1", repr=False)
     heads: bool = setting(
         False, "whether reward and end of the episode are predicted too", repr=False
@@ -169,6 +179,16 @@ class DiTConfig(ConfigGroup):
             raise UserError(
                 f"config.model.warp_sharpness={self.warp_sharpness} needs config.model.warp_reach "
                 "≥ 1: it is the power of softmax filters, which this network does not have"
+            )
+        if self.still_threshold and not self.history:
+            raise UserError(
+                f"config.model.still_threshold={self.still_threshold} needs config.model.history "
+                "≥ 1: it compares a generated frame with the last one"
+            )
+        if self.still_threshold and self.image_size % STILL_PATCH:
+            raise UserError(
+                f"config.model.still_threshold={self.still_threshold} needs an image_size that is "
+                f"a multiple of {STILL_PATCH}, not {self.image_size}"
             )
         if self.prediction == "clean" and (self.warp_reach or self.reach):
             raise UserError(

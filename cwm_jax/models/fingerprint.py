@@ -14,6 +14,8 @@ def fingerprint(network: DiTConfig, params: Params) -> bytes:
     digest = hashlib.blake2b(repr(network).encode(), digest_size=8)
     if network.warp_sharpness != 1:
         digest.update(f"warp_sharpness={network.warp_sharpness}".encode())
+    if network.still_threshold:
+        digest.update(f"still_threshold={network.still_threshold}".encode())
     if network.prediction != "velocity":
         digest.update(f"prediction={network.prediction}".encode())
     for name in sorted(name for name in params if not name.startswith(heads.PREFIX)):

@@ -21,7 +21,7 @@ import numpy as np
 from cwm_jax import __version__, files
 from cwm_jax.checkpoints import formats
 from cwm_jax.checkpoints.run_checkpoint import Trained
-from cwm_jax.diffusion import denoiser, displacement, warp
+from cwm_jax.diffusion import denoiser, displacement, stillness, warp
 from cwm_jax.diffusion.denoiser import bind
 from cwm_jax.errors import UserError
 from cwm_jax.sampling import sampler
@@ -96,7 +96,7 @@ def _about(trained: Trained, network, plan, dtype: str) -> dict[str, Any]:
     sizes = dataclasses.asdict(network)
     names = ("image_size", "patch_size", "hidden_size", "depth", "num_heads", "max_frames")
     names += ("num_actions", "action_encoding", "history", "residual_scale", "warp_reach")
-    names += ("qk_norm", "prediction")
+    names += ("qk_norm", "prediction", "still_threshold")
     return {
         "format": FORMAT,
         "made_with": _versions(),
@@ -106,7 +106,8 @@ def _about(trained: Trained, network, plan, dtype: str) -> dict[str, Any]:
         "stored_in": dtype,
         "network": {name: sizes[name] for name in names}
         | {"action_values": network.action_values, "tokens": network.tokens}
-        | {"displacement": _displacement(network)},
+        | {"displacement": _displacement(network)}
+        | {"still": {"patch": stillness.PATCH, "share": stillness.SHARE}},
         "steps": list(plan.steps),
         "usual_steps": formats.usual_steps(trained),
         "levels": {str(n): list(ddim_levels(n)) for n in plan.steps},

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 
-from cwm_jax.diffusion import schedule
+from cwm_jax.diffusion import schedule, stillness
 from cwm_jax.models.config import DiTConfig
 from cwm_jax.onnx import network as layers
 from cwm_jax.onnx.network import Lanes, Network
@@ -170,8 +170,25 @@ class Graphs:
             residual = nodes.mul(sample, np.float32(config.residual_scale))
             frame = nodes.add(self._last(nodes), residual)
             frame = nodes("Clip", frame, np.float32(-1), np.float32(1))
+        if config.still_threshold:
+            frame = self._kept(nodes, frame, self._last(nodes))
         shape = ("T", config.image_size, config.image_size, 3)
         return {"denoised": (sample, shape), "frame": (frame, shape)}
+
+    def _kept(self, nodes: Nodes, frame: str, last: str) -> str:
+        """The frame with what stands still as in the last one; see `stillness.kept`."""
+        size, patch = self._config.image_size, stillness.PATCH
+        patches = lambda x: nodes.reshape(x, -1, size // patch, patch, size // patch, patch, 3)
+        over = lambda op, x, *axes: nodes(op, x, np.array(axes), keepdims=1)
+        frame, last = patches(frame), patches(last)
+        change = nodes("Sub", frame, last)
+        largest = np.float32((self._config.still_threshold / 127.5) ** 2)
+        is_small = nodes("Less", over("ReduceMean", nodes.mul(change, change), 2, 4, 5), largest)
+        count = over("ReduceSum", nodes("Cast", is_small, to=onnx.TensorProto.FLOAT), 1, 3)
+        enough = np.float32(stillness.SHARE * (size // patch) ** 2)
+        is_still = nodes("GreaterOrEqual", count, enough)
+        stays = nodes("And", is_small, is_still)
+        return nodes.reshape(nodes("Where", stays, last, frame), -1, size, size, 3)
 
     def _model(self, nodes: Nodes, name: str, own: Sequence[str], outputs) -> onnx.ModelProto:
         config = self._config

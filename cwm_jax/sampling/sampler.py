@@ -165,7 +165,7 @@ def _denoised(
     x_BHWC = noise_BHWC.clip(-NOISE_CLIP, NOISE_CLIP)
     steps = _steps(tables, config), jnp.arange(len(config.levels))
     sample_BHWC, clean_SBHWC = jax.lax.scan(denoise, x_BHWC, steps)
-    return denoiser.to_frame(sample_BHWC, earlier), clean_SBHWC
+    return denoiser.finished(sample_BHWC, earlier), clean_SBHWC
 
 
 def step(denoiser: Denoiser, tables: Tables, state: World, action_B, noise_BHWC, key, config):

@@ -8,7 +8,8 @@
 The moving average is exported if the run has one. `sample.py --checkpoint` takes the first
 three; docs/web.md describes an ONNX export.
 The steps and the window of a bundle are fixed here. --playable-steps writes the model's card: the
-numbers of denoising steps that are playable. Exports are written atomically.
+numbers of denoising steps that are playable. --still-threshold keeps what stands still in generated
+frames (docs/pocket.md). Exports are written atomically.
 """
 
 import argparse
@@ -49,6 +50,7 @@ from cwm_jax.sampling.sampler import SamplerConfig, Tables
 FORMATS = ("orbax", "safetensors", "bundle", "onnx")
 DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLE_FRAMES = 4
+_STILL = "another config.model.still_threshold, such as 3, or 0 (its own)"
 _AVERAGE = "models of the same network: exports the mean of the parameters of all"
 
 
@@ -251,6 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         devices.check()
         trained = _with_card(formats.load(args.checkpoint, step=args.step), args.playable_steps)
         trained = averaged(trained, args.average)
+        if args.still_threshold is not None:
+            trained = _with_threshold(trained, args.still_threshold)
         if args.format == "onnx":
             steps = onnx_folder.default_steps(trained)
             steps = steps if args.ddim_steps is None else _numbers("--ddim-steps", args.ddim_steps)
@@ -282,6 +286,13 @@ def _with_card(trained: Trained, playable_steps: str | None) -> Trained:
         trained = trained._replace(config=trained.config | {"sampler": sampling})
     formats.playable_steps(trained)
     return trained
+
+
+def _with_threshold(trained: Trained, threshold: float) -> Trained:
+    """The model with another `model.still_threshold`. Raises `UserError` where it cannot be."""
+    network = dataclasses.replace(trained.network, still_threshold=threshold)
+    model = trained.config["model"] | {"still_threshold": threshold}
+    return trained._replace(network=network, config=trained.config | {"model": model})
 
 
 def _bundle_steps(trained: Trained, asked: str | None) -> int:
@@ -316,6 +327,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="float32", choices=DTYPES, help="of the parameters (%(default)s)")
     add("--ddim-steps", metavar="S,S,…", help="bundle, onnx: denoising steps a frame (its own)")
     add("--playable-steps", metavar="S,S,…", help="the card: playable numbers of denoising steps")
+    add("--still-threshold", type=float, metavar="COLOURS", help=_STILL)
     add("--window", default="exact", choices=sampler.WINDOWS, help="bundle: (%(default)s)")
     add(
         "--data",

@@ -46,6 +46,7 @@ NETWORKS = {
     "motion": dataclasses.replace(PLAIN, history=2, warp_reach=4, warp_sharpness=2.0),
     "buttons": dataclasses.replace(PLAIN, num_actions=3, action_encoding="buttons"),
 }
+NETWORKS["still"] = dataclasses.replace(NETWORKS["displacement"], still_threshold=70.0)
 ACTIONS = tuple(np.random.default_rng(1).integers(0, 5, 40).tolist())
 
 
@@ -116,6 +117,14 @@ def test_float32_is_the_sampler_to_1e_4_over_40_frames(exported, kind, window):
     found = onnx_frames(exported(kind), window, noises)
     assert np.abs(found - wanted).max() < 1e-4
     assert np.abs(np.diff(wanted, axis=0)).max() > 0.1  # the picture moves
+
+
+def test_what_hardly_changes_stays_in_some_frames():
+    frames, _ = jax_frames("still", "hop")  # which the graphs generate too, above
+    same = (np.diff(frames, axis=0) == 0).reshape(-1, 8, 4, 8, 4, 3).all((2, 4, 5))
+    kept = same.mean((1, 2))
+    assert (kept >= 0.9).any()
+    assert (kept < 0.5).any()
 
 
 @pytest.mark.parametrize("given", [1, 5, 6])  # 6: more than a world holds

@@ -48,6 +48,7 @@ NETWORKS = {
         qk_norm=True,
     ),
 }
+NETWORKS["still"] = dataclasses.replace(NETWORKS["displacement"], still_threshold=80.0)
 
 
 def export(kind, out):
@@ -92,6 +93,9 @@ def test_kernels_compute_the_graphs_of_the_network(kind, tmp_path):
     print("largest", error.max(), "root mean square", np.sqrt((error**2).mean()))
     assert np.quantile(error, 0.99) < 0.01  # of 2; of near ties the other displacement may win
     assert np.abs(np.diff(wanted, axis=0)).max() > 0.1  # the picture moves
+    kept = (np.diff(wanted, axis=0) == 0).mean((1, 2, 3))
+    assert (kept.max() > 0.8) == (kind == "still")
+    assert kept.min() < 0.5
 
 
 @pytest.mark.skipif(not NODE, reason="Node.js is not installed")

@@ -338,3 +338,21 @@ def test_an_average_is_of_all_models(run, tmp_path):
     export.write_safetensors(odd, tmp_path / "odd.safetensors")
     with pytest.raises(UserError, match=r"odd\.safetensors has another network: depth=2, not"):
         export.averaged(trained, [tmp_path / "odd.safetensors"])
+
+
+def test_a_threshold_is_stored_with_the_model(run, tmp_path, capsys):
+    network = dataclasses.replace(NETWORK, history=1)
+    params = {name: np.zeros(leaf.shape, np.float32) for name, leaf in dit.shapes(network).items()}
+    config = {"model": dataclasses.asdict(network)}
+    meta = {"format": 1, "step": 7, "config": config}
+    weights.write(tmp_path / "first.safetensors", params, meta)
+    for given, out in (("first", "second"), ("second", "third")):
+        flags = ["--still-threshold", "2.5"] if given == "first" else []
+        paths = [str(tmp_path / f"{name}.safetensors") for name in (given, out)]
+        export.main([paths[0], "--format", "safetensors", "--output", paths[1], *flags])
+        assert formats.load(paths[1]).network.still_threshold == 2.5
+    flags = ["--format", "safetensors", "--still-threshold", "2.5"]
+    with pytest.raises(SystemExit):
+        export.main([str(run), "--output", str(tmp_path / "no.safetensors"), *flags])
+    assert "still_threshold=2.5 needs config.model.history" in capsys.readouterr().err
+    assert not (tmp_path / "no.safetensors").exists()
