@@ -50,7 +50,7 @@ from cwm_jax.sampling.sampler import SamplerConfig, Tables
 FORMATS = ("orbax", "safetensors", "bundle", "onnx")
 DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLE_FRAMES = 4
-_STILL = "another config.model.still_threshold, such as 3, or 0 (its own)"
+_STILL = "another config.model.still_threshold, such as 1; 0: none (its own)"
 _AVERAGE = "models of the same network: exports the mean of the parameters of all"
 
 
