@@ -157,7 +157,7 @@ def pace(address: str, args: argparse.Namespace) -> None:
             if model["backend"] != backend:
                 print(f"no {backend} here, or its results differ from those of wasm", flush=True)
                 continue
-            for steps in args.steps:
+            for steps in args.steps or model["steps"]:
                 page.settings(steps=steps)
                 page.warm()
                 measured = _measured(page, _renderer(profile), args.seconds)
@@ -227,7 +227,7 @@ def memory(address: str, args: argparse.Namespace) -> None:
     rows = []
     with _playing(address, args) as (page, profile):
         process = _renderer(profile)
-        page.settings(steps=1)
+        page.settings(steps=min(page.run("return play.model")["steps"]))
         for share in (0, 0.1, 0.25, 0.5, 0.75, 1):
             missing = int(share * args.frames) - page.run("return play.frames")
             page.frames(max(1, missing), args.patience + missing)
@@ -245,7 +245,7 @@ def main() -> None:
     add("--seconds", type=float, default=10)
     add("--frames", type=int, default=5000)
     add("--threads", type=whole, default=[1, 2])
-    add("--steps", type=whole, default=[1, 2, 4])
+    add("--steps", type=whole, help="denoising steps, of those that the page has (all)")
     add("--backends", default="wasm,onnxruntime,webgpu", help="of `pace` (%(default)s)")
     add("--only", default="pace,keys,load,memory")
     add("--patience", type=float, default=300, help="seconds for one measurement (%(default)s)")
