@@ -8,6 +8,7 @@ held: RIGHT in three, LEFT in two, a jump to the right in two, and jumps on the 
 """
 
 import argparse
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -37,6 +38,23 @@ def contact_sheet(prompt_BPHWC: np.ndarray, frames_BFHWC: np.ndarray) -> np.ndar
     return rows.reshape(rows.shape[0] * rows.shape[1], -1, 3)
 
 
+def rollouts(
+    opened: formats.Opened, data: Path, actions_BF: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Real frames of levels of the split `test`, and those generated after them, uint8 both.
+
+    Args:
+        actions_BF: the keys held in each level.
+        seed: of levels and noise.
+    """
+    episodes = loader.open_episodes(DataConfig(dir=str(data)), "test")
+    numbers = loader.pick_episodes(episodes, count=len(actions_BF), length=PROMPT, seed=seed)
+    given = loader.load_clips(episodes, numbers, length=PROMPT)
+    state = opened.sampler.start(given["frames"], given["actions"])
+    _, frames = opened.sampler.rollout(state, actions_BF, jax.random.key(seed))
+    return given["frames"], np.asarray(frames)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -53,13 +71,8 @@ def main() -> None:
         if args.ddim_steps is not None:
             steps["levels"] = formats.ddim_levels(args.ddim_steps)
         opened = formats.open_sampler(pretrained.unless(args.checkpoint), window="hop", **steps)
-        episodes = loader.open_episodes(DataConfig(dir=str(args.data)), "test")
-        numbers = loader.pick_episodes(episodes, count=len(HELD), length=PROMPT, seed=args.seed)
-        given = loader.load_clips(episodes, numbers, length=PROMPT)
         actions = np.array([(keys * FRAMES)[:FRAMES] for keys in HELD], np.int32)
-        state = opened.sampler.start(given["frames"], given["actions"])
-        _, frames = opened.sampler.rollout(state, actions, jax.random.key(args.seed))
-        picture = contact_sheet(given["frames"], np.asarray(frames))
+        picture = contact_sheet(*rollouts(opened, args.data, actions, args.seed))
         video.write_png(args.output, enlarged(picture, args.scale))
         print(f"step {opened.step} → {args.output}")
 

@@ -9,19 +9,16 @@ of LPIPS (if its weights are here) and of the root mean square difference in col
 
 import argparse
 
-import jax
 import numpy as np
 
-from benchmarks import machine
+from benchmarks import held_keys, machine
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import NOOP
-from cwm_jax.data import loader
-from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import shown_to_user
 from cwm_jax.evaluation import lpips, lpips_weights
 from cwm_jax.files import model_flag, path_flag
 
-PROMPT, SETTLED, FRAMES = 4, 20, 120
+SETTLED, FRAMES = 20, 120
 
 
 def changes(frames_BFHWC: np.ndarray) -> dict[str, np.ndarray]:
@@ -36,25 +33,22 @@ def changes(frames_BFHWC: np.ndarray) -> dict[str, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    whole = lambda text: [int(word) for word in text.split(",")]
     add = parser.add_argument
     add("--checkpoint", type=model_flag, help="a run, or an export (checkpoints/pocket)")
     add("--data", type=path_flag, default="assets/coinrun", help="(%(default)s)")
     add("--clips", type=int, default=24, help="(%(default)s)")
-    add("--ddim-steps", default="2", help="denoising steps, with commas between (%(default)s)")
+    add("--ddim-steps", type=whole, default=[2], help="denoising steps, with commas between (2)")
     with shown_to_user():
         args = parser.parse_args()
-        episodes = loader.open_episodes(DataConfig(dir=str(args.data)), "test")
-        numbers = loader.pick_episodes(episodes, count=args.clips, length=PROMPT, seed=0)
-        given = loader.load_clips(episodes, numbers, length=PROMPT)
-        actions, rows = np.full((args.clips, FRAMES), NOOP, np.int32), []
-        for steps in map(int, args.ddim_steps.split(",")):
+        path, rows = pretrained.unless(args.checkpoint), []
+        actions = np.full((args.clips, FRAMES), NOOP, np.int32)
+        for steps in args.ddim_steps:
             levels = formats.ddim_levels(steps)
-            path = pretrained.unless(args.checkpoint)
             opened = formats.open_sampler(path, window="hop", levels=levels)
-            state = opened.sampler.start(given["frames"], given["actions"])
-            _, frames = opened.sampler.rollout(state, actions, jax.random.key(0))
+            _, frames = held_keys.rollouts(opened, args.data, actions, seed=0)
             row = {"S": steps, "still_threshold": opened.network.still_threshold}
-            for name, values in changes(np.asarray(frames)).items():
+            for name, values in changes(frames).items():
                 row |= {f"{name}, mean": values.mean(), f"{name}, median": np.median(values)}
             rows.append(row)
         print(machine.table(rows))

@@ -71,9 +71,9 @@ export class Prediction {
   // The frame of a denoised sample, with what stands still as in the last one; see
   // `cwm_jax/diffusion/stillness.py`.
   finished(sample, last) {
-    const frame = this.added(sample, last), {image_size: size, still_threshold: threshold, still} = this.sizes;
-    if (!threshold) return frame;
-    const {patch, share} = still;
+    const frame = this.added(sample, last), {image_size: size, still} = this.sizes;
+    if (!still) return frame;
+    const {patch, share, threshold} = still;
     const most = (threshold / 127.5) ** 2 * 3 * patch ** 2, small = [];  // most: of the sum of squares
     for (let top = 0; top < size; top += patch) for (let left = 0; left < size; left += patch) {
       const rows = Array.from({length: patch}, (_, y) => ((top + y) * size + left) * 3);

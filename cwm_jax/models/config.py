@@ -180,16 +180,7 @@ class DiTConfig(ConfigGroup):
                 f"config.model.warp_sharpness={self.warp_sharpness} needs config.model.warp_reach "
                 "≥ 1: it is the power of softmax filters, which this network does not have"
             )
-        if self.still_threshold and not self.history:
-            raise UserError(
-                f"config.model.still_threshold={self.still_threshold} needs config.model.history "
-                "≥ 1: it compares a generated frame with the last one"
-            )
-        if self.still_threshold and self.image_size % STILL_PATCH:
-            raise UserError(
-                f"config.model.still_threshold={self.still_threshold} needs an image_size that is "
-                f"a multiple of {STILL_PATCH}, not {self.image_size}"
-            )
+        self._check_still()
         if self.prediction == "clean" and (self.warp_reach or self.reach):
             raise UserError(
                 "config.model.prediction='clean' needs warp_reach=0, displacement_down=0 and "
@@ -197,6 +188,19 @@ class DiTConfig(ConfigGroup):
                 "scaled by its log-variance; use 'velocity'"
             )
         self._check_displacement()
+
+    def _check_still(self) -> None:
+        given = f"config.model.still_threshold={self.still_threshold}"
+        if self.still_threshold and not self.history:
+            raise UserError(
+                f"{given} needs config.model.history ≥ 1: it compares a generated frame with the "
+                "last one"
+            )
+        if self.still_threshold and self.image_size % STILL_PATCH:
+            raise UserError(
+                f"{given} needs an image_size that is a multiple of {STILL_PATCH}, not "
+                f"{self.image_size}"
+            )
 
     def _check_displacement(self) -> None:
         down, across, patch = (

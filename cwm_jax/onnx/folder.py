@@ -96,7 +96,7 @@ def _about(trained: Trained, network, plan, dtype: str) -> dict[str, Any]:
     sizes = dataclasses.asdict(network)
     names = ("image_size", "patch_size", "hidden_size", "depth", "num_heads", "max_frames")
     names += ("num_actions", "action_encoding", "history", "residual_scale", "warp_reach")
-    names += ("qk_norm", "prediction", "still_threshold")
+    names += ("qk_norm", "prediction")
     return {
         "format": FORMAT,
         "made_with": _versions(),
@@ -106,8 +106,7 @@ def _about(trained: Trained, network, plan, dtype: str) -> dict[str, Any]:
         "stored_in": dtype,
         "network": {name: sizes[name] for name in names}
         | {"action_values": network.action_values, "tokens": network.tokens}
-        | {"displacement": _displacement(network)}
-        | {"still": {"patch": stillness.PATCH, "share": stillness.SHARE}},
+        | {"displacement": _displacement(network), "still": _still(network)},
         "steps": list(plan.steps),
         "usual_steps": formats.usual_steps(trained),
         "levels": {str(n): list(ddim_levels(n)) for n in plan.steps},
@@ -126,6 +125,14 @@ def _displacement(network) -> dict[str, Any] | None:
         return None
     cost = denoiser.STAY * displacement.distances(reach)
     return reach._asdict() | {"cost": [float(np.float32(x)) for x in cost]}
+
+
+def _still(network) -> dict[str, Any] | None:
+    """When patches of a frame stay as they were, see `cwm_jax.diffusion.stillness`."""
+    if not network.still_threshold:
+        return None
+    sizes = {"patch": stillness.PATCH, "share": stillness.SHARE}
+    return sizes | {"threshold": network.still_threshold}
 
 
 def _versions() -> dict[str, str]:
