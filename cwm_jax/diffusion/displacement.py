@@ -10,11 +10,14 @@ columns: pixel (y, x) of the warped frame is pixel (y + rows, x + columns) of th
 edge is repeated beyond it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cwm_jax.models.config import Reach
+from cwm_jax.models.kernels import patch_errors
 
 _TEMPERATURE = (
     0.05  # of the targets, in units of a patch's summed squared error, colours in [-1, 1]
@@ -33,26 +36,40 @@ def distances(reach: Reach) -> np.ndarray:
 def errors(last: jax.Array, target: jax.Array, reach: Reach) -> jax.Array:
     """Summed squared error of each patch under each displacement, float32 [..., h, w, K].
 
+    No gradient flows through it. On an NVIDIA GPU a kernel computes it where the shape fits.
+
     Args:
         last, target: frames [..., H, W, C], float.
     """
     *batch, H, W, C = last.shape
+    frames = [jax.lax.stop_gradient(x).reshape(-1, H, W, C) for x in (last, target)]
+    formula = functools.partial(_errors, reach=reach)
+    if patch_errors.fits(last.shape, reach):
+        kernel = functools.partial(patch_errors.errors, reach=reach)
+        found = jax.lax.platform_dependent(*frames, cuda=kernel, default=formula)
+    else:
+        found = formula(*frames)
+    return found.reshape(*batch, *found.shape[1:])
+
+
+def _errors(last_FHWC, target_FHWC, reach: Reach) -> jax.Array:
+    """`errors` in plain JAX, float32 [F, h, w, K]."""
+    _, H, W, C = last_FHWC.shape
     p, columns = reach.patch, 2 * reach.across + 1
-    last, target = (x.reshape(-1, H, W, C) for x in (last, target))
     edge = [(0, 0), (reach.down, reach.down), (reach.across, reach.across), (0, 0)]
-    padded = jnp.pad(last, edge, mode="edge")
+    padded = jnp.pad(last_FHWC, edge, mode="edge")
     pool = np.kron(np.eye(W // p), np.ones((p * C, 1))).astype(np.float32)  # [W · C, W / p]
 
     def displaced_down(row: jax.Array) -> jax.Array:
         rows = jax.lax.dynamic_slice_in_dim(padded, row, H, axis=1)
         displaced = jnp.stack([rows[:, :, x : x + W] for x in range(columns)])
-        squared = jnp.square((displaced - target).astype(jnp.float32))
+        squared = jnp.square((displaced - target_FHWC).astype(jnp.float32))
         summed = squared.reshape(columns, -1, H // p, p, W * C).sum(3)
         # Only their order matters, so reduced precision suffices.
         return jnp.einsum("xnhi,iw->nhwx", summed, pool, precision=jax.lax.Precision.HIGH)
 
     by_row = jax.lax.map(displaced_down, jnp.arange(2 * reach.down + 1))
-    return jnp.moveaxis(by_row, 0, -2).reshape(*batch, H // p, W // p, reach.count)
+    return jnp.moveaxis(by_row, 0, -2).reshape(-1, H // p, W // p, reach.count)
 
 
 def targets(errors_K: jax.Array, reach: Reach) -> jax.Array:
