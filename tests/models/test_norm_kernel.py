@@ -92,6 +92,25 @@ def test_the_tiling_changes_nothing(tiling):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_several_programs_for_a_frame_change_nothing(monkeypatch, gated):
+    x, update, shift, scale = arguments((3,), tokens=16, gated=gated)
+    found = []
+    for least, parts in ((1, 1), (6, 2), (512, 4)):
+        monkeypatch.setattr(norm, "_PROGRAMS", least)
+        assert norm._parts(3, 16, norm._FORWARD) == parts
+        found.append(norm.forward(x, update, shift, scale))
+    for other in found[1:]:
+        for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_few_frames_have_several_programs_each():
+    parts = [norm._parts(frames, 64, norm._FORWARD) for frames in (1, 64, 300, 512, 4096)]
+    assert parts == [16, 8, 2, 1, 1]
+    assert norm._parts(1, 12, norm._FORWARD) == 1  # 6 tokens are not whole rows of a program
+
+
 @pytest.mark.parametrize(("tokens", "size", "fits"), [(64, 512, 1), (16, 640, 0), (9, 64, 0)])
 def test_xla_computes_shapes_that_do_not_fit(tokens, size, fits):
     x, update, shift, scale = arguments((1, 1), tokens, size)

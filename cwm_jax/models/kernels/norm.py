@@ -2,6 +2,7 @@
 
 One program processes the S tokens of a frame, some rows at a time: a row's statistics need D
 numbers, the sums over tokens for shift, scale and gate stay in registers until the frame is done.
+The forward pass has no sums over tokens, so several programs share a frame where there are few.
 XLA needs several kernels for this, each of which reads the activations again.
 
 Written with Pallas for its Triton backend.
@@ -22,24 +23,26 @@ EPSILON = 1e-6
 class Tiling(NamedTuple):
     """How a program splits its frame; rows · D / (32 · warps) numbers in each thread.
 
-    With D = 512, the backward kernel of 16 numbers a thread fits the registers of an H100, and that
-    of 32 does not (compiled for sm_90a).
+    The backward kernel of 16 numbers a thread fits the registers of an H100, and that of 32 does
+    not (compiled for sm_90a).
     """
 
-    rows: int = 4  # at a time
-    warps: int = 4  # of 32 threads
+    rows: int  # at a time
+    warps: int  # of 32 threads
 
 
-_TILING = Tiling()
+_FORWARD = Tiling(rows=4, warps=4)
+_OF_A_THREAD = 16  # numbers of a row at most, in the backward pass
+_PROGRAMS = 512  # of the forward pass at least: about four on each multiprocessor of an H100
 
 
 def fits(x_BTSD: jax.Array) -> bool:
     """Whether the kernels support this shape: Triton needs powers of two."""
     tokens, size = x_BTSD.shape[-2:]
-    return size & (size - 1) == 0 and 64 <= size <= 2048 and tokens % _TILING.rows == 0
+    return size & (size - 1) == 0 and 64 <= size <= 2048 and tokens % _FORWARD.rows == 0
 
 
-def forward(x_FSD, update, shift_FD, scale_FD, *, tiling: Tiling = _TILING, interpret=False):
+def forward(x_FSD, update, shift_FD, scale_FD, *, tiling: Tiling = _FORWARD, interpret=False):
     """(x + gate · (product + bias), its modulated norm), each [F, S, D] in the dtype of x.
 
     Args:
@@ -48,13 +51,14 @@ def forward(x_FSD, update, shift_FD, scale_FD, *, tiling: Tiling = _TILING, inte
         shift_FD, scale_FD: those of each frame.
     """
     frames, tokens, size = x_FSD.shape
-    whole, row = _whole(tokens, size), _row(size)
+    parts = _parts(frames, tokens, tiling)
+    whole, row = _whole(tokens, size, parts), _row(size, parts)
     into = [] if update is None else [whole, _shared(size), row]
     outs = 1 if update is None else 2
     kernel = functools.partial(_forward, gated=update is not None, rows=tiling.rows)
     found = _call(
         kernel,
-        (frames,),
+        (frames * parts,),
         [whole, *into, row, row],
         [whole] * outs,
         [jax.ShapeDtypeStruct(x_FSD.shape, x_FSD.dtype)] * outs,
@@ -66,7 +70,7 @@ def forward(x_FSD, update, shift_FD, scale_FD, *, tiling: Tiling = _TILING, inte
 
 
 def backward(
-    x_FSD, update, scale_FD, of_normed, of_x, *, tiling: Tiling = _TILING, interpret=False
+    x_FSD, update, scale_FD, of_normed, of_x, *, tiling: Tiling | None = None, interpret=False
 ):
     """Gradients of `forward`: (of x, of product, sums), of product None without an update.
 
@@ -75,11 +79,14 @@ def backward(
         update, scale_FD: as in `forward`.
         of_normed: gradient of the norm [F, S, D].
         of_x: gradient of the stream from later layers [F, S, D].
+        tiling: None: one row at a time, of as few warps as the registers allow.
 
     The sums, each float32 [F, D], are the gradients of shift and scale, and with an update also of
     the gate, and the sum of the gradient of x.
     """
     frames, tokens, size = x_FSD.shape
+    # A warp alone waits for no other when it sums a row.
+    tiling = tiling or Tiling(rows=1, warps=max(1, size // (32 * _OF_A_THREAD)))
     whole, row = _whole(tokens, size), _row(size)
     gated = update is not None
     into = [whole, _shared(size), row] if gated else []
@@ -164,16 +171,27 @@ def _float(x):
     return x.astype(jnp.float32)
 
 
-def _whole(tokens: int, size: int) -> pl.BlockSpec:
-    return pl.BlockSpec((1, tokens, size), lambda frame: (frame, 0, 0))
+def _parts(frames: int, tokens: int, tiling: Tiling) -> int:
+    """Programs for each frame, so that there are `_PROGRAMS` or each has `tiling.rows` tokens."""
+    parts = 1
+    while frames * parts < _PROGRAMS and tokens % (2 * parts * tiling.rows) == 0:
+        parts *= 2
+    return parts
 
 
-def _row(size: int) -> pl.BlockSpec:
-    return pl.BlockSpec((1, size), lambda frame: (frame, 0))
+def _whole(tokens: int, size: int, parts: int = 1) -> pl.BlockSpec:
+    """A frame's tokens, or its part that a program processes."""
+    return pl.BlockSpec(
+        (1, tokens // parts, size), lambda i: (jax.lax.div(i, parts), jax.lax.rem(i, parts), 0)
+    )
+
+
+def _row(size: int, parts: int = 1) -> pl.BlockSpec:
+    return pl.BlockSpec((1, size), lambda i: (jax.lax.div(i, parts), 0))
 
 
 def _shared(size: int) -> pl.BlockSpec:
-    return pl.BlockSpec((size,), lambda frame: (0,))
+    return pl.BlockSpec((size,), lambda i: (0,))
 
 
 def _call(kernel, grid, in_specs, out_specs, out_shape, tiling, interpret, name):
