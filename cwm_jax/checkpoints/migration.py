@@ -81,6 +81,7 @@ BEFORE = {
     "context.rounds": 1,
     "context.renoised": False,
     "context.top_share": 0.0,
+    "context.lead": 0,
     "context.start_noise": 0.0,
     "context.persist_above": 0.0,
     "augment.mirror_share": 0.0,

@@ -45,7 +45,7 @@ def compile_step(settings: Settings):
     )
     fresh = lambda: train_step.init_state(settings.model, settings.optimizer, settings.seed)
     state = sharding.abstract(jax.eval_shape(fresh), mesh)
-    shape = clips, settings.data.clip_len
+    shape = clips, settings.training_data.clip_len
     place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.by_clip(mesh))
     batch = {"frames": place((*shape, *FRAME_SHAPE), jnp.uint8), "actions": place(shape, jnp.int32)}
     if settings.model.heads:
@@ -198,7 +198,7 @@ def _steps(settings: Settings) -> int | None:
     """Updates in the whole run; None where they depend on missing data."""
     clips = sharding.global_batch_size(settings.data.batch_size, settings.data.global_batch_size)
     try:
-        per_epoch = len(loader.open_clips(settings.data, "train")) // clips
+        per_epoch = len(loader.open_clips(settings.training_data, "train")) // clips
     except UserError as error:
         if not settings.schedule.max_steps:
             print(f"the whole run      unknown: {str(error).splitlines()[0]}")

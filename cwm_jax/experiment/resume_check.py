@@ -8,7 +8,7 @@ from cwm_jax.errors import UserError
 
 # Settings that must match on resume. Differences of others, such as `lr`, are reported.
 _FIXED = (
-    *("seed", "init_from", "data.clip_len", "data.stride"),
+    *("seed", "init_from", "data.clip_len", "data.stride", "context.lead"),
     *("model.hidden_size", "model.depth", "model.num_heads", "model.patch_size"),
     *("model.image_size", "model.num_actions", "model.action_encoding", "model.max_frames"),
     *("model.history", "model.residual_scale", "model.warp_reach", "model.qk_norm"),

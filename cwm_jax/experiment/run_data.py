@@ -43,7 +43,7 @@ class RunData:
             num_actions=settings.model.action_values,
         )
         self.train = loader.train_batches(
-            settings.data,
+            settings.training_data,
             batch_size=self.batch_size,
             seed=settings.seed,
             make=self._kind_of_batches(),

@@ -202,6 +202,11 @@ class Settings(ConfigGroup):
                 f"config.context.share={self.context.share} needs config.model.history ≥ 1: "
                 f"it shows the network context frames that it generated itself"
             )
+        if self.context.lead and not (self.context.steps and self.context.share):
+            raise UserError(
+                f"config.context.lead={self.context.lead} needs config.context.steps ≥ 1 and share "
+                f"> 0: it counts frames that are generated one by one before a clip"
+            )
         if self.augment.mirror_share and not self.model.has_coinrun_actions:
             raise UserError(
                 f"config.augment.mirror_share={self.augment.mirror_share} needs CoinRun's actions "
@@ -276,13 +281,24 @@ class Settings(ConfigGroup):
                     f"rise, between 0 and 1"
                 )
             found.append((begin, _changed(found[-1][1], changes)))
+            if found[-1][1].context.lead != self.context.lead:
+                raise UserError(
+                    f"config.schedule.stages: context.lead must stay {self.context.lead}, as the "
+                    f"length of what is read depends on it"
+                )
         return found
 
     @property
-    def more_passes(self) -> int:
+    def training_data(self) -> DataConfig:
+        """Of training clips with the frames of the longest lead before them."""
+        return dataclasses.replace(self.data, clip_len=self.data.clip_len + self.context.lead)
+
+    @property
+    def more_passes(self) -> float:
         """Forward passes of an update besides the one with gradients."""
         context = self.context
         for_context = context.steps + 1 if context.steps else context.rounds
+        for_context *= 1 + context.lead / 2 / self.data.clip_len  # a lead's mean is half
         return for_context * bool(context.share) + 2 * bool(self.distil_from)
 
     @property

@@ -259,12 +259,14 @@ class DiT(nnx.Module):
         whole = jax.checkpoint if remat == "layer" else _kept
         # A pending update would be a second array to store for each half block.
         added = (lambda x: Stream(add(*x))) if remat == "layer" else _kept
+        # One split, whose gradient XLA joins with that of the stack: slices would be added instead.
+        layers = [x[:, :, 0] for x in jnp.split(modulations.layers, 2 * len(self.blocks), axis=2)]
         stream, keys, values = Stream(x_BTSD), [], []
         for i, block in enumerate(self.blocks):
             spatial = whole(functools.partial(self._spatial, block, cheap=cheap))
             temporal = whole(functools.partial(self._temporal, block, cheap=cheap))
-            stream = spatial(added(stream), modulations.layers[:, :, 2 * i])
-            stream, k, v = temporal(added(stream), modulations.layers[:, :, 2 * i + 1])
+            stream = spatial(added(stream), layers[2 * i])
+            stream, k, v = temporal(added(stream), layers[2 * i + 1])
             keys.append(k)
             values.append(v)
         return stream, FrameKV(tuple(keys), tuple(values))

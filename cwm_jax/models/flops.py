@@ -49,7 +49,7 @@ def forward(config: DiTConfig, *, clips: int, frames: int) -> Flops:
     return frame(config, in_view=(frames + 1) / 2) * (clips * frames)
 
 
-def train_step(config: DiTConfig, *, clips: int, frames: int, more_passes: int = 0) -> Flops:
+def train_step(config: DiTConfig, *, clips: int, frames: int, more_passes: float = 0) -> Flops:
     """Of a forward and a backward pass; the optimizer's are negligible.
 
     `more_passes`: forward passes besides the one with gradients.

@@ -45,6 +45,13 @@ class ContextConfig(ConfigGroup):
     top_share: float = setting(
         0.0, "of those clips, in which all noise levels are the highest", least=0, most=1
     )
+    lead: int = setting(
+        0,
+        "with `steps`: at most so many further frames are generated before each clip, a random "
+        "number in each update; clips whose player is elsewhere by then get real context",
+        least=0,
+        most=1000,
+    )
     start_noise: float = setting(
         0.0, "scale of the noise added to the frame that they begin with", least=0, most=1
     )

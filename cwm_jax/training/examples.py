@@ -18,7 +18,7 @@ from cwm_jax.models.dit import Params
 from cwm_jax.runtime import random_numbers
 from cwm_jax.training import distillation, self_generated
 from cwm_jax.training.config import ExampleConfig
-from cwm_jax.training.self_generated import Context
+from cwm_jax.training.self_generated import Context, Lead
 
 _TOP = schedule.NUM_LEVELS - 1
 _RENOISED_STEPS = np.array([1, 2, 4, 4], np.int32)  # of 4; one is chosen uniformly
@@ -56,10 +56,15 @@ def make(
 ) -> Example:
     """Examples of a batch `{"frames": uint8 [B, T, H, W, 3], "actions": int32 [B, T]}`.
 
-    With outcomes (`clips.cut`) they have the heads' targets too.
+    With outcomes (`clips.cut`) they have the heads' targets too. With `config.context.lead` the
+    batch has so many frames more than the examples, whose lead is a random number of them.
     """
     if config.augment.mirror_share:
         batch = mirrored(key, batch, config.augment.mirror_share)
+    whole, lead_key = batch, jax.random.fold_in(key, 4)
+    if config.context.lead:
+        count = random_numbers.integers(lead_key, (), 0, config.context.lead + 1)
+        batch = {name: _without_lead(x, count, config.context.lead) for name, x in batch.items()}
     frames = batch["frames"]
     t_BT, noise_BTHWC = schedule.sample(key, frames.shape)
     top_key, clips_key, own_key, level_key = jax.random.split(jax.random.fold_in(key, 1), 4)
@@ -70,6 +75,10 @@ def make(
     context = None
     if config.context.share:
         context = _context((clips_key, own_key, level_key), frames.shape, config)
+        if config.context.lead:
+            count_B = jnp.broadcast_to(count, frames.shape[:1])
+            lead = Lead(count_B, whole["frames"][:, 0], whole["actions"])
+            context = context._replace(lead=lead)
     targets = None
     if "pressed" in batch:
         targets = Targets(batch["pressed"], batch["rewards"], batch["ends"])
@@ -96,7 +105,7 @@ def _context(keys, shape: tuple[int, ...], config: ExampleConfig) -> Context:
         clips_B=jnp.asarray(self_generated.clips(shape[0], how.share)),
         top_B=top_B,
         t_BPT=jnp.where(top_B[:, None, None], _TOP, t_BPT),
-        noise_BTHWC=random_numbers.normal(own_key, shape),
+        noise_BRHWC=random_numbers.normal(own_key, (shape[0], how.lead + shape[1], *shape[2:])),
         start_noise_B=how.start_noise * scale_B,
     )
 
@@ -116,6 +125,11 @@ def mirrored(key, batch: dict[str, jax.Array], share: float) -> dict[str, jax.Ar
         "frames": jnp.where(mirror_B[:, None, None, None, None], frames[:, :, :, ::-1], frames),
         **{key: turned(batch[key]) for key in ("actions", "pressed") if key in batch},
     }
+
+
+def _without_lead(x_BR: jax.Array, count: jax.Array, most: int) -> jax.Array:
+    """The frames of a clip, or their numbers, after a lead of `count` of at most `most` frames."""
+    return jax.lax.dynamic_slice_in_dim(x_BR, count, x_BR.shape[1] - most, axis=1)
 
 
 def _with_top(key, t: jax.Array, share: float) -> jax.Array:

@@ -52,7 +52,7 @@ def clip_loss(
         errors = displacement.errors(earlier[..., :3], frames, network.reach)
         if example.context is not None and config.context.persist_above:
             which = self_generated.places(len(frames), config.context.share)
-            free = ~_middle(errors.shape[2])
+            free = ~self_generated.middle(errors.shape[2])
             part = frames[which], earlier[which], errors[which], free, config.context.persist_above
             targets, found = self_generated.persistent(denoiser, *part)
             frames, errors = frames.at[which].set(targets), errors.at[which].set(found)
@@ -111,17 +111,7 @@ def _cross_entropy(logits_BThwK, errors_BThwK, reach: Reach) -> jax.Array:
     return -(displacement.targets(errors_BThwK, reach) * log_probs).sum(-1)
 
 
-def _middle(size: int) -> np.ndarray:
-    """Which of size × size pixels or patches are the middle, bool: a quarter of each side.
-
-    CoinRun shows the player there, who has a tenth of the frame's height and width.
-    """
-    inside = np.zeros((size, size), bool)
-    inside[3 * size // 8 : 5 * size // 8, 3 * size // 8 : 5 * size // 8] = True
-    return inside
-
-
 def _weights(size: int, middle_weight: float) -> np.ndarray:
     """The weight of each pixel or patch, float32 [size, size, 1], with mean 1."""
-    weights = np.where(_middle(size), middle_weight, 1.0).astype(np.float32)[..., None]
+    weights = np.where(self_generated.middle(size), middle_weight, 1.0).astype(np.float32)[..., None]
     return weights / weights.mean()

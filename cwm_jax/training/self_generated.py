@@ -4,7 +4,7 @@ A network trained on real context only does not correct its own errors in a roll
 the clips gets context frames that the network generates with its current parameters, without
 gradients. `in_rounds` generates all frames of a clip at once, several times; `rollout` frame by
 frame, exactly as the sampler does (Self Forcing, Huang et al. 2025,
-https://arxiv.org/abs/2506.08009), so that errors accumulate over the whole clip.
+https://arxiv.org/abs/2506.08009), so that errors accumulate over the whole clip, and over the frames before it that `context.lead` adds.
 
 The right target after self-generated frames is not always the real frame: where their content
 differs from the game, such as terrain that came into view, `persistent` makes the target that
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import displacement, schedule
 from cwm_jax.diffusion.denoiser import Denoiser, bind
 from cwm_jax.models.config import DiTConfig
@@ -25,6 +26,7 @@ from cwm_jax.sampling import kv_cache, sampler
 from cwm_jax.training.config import ContextConfig
 
 _TOP = schedule.NUM_LEVELS - 1
+_OFF_COURSE = 0.35  # root mean square error of the middle, colours in [-1, 1]
 
 
 class Context(NamedTuple):
@@ -33,8 +35,17 @@ class Context(NamedTuple):
     clips_B: jax.Array  # bool, the clips with self-generated context
     top_B: jax.Array  # bool, those of them whose noise levels are all the highest
     t_BPT: jax.Array  # noise levels that frames are generated from, in each of P rounds
-    noise_BTHWC: jax.Array  # the noise that they are generated from, the same in all rounds
+    noise_BRHWC: jax.Array  # the noise that R = lead + T frames are generated from, in all rounds
     start_noise_B: jax.Array  # standard deviation of the noise added to the first frame
+    lead: "Lead | None" = None  # None: the generated frames begin with the clip's first
+
+
+class Lead(NamedTuple):
+    """Frames that are generated before those of a clip; arrays begin with the earliest."""
+
+    count_B: jax.Array  # int32, frames before the clip, the same for all clips
+    start_BHWC: jax.Array  # uint8, the first of them, which is real
+    actions_BR: jax.Array  # int32, those of the lead and of the clip, R = most + T
 
 
 def clips(count: int, share: float) -> np.ndarray:
@@ -83,6 +94,8 @@ def with_generated(
         generated = rollout(fixed, network, *given, part, steps=config.steps)
     else:
         generated = in_rounds(bind(network, fixed), *given, part, renoised=config.renoised)
+    if part.lead is not None:
+        part = part._replace(clips_B=part.clips_B & _on_course(generated[:, 0], given[0][:, 0]))
     is_generated = part.clips_B[:, None, None, None, None]
     seen = frames.at[which].set(jnp.where(is_generated, generated, frames[which]))
     is_top = (part.clips_B & part.top_B)[:, None]
@@ -105,7 +118,7 @@ def in_rounds(
     def one_round(seen, t_BT):
         earlier = denoiser.earlier(seen)
         x0 = denoiser.to_sample(seen if renoised else frames_BTHWC, earlier)
-        noised = schedule.noised(x0, t_BT, context.noise_BTHWC).x
+        noised = schedule.noised(x0, t_BT, context.noise_BRHWC).x
         frames = denoiser.frames(noised, t_BT, actions_BT, earlier)
         return frames.at[:, 0].set(frames_BTHWC[:, 0]), None
 
@@ -115,17 +128,21 @@ def in_rounds(
 def rollout(
     params: Params, network: DiTConfig, frames_BTHWC, actions_BT, context: Context, *, steps: int
 ) -> jax.Array:
-    """The first frame with noise, and the others as a rollout, float32 [B, T, H, W, 3].
+    """The frames of a clip as a rollout generates them, float32 [B, T, H, W, 3].
 
-    The rollout takes `steps` denoising steps per frame with the KV cache of the sampler. Noise on
+    The rollout begins with a real frame with noise: the clip's first, or with `Context.lead` one
+    before it. It takes `steps` denoising steps per frame with the KV cache of the sampler. Noise on
     its first frame, after many displacements, resembles the errors of long rollouts, so the network
     learns to remove them.
     """
+    start_BHWC, actions_BR, lead = frames_BTHWC[:, 0], actions_BT, context.lead
+    if lead is not None:
+        start_BHWC, actions_BR = to_model(lead.start_BHWC), lead.actions_BR
     config = sampler.SamplerConfig(levels=sampler.ddim_levels(steps), window="cached")
     tables = sampler.tabulate(bind(network, params), config)
     denoiser = bind(network, jax.tree.map(lambda x: x.astype(network.compute_dtype), params))
     sigma = context.start_noise_B[:, None, None, None]
-    first = (frames_BTHWC[:, 0] + sigma * context.noise_BTHWC[:, 0]).clip(-1, 1)
+    first = (start_BHWC + sigma * context.noise_BRHWC[:, 0]).clip(-1, 1)
     slots = len(first), network.max_frames - 1
     begin = lambda: kv_cache.start(
         denoiser,
@@ -136,15 +153,47 @@ def rollout(
     )
     # In a world without frames no slot is visible, so nothing needs to be encoded.
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(begin))
-    world = kv_cache.advance(denoiser, tables.context, empty, first, actions_BT[:, 0], "cached")
+    world = kv_cache.advance(denoiser, tables.context, empty, first, actions_BR[:, 0], "cached")
 
     def next_frame(world, action_and_noise):
         return sampler.step(denoiser, tables, world, *action_and_noise, None, config)
 
-    later = lambda x: jnp.moveaxis(x[:, 1:], 1, 0)
-    given = later(actions_BT), later(context.noise_BTHWC)
-    _, frames_TBHWC = jax.lax.scan(next_frame, world, given)
-    return jnp.concatenate([first[:, None], jnp.moveaxis(frames_TBHWC, 0, 1)], axis=1)
+    by_frame = lambda x: jnp.moveaxis(x, 1, 0)
+    given = by_frame(actions_BR), by_frame(context.noise_BRHWC)
+    if lead is None:
+        _, frames_TBHWC = jax.lax.scan(next_frame, world, jax.tree.map(lambda x: x[1:], given))
+        return by_frame(jnp.concatenate([first[None], frames_TBHWC]))
+
+    def add(number, carry):
+        world, frames_TBHWC = carry
+        world, frame = next_frame(world, jax.tree.map(lambda x: x[number], given))
+        # Until the clip's first frame, each frame replaces the one before.
+        return world, frames_TBHWC.at[jnp.maximum(number - before, 0)].set(frame)
+
+    before, length = lead.count_B[0], actions_BT.shape[1]
+    frames_TBHWC = jnp.zeros((length, *first.shape)).at[0].set(first)
+    _, frames_TBHWC = jax.lax.fori_loop(1, before + length, add, (world, frames_TBHWC))
+    return by_frame(frames_TBHWC)
+
+
+def _on_course(generated_BHWC: jax.Array, real_BHWC: jax.Array) -> jax.Array:
+    """Whether the middle of generated frames, where the player is, resembles the game's, bool [B].
+
+    Elsewhere content may differ (`persistent`), but a player in another place moves differently.
+    """
+    error = jnp.square(generated_BHWC - real_BHWC).mean(-1)
+    inside = middle(error.shape[1])
+    return (error * inside).sum((1, 2)) < _OFF_COURSE**2 * inside.sum()
+
+
+def middle(size: int) -> np.ndarray:
+    """Which of size × size pixels or patches are the middle, bool: a quarter of each side.
+
+    CoinRun shows the player there, who has a tenth of the frame's height and width.
+    """
+    inside = np.zeros((size, size), bool)
+    inside[3 * size // 8 : 5 * size // 8, 3 * size // 8 : 5 * size // 8] = True
+    return inside
 
 
 def persistent(

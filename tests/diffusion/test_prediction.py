@@ -66,7 +66,7 @@ def test_self_generated_context_is_what_the_network_predicts(oracle, clip):
         clips_B=jnp.array([False, True]),
         top_B=jnp.zeros(2, bool),
         t_BPT=jnp.full((2, 1, 3), 600),
-        noise_BTHWC=jax.random.normal(KEY, frames.shape),
+        noise_BRHWC=jax.random.normal(KEY, frames.shape),
         start_noise_B=jnp.zeros(2),
     )
     for config in (ContextConfig(share=0.5), ContextConfig(share=0.5, steps=2)):

@@ -159,7 +159,7 @@ def test_the_loss_with_self_generated_context(shallow):
     for number in (0, 1):
         beside, level = residual.earlier(config, shown), own.t_BPT[:, number]
         x0 = residual.to_sample(config, real, beside)
-        start = schedule.noised(x0, level, own.noise_BTHWC).x
+        start = schedule.noised(x0, level, own.noise_BRHWC).x
         generated = schedule.predict_clean(start, net(start, level, actions, beside), level)
         shown = residual.to_frame(config, generated, beside).at[:, 0].set(real[:, 0])
     beside = residual.earlier(config, shown)

@@ -78,6 +78,7 @@ def test_small_keeps_the_originals_settings():
             7,
             r"decay_steps=7 needs config\.schedule\.max_steps",
         ),
+        ("context.lead", 3, r"config\.context\.lead=3 needs config\.context\.steps ≥ 1 and share"),
         ("schedule.stages", (0.5,), r"config\.schedule\.stages holds 0\.5; a stage is \(share"),
         ("schedule.stages", ((1.5, {}),), r"config\.schedule\.stages: a stage begins at 1\.5"),
         ("schedule.stages", ((0.5, {}), (0.4, {})), r"a stage begins at 0\.4"),
@@ -105,6 +106,17 @@ def test_a_stage_keeps_the_settings_of_earlier_stages():
     assert shares == (0, 0.2, 0.6)
     assert [each.context.rounds for each in examples] == [2, 3, 3]
     assert [each.noise_levels.top_share for each in examples] == [0.35, 0.35, 0.1]
+
+
+def test_a_stage_cannot_change_the_lead():
+    settings = {"schedule.stages": ((0.5, {"context.lead": 4}),), "context.lead": 3}
+    with pytest.raises(UserError, match=r"stages: context\.lead must stay 3"):
+        Settings.from_config(changed(config_of("pocket"), settings))
+
+
+def test_training_clips_have_the_frames_of_a_lead_more():
+    settings = Settings.from_config(changed(config_of("pocket"), {"context.lead": 5}))
+    assert (settings.training_data.clip_len, settings.data.clip_len) == (17, 12)
 
 
 def test_a_missing_key_is_named():

@@ -40,7 +40,7 @@ def test_levels_and_clips_have_the_configured_shares():
     assert context.t_BPT.shape == (200, 3, 5)
     assert 0.25 < (context.t_BPT == 999).mean() < 0.35
     of_its_own = (
-        context.noise_BTHWC * example.noise_BTHWC
+        context.noise_BRHWC * example.noise_BTHWC
     )  # otherwise the real frame could be inferred
     assert abs(of_its_own.mean()) < 0.05
     assert 0.07 < context.start_noise_B.mean() < 0.09  # |N(0, 0.1)| is 0.08 on the mean

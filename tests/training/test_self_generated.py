@@ -71,7 +71,7 @@ def test_a_rollout_is_the_samplers(network, params):
     prompt = batch["frames"][:, :1], batch["actions"][:, :1]
     world = sampler.Sampler(network, params, config).start(*prompt)
     for t in range(1, 5):
-        step = batch["actions"][:, t], context.noise_BTHWC[:, t], None
+        step = batch["actions"][:, t], context.noise_BRHWC[:, t], None
         world, frame = next_frame(world, *step)
         np.testing.assert_allclose(found[:, t], frame, atol=1e-4)
     np.testing.assert_array_equal(found[:, 0], given[0][:, 0])
@@ -88,10 +88,76 @@ def test_a_rollout_starts_with_the_configured_noise(network, params):
     assert noise[1].std() == pytest.approx(0.1, rel=0.03)
 
 
-def test_a_step_with_rollouts_does_not_depend_on_its_parts(network, params):
-    how = {"context.share": 0.5, "context.steps": 1}
+def lead_batch(clips, lead):
+    """Clips of a moving picture with `lead` frames more, and actions that differ."""
+    frames = moving_clip(5 + lead).repeat(clips, axis=0)
+    actions = np.arange(clips * (5 + lead), dtype=np.int32).reshape(clips, -1) % 15
+    return {"frames": frames, "actions": actions}
+
+
+def with_lead(batch, count, *, lead, start_noise=0.0):
+    """An example whose lead has `count` frames."""
+    settings = {"context.share": 1.0, "context.steps": 2, "context.lead": lead}
+    settings |= {"context.start_noise": start_noise}
+    config = ExampleConfig().changed(settings)
+    for number in range(100):
+        example = examples.make(jax.random.key(number), batch, config)
+        if int(example.context.lead.count_B[0]) == count:
+            return example, config
+    raise AssertionError(f"no lead of {count} frames")
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_the_frames_of_an_example_follow_its_lead(count):
+    batch = lead_batch(2, 3)
+    example, _ = with_lead(batch, count, lead=3)
+    np.testing.assert_array_equal(example.frames_BTHWC, batch["frames"][:, count : count + 5])
+    np.testing.assert_array_equal(example.actions_BT, batch["actions"][:, count : count + 5])
+    assert (np.asarray(example.context.lead.count_B) == count).all()
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_rollout_with_a_lead_is_the_samplers(network, params, count):
+    """The last frames of a rollout of lead and clip, longer than the window of 5 frames."""
+    batch = lead_batch(2, 3)
+    example, _ = with_lead(batch, count, lead=3)
+    given = to_model(example.frames_BTHWC), example.actions_BT
+    found = rollout(params, network, *given, example.context, steps=2)
+    config = sampler.SamplerConfig(levels=sampler.ddim_levels(2), window="cached")
+    net = denoiser.bind(network, params)
+    tables = jax.jit(lambda: sampler.tabulate(net, config))()
+    next_frame = jax.jit(functools.partial(sampler.step, net, tables, config=config))
+    prompt = batch["frames"][:, :1], batch["actions"][:, :1]
+    world = sampler.Sampler(network, params, config).start(*prompt)
+    frames = [to_model(prompt[0][:, 0])]
+    for t in range(1, count + 5):
+        step = batch["actions"][:, t], example.context.noise_BRHWC[:, t], None
+        world, frame = next_frame(world, *step)
+        frames.append(frame)
+    wanted = np.stack(frames, axis=1)[:, count:]
+    assert wanted.shape == found.shape
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_clips_whose_player_is_elsewhere_get_real_context(network, params):
+    """Of the real frames of one clip the middle is changed, so that the rollout misses it."""
+    batch = lead_batch(2, 3)
+    example, config = with_lead(batch, 3, lead=3)
+    frames = np.array(to_model(example.frames_BTHWC))
+    rolled = np.array(rollout(params, network, frames, example.actions_BT, example.context, steps=2))
+    frames[0] = rolled[0]  # as the game went on
+    frames[1, :, 24:40, 24:40] = np.where(rolled[1, :, 24:40, 24:40] > 0, -1, 1)
+    given = frames, example.actions_BT, example.t_BT, example.context, config.context
+    seen, _ = self_generated.with_generated(params, network, *given)
+    np.testing.assert_allclose(seen[0], rolled[0], atol=1e-4)
+    np.testing.assert_array_equal(seen[1], frames[1])
+
+
+@pytest.mark.parametrize("lead", [0, 2])
+def test_a_step_with_rollouts_does_not_depend_on_its_parts(network, params, lead):
+    how = {"context.share": 0.5, "context.steps": 1, "context.lead": lead}
     how |= {"context.start_noise": 0.1, "context.persist_above": 0.1}
-    noise, batch = ExampleConfig().changed(how), batch_of(4)
+    noise, batch = ExampleConfig().changed(how), lead_batch(4, lead) if lead else batch_of(4)
     optim = train_step.OptimizerConfig(
         lr=1e-3, weight_decay=0.0, warmup_steps=0, grad_clip=1.0, ema_decay=0.0
     )
@@ -107,11 +173,13 @@ def test_a_step_with_rollouts_does_not_depend_on_its_parts(network, params):
         np.testing.assert_allclose(others[name], gradient, atol=1e-3 * scale, err_msg=name)
 
 
-def test_no_gradient_goes_through_a_rollout(network, params):
-    batch = batch_of(2)
-    noise = ExampleConfig().changed({"context.share": 1.0, "context.steps": 1})
+@pytest.mark.parametrize("lead", [0, 2])
+def test_no_gradient_goes_through_a_rollout(network, params, lead):
+    batch = lead_batch(2, lead) if lead else batch_of(2)
+    settings = {"context.share": 1.0, "context.steps": 1, "context.lead": lead}
+    noise = ExampleConfig().changed(settings)
     example = examples.make(KEY, batch, noise)
-    given = to_model(batch["frames"]), example.actions_BT, example.t_BT, example.context
+    given = to_model(example.frames_BTHWC), example.actions_BT, example.t_BT, example.context
     given += (noise.context,)
     total = lambda p: self_generated.with_generated(p, network, *given)[0].sum()
     assert all(not gradient.any() for gradient in jax.jit(jax.grad(total))(params).values())
