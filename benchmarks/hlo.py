@@ -10,6 +10,7 @@ distinguished by name when they are timed.
 """
 
 import collections
+import itertools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -88,6 +89,15 @@ def kinds(text: str) -> dict[str, str]:
         for line in lines
         if line["op"] not in _FREE | _CALLS
     }
+
+
+def own_names(text: str) -> dict[str, str]:
+    """The names of the project's kernels, which a profiler sees, by instruction."""
+    found = {}
+    for line in itertools.chain.from_iterable(_split(text)[0].values()):
+        if named := re.search(r'op_name="[^"]*?(\w+)/pallas_call"', line["rest"]):
+            found[line["name"]] = named[1]
+    return found
 
 
 def _split(text: str) -> tuple[dict[str, list[re.Match]], str]:

@@ -45,13 +45,13 @@ def by_kind(events: Iterable[Event], text: str) -> dict[str, float]:
 
     Kernels that overlap, on several streams or cores, each count.
     """
-    kinds = hlo.kinds(text)
-    return dict(_seconds(events, kinds).most_common())
+    return dict(_seconds(events, hlo.kinds(text), text).most_common())
 
 
 def by_role(events: Iterable[Event], text: str) -> list[Role]:
     """Kernels, seconds and bytes of a program's run by role, the longest first."""
-    seconds = _seconds(events, {kernel.name: kernel.role for kernel in hlo.each(text)})
+    roles = {kernel.name: kernel.role for kernel in hlo.each(text)}
+    seconds = _seconds(events, roles, text)
     known, rows = hlo.kernels(text, by="role"), []
     for role in {*seconds, *known.count}:
         gbytes, took = known.bytes[role] / 1e9, seconds[role]
@@ -60,12 +60,17 @@ def by_role(events: Iterable[Event], text: str) -> list[Role]:
     return sorted(rows, key=lambda row: row.seconds, reverse=True)
 
 
-def _seconds(events: Iterable[Event], groups: dict[str, str]) -> collections.Counter:
+def _seconds(
+    events: Iterable[Event], groups: dict[str, str], text: str
+) -> collections.Counter:
     """The seconds of events by the group of their instruction, by its name."""
     by_kernel = {_kernel(name): group for name, group in groups.items()}
+    own = {own: groups[name] for name, own in hlo.own_names(text).items() if name in groups}
     found = collections.Counter()
     for event in events:
         group = groups.get(event.op) or groups.get(event.name) or by_kernel.get(event.name)
+        # XLA numbers kernels of the same name.
+        group = group or own.get(re.sub(r"__\d+$", "", event.name))
         if group is None and event.on_gpu:
             matching = (kind for pattern, kind in _LIBRARIES if pattern.search(event.name))
             group = next(matching, "other")
