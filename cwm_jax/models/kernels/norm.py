@@ -81,8 +81,8 @@ def backward(
         of_x: gradient of the stream from later layers [F, S, D].
         tiling: None: one row at a time, of as few warps as the registers allow.
 
-    The sums, each float32 [F, D], are the gradients of shift and scale, and with an update also of
-    the gate, and the sum of the gradient of x.
+    The sums, each [F, D], are the gradients of shift and scale, and with an update also of the
+    gate, in the dtype of `scale_FD`, and the sum of the gradient of x, float32.
     """
     frames, tokens, size = x_FSD.shape
     # A warp alone waits for no other when it sums a row.
@@ -90,14 +90,15 @@ def backward(
     whole, row = _whole(tokens, size), _row(size)
     gated = update is not None
     into = [whole, _shared(size), row] if gated else []
-    wholes, sums = (2, 4) if gated else (1, 2)
+    wholes = 2 if gated else 1
+    sums = [scale_FD.dtype] * 3 + [jnp.float32] if gated else [scale_FD.dtype] * 2
     found = _call(
         functools.partial(_backward, gated=gated, rows=tiling.rows),
         (frames,),
         [whole, *into, row, whole, whole],
-        [whole] * wholes + [row] * sums,
+        [whole] * wholes + [row] * len(sums),
         [jax.ShapeDtypeStruct(x_FSD.shape, x_FSD.dtype)] * wholes
-        + [jax.ShapeDtypeStruct((frames, size), jnp.float32)] * sums,
+        + [jax.ShapeDtypeStruct((frames, size), dtype) for dtype in sums],
         tiling,
         interpret,
         "norm_backward",
@@ -154,7 +155,7 @@ def _backward(*refs, gated: bool, rows: int):
     zeros = (jnp.zeros((rows, x_ref.shape[2]), jnp.float32),) * len(sum_refs)
     sums = jax.lax.fori_loop(0, x_ref.shape[1] // rows, some, zeros)
     for ref, found in zip(sum_refs, sums, strict=True):
-        ref[0] = found.sum(0)
+        ref[0] = found.sum(0).astype(ref.dtype)
 
 
 def _norm(x):
