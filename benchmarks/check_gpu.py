@@ -135,16 +135,9 @@ def kernel(network: DiTConfig, setting: str, name: str, frames: int) -> Verdict:
     trial = next(trial for trial in trials if trial.setting == setting)
     if name not in trial.candidates:
         return Verdict(None, "does not take these shapes")
-    try:
-        errors = kernel_measure.errors(trial, name)
-    except Exception as error:
-        if name != "cudnn":
-            raise
-        return Verdict(None, f"will not be used: {type(error).__name__}")
+    errors = kernel_measure.errors(trial, name)
     right = all(errors[check.name] <= check.near for check in trial.checks)
     text = "off by " + ", ".join(f"{error:.2g} on {what}" for what, error in errors.items())
-    if name == "cudnn" and not right:  # not a fault of this project; no run uses it then
-        return Verdict(None, f"will not be used: {text}")
     return Verdict(right, text)
 
 
@@ -254,13 +247,13 @@ def network_checks(
     """Lines of a network's part."""
     network = sizes.network(size, dtype="bfloat16")
     length = frames or network.max_frames
+    for dtype in ("float32", "bfloat16"):  # first, as they take longest to compile
+        check = functools.partial(step, references, size, dtype, clips, length)
+        yield f"{UPDATES} updates of {size} in {dtype}", check
     for setting, names in kernel_choice.KERNELS.items():
         for name in names:
             check = functools.partial(kernel, network, setting, name, length)
             yield f"{setting} {name} at {size}", check
-    for dtype in ("float32", "bfloat16"):
-        check = functools.partial(step, references, size, dtype, clips, length)
-        yield f"{UPDATES} updates of {size} in {dtype}", check
 
 
 def run(asked: list[tuple[str, Check]], seconds: float | None) -> bool:

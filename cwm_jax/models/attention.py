@@ -38,7 +38,10 @@ def check_device(over_space: str, over_time: str) -> None:
 
 
 def candidates(dtype: jnp.dtype, head_size: int, *, length: int) -> tuple[str, ...]:
-    """The `KERNELS` that support these sizes on a GPU that `fuses`; XLA's is the first.
+    """The `KERNELS` that `auto` compares at these sizes on a GPU that `fuses`; XLA's is the first.
+
+    cuDNN's is none of them: on an H100 its gradient is not a number where scores are extreme, and
+    it takes three times as long as the fused one (`benchmarks/RESULTS.md`).
 
     Args:
         length: of the sequences that attend.
@@ -46,8 +49,6 @@ def candidates(dtype: jnp.dtype, head_size: int, *, length: int) -> tuple[str, .
     found = ["xla"]
     if dtype == jnp.bfloat16 and _kernels().fits(length, head_size):
         found.append("fused")
-    if dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128:
-        found.append("cudnn")
     return tuple(found)
 
 

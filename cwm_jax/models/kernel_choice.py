@@ -28,7 +28,7 @@ from cwm_jax.runtime import compile_cache
 
 FILE = "kernels.json"
 FALLBACK = "xla"
-_ATTENTION = "xla", "fused", "cudnn"
+_ATTENTION = "xla", "fused"
 _TRITON = "xla", "triton"
 KERNELS = {"attention": _ATTENTION, "time_attention": _ATTENTION, "norm": _TRITON, "mlp": _TRITON}
 

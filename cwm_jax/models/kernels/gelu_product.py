@@ -10,6 +10,7 @@ Written with Pallas for its Triton backend.
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-_SQRT_2_OVER_PI = 0.7978845608028654
+_2_SQRT_2_OVER_PI = 1.5957691216057308
+_CUBIC = 0.044715
+_LOG2_E = 1.4426950408889634
 
 
 class Tiling(NamedTuple):
@@ -26,22 +29,47 @@ class Tiling(NamedTuple):
 
     rows: int = 128
     columns: int = 128
-    depth: int = 64  # of the product, at a time
+    depth: int = 32  # of the product, at a time
     warps: int = 8  # of 32 threads
-    stages: int = 3  # of loads in flight
+    stages: int = 4  # of loads in flight
 
 
 _TILING = Tiling()
 
 
-def slope(x: jax.Array) -> jax.Array:
+def _sigma(exponent: jax.Array) -> jax.Array:
+    """1 / (1 + 2^exponent)."""
+    return 1 / (1 + jnp.exp2(exponent))
+
+
+def _quick_sigma(exponent: jax.Array) -> jax.Array:
+    """`_sigma` by the approximate instructions of NVIDIA GPUs, to 4 units in the last place.
+
+    Triton's own exponential and division handle denormal numbers, in three times as many
+    instructions.
+    """
+    (found,) = triton.elementwise_inline_asm(
+        "{.reg .f32 e; ex2.approx.ftz.f32 e, $1; add.ftz.f32 e, e, 0f3F800000; "
+        "rcp.approx.ftz.f32 $0, e;}",
+        args=[exponent],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(exponent.shape, jnp.float32)],
+    )
+    return found
+
+
+def slope(x: jax.Array, sigma: Callable[[jax.Array], jax.Array] = _sigma) -> jax.Array:
     """gelu′ of the GELU by tanh (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415).
 
-    With u = √(2/π) (x + 0.044715 x³): (1 + tanh u) / 2 + x (1 − tanh² u) u′ / 2.
+    With v = 2 √(2/π) (x + 0.044715 x³) it is x σ(v), since (1 + tanh(v / 2)) / 2 = σ(v). So the
+    derivative is σ + x σ (1 − σ) v′, with one exponential, which GPUs compute in one instruction.
     """
-    tanh = jnp.tanh(_SQRT_2_OVER_PI * (x + 0.044715 * x * x * x))
-    inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
-    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * inner
+    square = x * x
+    exponent = x * (-_2_SQRT_2_OVER_PI * _LOG2_E - _2_SQRT_2_OVER_PI * _LOG2_E * _CUBIC * square)
+    found = sigma(exponent)
+    inner = _2_SQRT_2_OVER_PI + 3 * _CUBIC * _2_SQRT_2_OVER_PI * square
+    return found + x * inner * (found - found * found)
 
 
 def fits(x: jax.Array, kernel_HO: jax.Array) -> bool:
@@ -66,7 +94,9 @@ def gradient(grad_RO, kernel_HO, x_RH, *, tiling: Tiling = _TILING, interpret=Fa
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # of this backend
         of_x, sums = pl.pallas_call(
-            functools.partial(_gradient, depth=tiling.depth),
+            functools.partial(
+                _gradient, depth=tiling.depth, sigma=_sigma if interpret else _quick_sigma
+            ),
             grid=(rows // tiling.rows * across,),
             in_specs=[
                 pl.BlockSpec((tiling.rows, outputs), lambda i: (i // across, 0)),
@@ -88,7 +118,7 @@ def gradient(grad_RO, kernel_HO, x_RH, *, tiling: Tiling = _TILING, interpret=Fa
     return of_x, sums.sum(0)
 
 
-def _gradient(grad_ref, kernel_ref, x_ref, out_ref, sums_ref, *, depth: int):
+def _gradient(grad_ref, kernel_ref, x_ref, out_ref, sums_ref, *, depth: int, sigma):
     exact = lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
 
     def add(i, total):
@@ -101,6 +131,6 @@ def _gradient(grad_ref, kernel_ref, x_ref, out_ref, sums_ref, *, depth: int):
 
     zeros = jnp.zeros(x_ref.shape, jnp.float32)
     total = lax.fori_loop(0, grad_ref.shape[1] // depth, add, zeros)
-    of_x = total * slope(x_ref[...].astype(jnp.float32))
+    of_x = total * slope(x_ref[...].astype(jnp.float32), sigma)
     out_ref[...] = of_x.astype(out_ref.dtype)
     sums_ref[0] = of_x.sum(0)
