@@ -239,6 +239,15 @@ def _rollout(params, tables, state, actions_BF, key, *, network, config):
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def _step(params, tables, state, action_B, key, *, network, config):
+    # One program: a slice of the frames outside of it would be dispatched on its own.
+    following, frames_BFHWC = rollout(
+        bind(network, params), tables, state, action_B[:, None], key, config
+    )
+    return following, frames_BFHWC[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
 def _watched_rollout(params, tables, state, actions_BF, key, *, network, config):
     return watched_rollout(bind(network, params), tables, state, actions_BF, key, config)
 
@@ -292,5 +301,7 @@ class Sampler:
 
     def step(self, state: World, action_B, key: jax.Array) -> tuple[World, jax.Array]:
         """Generates one frame: (the next world, uint8 [B, H, W, C]). `state` is donated."""
-        state, frames = self.rollout(state, np.asarray(action_B)[:, None], key)
-        return state, frames[:, 0]
+        action_BF = np.asarray(action_B)[:, None]
+        action_BF = prompt.next_actions(self.network, action_BF, len(state.actions_BM))
+        args = self._params, self._tables, state, action_BF[:, 0], key
+        return _step(*args, **self._static)
