@@ -209,12 +209,12 @@ def test_worlds_of_a_batch_are_independent(tiny, tiny_params):
 def test_one_program_serves_every_length(tiny, tiny_params, window):
     config = SamplerConfig(levels=ddim_levels(2), window=window)
     generator = Sampler(tiny, tiny_params, config)
-    traces = sampler._rollout._cache_size(), sampler._start._cache_size()
+    traces = sampler._step._cache_size(), sampler._start._cache_size()
     for given in (1, 2, 5):
         state = generator.start(*prompt_of(tiny, worlds=3, frames=given))
         for _ in range(9):
             state, _ = generator.step(state, [7, 1, 4], KEY)
-    assert (sampler._rollout._cache_size(), sampler._start._cache_size()) == (
+    assert (sampler._step._cache_size(), sampler._start._cache_size()) == (
         traces[0] + 1,
         traces[1] + 1,
     )
