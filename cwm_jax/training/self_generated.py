@@ -153,27 +153,40 @@ def rollout(
     )
     # In a world without frames no slot is visible, so nothing needs to be encoded.
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(begin))
-    world = kv_cache.advance(denoiser, tables.context, empty, first, actions_BR[:, 0], "cached")
-
-    def next_frame(world, action_and_noise):
-        return sampler.step(denoiser, tables, world, *action_and_noise, None, config)
-
     by_frame = lambda x: jnp.moveaxis(x, 1, 0)
-    given = by_frame(actions_BR), by_frame(context.noise_BRHWC)
+    actions_RB, noise_RBHWC = by_frame(actions_BR), by_frame(context.noise_BRHWC)
+
+    def following(number, world, frame):
+        """The world with the frame before `number`, and that frame.
+
+        In this order the program has the network twice, for a denoising step and for a frame of the
+        context, and not another time for the first frame.
+        """
+        led_in, action = actions_RB[number - 1], actions_RB[number]
+        world = kv_cache.advance(denoiser, tables.context, world, frame, led_in, "cached")
+        noise = noise_RBHWC[number]
+        return world, sampler.generate_frame(denoiser, tables, world, action, noise, None, config)
+
+    length = actions_BT.shape[1]
     if lead is None:
-        _, frames_TBHWC = jax.lax.scan(next_frame, world, jax.tree.map(lambda x: x[1:], given))
+
+        def one(carry, number):
+            world, frame = following(number, *carry)
+            return (world, frame), frame
+
+        _, frames_TBHWC = jax.lax.scan(one, (empty, first), jnp.arange(1, length))
         return by_frame(jnp.concatenate([first[None], frames_TBHWC]))
 
     def add(number, carry):
-        world, frames_TBHWC = carry
-        world, frame = next_frame(world, jax.tree.map(lambda x: x[number], given))
+        world, frame, frames_TBHWC = carry
+        world, frame = following(number, world, frame)
         # Until the clip's first frame, each frame replaces the one before.
-        return world, frames_TBHWC.at[jnp.maximum(number - before, 0)].set(frame)
+        return world, frame, frames_TBHWC.at[jnp.maximum(number - before, 0)].set(frame)
 
-    before, length = lead.count_B[0], actions_BT.shape[1]
+    before = lead.count_B[0]
     frames_TBHWC = jnp.zeros((length, *first.shape)).at[0].set(first)
-    _, frames_TBHWC = jax.lax.fori_loop(1, before + length, add, (world, frames_TBHWC))
-    return by_frame(frames_TBHWC)
+    carry = empty, first, frames_TBHWC
+    return by_frame(jax.lax.fori_loop(1, before + length, add, carry)[-1])
 
 
 def _on_course(generated_BHWC: jax.Array, real_BHWC: jax.Array) -> jax.Array:
