@@ -12,9 +12,7 @@ after each result. `--tiny` tries it all on a CPU, in the interpreter.
 
 import argparse
 import dataclasses
-import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,16 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import machine
+from benchmarks.report import Report, Row, timed
 from cwm_jax.errors import shown_to_user
 from cwm_jax.files import path_flag
 from cwm_jax.models import attention, rope
 from cwm_jax.models.kernels import reference
 from cwm_jax.models.kernels import rotary_attention as kernels
 from cwm_jax.models.kernels.rotary_attention import Plan, Tuning
-from cwm_jax.runtime import device_speed
-
-Row = dict[str, object]
 
 # The most important first; the first is the default.
 TUNINGS = [
@@ -88,32 +83,6 @@ class Case:
     def described(self) -> Row:
         found = dataclasses.asdict(self)
         return {name: value for name, value in found.items() if value}
-
-
-class Report:
-    """Rows by section, in a file that is written after each."""
-
-    def __init__(self, path: Path, seconds: float):
-        self._path, self._end = path, time.monotonic() + seconds
-        self.rows: dict[str, list[Row]] = {"machine": [machine.description()]}
-
-    def left(self) -> float:
-        """Seconds."""
-        return max(0.0, self._end - time.monotonic())
-
-    def add(self, section: str, asked: Row, measure: Callable[[], Row]) -> Row:
-        """Runs a measurement, unless the time is over; an error becomes part of the row."""
-        if self.left() <= 0:
-            row = asked | {"failed": "no time left"}
-        else:
-            try:
-                row = asked | measure()
-            except Exception as error:  # one failure must not stop the others
-                row = asked | {"failed": f"{type(error).__name__}: {error}"[:600]}
-        self.rows.setdefault(section, []).append(row)
-        self._path.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
-        print(f"{section}: {machine.described(row)}", flush=True)
-        return row
 
 
 def fused(case: Case, turn, *, tuning=TUNINGS[0], interpret=False):
@@ -231,11 +200,6 @@ def cut(tuning: Tuning) -> Row:
 
 def compiled(function, *shapes):
     return jax.jit(function).lower(*shapes).compile()
-
-
-def timed(program, arrays, least: int) -> Row:
-    seconds = device_speed.best_time(program, *arrays, rounds=3, calls=10)
-    return {"ms": 1e3 * seconds, "gb_s": least / seconds / 1e9}
 
 
 class Timing:

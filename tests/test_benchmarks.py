@@ -21,10 +21,13 @@ from benchmarks import (
     check_gpu,
     data,
     gpu,
+    gpu_kernels,
     hlo,
     idle,
+    kernel_cases,
     network,
     original,
+    report,
     sample,
     sizes,
     trace,
@@ -32,6 +35,7 @@ from benchmarks import (
 )
 from cwm_jax.data.config import DataConfig
 from cwm_jax.models import attention, flops
+from cwm_jax.models.kernels import gelu_product, norm
 from cwm_jax.training import train_step
 from cwm_jax.training.config import ComputeConfig
 from cwm_jax.training.train_step import TrainSetup
@@ -131,6 +135,70 @@ def test_the_network_benchmark_runs(tmp_path, monkeypatch):
     }
     assert all(row["within"] for row in report["parity"])
     assert all(row["step_s"] > 0 for row in report["step"])
+
+
+def test_the_kernels_are_checked_and_timed(tmp_path, monkeypatch, capsys):
+    impossible, wrong = norm.Tiling(0, 1), norm.Tiling(3, 1)  # the last of 16 tokens is left out
+    monkeypatch.setattr(kernel_cases, "FORWARD", [norm.Tiling(8, 8), impossible, wrong])
+    monkeypatch.setattr(kernel_cases, "BACKWARD", kernel_cases.BACKWARD[3:4])
+    monkeypatch.setattr(kernel_cases, "GELU", kernel_cases.GELU[1:2])
+    operands, timed = [], gpu_kernels.timed
+    counted = lambda program, arrays, least: (
+        operands.append(arrays) or timed(program, arrays, least)
+    )
+    monkeypatch.setattr(gpu_kernels, "timed", counted)
+    out = tmp_path / "kernels.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels", "--tiny", "--output", str(out)])
+    gpu_kernels.main()
+    rows = collections.defaultdict(list)
+    for row in json.loads(out.read_text())["kernels"]:
+        rows[row.get("tiling") if row["kernel"] == "norm" else row["how"]].append(row)
+    (failed, _), (off, _) = (rows.pop(f"rows {n}, warps 1") for n in (0, 3))
+    assert "ZeroDivisionError" in failed["failed"]
+    assert not off["right"]
+    counts = {name: len(some) for name, some in rows.items()}
+    assert counts == {"xla": 3, "kernel": 3, None: 2, "rows 8, warps 8": 2}
+    fine = [row for some in rows.values() for row in some]
+    assert all(row["ms"] > 0 and row["gb_s"] > 0 and row["of_copy"] > 0 for row in fine)
+    assert all(row["right"] for row in fine if row["how"] == "kernel")
+    assert all(row["error"] < 0.05 for row in fine)
+    for arrays in operands:
+        assert len({x.unsafe_buffer_pointer() for x in arrays}) == len(arrays)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("14 rows, 2 failed, 2 wrong;")
+    assert not any("rows 3, warps 1" in line for line in lines if line.startswith("|"))
+
+
+def test_the_first_tilings_are_the_defaults():
+    assert kernel_cases.FORWARD[0] == norm._FORWARD
+    assert kernel_cases.GELU[0] == gelu_product.Tiling()
+
+
+def test_one_wrong_number_is_a_large_error():
+    right = np.ones((100, 100), np.float32)
+    wrong, lost = right.copy(), right.copy()
+    wrong[3, 4], lost[3, 4] = 0, np.nan
+    assert gpu_kernels.largest_error([right, right], [right, right]) == 0
+    assert gpu_kernels.largest_error([right, wrong], [right, right]) == 0.5
+    assert np.isinf(gpu_kernels.largest_error([lost, right], [right, right]))
+
+
+def test_a_report_keeps_rows_that_fail_and_stops_in_time(tmp_path):
+    def raises():
+        raise RuntimeError("no such card")
+
+    path = tmp_path / "rows.json"
+    rows = report.Report(path, 60)
+    for number, measure in enumerate((lambda: {"ms": 1.0}, raises, lambda: {"ms": 2.0})):
+        rows.add("times", {"number": number}, measure)
+        assert len(json.loads(path.read_text())["times"]) == number + 1
+    assert json.loads(path.read_text())["times"] == [
+        {"number": 0, "ms": 1.0},
+        {"number": 1, "failed": "RuntimeError: no such card"},
+        {"number": 2, "ms": 2.0},
+    ]
+    late = report.Report(path, 0).add("times", {"number": 3}, raises)
+    assert late == {"number": 3, "failed": "no time left"}
 
 
 def test_the_check_of_a_gpu_runs_on_a_cpu(monkeypatch, capsys):
