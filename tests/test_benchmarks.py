@@ -379,6 +379,23 @@ def test_the_roles_of_kernels():
     assert found[hlo.OTHER][1:] == (1, 0.0, 256e-9, 0.0)
 
 
+def test_the_projects_kernels_are_found_by_their_own_names():
+    """A profiler sees these, numbered, and not the instruction's."""
+    path = "jit(step)/transpose(jvp(norm))/norm_backward/pallas_call"
+    program = f"""ENTRY %main (a: f32[8,4]) -> f32[8,4] {{
+  %a = f32[8,4]{{1,0}} parameter(0)
+  ROOT %pallas_call.9 = f32[8,4]{{1,0}} custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={{op_name="{path}"}}
+}}
+"""
+    in_graph = functools.partial(trace.Event, on_gpu=True, op="command_buffer_1")
+    events = [in_graph("norm_backward__3", 2.0), in_graph("norm_backward", 1.0)]
+    events.append(in_graph("norm_forward__3", 0.5))
+    assert trace.by_kind(events, program) == {"other kernel": 3.0, "other": 0.5}
+    found = {role.role: role.seconds for role in trace.by_role(events, program)}
+    assert found == {"norm, backward": 3.0, "other": 0.5}
+
+
 def test_the_parts_of_a_training_step_are_roles():
     """All that a step computes outside of products belongs to a part, but for few bytes."""
     setup = TrainSetup(network=TINY, optim=train.OPTIM, compute=ComputeConfig())
