@@ -60,9 +60,7 @@ def by_role(events: Iterable[Event], text: str) -> list[Role]:
     return sorted(rows, key=lambda row: row.seconds, reverse=True)
 
 
-def _seconds(
-    events: Iterable[Event], groups: dict[str, str], text: str
-) -> collections.Counter:
+def _seconds(events: Iterable[Event], groups: dict[str, str], text: str) -> collections.Counter:
     """The seconds of events by the group of their instruction, by its name."""
     by_kernel = {_kernel(name): group for name, group in groups.items()}
     own = {own: groups[name] for name, own in hlo.own_names(text).items() if name in groups}

@@ -384,7 +384,7 @@ def test_the_projects_kernels_are_found_by_their_own_names():
     path = "jit(step)/transpose(jvp(norm))/norm_backward/pallas_call"
     program = f"""ENTRY %main (a: f32[8,4]) -> f32[8,4] {{
   %a = f32[8,4]{{1,0}} parameter(0)
-  ROOT %pallas_call.9 = f32[8,4]{{1,0}} custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", \
+  ROOT %pallas_call.9 = f32[8,4]{{1,0}} custom-call(%a), custom_call_target="triton", \
 metadata={{op_name="{path}"}}
 }}
 """

@@ -113,5 +113,6 @@ def _cross_entropy(logits_BThwK, errors_BThwK, reach: Reach) -> jax.Array:
 
 def _weights(size: int, middle_weight: float) -> np.ndarray:
     """The weight of each pixel or patch, float32 [size, size, 1], with mean 1."""
-    weights = np.where(self_generated.middle(size), middle_weight, 1.0).astype(np.float32)[..., None]
+    inside = self_generated.middle(size)[..., None]
+    weights = np.where(inside, middle_weight, 1.0).astype(np.float32)
     return weights / weights.mean()

@@ -4,7 +4,8 @@ A network trained on real context only does not correct its own errors in a roll
 the clips gets context frames that the network generates with its current parameters, without
 gradients. `in_rounds` generates all frames of a clip at once, several times; `rollout` frame by
 frame, exactly as the sampler does (Self Forcing, Huang et al. 2025,
-https://arxiv.org/abs/2506.08009), so that errors accumulate over the whole clip, and over the frames before it that `context.lead` adds.
+https://arxiv.org/abs/2506.08009), so that errors accumulate over the whole clip, and with
+`context.lead` over frames before it.
 
 The right target after self-generated frames is not always the real frame: where their content
 differs from the game, such as terrain that came into view, `persistent` makes the target that

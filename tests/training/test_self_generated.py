@@ -144,7 +144,9 @@ def test_clips_whose_player_is_elsewhere_get_real_context(network, params):
     batch = lead_batch(2, 3)
     example, config = with_lead(batch, 3, lead=3)
     frames = np.array(to_model(example.frames_BTHWC))
-    rolled = np.array(rollout(params, network, frames, example.actions_BT, example.context, steps=2))
+    rolled = np.array(
+        rollout(params, network, frames, example.actions_BT, example.context, steps=2)
+    )
     frames[0] = rolled[0]  # as the game went on
     frames[1, :, 24:40, 24:40] = np.where(rolled[1, :, 24:40, 24:40] > 0, -1, 1)
     given = frames, example.actions_BT, example.t_BT, example.context, config.context
