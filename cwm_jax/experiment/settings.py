@@ -281,10 +281,16 @@ class Settings(ConfigGroup):
                     f"rise, between 0 and 1"
                 )
             found.append((begin, _changed(found[-1][1], changes)))
-            if found[-1][1].context.lead != self.context.lead:
+            context = found[-1][1].context
+            if context.lead != self.context.lead:
                 raise UserError(
                     f"config.schedule.stages: context.lead must stay {self.context.lead}, as the "
                     f"length of what is read depends on it"
+                )
+            if context.lead and not context.steps:
+                raise UserError(
+                    f"config.schedule.stages sets context.steps to 0, and "
+                    f"config.context.lead={context.lead} needs 1 or more"
                 )
         return found
 

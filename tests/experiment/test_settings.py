@@ -112,6 +112,9 @@ def test_a_stage_cannot_change_the_lead():
     settings = {"schedule.stages": ((0.5, {"context.lead": 4}),), "context.lead": 3}
     with pytest.raises(UserError, match=r"stages: context\.lead must stay 3"):
         Settings.from_config(changed(config_of("pocket"), settings))
+    settings["schedule.stages"] = ((0.5, {"context.steps": 0}),)
+    with pytest.raises(UserError, match=r"stages sets context\.steps to 0, and .*lead=3"):
+        Settings.from_config(changed(config_of("pocket"), settings))
 
 
 def test_training_clips_have_the_frames_of_a_lead_more():
