@@ -58,22 +58,29 @@ def context_of(batch, *, steps):
     return examples.make(KEY, batch, ExampleConfig().changed(settings)).context
 
 
-def test_a_rollout_is_the_samplers(network, params):
-    """After one given frame, in as many steps, from the same noise."""
-    batch = batch_of(2)
-    context = context_of(batch, steps=2)
-    given = to_model(batch["frames"]), jnp.asarray(batch["actions"])
-    found = rollout(params, network, *given, context, steps=2)
+def by_the_sampler(network, params, batch, noise_BRHWC, count):
+    """The first frame of each clip, and what the sampler generates after it: `count` in all."""
     config = sampler.SamplerConfig(levels=sampler.ddim_levels(2), window="cached")
     net = denoiser.bind(network, params)
     tables = jax.jit(lambda: sampler.tabulate(net, config))()
     next_frame = jax.jit(functools.partial(sampler.step, net, tables, config=config))
     prompt = batch["frames"][:, :1], batch["actions"][:, :1]
     world = sampler.Sampler(network, params, config).start(*prompt)
-    for t in range(1, 5):
-        step = batch["actions"][:, t], context.noise_BRHWC[:, t], None
-        world, frame = next_frame(world, *step)
-        np.testing.assert_allclose(found[:, t], frame, atol=1e-4)
+    frames = [to_model(prompt[0][:, 0])]
+    for t in range(1, count):
+        world, frame = next_frame(world, batch["actions"][:, t], noise_BRHWC[:, t], None)
+        frames.append(frame)
+    return np.stack(frames, axis=1)
+
+
+def test_a_rollout_is_the_samplers(network, params):
+    """After one given frame, in as many steps, from the same noise."""
+    batch = batch_of(2)
+    context = context_of(batch, steps=2)
+    given = to_model(batch["frames"]), jnp.asarray(batch["actions"])
+    found = rollout(params, network, *given, context, steps=2)
+    wanted = by_the_sampler(network, params, batch, context.noise_BRHWC, 5)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
     np.testing.assert_array_equal(found[:, 0], given[0][:, 0])
 
 
@@ -123,18 +130,8 @@ def test_a_rollout_with_a_lead_is_the_samplers(network, params, count):
     example, _ = with_lead(batch, count, lead=3)
     given = to_model(example.frames_BTHWC), example.actions_BT
     found = rollout(params, network, *given, example.context, steps=2)
-    config = sampler.SamplerConfig(levels=sampler.ddim_levels(2), window="cached")
-    net = denoiser.bind(network, params)
-    tables = jax.jit(lambda: sampler.tabulate(net, config))()
-    next_frame = jax.jit(functools.partial(sampler.step, net, tables, config=config))
-    prompt = batch["frames"][:, :1], batch["actions"][:, :1]
-    world = sampler.Sampler(network, params, config).start(*prompt)
-    frames = [to_model(prompt[0][:, 0])]
-    for t in range(1, count + 5):
-        step = batch["actions"][:, t], example.context.noise_BRHWC[:, t], None
-        world, frame = next_frame(world, *step)
-        frames.append(frame)
-    wanted = np.stack(frames, axis=1)[:, count:]
+    noise = example.context.noise_BRHWC
+    wanted = by_the_sampler(network, params, batch, noise, count + 5)[:, count:]
     assert wanted.shape == found.shape
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
