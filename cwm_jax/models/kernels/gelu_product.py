@@ -43,7 +43,7 @@ def _sigma(exponent: jax.Array) -> jax.Array:
 
 
 def _quick_sigma(exponent: jax.Array) -> jax.Array:
-    """`_sigma` by the approximate instructions of NVIDIA GPUs, to 4 units in the last place.
+    """`_sigma` by the approximate instructions of NVIDIA GPUs, to a few units in the last place.
 
     Triton's own exponential and division handle denormal numbers, in three times as many
     instructions.
