@@ -58,12 +58,13 @@ def ensure(folder: Path | None = None) -> Path:
     folder = (folder or default_folder()).absolute()
     if not is_ready(folder):  # a ready one may be another user's, and not writable
         _make_alone(folder)
-    if missing := missing_libraries():
+    python = folder / "bin" / "python"
+    if missing := missing_libraries(python):
         raise UserError(
             f"Procgen needs {', '.join(missing)}, which this system lacks: "
             f"{install_command(missing)}"
         )
-    return folder / "bin" / "python"
+    return python
 
 
 def _make_alone(folder: Path) -> None:
@@ -78,10 +79,10 @@ def _make_alone(folder: Path) -> None:
         raise UserError(f"cannot make an environment in {folder}: {error.strerror}") from None
 
 
-def missing_libraries() -> list[str]:
-    """Those of `LIBRARIES` that cannot be loaded here, tested in another process."""
+def missing_libraries(python: Path) -> list[str]:
+    """Those of `LIBRARIES` that a Python cannot load, which may bring some of its own."""
     load = "import ctypes, sys\nctypes.CDLL(sys.argv[1])"
-    tries = {name: [sys.executable, "-c", load, name] for name in LIBRARIES}
+    tries = {name: [str(python), "-c", load, name] for name in LIBRARIES}
     return [name for name, words in tries.items() if not _answers(words)]
 
 

@@ -284,7 +284,8 @@ def simulator(folder: Path | None = None) -> Finding:
 
     folder = folder or venv.default_folder()
     is_ready = venv.is_ready(folder)
-    if missing := venv.missing_libraries():
+    python = folder / "bin" / "python" if is_ready else Path(sys.executable)
+    if missing := venv.missing_libraries(python):
         what = f"the Procgen simulator needs {', '.join(missing)}"
         return Finding(BAD if is_ready else NOTE, what, venv.install_command(missing))
     if is_ready:

@@ -1,7 +1,9 @@
 """The simulator's environment uses a Python with wheels, or an error is raised at once."""
 
+import shutil
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +59,7 @@ def test_missing_libraries_are_named_with_the_command_that_installs_them(monkeyp
     names = {"libnothing-9.so.1": "libnothing9", "libnowhere.so.2": "libnowhere2"}
     monkeypatch.setattr(venv, "LIBRARIES", names)
     (tmp_path / venv._DONE).write_text(venv.REQUIREMENTS.read_text())
+    python_of(tmp_path, tmp_path)
     with pytest.raises(UserError, match=r"libnothing-9\.so\.1, .*libnowhere2"):
         venv.ensure(tmp_path)
     found = doctor.simulator(tmp_path)
@@ -67,4 +70,25 @@ def test_missing_libraries_are_named_with_the_command_that_installs_them(monkeyp
 
 def test_present_libraries_are_not_missing(monkeypatch):
     monkeypatch.setattr(venv, "LIBRARIES", {"libc.so.6": "libc6"})
-    assert venv.missing_libraries() == []
+    assert venv.missing_libraries(Path(sys.executable)) == []
+
+
+def test_an_environment_may_bring_libraries_of_its_own(monkeypatch, tmp_path):
+    """As one in a container that lacks them, whose Python finds them in its own folder."""
+    monkeypatch.setattr(venv, "LIBRARIES", {"libnothing-9.so.1": "libnothing9"})
+    (tmp_path / venv._DONE).write_text(venv.REQUIREMENTS.read_text())
+    python, own = python_of(tmp_path, tmp_path / "own"), tmp_path / "own"
+    own.mkdir()
+    with pytest.raises(UserError, match="libnothing-9"):
+        venv.ensure(tmp_path)
+    loaded = Path("/proc/self/maps").read_text().split()
+    shutil.copy(next(word for word in loaded if "/libm.so" in word), own / "libnothing-9.so.1")
+    assert venv.ensure(tmp_path) == python
+    assert doctor.simulator(tmp_path).status == doctor.OK
+
+
+def python_of(environment: Path, libraries: Path) -> Path:
+    """A Python of an environment that looks for libraries in a folder too."""
+    python = environment / "bin" / "python"
+    program(python, f'LD_LIBRARY_PATH={libraries} exec {sys.executable} "$@"')
+    return python
