@@ -80,7 +80,12 @@ def _make_alone(folder: Path) -> None:
 
 
 def missing_libraries(python: Path) -> list[str]:
-    """Those of `LIBRARIES` that a Python cannot load, which may bring some of its own."""
+    """Those of `LIBRARIES` that a Python cannot load, which may bring some of its own.
+
+    None where that Python does not run, which is another fault.
+    """
+    if not _answers([str(python), "-c", "import ctypes"]):
+        return []
     load = "import ctypes, sys\nctypes.CDLL(sys.argv[1])"
     tries = {name: [str(python), "-c", load, name] for name in LIBRARIES}
     return [name for name, words in tries.items() if not _answers(words)]
