@@ -89,7 +89,7 @@ def norm_gradients(normed: Function, x, product, bias, gate, scale, of_normed, o
 
 def textbook_norm(x, shift, scale):
     """The modulated norm of x [B, T, S, D] by shift and scale [B, T, D], for autodiff."""
-    return kernel_trials._norm_formula(x, 0.0, 0.0, jnp.zeros_like(shift), shift, scale)[1]
+    return kernel_trials.norm_formula(x, 0.0, 0.0, jnp.zeros_like(shift), shift, scale)[1]
 
 
 def norm_gradients_by_kernel(*arrays, **how):
@@ -123,7 +123,7 @@ def patch_errors_by_formula(last, target, *, reach: Reach):
 
 def of_norm(shape: str, stream: Sequence[int]) -> Case:
     known = _bfloat16(stream, stream, stream[3:], *[_row(stream)] * 3)
-    formula = kernel_trials._norm_formula
+    formula = kernel_trials.norm_formula
     return Case("norm", shape, known, formula, norm_by_xla, norm_by_kernel, FORWARD)
 
 
@@ -137,7 +137,7 @@ def of_norm_backward(shape: str, stream: Sequence[int]) -> Case:
 def of_gelu_backward(shape: str, stream: Sequence[int]) -> Case:
     rows, size = math.prod(stream[:3]), stream[3]
     known = _bfloat16((rows, size), (dit.MLP_RATIO * size, size), (rows, dit.MLP_RATIO * size))
-    products = kernel_trials._mlp_formula, layers.gelu_product
+    products = kernel_trials.mlp_formula, layers.gelu_product
     plain = [functools.partial(gelu_gradients, product) for product in products]
     return Case("gelu, backward", shape, known, *plain, gelu_product.gradient, GELU)
 

@@ -148,18 +148,18 @@ def _norm(network: DiTConfig, clips: int, frames: int) -> Trial:
     plain = tuple(_normal(i, *shape) for i, shape in enumerate(shapes(_CLIPS)))
     x, product, bias, gate, *rest = plain
     checks = (
-        Check("random numbers", by, _norm_formula, plain, near),
+        Check("random numbers", by, norm_formula, plain, near),
         Check(
             "a far mean",
             by,
-            _norm_formula,
+            norm_formula,
             (30 * x + 300, product, bias, gate, *rest),
             near_extreme,
         ),
         Check(
             "no variance",
             by,
-            _norm_formula,
+            norm_formula,
             (np.full_like(x, 7), product, bias, np.zeros_like(gate), *rest),
             near_extreme,
         ),
@@ -169,7 +169,7 @@ def _norm(network: DiTConfig, clips: int, frames: int) -> Trial:
     return Trial("norm", candidates, dtype, checks, (Timing(by, shapes(clips)),))
 
 
-def _norm_formula(x_BTSD, product_BTSD, bias_D, gate_BTD, shift_BTD, scale_BTD):
+def norm_formula(x_BTSD, product_BTSD, bias_D, gate_BTD, shift_BTD, scale_BTD):
     x = x_BTSD + gate_BTD[:, :, None] * (product_BTSD + bias_D)
     centred = x - x.mean(-1, keepdims=True)
     normed = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + norm.EPSILON)
@@ -185,8 +185,8 @@ def _mlp(network: DiTConfig, clips: int, frames: int) -> Trial:
     x, bias, matrix = (_normal(i, *shape) for i, shape in enumerate(shapes(_CLIPS)))
     matrix *= np.float32(wide**-0.5)
     checks = (
-        Check("random numbers", by, _mlp_formula, (x, bias, matrix), near),
-        Check("large numbers", by, _mlp_formula, (40 * x, bias, matrix), near_extreme),
+        Check("random numbers", by, mlp_formula, (x, bias, matrix), near),
+        Check("large numbers", by, mlp_formula, (40 * x, bias, matrix), near_extreme),
     )
     of_x, _, of_matrix = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes(clips))
     fits = dtype == jnp.bfloat16 and gelu_product.fits(of_x, of_matrix)
@@ -194,7 +194,7 @@ def _mlp(network: DiTConfig, clips: int, frames: int) -> Trial:
     return Trial("mlp", candidates, dtype, checks, (Timing(by, shapes(clips)),))
 
 
-def _mlp_formula(x, bias, matrix):
+def mlp_formula(x, bias, matrix):
     hidden = jax.nn.gelu(x + bias, approximate=True)
     return jnp.dot(hidden, matrix, precision=jax.lax.Precision.HIGHEST)
 

@@ -61,10 +61,9 @@ def make(
     """
     if config.augment.mirror_share:
         batch = mirrored(key, batch, config.augment.mirror_share)
-    whole, lead_key = batch, jax.random.fold_in(key, 4)
+    lead = None
     if config.context.lead:
-        count = random_numbers.integers(lead_key, (), 0, config.context.lead + 1)
-        batch = {name: _without_lead(x, count, config.context.lead) for name, x in batch.items()}
+        batch, lead = _parted(jax.random.fold_in(key, 4), batch, config.context.lead)
     frames = batch["frames"]
     t_BT, noise_BTHWC = schedule.sample(key, frames.shape)
     top_key, clips_key, own_key, level_key = jax.random.split(jax.random.fold_in(key, 1), 4)
@@ -74,18 +73,14 @@ def make(
         t_BT = distillation.sample_levels(jax.random.fold_in(key, 3), t_BT, teacher.steps)
     context = None
     if config.context.share:
-        context = _context((clips_key, own_key, level_key), frames.shape, config)
-        if config.context.lead:
-            count_B = jnp.broadcast_to(count, frames.shape[:1])
-            lead = Lead(count_B, whole["frames"][:, 0], whole["actions"])
-            context = context._replace(lead=lead)
+        context = _context((clips_key, own_key, level_key), frames.shape, config, lead)
     targets = None
     if "pressed" in batch:
         targets = Targets(batch["pressed"], batch["rewards"], batch["ends"])
     return Example(frames, batch["actions"], t_BT, noise_BTHWC, context, targets)
 
 
-def _context(keys, shape: tuple[int, ...], config: ExampleConfig) -> Context:
+def _context(keys, shape: tuple[int, ...], config: ExampleConfig, lead: Lead | None) -> Context:
     how = config.context
     clips_key, own_key, level_key = keys
     own_key, own_top_key = jax.random.split(own_key)
@@ -107,6 +102,7 @@ def _context(keys, shape: tuple[int, ...], config: ExampleConfig) -> Context:
         t_BPT=jnp.where(top_B[:, None, None], _TOP, t_BPT),
         noise_BRHWC=random_numbers.normal(own_key, (shape[0], how.lead + shape[1], *shape[2:])),
         start_noise_B=how.start_noise * scale_B,
+        lead=lead,
     )
 
 
@@ -127,9 +123,13 @@ def mirrored(key, batch: dict[str, jax.Array], share: float) -> dict[str, jax.Ar
     }
 
 
-def _without_lead(x_BR: jax.Array, count: jax.Array, most: int) -> jax.Array:
-    """The frames of a clip, or their numbers, after a lead of `count` of at most `most` frames."""
-    return jax.lax.dynamic_slice_in_dim(x_BR, count, x_BR.shape[1] - most, axis=1)
+def _parted(key, batch: dict[str, jax.Array], most: int) -> tuple[dict[str, jax.Array], Lead]:
+    """The clips after a lead of a random number of at most `most` frames, and the lead."""
+    count = random_numbers.integers(key, (), 0, most + 1)
+    clip = lambda x_BR: jax.lax.dynamic_slice_in_dim(x_BR, count, x_BR.shape[1] - most, axis=1)
+    frames, actions = batch["frames"], batch["actions"]
+    lead = Lead(jnp.broadcast_to(count, frames.shape[:1]), frames[:, 0], actions)
+    return {name: clip(x) for name, x in batch.items()}, lead
 
 
 def _with_top(key, t: jax.Array, share: float) -> jax.Array:

@@ -136,9 +136,10 @@ def rollout(
     its first frame, after many displacements, resembles the errors of long rollouts, so the network
     learns to remove them.
     """
-    start_BHWC, actions_BR, lead = frames_BTHWC[:, 0], actions_BT, context.lead
-    if lead is not None:
-        start_BHWC, actions_BR = to_model(lead.start_BHWC), lead.actions_BR
+    start_BHWC, actions_BR, before = frames_BTHWC[:, 0], actions_BT, 0
+    if context.lead is not None:
+        start_BHWC, actions_BR = to_model(context.lead.start_BHWC), context.lead.actions_BR
+        before = context.lead.count_B[0]
     config = sampler.SamplerConfig(levels=sampler.ddim_levels(steps), window="cached")
     tables = sampler.tabulate(bind(network, params), config)
     denoiser = bind(network, jax.tree.map(lambda x: x.astype(network.compute_dtype), params))
@@ -157,34 +158,20 @@ def rollout(
     by_frame = lambda x: jnp.moveaxis(x, 1, 0)
     actions_RB, noise_RBHWC = by_frame(actions_BR), by_frame(context.noise_BRHWC)
 
-    def following(number, world, frame):
-        """The world with the frame before `number`, and that frame.
-
-        In this order the program has the network twice, for a denoising step and for a frame of the
-        context, and not another time for the first frame.
-        """
-        led_in, action = actions_RB[number - 1], actions_RB[number]
-        world = kv_cache.advance(denoiser, tables.context, world, frame, led_in, "cached")
-        noise = noise_RBHWC[number]
-        return world, sampler.generate_frame(denoiser, tables, world, action, noise, None, config)
-
-    length = actions_BT.shape[1]
-    if lead is None:
-
-        def one(carry, number):
-            world, frame = following(number, *carry)
-            return (world, frame), frame
-
-        _, frames_TBHWC = jax.lax.scan(one, (empty, first), jnp.arange(1, length))
-        return by_frame(jnp.concatenate([first[None], frames_TBHWC]))
-
     def add(number, carry):
+        """Adds frame `number`.
+
+        The frame before enters the context first: so the program has the network twice, for a
+        denoising step and for a frame of the context, and not another time for the first frame.
+        """
         world, frame, frames_TBHWC = carry
-        world, frame = following(number, world, frame)
+        led_in, action, noise = actions_RB[number - 1], actions_RB[number], noise_RBHWC[number]
+        world = kv_cache.advance(denoiser, tables.context, world, frame, led_in, "cached")
+        frame = sampler.generate_frame(denoiser, tables, world, action, noise, None, config)
         # Until the clip's first frame, each frame replaces the one before.
         return world, frame, frames_TBHWC.at[jnp.maximum(number - before, 0)].set(frame)
 
-    before = lead.count_B[0]
+    length = actions_BT.shape[1]
     frames_TBHWC = jnp.zeros((length, *first.shape)).at[0].set(first)
     carry = empty, first, frames_TBHWC
     return by_frame(jax.lax.fori_loop(1, before + length, add, carry)[-1])

@@ -77,8 +77,9 @@ def test_an_environment_may_bring_libraries_of_its_own(monkeypatch, tmp_path):
     """As one in a container that lacks them, whose Python finds them in its own folder."""
     monkeypatch.setattr(venv, "LIBRARIES", {"libnothing-9.so.1": "libnothing9"})
     (tmp_path / venv._DONE).write_text(venv.REQUIREMENTS.read_text())
-    python, own = python_of(tmp_path, tmp_path / "own"), tmp_path / "own"
+    own = tmp_path / "own"
     own.mkdir()
+    python = python_of(tmp_path, own)
     with pytest.raises(UserError, match="libnothing-9"):
         venv.ensure(tmp_path)
     loaded = Path("/proc/self/maps").read_text().split()

@@ -102,10 +102,9 @@ def lead_batch(clips, lead):
     return {"frames": frames, "actions": actions}
 
 
-def with_lead(batch, count, *, lead, start_noise=0.0):
+def with_lead(batch, count, *, lead):
     """An example whose lead has `count` frames."""
     settings = {"context.share": 1.0, "context.steps": 2, "context.lead": lead}
-    settings |= {"context.start_noise": start_noise}
     config = ExampleConfig().changed(settings)
     for number in range(100):
         example = examples.make(jax.random.key(number), batch, config)

@@ -9,7 +9,6 @@ Written with Pallas for its Triton backend.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from cwm_jax.models.kernels.triton_call import triton_call
 
 _2_SQRT_2_OVER_PI = 1.5957691216057308
 _CUBIC = 0.044715
@@ -91,30 +92,29 @@ def gradient(grad_RO, kernel_HO, x_RH, *, tiling: Tiling = _TILING, interpret=Fa
     """
     (rows, size), outputs = x_RH.shape, kernel_HO.shape[1]
     across = size // tiling.columns  # programs of the same rows, which read the same gradients
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of this backend
-        of_x, sums = pl.pallas_call(
-            functools.partial(
-                _gradient, depth=tiling.depth, sigma=_sigma if interpret else _quick_sigma
-            ),
-            grid=(rows // tiling.rows * across,),
-            in_specs=[
-                pl.BlockSpec((tiling.rows, outputs), lambda i: (i // across, 0)),
-                pl.BlockSpec((tiling.columns, outputs), lambda i: (i % across, 0)),
-                pl.BlockSpec((tiling.rows, tiling.columns), lambda i: (i // across, i % across)),
-            ],
-            out_specs=[
-                pl.BlockSpec((tiling.rows, tiling.columns), lambda i: (i // across, i % across)),
-                pl.BlockSpec((1, tiling.columns), lambda i: (i // across, i % across)),
-            ],
-            out_shape=[
-                jax.ShapeDtypeStruct(x_RH.shape, x_RH.dtype),
-                jax.ShapeDtypeStruct((rows // tiling.rows, size), jnp.float32),
-            ],
-            compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-            interpret=interpret,
-            name="gelu_product_backward",
-        )(grad_RO, kernel_HO, x_RH)
+    of_x, sums = triton_call(
+        functools.partial(
+            _gradient, depth=tiling.depth, sigma=_sigma if interpret else _quick_sigma
+        ),
+        grid=(rows // tiling.rows * across,),
+        in_specs=[
+            pl.BlockSpec((tiling.rows, outputs), lambda i: (i // across, 0)),
+            pl.BlockSpec((tiling.columns, outputs), lambda i: (i % across, 0)),
+            pl.BlockSpec((tiling.rows, tiling.columns), lambda i: (i // across, i % across)),
+        ],
+        out_specs=[
+            pl.BlockSpec((tiling.rows, tiling.columns), lambda i: (i // across, i % across)),
+            pl.BlockSpec((1, tiling.columns), lambda i: (i // across, i % across)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(x_RH.shape, x_RH.dtype),
+            jax.ShapeDtypeStruct((rows // tiling.rows, size), jnp.float32),
+        ],
+        warps=tiling.warps,
+        stages=tiling.stages,
+        interpret=interpret,
+        name="gelu_product_backward",
+    )(grad_RO, kernel_HO, x_RH)
     return of_x, sums.sum(0)
 
 

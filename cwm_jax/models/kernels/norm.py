@@ -9,13 +9,13 @@ Written with Pallas for its Triton backend.
 """
 
 import functools
-import warnings
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+
+from cwm_jax.models.kernels.triton_call import triton_call
 
 EPSILON = 1e-6
 
@@ -56,15 +56,15 @@ def forward(x_FSD, update, shift_FD, scale_FD, *, tiling: Tiling = _FORWARD, int
     into = [] if update is None else [whole, _shared(size), row]
     outs = 1 if update is None else 2
     kernel = functools.partial(_forward, gated=update is not None, rows=tiling.rows)
-    found = _call(
+    found = triton_call(
         kernel,
-        (frames * parts,),
-        [whole, *into, row, row],
-        [whole] * outs,
-        [jax.ShapeDtypeStruct(x_FSD.shape, x_FSD.dtype)] * outs,
-        tiling,
-        interpret,
-        "norm_forward",
+        grid=(frames * parts,),
+        in_specs=[whole, *into, row, row],
+        out_specs=[whole] * outs,
+        out_shape=[jax.ShapeDtypeStruct(x_FSD.shape, x_FSD.dtype)] * outs,
+        warps=tiling.warps,
+        interpret=interpret,
+        name="norm_forward",
     )(x_FSD, *(update or ()), shift_FD, scale_FD)
     return found[0] if update is None else tuple(found)
 
@@ -92,16 +92,16 @@ def backward(
     into = [whole, _shared(size), row] if gated else []
     wholes = 2 if gated else 1
     sums = [scale_FD.dtype] * 3 + [jnp.float32] if gated else [scale_FD.dtype] * 2
-    found = _call(
+    found = triton_call(
         functools.partial(_backward, gated=gated, rows=tiling.rows),
-        (frames,),
-        [whole, *into, row, whole, whole],
-        [whole] * wholes + [row] * len(sums),
-        [jax.ShapeDtypeStruct(x_FSD.shape, x_FSD.dtype)] * wholes
+        grid=(frames,),
+        in_specs=[whole, *into, row, whole, whole],
+        out_specs=[whole] * wholes + [row] * len(sums),
+        out_shape=[jax.ShapeDtypeStruct(x_FSD.shape, x_FSD.dtype)] * wholes
         + [jax.ShapeDtypeStruct((frames, size), dtype) for dtype in sums],
-        tiling,
-        interpret,
-        "norm_backward",
+        warps=tiling.warps,
+        interpret=interpret,
+        name="norm_backward",
     )(x_FSD, *(update or ()), scale_FD, of_normed, of_x)
     return found[0], found[1] if gated else None, found[wholes:]
 
@@ -193,18 +193,3 @@ def _row(size: int, parts: int = 1) -> pl.BlockSpec:
 
 def _shared(size: int) -> pl.BlockSpec:
     return pl.BlockSpec((size,), lambda i: (0,))
-
-
-def _call(kernel, grid, in_specs, out_specs, out_shape, tiling, interpret, name):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of this backend
-        return pl.pallas_call(
-            kernel,
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            out_shape=out_shape,
-            compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=1),
-            interpret=interpret,
-            name=name,
-        )

@@ -13,7 +13,6 @@ Written with Pallas for its Triton backend.
 
 import functools
 import math
-import warnings
 from typing import NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from cwm_jax.models.config import Reach
+from cwm_jax.models.kernels.triton_call import triton_call
 
 _PATCHES = 64  # of one program
 _LARGEST = 48  # numbers of a patch, which a thread keeps in registers
@@ -55,18 +55,16 @@ def errors(last_FHWC, target_FHWC, reach: Reach, *, interpret=False) -> jax.Arra
     patches = (H // p) * (W // p)
     parts = patches // _PATCHES  # of a frame
     a_frame = lambda size: pl.BlockSpec((None, size), lambda i: (jax.lax.div(i, parts), 0))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of this backend
-        found_FKn = pl.pallas_call(
-            functools.partial(_kernel, reach=reach, sizes=sizes),
-            grid=(frames * parts,),
-            in_specs=[a_frame(last.shape[1]), a_frame(target.shape[1])],
-            out_specs=a_frame(reach.count * patches),
-            out_shape=jax.ShapeDtypeStruct((frames, reach.count * patches), jnp.float32),
-            compiler_params=triton.CompilerParams(num_warps=_PATCHES // 32, num_stages=1),
-            interpret=interpret,
-            name="patch_errors",
-        )(last, target)
+    found_FKn = triton_call(
+        functools.partial(_kernel, reach=reach, sizes=sizes),
+        grid=(frames * parts,),
+        in_specs=[a_frame(last.shape[1]), a_frame(target.shape[1])],
+        out_specs=a_frame(reach.count * patches),
+        out_shape=jax.ShapeDtypeStruct((frames, reach.count * patches), jnp.float32),
+        warps=_PATCHES // 32,
+        interpret=interpret,
+        name="patch_errors",
+    )(last, target)
     return jnp.moveaxis(found_FKn.reshape(frames, reach.count, H // p, W // p), 1, -1)
 
 

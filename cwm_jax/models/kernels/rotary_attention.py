@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from cwm_jax.models.kernels import reference
+from cwm_jax.models.kernels.triton_call import triton_call
 
 TILE = 64  # rows; four warps multiply 64 at once
 _LEAST = 16  # rows of a sequence in a tile, the multiple that tensor cores take
@@ -148,15 +149,14 @@ def _call(kernel, plan: Plan, tuning: Tuning, width: int, arrays, tables) -> jax
         (None, length * places * width), lambda i: (lax.div(i, groups * tile.count), 0)
     )
     table = pl.BlockSpec((tile.size, plan.head_size // 2), lambda i: (0, 0))
-    out = pl.pallas_call(
+    out = triton_call(
         functools.partial(kernel, plan=plan, tuning=tuning, tile=tile),
         out_shape=jax.ShapeDtypeStruct((sequences, length * places * width), arrays[0].dtype),
         grid=(sequences * tile.count * groups,),
         in_specs=[table, table, *(lane(array.shape[-1]) for array in arrays)],
         out_specs=lane(width),
-        compiler_params=triton.CompilerParams(
-            num_warps=tuning.num_warps, num_stages=tuning.num_stages
-        ),
+        warps=tuning.num_warps,
+        stages=tuning.num_stages,
         interpret=plan.interpret,
         name="rotary_attention" + kernel.__name__.removesuffix("_kernel"),
     )(
