@@ -156,18 +156,31 @@ def _exact(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
 
 
 @jax.named_scope("attention")
-def over_past(q_BSNK, k_BSNK, v_BSNK, past_k_BSNMK, past_v_BSNMK, visible_BM) -> jax.Array:
-    """One new frame attends to itself and to the visible past → [B, S, N, K].
+def over_past(q_BQSNK, k_BTSNK, v_BTSNK, past_k_BSNMK, past_v_BSNMK, visible_BTM) -> jax.Array:
+    """New frames attend to the past that they see, to the new ones before them, and to themselves.
 
-    The same sum as `over_time` for the last frame, in two parts, so that the past is read in place
-    instead of copied next to the new frame.
+    The same sum as `over_time` for the last Q ≤ T of T new frames, in two parts, so that the past
+    is read in place instead of copied next to the new frames → [B, Q, S, N, K].
     """
-    scale = q_BSNK.shape[-1] ** -0.5
+    new, others = k_BTSNK.shape[1], k_BTSNK.shape[1] - q_BQSNK.shape[1]
+    # One by one these are sums that XLA fuses; together they would be tiny matrix products.
+    attended = []
+    for t in range(others, new):
+        of_frame = q_BQSNK[:, t - others], k_BTSNK[:, : t + 1], v_BTSNK[:, : t + 1]
+        attended.append(_newest_over_past(*of_frame, past_k_BSNMK, past_v_BSNMK, visible_BTM[:, t]))
+    return jnp.stack(attended, axis=1)
+
+
+def _newest_over_past(q_BSNK, k_BTSNK, v_BTSNK, past_k_BSNMK, past_v_BSNMK, visible_BM):
+    """`over_past` for the last of T new frames alone, [B, S, N, K]."""
+    slots, new = past_k_BSNMK.shape[3], range(k_BTSNK.shape[1])
     exact = dict(preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
-    past_BSNM = jnp.einsum("bsnk,bsnmk->bsnm", q_BSNK, past_k_BSNMK, **exact) * scale
+    past_BSNM = jnp.einsum("bsnk,bsnmk->bsnm", q_BSNK, past_k_BSNMK, **exact)
     past_BSNM = jnp.where(visible_BM[:, None, None], past_BSNM, -jnp.inf)
-    own_BSN1 = jnp.einsum("bsnk,bsnk->bsn", q_BSNK, k_BSNK, **exact)[..., None] * scale
-    weights = jax.nn.softmax(jnp.concatenate([past_BSNM, own_BSN1], axis=-1), axis=-1)
-    weights = weights.astype(v_BSNK.dtype)
-    from_past = jnp.einsum("bsnm,bsnmk->bsnk", weights[..., :-1], past_v_BSNMK, **exact)
-    return (from_past + weights[..., -1:] * v_BSNK).astype(v_BSNK.dtype)
+    own_BSN = [jnp.einsum("bsnk,bsnk->bsn", q_BSNK, k_BTSNK[:, t], **exact) for t in new]
+    logits = jnp.concatenate([past_BSNM, jnp.stack(own_BSN, axis=-1)], axis=-1)
+    weights = jax.nn.softmax(logits * q_BSNK.shape[-1] ** -0.5, axis=-1).astype(v_BTSNK.dtype)
+    found = jnp.einsum("bsnm,bsnmk->bsnk", weights[..., :slots], past_v_BSNMK, **exact)
+    for t in new:
+        found += weights[..., slots + t, None] * v_BTSNK[:, t]
+    return found.astype(v_BTSNK.dtype)

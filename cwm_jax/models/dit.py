@@ -67,11 +67,11 @@ class FrameKV(NamedTuple):
 
 
 class Past(NamedTuple):
-    """The context of a new frame: M slots of rotated keys and values for each block."""
+    """The context of new frames: M slots of rotated keys and values for each block."""
 
     kv: FrameKV  # each [B, S, N, M, K]
-    visible_BM: jax.Array  # bool: slots that hold a frame of the window
-    position_B: jax.Array  # the new frame's position, int32
+    visible_BTM: jax.Array  # bool: slots that hold a frame of the window of each new frame
+    position_B: jax.Array  # of the first new frame, int32
 
 
 def _kept(function):
@@ -271,30 +271,41 @@ class DiT(nnx.Module):
             values.append(v)
         return stream, FrameKV(tuple(keys), tuple(values))
 
-    def frame(self, x_B1SD: jax.Array, modulations: Modulations, past: Past):
-        """One frame after its cached context; also its own keys and values, each [B, S, N, K]."""
-        angles_B11K = rope.temporal_angles(past.position_B, self.config.head_size)[:, None, None]
-        stream, keys, values = Stream(x_B1SD), [], []
+    def frames(
+        self, x_BTSD: jax.Array, modulations: Modulations, past: Past
+    ) -> tuple[Stream, FrameKV]:
+        """New frames after their cached context.
+
+        Returns:
+            The stream of the last new frame alone, and the keys and values of all of them, each
+            [B, T, S, N, K].
+        """
+        place_BT = past.position_B[:, None] + np.arange(x_BTSD.shape[1])
+        angles_BT11K = rope.temporal_angles(place_BT, self.config.head_size)[:, :, None, None]
+        stream, keys, values = Stream(x_BTSD), [], []
         for i, block in enumerate(self.blocks):
             stream = self._spatial(block, stream, modulations.layers[:, :, 2 * i])
             temporal = modulations.layers[:, :, 2 * i + 1]
-            x_B1SD, qkv = block.temporal.project(stream, temporal)
-            q, k, v = (part[:, 0] for part in attention.split(qkv, self.config.num_heads))
-            turned = rope.rotate(q, angles_B11K), rope.rotate(k, angles_B11K)
+            x_BTSD, qkv = block.temporal.project(stream, temporal)
+            q, k, v = attention.split(qkv, self.config.num_heads)
+            turned = rope.rotate(q, angles_BT11K), rope.rotate(k, angles_BT11K)
+            if i == len(self.blocks) - 1:  # of the others only keys and values are needed
+                turned = turned[0][:, -1:], turned[1]
+                x_BTSD, temporal = x_BTSD[:, -1:], temporal[:, -1:]
             attended = attention.over_past(
-                *turned, v, past.kv.keys[i], past.kv.values[i], past.visible_BM
+                *turned, v, past.kv.keys[i], past.kv.values[i], past.visible_BTM
             )
-            stream = block.temporal.finish(x_B1SD, attended.reshape(x_B1SD.shape), temporal)
+            stream = block.temporal.finish(x_BTSD, attended.reshape(x_BTSD.shape), temporal)
             keys.append(k)
             values.append(v)
         return stream, FrameKV(tuple(keys), tuple(values))
 
     def frame_outputs(
         self, sample_B1HWC, modulations: Modulations, past: Past, earlier_B1HWC=None
-    ) -> tuple[Outputs, FrameKV]:
-        """The outputs for one frame after its cached context; also its own keys and values."""
-        stream, kv = self.frame(self.tokens(sample_B1HWC, earlier_B1HWC), modulations, past)
-        return self.outputs(stream, modulations), kv
+    ) -> Outputs:
+        """The outputs for one frame after its cached context."""
+        tokens = self.tokens(sample_B1HWC, earlier_B1HWC)
+        return self.outputs(self.frames(tokens, modulations, past)[0], modulations)
 
     def __call__(
         self, sample_BTHWC, t_BT, action_BT, earlier_BTHWC=None, *, remat: str = "none"

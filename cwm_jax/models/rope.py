@@ -12,7 +12,7 @@ import numpy as np
 
 
 def temporal_angles(positions, head_size: int) -> jax.Array | np.ndarray:
-    """Angles for frames: p · 10⁴^(−2i/K), float32 [..., K/2], for positions [...] (whole, ≥ 0).
+    """Angles for frames: p · 10⁴^(−2i/K), float32 [..., K/2], for whole positions [...].
 
     Positions that are not a jax array are compile-time constants, and so are their angles.
     """

@@ -109,17 +109,26 @@ def _steps(tables: Tables, config: SamplerConfig) -> _Step:
     return _Step(tables.steps, *map(jnp.asarray, (now, after, sigma.astype(np.float32))))
 
 
+class _Denoised(NamedTuple):
+    """A denoised frame."""
+
+    frame_BHWC: jax.Array  # float32, unclamped
+    clean_SBHWC: jax.Array | None  # the clean sample that each step predicted, where watched
+    state: World  # the world before the frame, all encoded
+
+
 def generate_frame(
     denoiser: Denoiser, tables: Tables, state: World, action_B, noise_BHWC, key, config
 ):
     """The next frame, float32 [B, H, W, C], unclamped.
 
     Args:
+        state: all its frames are encoded, as `kv_cache.advance` leaves it.
         action_B: the action that leads into the frame, int32.
         noise_BHWC: the initial noise, N(0, 1).
         key: PRNG key for the noise of stochastic steps; unused where `config.eta` is 0.
     """
-    return _denoised(denoiser, tables, state, action_B, noise_BHWC, key, config)[0]
+    return _denoised(denoiser, tables, state, action_B, noise_BHWC, key, config).frame_BHWC
 
 
 def generate_watched_frame(
@@ -132,28 +141,43 @@ def generate_watched_frame(
     https://arxiv.org/abs/2606.27326). It is 0 where there is a single step.
     """
     args = denoiser, tables, state, action_B, noise_BHWC, key, config
-    frame_BHWC, clean_SBHWC = _denoised(*args, watched=True)
-    earlier = kv_cache.earlier(denoiser, state)
-    frames = denoiser.to_frame(clean_SBHWC, earlier)
-    moved = jnp.square(jnp.diff(frames, axis=0)).sum(0) / max(len(config.levels) - 1, 1)
+    found = _denoised(*args, watched=True)
+    return found.frame_BHWC, _instability(denoiser, found)
+
+
+def _instability(denoiser: Denoiser, found: _Denoised) -> jax.Array:
+    """The instability of a watched frame, see `generate_watched_frame`."""
+    earlier = kv_cache.earlier(denoiser, found.state)
+    frames = denoiser.to_frame(found.clean_SBHWC, earlier)
+    moved = jnp.square(jnp.diff(frames, axis=0)).sum(0) / max(len(frames) - 1, 1)
     grid, patch = denoiser.config.grid, denoiser.config.patch_size
     by_patch = moved.reshape(-1, grid, patch, grid, patch, 3).mean((2, 4, 5))
-    return frame_BHWC, 127.5 * jnp.sqrt(by_patch)
+    return 127.5 * jnp.sqrt(by_patch)
 
 
 def _denoised(
-    denoiser: Denoiser, tables, state: World, action_B, noise_BHWC, key, config, *, watched=False
-) -> tuple[jax.Array, jax.Array | None]:
-    """The next frame and, where watched, the clean sample that each step predicted, [S, B, …]."""
-    past, earlier = kv_cache.past(denoiser, state), kv_cache.earlier(denoiser, state)
+    denoiser: Denoiser,
+    tables: Tables,
+    state: World,
+    action_B,
+    noise_BHWC,
+    key,
+    config,
+    *,
+    entered: bool = False,
+    watched: bool = False,
+) -> _Denoised:
+    """Denoises the next frame.
+
+    `entered`: the state is as `kv_cache.enter` leaves it, so the first step encodes its newest
+    frame too.
+    """
+    earlier, steps = kv_cache.earlier(denoiser, state), _steps(tables, config)
     beside = None if earlier is None else earlier[:, None]
 
-    def denoise(x_BHWC, step_and_index):
-        step, index = step_and_index
-        modulations = jax.tree.map(lambda table: table[action_B][:, None], step.modulations)
-        sample = x_BHWC[:, None]
-        outputs, _ = denoiser.net.frame_outputs(sample, modulations, past, beside)
-        velocity = denoiser.velocity(outputs, sample, step.alpha_bar, beside)[:, 0]
+    def after(x_BHWC, outputs, step: _Step, index):
+        """The sample after a step, from its outputs; and the clean one that they predict."""
+        velocity = denoiser.velocity(outputs, x_BHWC[:, None], step.alpha_bar, beside)[:, 0]
         x0 = schedule.clean(x_BHWC, velocity, step.alpha_bar)
         noise = schedule.epsilon(x_BHWC, x0, step.alpha_bar)
         spread = jnp.sqrt(1 - step.alpha_bar_next - jnp.square(step.sigma))
@@ -162,17 +186,44 @@ def _denoised(
             x += step.sigma * random_numbers.normal(jax.random.fold_in(key, index), x.shape)
         return x, x0 if watched else None
 
-    x_BHWC = noise_BHWC.clip(-NOISE_CLIP, NOISE_CLIP)
-    steps = _steps(tables, config), jnp.arange(len(config.levels))
-    sample_BHWC, clean_SBHWC = jax.lax.scan(denoise, x_BHWC, steps)
-    return denoiser.finished(sample_BHWC, earlier), clean_SBHWC
+    def denoise(x_BHWC, step_and_index):
+        step, index = step_and_index
+        modulations = jax.tree.map(lambda table: table[action_B][:, None], step.modulations)
+        outputs = denoiser.net.frame_outputs(x_BHWC[:, None], modulations, past, beside)
+        return after(x_BHWC, outputs, step, index)
+
+    x_BHWC, done, clean = noise_BHWC.clip(-NOISE_CLIP, NOISE_CLIP), 0, []
+    if entered:
+        first, done = jax.tree.map(lambda x: x[0], steps), 1
+        modulations = jax.tree.map(lambda table: table[action_B], first.modulations)
+        state, past, outputs = kv_cache.encode_newest(
+            denoiser, tables.context, state, x_BHWC, modulations, config.window
+        )
+        x_BHWC, x0 = after(x_BHWC, outputs, first, 0)
+        clean = [x0[None]] if watched else []
+    else:
+        past = kv_cache.past(denoiser, state)
+    if done < len(config.levels):
+        rest = jax.tree.map(lambda x: x[done:], (steps, jnp.arange(len(config.levels))))
+        x_BHWC, x0 = jax.lax.scan(denoise, x_BHWC, rest)
+        clean.append(x0)
+    clean_SBHWC = jnp.concatenate(clean) if watched else None
+    return _Denoised(denoiser.finished(x_BHWC, earlier), clean_SBHWC, state)
 
 
 def step(denoiser: Denoiser, tables: Tables, state: World, action_B, noise_BHWC, key, config):
-    """Generates one frame: (the next world, the frame, float32 [B, H, W, C], unclamped)."""
-    frame = generate_frame(denoiser, tables, state, action_B, noise_BHWC, key, config)
-    following = kv_cache.advance(denoiser, tables.context, state, frame, action_B, config.window)
-    return following, frame
+    """Generates one frame: (the next world, the frame, float32 [B, H, W, C], unclamped).
+
+    Both worlds are as `kv_cache.enter` leaves them.
+    """
+    args = denoiser, tables, state, action_B, noise_BHWC, key, config
+    return _entered(denoiser, tables, _denoised(*args, entered=True), action_B, config)
+
+
+def _entered(denoiser, tables, found: _Denoised, action_B, config) -> tuple[World, jax.Array]:
+    """The world after a denoised frame, and the frame."""
+    args = denoiser, tables.context, found.state, found.frame_BHWC, action_B, config.window
+    return kv_cache.enter(*args), found.frame_BHWC
 
 
 def frame_noise(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -189,33 +240,28 @@ def rollout(
     Each frame's noise depends on `key` and the frame's number alone, so splitting a rollout does
     not change it.
     """
-    shape = state.frames_BMHWC[:, 0].shape
-
-    def one_frame(state, action_B):
-        noise, step_key = frame_noise(jax.random.fold_in(key, state.count), shape)
-        state, frame = step(denoiser, tables, state, action_B, noise, step_key, config)
-        return state, to_pixels(frame)
-
-    state, frames_FBHWC = jax.lax.scan(one_frame, state, actions_BF.T)
-    return state, jnp.moveaxis(frames_FBHWC, 0, 1)
+    return _frame_by_frame(denoiser, tables, state, actions_BF, key, config, watched=False)[:2]
 
 
 def watched_rollout(
     denoiser: Denoiser, tables: Tables, state: World, actions_BF, key, config: SamplerConfig
 ):
     """As `rollout`, and how unstable each frame's denoising was: float32 [B, F, h, w]."""
+    return _frame_by_frame(denoiser, tables, state, actions_BF, key, config, watched=True)
+
+
+def _frame_by_frame(denoiser, tables, state: World, actions_BF, key, config, *, watched: bool):
     shape = state.frames_BMHWC[:, 0].shape
 
     def one_frame(state, action_B):
         noise, step_key = frame_noise(jax.random.fold_in(key, state.count), shape)
         args = denoiser, tables, state, action_B, noise, step_key, config
-        frame, moved = generate_watched_frame(*args)
-        context = tables.context
-        state = kv_cache.advance(denoiser, context, state, frame, action_B, config.window)
-        return state, (to_pixels(frame), moved)
+        found = _denoised(*args, entered=True, watched=watched)
+        state, frame = _entered(denoiser, tables, found, action_B, config)
+        return state, (to_pixels(frame), _instability(denoiser, found) if watched else None)
 
     state, by_frame = jax.lax.scan(one_frame, state, actions_BF.T)
-    return state, *(jnp.moveaxis(x, 0, 1) for x in by_frame)
+    return state, *jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), by_frame)
 
 
 _STATIC = ("network", "config")

@@ -145,35 +145,20 @@ def rollout(
     denoiser = bind(network, jax.tree.map(lambda x: x.astype(network.compute_dtype), params))
     sigma = context.start_noise_B[:, None, None, None]
     first = (start_BHWC + sigma * context.noise_BRHWC[:, 0]).clip(-1, 1)
-    slots = len(first), network.max_frames - 1
-    begin = lambda: kv_cache.start(
-        denoiser,
-        tables.context,
-        jnp.zeros((*slots, *first.shape[1:])),
-        jnp.zeros(slots, jnp.int32),
-        0,
-    )
-    # In a world without frames no slot is visible, so nothing needs to be encoded.
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(begin))
     by_frame = lambda x: jnp.moveaxis(x, 1, 0)
     actions_RB, noise_RBHWC = by_frame(actions_BR), by_frame(context.noise_BRHWC)
 
     def add(number, carry):
-        """Adds frame `number`.
-
-        The frame before enters the context first: so the program has the network twice, for a
-        denoising step and for a frame of the context, and not another time for the first frame.
-        """
-        world, frame, frames_TBHWC = carry
-        led_in, action, noise = actions_RB[number - 1], actions_RB[number], noise_RBHWC[number]
-        world = kv_cache.advance(denoiser, tables.context, world, frame, led_in, "cached")
-        frame = sampler.generate_frame(denoiser, tables, world, action, noise, None, config)
+        """Adds frame `number`."""
+        world, frames_TBHWC = carry
+        args = denoiser, tables, world, actions_RB[number], noise_RBHWC[number], None, config
+        world, frame = sampler.step(*args)
         # Until the clip's first frame, each frame replaces the one before.
-        return world, frame, frames_TBHWC.at[jnp.maximum(number - before, 0)].set(frame)
+        return world, frames_TBHWC.at[jnp.maximum(number - before, 0)].set(frame)
 
     length = actions_BT.shape[1]
     frames_TBHWC = jnp.zeros((length, *first.shape)).at[0].set(first)
-    carry = empty, first, frames_TBHWC
+    carry = kv_cache.first_frame(denoiser, first, actions_RB[0]), frames_TBHWC
     return by_frame(jax.lax.fori_loop(1, before + length, add, carry)[-1])
 
 

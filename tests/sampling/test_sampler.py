@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cwm_jax.coinrun import to_model
 from cwm_jax.diffusion import denoiser, residual, schedule
 from cwm_jax.errors import UserError
 from cwm_jax.models import dit
@@ -110,6 +111,52 @@ def test_other_windows_are_exact_until_the_window_slides(network_of, window, his
     assert np.abs(generated[window] - generated["exact"])[:, within:].max() > 1e-3
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("history", [0, 2])
+@pytest.mark.parametrize("window", ["exact", "cached", "hop"])
+def test_a_frame_may_be_encoded_with_the_next_one(network_of, window, history, steps):
+    """Steps equal those of worlds whose frames are all encoded at once, at every length."""
+    tiny, tiny_params = network_of(history)
+    config = SamplerConfig(levels=ddim_levels(steps), window=window)
+    prompt, led_in = prompt_of(tiny)
+    actions = np.random.default_rng(2).integers(0, tiny.num_actions, (2, 12))
+
+    @jax.jit
+    def at_once(state, actions_FB):
+        net = denoiser.bind(tiny, tiny_params)
+        tables = sampler.tabulate(net, config)
+
+        def one(state, action_B):
+            noise, key = sampler.frame_noise(
+                jax.random.fold_in(KEY, state.count), prompt[:, 0].shape
+            )
+            frame = sampler.generate_frame(net, tables, state, action_B, noise, key, config)
+            context = tables.context, state, frame, action_B, window
+            return kv_cache.advance(net, *context), frame
+
+        return jax.lax.scan(one, state, actions_FB)[1]
+
+    start = lambda: Sampler(tiny, tiny_params, config).start(prompt, led_in)
+    together = unclamped(tiny, tiny_params, config, start(), actions, KEY)
+    one_by_one = np.moveaxis(np.asarray(at_once(start(), actions.T)), 0, 1)
+    np.testing.assert_allclose(together, one_by_one, atol=2e-4)
+
+
+def test_worlds_of_a_single_frame_equal_started_ones(network_of):
+    tiny, tiny_params = network_of(2)
+    config = SamplerConfig(levels=LEVELS, window="cached")
+    prompt, led_in = prompt_of(tiny)
+    actions = np.full((2, 6), 7)
+    begin = lambda: kv_cache.first_frame(
+        denoiser.bind(tiny, tiny_params), to_model(prompt[:, 0]), led_in[:, 0]
+    )
+    started = Sampler(tiny, tiny_params, config).start(prompt, led_in)
+    rollout = functools.partial(unclamped, tiny, tiny_params, config)
+    np.testing.assert_allclose(
+        rollout(jax.jit(begin)(), actions, KEY), rollout(started, actions, KEY), atol=2e-5
+    )
+
+
 @pytest.mark.parametrize("history", [0, 2])
 def test_after_a_hop_the_world_equals_a_fresh_one(network_of, history):
     """After a hop the world equals one that starts from the kept frames."""
@@ -141,7 +188,7 @@ def test_an_oracle_is_recovered(tiny):
         def frame_outputs(self, x, modulations, past, earlier):
             signal = modulations.final[..., None, None]
             noise = (x - jnp.sqrt(signal) * truth[:, None]) / jnp.sqrt(1 - signal)
-            return jnp.sqrt(signal) * noise - jnp.sqrt(1 - signal) * truth[:, None], None
+            return jnp.sqrt(signal) * noise - jnp.sqrt(1 - signal) * truth[:, None]
 
     class Oracle(denoiser.Denoiser):
         config = tiny
