@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cwm_jax.data import loader
+from cwm_jax.data import loader, splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.data.shards import find_shards, open_shard, read_record
 from cwm_jax.errors import shown_to_user
@@ -73,10 +73,10 @@ def records_alone(config: DataConfig) -> Iterator[int]:
 
 
 def one_clip_of_each_record(config: DataConfig) -> Iterator[int]:
-    episodes = loader.open_episodes(config, "train")
+    episodes = splits.open_episodes(config, "train")
     long_enough = np.flatnonzero(episodes.lengths >= config.clip_len)
     for number in itertools.cycle(long_enough):
-        loader.load_clips(episodes, [number], length=config.clip_len)
+        splits.load_clips(episodes, [number], length=config.clip_len)
         yield 1
 
 

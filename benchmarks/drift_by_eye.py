@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from cwm_jax.checkpoints import formats, pretrained
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.evaluation import (
     bootstrap,
     controllability,

@@ -15,7 +15,7 @@ import numpy as np
 
 from cwm_jax import coinrun
 from cwm_jax.checkpoints import formats, pretrained
-from cwm_jax.data import loader
+from cwm_jax.data import splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import shown_to_user
 from cwm_jax.files import model_flag, path_flag
@@ -47,9 +47,9 @@ def rollouts(
         actions_BF: the keys held in each level.
         seed: of levels and noise.
     """
-    episodes = loader.open_episodes(DataConfig(dir=str(data)), "test")
-    numbers = loader.pick_episodes(episodes, count=len(actions_BF), length=PROMPT, seed=seed)
-    given = loader.load_clips(episodes, numbers, length=PROMPT)
+    episodes = splits.open_episodes(DataConfig(dir=str(data)), "test")
+    numbers = splits.pick_episodes(episodes, count=len(actions_BF), length=PROMPT, seed=seed)
+    given = splits.load_clips(episodes, numbers, length=PROMPT)
     state = opened.sampler.start(given["frames"], given["actions"])
     _, frames = opened.sampler.rollout(state, actions_BF, jax.random.key(seed))
     return given["frames"], np.asarray(frames)

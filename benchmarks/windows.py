@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import machine
 from cwm_jax.checkpoints import formats, run_checkpoint
-from cwm_jax.data import loader
+from cwm_jax.data import splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import shown_to_user
 from cwm_jax.files import model_flag, path_flag
@@ -63,9 +63,9 @@ def main() -> None:
     args = parser.parse_args()
 
     trained = formats.load(args.checkpoint)
-    episodes = loader.open_episodes(DataConfig(dir=str(args.data)), "test")
-    numbers = loader.pick_episodes(episodes, count=args.clips, length=160, seed=args.seed)
-    clips = loader.load_clips(episodes, numbers, length=160)
+    episodes = splits.open_episodes(DataConfig(dir=str(args.data)), "test")
+    numbers = splits.pick_episodes(episodes, count=args.clips, length=160, seed=args.seed)
+    clips = splits.load_clips(episodes, numbers, length=160)
     real, taken = clips["frames"], clips["actions"]
     rng = np.random.default_rng(args.seed)
     more = rng.integers(trained.network.num_actions, size=(args.clips, max(args.frames - 159, 0)))

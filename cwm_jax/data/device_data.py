@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cwm_jax.coinrun import FRAME_SHAPE, NO_ACTION
-from cwm_jax.data import loader
+from cwm_jax.data import bad_records, loader
 from cwm_jax.data.clips import OUTCOMES, Batch
 from cwm_jax.data.records import FRAME_BYTES, BadRecord, Episode
 from cwm_jax.errors import UserError
@@ -78,7 +78,7 @@ class DeviceBatches(loader.TrainBatches):
         self._numbers_of.pop(self._taken - _KEPT, None)
         batch = self._gather(*self._store, self._starts[present].astype(np.int32))
         bad, self._found_bad = self._found_bad, []
-        return {**batch, loader.BAD: np.array(bad, np.int64)}
+        return {**batch, bad_records.BAD: np.array(bad, np.int64)}
 
     def origins(self, batch: int) -> list[dict[str, str | int]]:
         if batch not in self._numbers_of:
@@ -173,7 +173,7 @@ class DeviceBatches(loader.TrainBatches):
         try:
             return self._clips.episodes[number]
         except BadRecord:
-            if loader.skips(self._config):
+            if bad_records.skips(self._config):
                 return None
             raise
 

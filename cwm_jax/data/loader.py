@@ -19,19 +19,15 @@ import grain
 import numpy as np
 from absl import flags
 
-from cwm_jax import controls
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
-from cwm_jax.data import shared_memory
-from cwm_jax.data.clips import Batch, Clips, Episodes, cut
+from cwm_jax.data import bad_records, shared_memory, splits
+from cwm_jax.data.clips import Batch, Clips
 from cwm_jax.data.config import DataConfig
-from cwm_jax.data.records import OUTCOME_KEYS, BadRecord
 from cwm_jax.data.shards import find_shards
 from cwm_jax.errors import UserError, echo
 from cwm_jax.runtime import process_memory
 
-_TRIED = 8  # records that are checked for rewards
 _WORKER_STARTS = 5  # restarts of reading processes between two good batches
-BAD = "bad_episodes"  # key in a batch before it is returned: numbers of skipped episodes
 
 
 class _Loader:
@@ -50,58 +46,11 @@ class _Loader:
         self.mine = slice(process_index * share, (process_index + 1) * share)
 
     def __call__(self, numbers: Sequence[int]) -> Batch:
-        """The batch; where bad records are skipped, with their numbers for a `_Tally`."""
+        """The batch; where bad records are skipped, with their numbers (`bad_records.BAD`)."""
         if not self._skip:
             return self.clips.batch(numbers[self.mine])
         batch, bad = self.clips.batch_of_good(numbers[self.mine])
-        return {**batch, BAD: np.array(bad, np.int64)}
-
-
-class _Tally:
-    """Counts the skipped bad records of a split, and raises an error above a limit."""
-
-    def __init__(self, records: Episodes, limit: int):
-        self.episodes: set[int] = set()
-        self._records, self._limit = records, limit
-
-    def take(self, batch: Batch) -> Batch:
-        """The batch only. Raises `UserError` once more than `limit` records were bad."""
-        self.add(batch.pop(BAD, np.array([], np.int64)).tolist())
-        return batch
-
-    def is_good(self, number: int) -> bool:
-        """Reads a record; raises as `take`."""
-        try:
-            self._records[number]
-        except BadRecord:
-            self.add([number])
-            return False
-        return True
-
-    def add(self, numbers: Iterable[int]) -> None:
-        """Counts and logs bad records; raises as `take`."""
-        for number in numbers:
-            if number not in self.episodes:
-                self.episodes.add(number)
-                self._report(number)
-
-    def _report(self, number: int) -> None:
-        try:
-            self._records[number]
-            reason = "it could not be read a moment ago"
-        except BadRecord as bad:
-            reason = bad.reason
-        path, index = self._records.path(number)
-        count = len(self.episodes)
-        message = f"{path}, record {index}: {reason}"
-        if count > self._limit:
-            raise UserError(
-                f"{message}\nThat is bad record number {count} of this split, and "
-                f"data.max_bad_records={self._limit}: repair the data, or allow more."
-            )
-        echo(
-            f"warning: {message}; skipped ({count} of at most {self._limit})",
-        )
+        return {**batch, bad_records.BAD: np.array(bad, np.int64)}
 
 
 _ON_OTHER_DEVICES = (
@@ -126,7 +75,7 @@ class TrainBatches(Iterator[Batch]):
     ):
         self._numbers, self._batches = numbers, numbers.map(loader)
         self._clips, self._config, self._identity = loader.clips, config, identity
-        self._tally = _Tally(loader.clips.episodes, config.max_bad_records)
+        self._tally = bad_records.Tally(loader.clips.episodes, config.max_bad_records)
         self._tally.add(loader.clips.episodes.bad)
         self._taken = 0
         self._iterator: grain.DatasetIterator | None = None
@@ -181,7 +130,7 @@ class TrainBatches(Iterator[Batch]):
     def get_state(self) -> dict[str, Any]:
         """The position and what it depends on, as JSON values."""
         bad = sorted(self._tally.episodes)
-        return {"batches_taken": self._taken, BAD: bad, **self._identity}
+        return {"batches_taken": self._taken, bad_records.BAD: bad, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues at a position from `get_state`.
@@ -202,7 +151,7 @@ class TrainBatches(Iterator[Batch]):
             )
         self.close()
         self._taken = state["batches_taken"]
-        self._tally.episodes = {*state[BAD], *self._clips.episodes.bad}
+        self._tally.episodes = {*state[bad_records.BAD], *self._clips.episodes.bad}
 
     def close(self) -> None:
         """Stops threads and worker processes; the next batch starts them again."""
@@ -235,7 +184,7 @@ def train_batches(
     larger than the dataset; `BadRecord` at the batch that holds a bad record, unless
     `config.on_bad_record` is "skip".
     """
-    clips = open_clips(config, "train", num_actions=num_actions, outcomes=outcomes)
+    clips = splits.open_clips(config, "train", num_actions=num_actions, outcomes=outcomes)
     if batch_size > len(clips):
         raise UserError(
             f"batch_size is {batch_size}, but {config.dir}/train has only {len(clips)} clips of "
@@ -243,7 +192,7 @@ def train_batches(
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; it must be 0…{2**32 - 1}")
-    loader = _Loader(clips, batch_size, process_index, process_count, skips(config))
+    loader = _Loader(clips, batch_size, process_index, process_count, bad_records.skips(config))
     if config.num_workers:
         share = batch_size // process_count * config.clip_len * math.prod(FRAME_SHAPE)
         shared_memory.warn_if_short(config.num_workers, share)
@@ -260,10 +209,6 @@ def train_batches(
     return make(numbers, loader, config, identity)
 
 
-def skips(config: DataConfig) -> bool:
-    return config.on_bad_record == "skip"
-
-
 def _fingerprint(shards: Sequence[Path]) -> str:
     """A digest of a dataset by the names and sizes of its files, independent of the folder."""
     listed = "".join(f"{shard.name} {shard.stat().st_size}\n" for shard in shards)
@@ -276,7 +221,7 @@ class EvalBatches:
     def __init__(self, numbers: np.ndarray, batch_size: int, loader: _Loader, config: DataConfig):
         self.num_clips = len(numbers)  # in all batches of all processes, without the padding
         self._batch_size, self._loader, self._config = batch_size, loader, config
-        self._tally = _Tally(loader.clips.episodes, config.max_bad_records)
+        self._tally = bad_records.Tally(loader.clips.episodes, config.max_bad_records)
         self._tally.add(loader.clips.episodes.bad)
         padding = -len(numbers) % batch_size
         self._numbers = np.pad(numbers, (0, padding), mode="edge")
@@ -315,108 +260,12 @@ def eval_batches(
     The last batch is padded with the last clip, so that all have one shape; `mask`
     (bool [B]) is False for these. Otherwise batches and errors are as in `train_batches`.
     """
-    clips = open_clips(config, split, num_actions=num_actions)
+    clips = splits.open_clips(config, split, num_actions=num_actions)
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; it must be at least 1 clip")
     count = min(limit or len(clips), len(clips))
-    loader = _Loader(clips, batch_size, process_index, process_count, skips(config))
+    loader = _Loader(clips, batch_size, process_index, process_count, bad_records.skips(config))
     return EvalBatches(np.arange(count) * len(clips) // count, batch_size, loader, config)
-
-
-def open_episodes(
-    config: DataConfig, split: str, *, num_actions: int = NUM_ACTIONS, outcomes: bool = False
-) -> Episodes:
-    """The episodes of `split`, by number; with `outcomes`, with rewards and ends.
-
-    Raises `UserError` if there are none, or their game has more actions than `num_actions`, or
-    outcomes are requested and the first records have none; and `BadRecord` if more of those
-    decoded for their lengths are bad than `config` allows.
-    """
-    known = controls.read(config.dir)
-    if known.num_values > num_actions:
-        what = f"{len(known.controls)} {'buttons' if known.encoding == 'buttons' else 'actions'}"
-        raise UserError(
-            f"{config.dir} is of {known.game}, which has {what}, and the model has "
-            f"{num_actions} actions. To train on it, set "
-            f"--config.model.num_actions={len(known.controls)} "
-            f"--config.model.action_encoding={known.encoding}; to use a model, give the data of "
-            "its game"
-        )
-    allowed = config.max_bad_records if skips(config) else 0
-    settings = dict(num_actions=num_actions, max_bad=allowed, outcomes=outcomes)
-    episodes = Episodes(find_shards(config.dir, split), **settings)
-    if outcomes and not any(_has_outcomes(episodes, n) for n in range(len(episodes))[:_TRIED]):
-        raise UserError(
-            f"{config.dir}/{split}: its records have no rewards and ends of episodes "
-            f"({' and '.join(OUTCOME_KEYS)}), which config.model.heads=True needs; record some "
-            "with `python -m cwm_jax.tools.collect`, or set config.model.heads=False"
-        )
-    return episodes
-
-
-def _has_outcomes(episodes: Episodes, number: int) -> bool:
-    try:
-        return episodes[number].outcomes is not None
-    except BadRecord:  # raised or skipped later, when its clips are read
-        return False
-
-
-def open_clips(
-    config: DataConfig, split: str, *, num_actions: int = NUM_ACTIONS, outcomes: bool = False
-) -> Clips:
-    """The clips of `split`, by number. Raises `UserError` if no episode is long enough."""
-    episodes = open_episodes(config, split, num_actions=num_actions, outcomes=outcomes)
-    return Clips(episodes, clip_len=config.clip_len, stride=config.stride)
-
-
-def pick_episodes(episodes: Episodes, *, count: int, length: int, seed: int = 0) -> list[int]:
-    """Numbers of `count` different episodes of at least `length` frames, the same for one seed."""
-    (eligible,) = np.nonzero(episodes.lengths >= length)
-    if not 1 <= count <= len(eligible):
-        raise UserError(
-            f"{count} episodes of at least {length} frames were requested; {len(eligible)} of "
-            f"{len(episodes)} are that long (the longest has {episodes.lengths.max()})"
-        )
-    return np.random.default_rng(seed).permutation(eligible)[:count].tolist()
-
-
-def good_episodes(
-    config: DataConfig, episodes: Episodes, numbers: Sequence[int], *, length: int
-) -> list[int]:
-    """`numbers`; if `config` skips bad records, with the next good one in place of each bad one.
-
-    The replacement has at least `length` frames and is not among `numbers`. If there is none, the
-    bad one is left out; if all are bad, none is. Bad records are logged and counted as in
-    batches, and too many raise `UserError`.
-    """
-    if not skips(config):
-        return list(numbers)
-    tally = _Tally(episodes, config.max_bad_records)
-    (eligible,) = np.nonzero(episodes.lengths >= length)
-    spare, good = np.setdiff1d(eligible, numbers), []
-    for number in numbers:
-        following = np.roll(spare, -np.searchsorted(spare, number)).tolist()
-        found = next((n for n in (number, *following) if tally.is_good(n)), None)
-        if found is not None:
-            good.append(found)
-            spare = spare[spare != found]
-    return good or list(numbers)
-
-
-def load_clips(episodes: Episodes, numbers: Sequence[int], *, length: int) -> Batch:
-    """The first `length` frames of the episodes with these numbers, as a batch.
-
-    Raises `UserError` for a number that does not exist or an episode that is too short.
-    """
-    for number in numbers:
-        if not 0 <= number < len(episodes):
-            raise UserError(f"there is no episode {number}; valid are 0…{len(episodes) - 1}")
-        if not 1 <= length <= episodes.lengths[number]:
-            raise UserError(
-                f"{length} frames of episode {number} were requested; it has "
-                f"{episodes.lengths[number]}"
-            )
-    return cut(episodes, [(number, 0) for number in numbers], length)
 
 
 def _in_threads(batches: grain.MapDataset, config: DataConfig) -> grain.IterDataset:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cwm_jax.coinrun import NO_ACTION, NUM_ACTIONS
-from cwm_jax.data import loader
+from cwm_jax.data import splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 
@@ -33,7 +33,7 @@ class Starts:
     def __init__(self, folder: Path | str, split: str = "val", *, num_actions: int = NUM_ACTIONS):
         self._folder, self._split = folder, split
         config = DataConfig(dir=str(folder))
-        self._episodes = loader.open_episodes(config, split, num_actions=num_actions)
+        self._episodes = splits.open_episodes(config, split, num_actions=num_actions)
 
     def at(self, seed: int, frames: int) -> Start:
         """The `frames` frames at which `seed` starts: uniform over the episodes that are long

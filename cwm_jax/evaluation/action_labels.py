@@ -13,7 +13,7 @@ import numpy as np
 
 from cwm_jax import controls
 from cwm_jax.coinrun import MEANINGFUL_ACTIONS
-from cwm_jax.data import loader
+from cwm_jax.data import splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import held_out, probe, probe_accuracy
@@ -66,7 +66,7 @@ def trained(config: DataConfig) -> tuple[Probe, dict]:
             "for CoinRun only, from a data folder of CoinRun"
         )
     reader = probe.cached(config, user_cache.folder())
-    lengths = loader.open_episodes(config, "test").lengths
+    lengths = splits.open_episodes(config, "test").lengths
     clips = held_out.load(config, "test", frames=int(np.median(lengths)))
     return reader, accuracy(reader, clips.frames, clips.actions)
 

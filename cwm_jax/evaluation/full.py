@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from cwm_jax.coinrun import FRAME_SHAPE, NUM_ACTIONS
-from cwm_jax.data import loader
+from cwm_jax.data import loader, splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import (
@@ -120,7 +120,7 @@ def measure(
         UserError: for data or a network that cannot be measured.
     """
     generation.check_game(network)
-    lengths = loader.open_episodes(config, plan.split).lengths
+    lengths = splits.open_episodes(config, plan.split).lengths
     check_memory(plan.clips or int((lengths >= plan.frames).sum()), plan)
     clips = held_out.load(
         config, plan.split, frames=plan.frames, up_to=drift.REAL, clips=plan.clips

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cwm_jax.coinrun import NUM_ACTIONS
-from cwm_jax.data import loader
+from cwm_jax.data import splits
 from cwm_jax.data.clips import Episodes
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
@@ -42,16 +42,16 @@ def load(
     Raises:
         UserError: no record is that long, or fewer than requested are.
     """
-    episodes = loader.open_episodes(config, split, num_actions=num_actions)
+    episodes = splits.open_episodes(config, split, num_actions=num_actions)
     eligible = len(long_enough(episodes, config, split, frames=frames))
     if clips > eligible:
         raise UserError(
             f"{clips} clips were requested; {eligible} of {len(episodes)} records of "
             f"{config.dir}/{split} have the {frames} frames that this needs"
         )
-    chosen = sorted(loader.pick_episodes(episodes, count=clips or eligible, length=frames))
+    chosen = sorted(splits.pick_episodes(episodes, count=clips or eligible, length=frames))
     length = max(frames, min(up_to, int(episodes.lengths[chosen].min())))
-    batch = loader.load_clips(episodes, chosen, length=length)
+    batch = splits.load_clips(episodes, chosen, length=length)
     return HeldOut(
         **batch,
         records=len(episodes),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cwm_jax import files
 from cwm_jax.coinrun import CHANNELS, MEANINGFUL_ACTIONS, NUM_ACTIONS, action_keys, to_model
-from cwm_jax.data import loader, npz
+from cwm_jax.data import npz, splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, echo
 from cwm_jax.evaluation import held_out, probe_features
@@ -160,7 +160,7 @@ def cached(config: DataConfig, folder: Path | None) -> Probe:
     Raises:
         UserError: there is no train split.
     """
-    lengths = loader.open_episodes(config, "train").lengths
+    lengths = splits.open_episodes(config, "train").lengths
     length = int(np.median(lengths))
     clips = min(_CLIPS, int((lengths >= length).sum()))
     return cached_on(held_out.load(config, "train", frames=length, clips=clips), folder)

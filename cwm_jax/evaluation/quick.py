@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cwm_jax.data import loader
+from cwm_jax.data import splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.evaluation import controllability, generation, held_out, rollout_quality
 from cwm_jax.evaluation.frame_scores import Scores, score
@@ -45,11 +45,11 @@ def prepare(
     Raises:
         UserError: no record has `frames` + 1 frames, or a bad one may not be skipped.
     """
-    episodes = loader.open_episodes(config, split, num_actions=num_actions)
+    episodes = splits.open_episodes(config, split, num_actions=num_actions)
     eligible = held_out.long_enough(episodes, config, split, frames=frames + 1)
     spread = eligible[:: max(1, len(eligible) // clips)][:clips].tolist()
-    chosen = loader.good_episodes(config, episodes, spread, length=frames + 1)
-    batch = loader.load_clips(episodes, chosen, length=frames + 1)
+    chosen = splits.good_episodes(config, episodes, spread, length=frames + 1)
+    batch = splits.load_clips(episodes, chosen, length=frames + 1)
     real, actions = batch["frames"], batch["actions"]
     random = controllability.random_actions(
         actions, n_prompt=1, frames=frames, seed=seed, num_actions=num_actions

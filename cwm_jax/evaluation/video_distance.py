@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cwm_jax.data import clips as clips_of_data
-from cwm_jax.data import loader
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data import splits
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import drift, generation, held_out, i3d
 from cwm_jax.evaluation.generation import Generate
@@ -97,7 +97,7 @@ def load(config: DataConfig, plan: Plan) -> tuple[Side, Side]:
         UserError: there are too few.
     """
     length = plan.n_prompt + plan.frames
-    episodes = loader.open_episodes(config, plan.split)
+    episodes = splits.open_episodes(config, plan.split)
     rng = np.random.default_rng(0)
     order = rng.permutation(len(episodes))
     sides = [_places(episodes.lengths, order[i::2], length, rng) for i in range(2)]

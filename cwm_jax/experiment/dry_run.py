@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from cwm_jax.coinrun import FRAME_SHAPE
-from cwm_jax.data import loader
+from cwm_jax.data import splits
 from cwm_jax.data.clips import OUTCOMES
 from cwm_jax.errors import UserError
 from cwm_jax.experiment.settings import Settings
@@ -198,7 +198,7 @@ def _steps(settings: Settings) -> int | None:
     """Updates in the whole run; None where they depend on missing data."""
     clips = sharding.global_batch_size(settings.data.batch_size, settings.data.global_batch_size)
     try:
-        per_epoch = len(loader.open_clips(settings.training_data, "train")) // clips
+        per_epoch = len(splits.open_clips(settings.training_data, "train")) // clips
     except UserError as error:
         if not settings.schedule.max_steps:
             print(f"the whole run      unknown: {str(error).splitlines()[0]}")

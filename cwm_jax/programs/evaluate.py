@@ -22,7 +22,7 @@ import jax
 from cwm_jax import shipped
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
-from cwm_jax.data import loader, shards
+from cwm_jax.data import shards, splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, echo, shown_to_user
 from cwm_jax.evaluation import (
@@ -298,11 +298,11 @@ def measure_outcomes(words: list[str]) -> None:
     trained = formats.load(pretrained.unless(args.checkpoint), step=args.step)
     outcomes.check(trained.network, trained.path)
     config = DataConfig(dir=str(args.data))
-    episodes = loader.open_episodes(config, args.split, outcomes=True)
+    episodes = splits.open_episodes(config, args.split, outcomes=True)
     length = trained.network.max_frames
     eligible = held_out.long_enough(episodes, config, args.split, frames=length)
     count = args.records or len(eligible)
-    numbers = loader.pick_episodes(episodes, count=count, length=length, seed=args.seed)
+    numbers = splits.pick_episodes(episodes, count=count, length=length, seed=args.seed)
     predicted = outcomes.of_records(trained.network, trained.params, episodes, numbers)
     results = {"real_frames": outcomes.summary(predicted)}
     print(

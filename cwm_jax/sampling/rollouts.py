@@ -14,7 +14,8 @@ from tqdm import tqdm
 from cwm_jax import controls
 from cwm_jax.coinrun import FPS
 from cwm_jax.controls import Controls
-from cwm_jax.data import loader
+from cwm_jax.data import splits
+from cwm_jax.data.clips import Episodes
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, echo
 from cwm_jax.rendering import contact_sheet, video
@@ -64,7 +65,7 @@ def write_script(
         raise UserError(
             f"{frames} frames with {n_prompt} given leave none to generate: need 1 ≤ given < frames"
         )
-    episodes = loader.open_episodes(config, split, num_actions=num_actions)
+    episodes = splits.open_episodes(config, split, num_actions=num_actions)
     whole = episodes.lengths >= frames
     if source == "gt" and not whole.any():
         raise UserError(
@@ -73,9 +74,9 @@ def write_script(
         )
     count = _at_most(count, episodes, config, split, frames if source == "gt" else n_prompt)
     length = frames if whole.sum() >= count or source == "gt" else n_prompt
-    numbers = loader.pick_episodes(episodes, count=count, length=length, seed=seed)
-    numbers = loader.good_episodes(config, episodes, numbers, length=length)
-    clips = loader.load_clips(episodes, numbers, length=length)
+    numbers = splits.pick_episodes(episodes, count=count, length=length, seed=seed)
+    numbers = splits.good_episodes(config, episodes, numbers, length=length)
+    clips = splits.load_clips(episodes, numbers, length=length)
     actions = clips["actions"]
     if source != "gt":
         led_in = clips["actions"][:, :n_prompt]
@@ -86,7 +87,7 @@ def write_script(
 
 
 def _at_most(
-    count: int, episodes: loader.Episodes, config: DataConfig, split: str, length: int
+    count: int, episodes: Episodes, config: DataConfig, split: str, length: int
 ) -> int:
     """`count`, or as many episodes of `length` frames as there are."""
     there = int((episodes.lengths >= length).sum())

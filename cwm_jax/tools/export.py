@@ -32,7 +32,7 @@ from cwm_jax import __version__, files, shipped
 from cwm_jax.checkpoints import bundle, checksums, formats, run_checkpoint, weights
 from cwm_jax.checkpoints.run_checkpoint import Saved, Trained
 from cwm_jax.coinrun import to_model
-from cwm_jax.data import loader
+from cwm_jax.data import splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.diffusion import schedule
 from cwm_jax.diffusion.denoiser import bind
@@ -207,9 +207,9 @@ def write_bundle(trained: Trained, out: Path, config: SamplerConfig, dtype: str,
 def _example(network: DiTConfig, params: Params, config: SamplerConfig, dir: str) -> dict:
     """A real frame, real actions, and the frames generated with the key of seed 0."""
     shape = DataConfig(dir=dir)
-    episodes = loader.open_episodes(shape, "val", num_actions=network.action_values)
-    (number,) = loader.pick_episodes(episodes, count=1, length=_EXAMPLE_FRAMES + 1)
-    clip = loader.load_clips(episodes, [number], length=_EXAMPLE_FRAMES + 1)
+    episodes = splits.open_episodes(shape, "val", num_actions=network.action_values)
+    (number,) = splits.pick_episodes(episodes, count=1, length=_EXAMPLE_FRAMES + 1)
+    clip = splits.load_clips(episodes, [number], length=_EXAMPLE_FRAMES + 1)
     prompt, led_in = clip["frames"][:, :1], clip["actions"][:, :1]
     generator = sampler.Sampler(network, params, config)
     state = generator.start(prompt, led_in)

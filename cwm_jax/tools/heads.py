@@ -18,7 +18,7 @@ import jax
 
 from cwm_jax.checkpoints import formats, weights
 from cwm_jax.checkpoints.run_checkpoint import Trained
-from cwm_jax.data import loader
+from cwm_jax.data import splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.evaluation import outcomes
@@ -39,7 +39,7 @@ def add_heads(
     window = network.max_frames
     config = DataConfig(dir=str(folder))
     settings = dict(num_actions=network.action_values, outcomes=True)
-    episodes = loader.open_episodes(config, "train", **settings)
+    episodes = splits.open_episodes(config, "train", **settings)
     if episodes.lengths.max() < window:
         raise UserError(
             f"{folder}/train: its longest record has {episodes.lengths.max()} frames; this model "
@@ -48,9 +48,9 @@ def add_heads(
     how = dict(seed=seed, watched=True)
     seen = frozen_heads.look(trained.network, trained.params, episodes, frames=frames, **how)
     params = frozen_heads.fit(network, trained.params, seen, epochs=epochs, **how)
-    held_out = loader.open_episodes(config, "val", **settings)
+    held_out = splits.open_episodes(config, "val", **settings)
     count = min(val_records, int((held_out.lengths >= window).sum()))
-    numbers = loader.pick_episodes(held_out, count=count, length=window, seed=seed)
+    numbers = splits.pick_episodes(held_out, count=count, length=window, seed=seed)
     predicted = outcomes.of_records(network, params, held_out, numbers)
     best = {head: outcomes.best_threshold(predicted, head) for head in outcomes.HEADS}
     print(f"thresholds of best F1 on {count} validation records, shifted to 0.5: {best}")

@@ -11,7 +11,7 @@ import pytest
 
 from configs import pocket as config
 from cwm_jax.checkpoints import formats, pretrained, weights
-from cwm_jax.data import loader
+from cwm_jax.data import splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import image_metrics
@@ -51,9 +51,9 @@ def test_its_card_describes_this_model(trained):
 def test_it_does_better_than_the_last_frame(trained):
     """On embedded clips of levels that it was not trained on, four frames after four given."""
     embedded = DataConfig(num_workers=0, dir="assets/coinrun")
-    episodes = loader.open_episodes(embedded, "test", num_actions=15)
-    picked = loader.pick_episodes(episodes, count=6, length=24)
-    clips = loader.load_clips(episodes, picked, length=24)
+    episodes = splits.open_episodes(embedded, "test", num_actions=15)
+    picked = splits.pick_episodes(episodes, count=6, length=24)
+    clips = splits.load_clips(episodes, picked, length=24)
     given, shown = 20, dict(levels=ddim_levels(2), window="hop")
     generator = formats.open_sampler(pretrained.FOLDER, **shown).sampler
     seen = slice(given - 4, given)

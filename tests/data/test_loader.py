@@ -21,17 +21,11 @@ from cwm_jax.coinrun import NO_ACTION, NUM_ACTIONS
 from cwm_jax.data import clips as clips_module
 from cwm_jax.data import shared_memory
 from cwm_jax.data.clips import Clips, Episodes, clip_counts
-from cwm_jax.data.loader import (
-    DataConfig,
-    eval_batches,
-    load_clips,
-    open_clips,
-    open_episodes,
-    pick_episodes,
-    train_batches,
-)
+from cwm_jax.data.config import DataConfig
+from cwm_jax.data.loader import eval_batches, train_batches
 from cwm_jax.data.records import BadRecord, encode
 from cwm_jax.data.shards import find_shards, write_shard
+from cwm_jax.data.splits import load_clips, open_clips, open_episodes, pick_episodes
 from cwm_jax.errors import UserError
 from cwm_jax.sampling import rollouts
 

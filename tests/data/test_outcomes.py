@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cwm_jax.coinrun import NO_ACTION
-from cwm_jax.data import loader
+from cwm_jax.data import loader, splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.data.records import BadRecord, decode, encode
 from cwm_jax.data.shards import write_shard
@@ -59,7 +59,7 @@ def test_invalid_outcomes_are_reported_only_if_requested(marked_episode, wrong, 
 
 def test_a_batch_has_the_outcomes_of_its_pressed_actions(folder):
     config = DataConfig(num_workers=0, dir=str(folder), clip_len=6, stride=4)
-    clips = loader.open_clips(config, "train", outcomes=True)
+    clips = splits.open_clips(config, "train", outcomes=True)
     assert [clips.locate(i) for i in range(len(clips))] == [(0, 0), (0, 7), (1, 3), (2, 0), (2, 5)]
     batch = clips.batch([0, 1, 2, 4])
     np.testing.assert_array_equal(batch["pressed"][:, :-1], batch["actions"][:, 1:])
@@ -68,7 +68,7 @@ def test_a_batch_has_the_outcomes_of_its_pressed_actions(folder):
     assert batch["ends"][:3].tolist() == [[0] * 6, [0] * 5 + [1], [0] * 6]
     assert np.isnan(batch["rewards"][3]).all()
     assert np.isnan(batch["ends"][3]).all()
-    plain = loader.open_clips(config, "train").batch([0, 2])
+    plain = splits.open_clips(config, "train").batch([0, 2])
     assert set(plain) == {"frames", "actions"}
     assert [int(f) for f in plain["frames"][:, 0, 0, 0, 1]] == [0, 0]
     assert (plain["actions"][:, 0] == NO_ACTION).all()
@@ -92,6 +92,6 @@ def test_batches_on_the_device_are_those_of_the_files(folder):
 
 def test_data_without_outcomes_is_refused_where_they_are_needed(make_data):
     config = DataConfig(num_workers=0, dir=str(make_data(train=[[8, 9]])), clip_len=6)
-    loader.open_clips(config, "train")
+    splits.open_clips(config, "train")
     with pytest.raises(UserError, match=r"have no rewards .*tools\.collect.*heads=False"):
-        loader.open_clips(config, "train", outcomes=True)
+        splits.open_clips(config, "train", outcomes=True)

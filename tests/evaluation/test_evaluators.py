@@ -8,7 +8,7 @@ import pytest
 from lpips_case import weights
 
 from cwm_jax.coinrun import NO_ACTION
-from cwm_jax.data import loader
+from cwm_jax.data import splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.data.records import BadRecord, encode
 from cwm_jax.data.shards import write_shard
@@ -631,9 +631,9 @@ def test_too_many_clips_for_memory_are_refused_before_generation():
 def test_the_quick_form_loads_the_few_clips_that_it_shows(make_data, monkeypatch):
     folder = make_data(val=[[40, 12, 40, 40, 40], [40, 40, 40]])
     loaded = []
-    real = loader.load_clips
+    real = splits.load_clips
     monkeypatch.setattr(
-        loader,
+        splits,
         "load_clips",
         lambda e, numbers, **kw: loaded.extend(numbers) or real(e, numbers, **kw),
     )

@@ -6,7 +6,7 @@ import i3d_case
 import numpy as np
 import pytest
 
-from cwm_jax.data.loader import DataConfig
+from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import i3d, i3d_weights, video_distance
 from cwm_jax.evaluation.video_distance import Plan

@@ -8,8 +8,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from cwm_jax.data import shards
 from cwm_jax.data.config import DataConfig
-from cwm_jax.data.loader import open_episodes
 from cwm_jax.data.records import encode
+from cwm_jax.data.splits import open_episodes
 from cwm_jax.tools import check
 
 

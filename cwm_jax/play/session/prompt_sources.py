@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cwm_jax import controls
 from cwm_jax.coinrun import IMAGE_SIZE, NO_ACTION
-from cwm_jax.data import loader, pictures
+from cwm_jax.data import pictures, splits
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 
@@ -55,8 +55,8 @@ class ClipPrompts:
         config = DataConfig(dir=str(folder), clip_len=MAX_PROMPT)
         self.known = controls.read(folder)
         num_actions = self.known.num_values
-        self.episodes = loader.open_episodes(config, "val", num_actions=num_actions)
-        self.clips = loader.open_clips(config, "val", num_actions=num_actions)
+        self.episodes = splits.open_episodes(config, "val", num_actions=num_actions)
+        self.clips = splits.open_clips(config, "val", num_actions=num_actions)
 
     def __len__(self) -> int:
         return len(self.clips)
