@@ -1,4 +1,4 @@
-"""Measures a world model: `cwm evaluate` in a checkout. See cwm_jax/programs/evaluate.py."""
+"""Measures a world model: `cwm evaluate` in a checkout. See cwm_jax/programs/evaluate/."""
 
 from cwm_jax.programs.evaluate import main
 

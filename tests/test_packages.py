@@ -80,7 +80,7 @@ def is_downward(here, there):
     if here[0] != there[0]:
         mine, other = level(here[0], PACKAGES), level(there[0], PACKAGES)
     elif here[0] in ("tools", "programs") and there != ("programs", "command"):
-        return here == there or there == (here[0],)
+        return here[:2] == there[:2] or there == (here[0],)
     elif here[0] == "play" and len(here) > 1 and len(there) > 1 and here[1] != there[1]:
         mine, other = level(here[1], PARTS_OF_PLAY), level(there[1], PARTS_OF_PLAY)
     else:

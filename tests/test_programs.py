@@ -12,6 +12,7 @@ from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.errors import UserError
 from cwm_jax.experiment.settings import Settings
 from cwm_jax.programs import evaluate, play, sample
+from cwm_jax.programs.evaluate import measure
 from cwm_jax.tools import (
     check,
     collect,
@@ -60,7 +61,7 @@ def test_a_wrong_number_is_reported_before_a_model_is_opened(
 def test_numbers_are_written_even_if_the_report_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cwm_jax.evaluation.html_report", None)  # cannot be imported
     monkeypatch.delattr("cwm_jax.evaluation.html_report", raising=False)
-    assert evaluate._write_report(tmp_path, None, None) == ""
+    assert measure.write_report(tmp_path, None, None) == ""
     assert "no report was written: " in capsys.readouterr().err
 
 

@@ -86,9 +86,7 @@ def write_script(
     return Script(real, clips["frames"][:, :n_prompt], actions, controls.read(config.dir))
 
 
-def _at_most(
-    count: int, episodes: Episodes, config: DataConfig, split: str, length: int
-) -> int:
+def _at_most(count: int, episodes: Episodes, config: DataConfig, split: str, length: int) -> int:
     """`count`, or as many episodes of `length` frames as there are."""
     there = int((episodes.lengths >= length).sum())
     if count <= there:
