@@ -1,17 +1,10 @@
-"""One player on a WebSocket: keys and commands in, frames out.
-
-In, as JSON text of at most 64 KiB: `{"do": NAME, …}`, see the methods `_do_…`; as bytes: a picture
-to start from. Out, as JSON text: `{"event": NAME, …}`; as bytes: a frame, see `_HEADER`; after it,
-where the page asked for `unsure`, its patches, see `_PATCHES`; or after `{"event": "branches", …}`
-the frames of what-if.
-"""
+"""One player on a WebSocket: keys and commands in, frames out, see `messages`."""
 
 import asyncio
 import contextlib
 import inspect
 import json
 import secrets
-import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -26,63 +19,12 @@ from cwm_jax.play.inference.governor import FrameRate
 from cwm_jax.play.session import prompt_sources, saving, share_code
 from cwm_jax.play.session.prompt_sources import ClipSource
 from cwm_jax.play.session.session import MAX_FUTURE, Session
+from cwm_jax.play.web import messages
 from cwm_jax.play.web.app_state import Downloads, Studio
+from cwm_jax.play.web.keys import Keys
 
-MAX_TEXT = 64 << 10
 MAX_FPS = 60
 _MAX_WAITING = 32  # commands not yet processed
-# kind (1: frame), lanes, action, DDIM steps, window, number, total frames, time stamp of the key
-_HEADER = struct.Struct("<BBhHHIId")
-# kind (3: of which patches the model is unsure), rows, columns; then a byte for each patch
-_PATCHES = struct.Struct("<BBB")
-_FRAME, _BRANCHES, _UNSURE = 1, 2, 3
-
-
-class Keys:
-    """The held keys, and keys tapped since the last frame; read by the device's thread.
-
-    Args:
-        idle: the action while nothing is held.
-    """
-
-    def __init__(self, idle: int):
-        self._idle = idle
-        self.held, self.tapped = idle, None
-        self._stamp = self.frame_stamp = 0.0
-
-    @property
-    def down(self) -> bool:
-        """Whether a key is held, or was tapped since the last frame."""
-        return self.held != self._idle or self.tapped is not None
-
-    def press(self, action: int, stamp: float) -> None:
-        self.held, self._stamp = action, stamp
-        if action != self._idle:
-            self.tapped = action
-
-    def release(self) -> None:
-        self.held, self.tapped = self._idle, None
-
-    def tap_idle(self) -> None:
-        """Requests one frame without a key."""
-        self.tapped = self._idle
-
-    def take(self, ordered: int) -> int:
-        """The action for the frame that now begins.
-
-        Args:
-            ordered: the action held when the frame was ordered, for a key released since.
-        """
-        tapped = self.take_tap()
-        if self.held != self._idle:
-            return self.held
-        return ordered if tapped is None else tapped
-
-    def take_tap(self) -> int | None:
-        """The last key pressed since the last frame, or None; used for one frame only."""
-        tapped, self.tapped = self.tapped, None
-        self.frame_stamp, self._stamp = self._stamp or self.frame_stamp, 0.0
-        return tapped
 
 
 class Player:
@@ -207,20 +149,11 @@ class Player:
         if (raw := message.get("bytes")) is not None:
             self._queue("picture", {"raw": raw})
             return
-        text = message.get("text") or ""
-        if len(text) > MAX_TEXT:
-            raise UserError(
-                f"a message of {len(text):,} characters; at most {MAX_TEXT:,} are accepted"
-            )
-        try:
-            fields = json.loads(text)
-            name = fields.pop("do")
-        except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
-            raise UserError('that message is not valid: send JSON, {"do": NAME, …}') from None
+        name, fields = messages.command(message.get("text") or "")
         if name == "keys":  # at once, so that the next frame uses it
             lowest = min(0, self._known.idle)
-            action = _whole(fields, "action", lowest, self._known.num_values - 1)
-            self._keys.press(action, _number(fields, "stamp"))
+            action = messages.whole(fields, "action", lowest, self._known.num_values - 1)
+            self._keys.press(action, messages.number(fields, "stamp"))
         elif isinstance(name, str) and hasattr(self, f"_do_{name}"):
             self._queue(name, fields)
         else:
@@ -334,21 +267,12 @@ class Player:
             await self._send("replayed", text=text, steps=generated.program.steps)
 
     async def _show(self, frame_HWC: np.ndarray) -> None:
-        session = self._session
-        at, total = session.at, len(session.history)
-        steps, lanes = session.history.programs[at] or (0, 0)
-        header = _HEADER.pack(
-            _FRAME, lanes, session.history.actions[at], steps, session.window, at, total,
-            self._keys.frame_stamp,
-        )  # fmt: skip
-        self._keys.frame_stamp = 0.0
-        await self._socket.send_bytes(header + frame_HWC.tobytes())
+        stamp, self._keys.frame_stamp = self._keys.frame_stamp, 0.0
+        await self._socket.send_bytes(messages.frame(self._session, frame_HWC, stamp))
 
     async def _show_unsure(self, patches_hw: np.ndarray | None) -> None:
         if patches_hw is not None:
-            values = np.clip(np.nan_to_num(patches_hw), 0, 255).astype(np.uint8)
-            header = _PATCHES.pack(_UNSURE, *values.shape)
-            await self._socket.send_bytes(header + values.tobytes())
+            await self._socket.send_bytes(messages.unsure(patches_hw))
 
     async def _send(self, event: str, **fields) -> None:
         await self._socket.send_text(json.dumps({"event": event, **fields}))
@@ -373,10 +297,13 @@ class Player:
     async def _do_start(self, clip=None, prompt=prompt_sources.USUAL_PROMPT, seed=None) -> None:
         """A new session from a clip; a random one where `clip` is null."""
         fields = dict(clip=clip, prompt=prompt, seed=seed)
-        count = len(self._studio.prompts)
-        number = secrets.randbelow(count) if clip is None else _whole(fields, "clip", 0, count - 1)
-        source = ClipSource(number, _whole(fields, "prompt", 1, prompt_sources.MAX_PROMPT))
-        seed = None if seed is None else _whole(fields, "seed", 0, 2**32 - 1)
+        clips, longest = len(self._studio.prompts), prompt_sources.MAX_PROMPT
+        if clip is None:
+            clip = secrets.randbelow(clips)
+        else:
+            messages.whole(fields, "clip", 0, clips - 1)
+        source = ClipSource(clip, messages.whole(fields, "prompt", 1, longest))
+        seed = None if seed is None else messages.whole(fields, "seed", 0, 2**32 - 1)
         loaded = await asyncio.to_thread(self._studio.prompts.load, source)
         await self._begin(Session(self._studio.scheduler, loaded, self._known, seed=seed))
 
@@ -394,7 +321,7 @@ class Player:
         whether each frame is followed by the patches of which the model is unsure.
         """
         if fps is not None:
-            self._fps = _whole(dict(fps=fps), "fps", 1, MAX_FPS)
+            self._fps = messages.whole(dict(fps=fps), "fps", 1, MAX_FPS)
         if steps is not None:
             choices = self._studio.scheduler.generator.steps
             if steps and steps not in choices:
@@ -415,24 +342,24 @@ class Player:
     async def _do_rewind(self, to=0) -> None:
         """Shows an earlier (or later) frame and stops there."""
         self._halt()
-        self._played.rewind(_whole(dict(to=to), "to", 0, 2**31))
+        self._played.rewind(messages.whole(dict(to=to), "to", 0, 2**31))
         await self._show(self._played.history.frame(self._played.at))
 
     async def _do_what_if(self, frames=8) -> None:
         """The next frames under each action that differs."""
         self._auto = False
-        count = _whole(dict(frames=frames), "frames", 1, MAX_FUTURE)
+        count = messages.whole(dict(frames=frames), "frames", 1, MAX_FUTURE)
         await self._send("thinking", text=f"Generating {count} frames of each future …")
         branches = await self._played.what_if(count, steps=self._steps())
         actions = [branch.action for branch in branches]
         names = [self._known.name(action) for action in actions]
         await self._send("branches", actions=actions, names=names, frames=count)
-        pixels = b"".join(frame.tobytes() for branch in branches for frame in branch.frames)
-        await self._socket.send_bytes(bytes([_BRANCHES]) + pixels)
+        frames = (frame for branch in branches for frame in branch.frames)
+        await self._socket.send_bytes(messages.branches(frames))
 
     async def _do_choose(self, branch=0) -> None:
         """Continues from the end of a branch of what-if."""
-        self._played.choose(_whole(dict(branch=branch), "branch", 0, 99))
+        self._played.choose(messages.whole(dict(branch=branch), "branch", 0, 99))
         await self._show(self._played.history.frame(self._played.at))
 
     async def _do_share(self) -> None:
@@ -485,17 +412,3 @@ class Player:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _whole(fields: dict, name: str, low: int, high: int) -> int:
-    value = fields.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UserError(f"{name} is {str(value)[:40]!r}; it must be a whole number {low}…{high}")
-    return value
-
-
-def _number(fields: dict, name: str) -> float:
-    value = fields.get(name, 0)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e15:
-        raise UserError(f"{name} is {str(value)[:40]!r}; it must be a number")
-    return float(value)

@@ -1,4 +1,4 @@
-// The stage: keys in, frames out, over one WebSocket. See cwm_jax/play/web/player.py for the protocol.
+// The stage: keys in, frames out, over one WebSocket. See cwm_jax/play/web/messages.py for the protocol.
 
 const SIZE = 64, FRAME_BYTES = SIZE * SIZE * 3, HEADER = 24;
 const ARROW_LABELS = {1: "← left", 2: "↖ jump left", 4: "· nothing", 5: "↑ jump", 7: "→ right", 8: "↗ jump right"};
