@@ -1,10 +1,14 @@
 """The exception for mistakes that a user can correct, and output that never fails."""
 
+import atexit
 import contextlib
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
+
+_INTERRUPTED = 130  # exit code after Ctrl-C, as of shells
 
 
 class UserError(Exception):
@@ -69,10 +73,24 @@ def shown_to_user() -> Iterator[None]:
                 raise SystemExit(2) from None
             except KeyboardInterrupt:
                 echo("\ninterrupted")
-                raise SystemExit(130) from None
+                atexit.register(_end_at_once, _INTERRUPTED)
+                raise SystemExit(_INTERRUPTED) from None
     finally:
         for stream in (sys.stdout, sys.stderr):
             _drop_unwritable(stream)
+
+
+def _end_at_once(code: int) -> None:
+    """Ends the process at exit, before libraries clean up.
+
+    A compilation that Ctrl-C interrupted goes on in a thread of JAX's, and cleaning up would end in
+    a segmentation fault.
+    """
+    for child in multiprocessing.active_children():
+        child.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        _drop_unwritable(stream)
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Users see messages, never a traceback."""
 
+import atexit
 import io
 import os
 import shlex
@@ -9,6 +10,7 @@ import sys
 import pytest
 from forked_programs import run_each
 
+from cwm_jax import errors
 from cwm_jax.errors import UserError, echo, shown_to_user
 
 
@@ -22,8 +24,37 @@ from cwm_jax.errors import UserError, echo, shown_to_user
 def test_a_mistake_and_ctrl_c_end_a_program_with_one_message(raised, printed, code, capsys):
     with pytest.raises(SystemExit) as ended, shown_to_user():
         raise raised
+    atexit.unregister(errors._end_at_once)  # this process goes on
     assert ended.value.code == code
     assert capsys.readouterr().err == printed
+
+
+_COMPILING = """
+import os, signal, threading, jax, jax.numpy as jnp
+from cwm_jax.errors import shown_to_user
+def slow(x):
+    for size in range(64, 164):
+        x = jnp.sort(x @ jnp.ones((size, size + 1)), axis=0)
+    return x
+with shown_to_user():
+    lowered = jax.jit(slow).lower(jnp.ones((64, 64)))
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    print("compiling", flush=True)
+    lowered.compile()
+    print("compiled")
+"""
+
+
+def test_ctrl_c_while_a_program_is_compiled():
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILING],
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "compiling\n", "it was too quick"
+    assert (done.stderr, done.returncode) == ("\ninterrupted\n", 130)
 
 
 def test_our_own_faults_keep_their_traceback():
