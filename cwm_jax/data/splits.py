@@ -21,12 +21,15 @@ def open_episodes(
 ) -> Episodes:
     """The episodes of `split`, by number; with `outcomes`, with rewards and ends.
 
-    Raises `UserError` if there are none, or their game has more actions than `num_actions`, or
+    Raises `UserError` if there are none, or their game has other actions than `num_actions`, or
     outcomes are requested and the first records have none; and `BadRecord` if more of those
     decoded for their lengths are bad than `config` allows.
     """
     known = controls.read(config.dir)
-    if known.num_values > num_actions:
+    # Data of CoinRun may be used with more actions than it has, those of another game may not:
+    # they would be taken for CoinRun's.
+    fits = known.num_values <= num_actions if known.is_procgen else known.num_values == num_actions
+    if not fits:
         what = f"{len(known.controls)} {'buttons' if known.encoding == 'buttons' else 'actions'}"
         raise UserError(
             f"{config.dir} is of {known.game}, which has {what}, and the model has "

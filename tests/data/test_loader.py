@@ -721,3 +721,5 @@ def test_data_of_a_game_of_more_actions_names_the_setting(make_data):
     with pytest.raises(UserError, match=r"--config\.model\.num_actions=18 "):
         open_episodes(config, "train")
     assert len(open_episodes(config, "train", num_actions=18)) == 1
+    with pytest.raises(UserError, match="has 18 actions, and the model has 20 actions"):
+        open_episodes(config, "train", num_actions=20)
