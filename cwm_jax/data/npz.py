@@ -1,12 +1,16 @@
-"""Reads arrays from an .npz file, which may be damaged or of another format."""
+"""Writes .npz files, and reads those that may be damaged or of another format."""
 
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cwm_jax.errors import UserError
+from cwm_jax.files import written_whole
+
+SUFFIX = ".npz"
 
 
 def read(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
@@ -27,3 +31,14 @@ def read(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot read {path}: {reason}") from None
     return arrays
+
+
+def write(path: Path, arrays: Mapping[str, ArrayLike]) -> None:
+    """Writes arrays by name, compressed and atomically, under exactly this path.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    # NumPy appends .npz to other paths, but not to an open file.
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)

@@ -20,7 +20,6 @@ from einops import rearrange
 from flax import nnx
 from tqdm import tqdm
 
-from cwm_jax import files
 from cwm_jax.coinrun import CHANNELS, MEANINGFUL_ACTIONS, NUM_ACTIONS, action_keys, to_model
 from cwm_jax.data import npz, splits
 from cwm_jax.data.config import DataConfig
@@ -198,8 +197,7 @@ def _kept(path: Path) -> nnx.State | None:
 def _keep(probe: Probe, path: Path) -> None:
     flat = nnx.to_flat_state(probe.params)
     try:
-        with files.written_whole(path) as temporary:
-            np.savez(temporary, **{_key(at): np.asarray(leaf[...]) for at, leaf in flat})
+        npz.write(path, {_key(at): np.asarray(leaf[...]) for at, leaf in flat})
     except (UserError, OSError) as error:
         echo(f"warning: the probe is not stored, and the next call trains it again: {error}")
 

@@ -48,7 +48,7 @@ def curves(series: Series, out_png: str | os.PathLike) -> None:
         _plot(axes[1], psnrs, "PSNR (dB)")
     axes[-1].set_xlabel("step", color=_INK)
     with written_whole(out_png) as temporary:
-        figure.savefig(temporary)
+        figure.savefig(temporary, format="png")
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

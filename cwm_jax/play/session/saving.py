@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cwm_jax import files
 from cwm_jax.coinrun import FRAME_SHAPE
+from cwm_jax.data import npz
 from cwm_jax.play.session.session import Session
 from cwm_jax.rendering import video
 from cwm_jax.rendering.contact_sheet import Sheet
@@ -38,15 +38,14 @@ def write_numbers(session: Session, path: Path, *, start: int, stop: int) -> Non
     history = session.history
     programs = [program or (0, 0) for program in history.programs[start:stop]]
     steps, lanes = np.array(programs, np.int32).T
-    with files.written_whole(path) as temporary:
-        np.savez_compressed(
-            temporary,
-            frames=np.stack(list(history.frames(start, stop))),
-            actions=np.array(history.actions[start:stop], np.int32),
-            steps=steps,
-            lanes=lanes,
-            controls=json.dumps(session.known.to_json()),
-            seed=np.uint32(session.seed),
-            n_prompt=max(0, min(history.given, stop) - start),
-            first_frame=start,
-        )
+    arrays = dict(
+        frames=np.stack(list(history.frames(start, stop))),
+        actions=np.array(history.actions[start:stop], np.int32),
+        steps=steps,
+        lanes=lanes,
+        controls=json.dumps(session.known.to_json()),
+        seed=np.uint32(session.seed),
+        n_prompt=max(0, min(history.given, stop) - start),
+        first_frame=start,
+    )
+    npz.write(path, arrays)
