@@ -18,6 +18,8 @@ SAFETENSORS = ".safetensors"
 MODEL_FILE = f"model{SAFETENSORS}"  # in a folder that holds a model and what is known of it
 HUB = "hf://"  # begins the name of a model on the Hugging Face Hub
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # ends messages of libraries written in Rust
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Files that desktops, network drives and file systems create.
 _NOT_THE_USERS = {
@@ -32,27 +34,90 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
     Readers see the old file or the whole new one; if the block raises, the temporary file is
     deleted. Missing folders are created. The temporary name keeps the suffix of `path`, which
-    decides the format of many writers.
+    decides the format of many writers; those that append a suffix need an open file instead.
 
     Raises:
-        UserError: `path` cannot be written.
+        UserError: `path` cannot be written, or the disk is full before its end.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        temporary.touch()
+        _touch(path, temporary)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; name a file in a folder you may write to"
-        ) from error
+        raise _cannot_write(path, error.errno, error.strerror) from error
     try:
         yield temporary
         os.replace(temporary, path)
+    except Exception as error:
+        if number := _failed_write(error, temporary):
+            raise _cannot_write(path, number, os.strerror(number)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f".{path.stem}.{os.getpid()}{path.suffix}"
+
+
+def _touch(path: Path, temporary: Path) -> None:
+    """Creates `temporary`, unless `path` is a folder, which no file can replace."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    temporary.touch()
+
+
+def _failed_write(error: Exception, temporary: Path) -> int | None:
+    """The `errno` if `error` is of the disk or of the temporary file, else None."""
+    if isinstance(error, OSError):
+        if error.filename is not None:
+            ours = os.path.basename(str(error.filename)) == temporary.name
+            return error.errno if ours else None
+        number = error.errno
+    else:
+        found = _RUST_ERROR.search(str(error))
+        number = int(found[1]) if found else None
+    return number if number in {*_DISK_FULL, errno.EROFS} else None
+
+
+def _cannot_write(path: Path, number: int | None, reason: str | None) -> UserError:
+    advice = "" if number in _DISK_FULL else "; name a file in a folder you may write to"
+    return UserError(f"cannot write {path}: {reason}{advice}")
+
+
+def check_writable(path: Path) -> None:
+    """Raises `UserError` if `written_whole` would; no file or folder is left."""
+    temporary = _temporary(path)
+    try:
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        temporary = folder / temporary.name
+        _touch(path, temporary)
+        temporary.unlink()
+    except OSError as error:
+        raise _cannot_write(path, error.errno, error.strerror) from error
+
+
+def check_outputs(*outputs: tuple[str, Path | None, tuple[str, ...]]) -> None:
+    """Checks the files that a program is going to write, before its work begins.
+
+    Args:
+        outputs: for each file its flag, its path (None: it is not wanted), and the suffixes that
+            its writer supports, in lower case.
+
+    Raises:
+        UserError: a path has another suffix, two are the same file, or one cannot be written.
+    """
+    taken: dict[str, str] = {}
+    for flag, path, suffixes in outputs:
+        if path is None:
+            continue
+        if path.suffix.lower() not in suffixes:
+            raise UserError(f"{flag} {path}: its name must end in {' or '.join(suffixes)}")
+        other = taken.setdefault(os.path.realpath(path), flag)
+        if other != flag:
+            raise UserError(f"{flag} {path} is the same file as that of {other}; name two files")
+        check_writable(path)
 
 
 def local_path(text: str, where: str) -> Path:

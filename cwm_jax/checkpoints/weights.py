@@ -23,6 +23,9 @@ def write(path: Path, params: dict[str, jax.Array], meta: dict[str, Any]) -> Non
     """Writes parameters by name, atomically.
 
     `meta` is a JSON object that includes a run's `step` and `config`.
+
+    Raises:
+        UserError: `path` cannot be written, such as on a full disk.
     """
     with written_whole(path) as temporary:
         save_file(params, str(temporary), metadata={_KEY: json.dumps(meta)})

@@ -9,6 +9,8 @@ from PIL import Image
 from cwm_jax.errors import UserError
 from cwm_jax.files import written_whole
 
+SUFFIXES = (".mp4", ".gif")  # of the videos that `write_video` writes
+PNG_SUFFIX = ".png"
 _INDEX_FIRST = {"movflags": "+faststart"}
 _BT709 = {"dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
 
