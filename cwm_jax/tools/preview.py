@@ -161,15 +161,14 @@ def parser() -> argparse.ArgumentParser:
     add("--count-episodes", type=int, default=500, help="episodes for the page's statistics (500)")
     add("--fps", type=int, default=FPS, help="frames a second of the video (%(default)s)")
     add("--scale", type=int, default=6, help="enlargement of the video's frames (%(default)s)")
-    add("--output", type=path_flag, default=Path("preview.mp4"), help="the video (%(default)s)")
+    add("--output", type=path_flag, default=Path("preview.mp4"), help="or a .gif (%(default)s)")
     return parser
 
 
 def write(args: argparse.Namespace) -> None:
     """Writes the video, the contact sheet and the page."""
-    for flag in ("n_episodes", "count_episodes", "fps", "scale"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
+    sheet, facts_page = (args.output.parent / f"{args.output.stem}{s}" for s in (".png", ".html"))
+    _check(args, sheet, facts_page)
     if args.shard and not args.shard.is_file():
         raise UserError(f"there is no file {args.shard}")
     known = controls.read(args.shard.parent.parent if args.shard else args.data)
@@ -183,8 +182,7 @@ def write(args: argparse.Namespace) -> None:
     images = tqdm(
         video_images(found, numbers, known, scale=args.scale), "rendering", total, unit=" frames"
     )
-    video.write_mp4(args.output, images, fps=args.fps)
-    sheet, facts_page = args.output.with_suffix(".png"), args.output.with_suffix(".html")
+    video.write_video(args.output, images, fps=args.fps)
     video.write_png(sheet, contact_sheet(found, numbers, known))
     counted = np.linspace(0, len(found) - 1, min(len(found), args.count_episodes)).astype(int)
     source = str(args.shard or args.data / args.split)
@@ -196,6 +194,18 @@ def write(args: argparse.Namespace) -> None:
     print(f"{args.output}, {sheet}, {facts_page}")
     if note:
         print(note)
+
+
+def _check(args: argparse.Namespace, sheet: Path, facts_page: Path) -> None:
+    """Raises `UserError` for invalid numbers and files before frames are rendered."""
+    for flag in ("n_episodes", "count_episodes", "fps", "scale"):
+        if (value := getattr(args, flag)) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: must be 1 or more")
+    files.check_outputs(
+        ("--output", args.output, video.SUFFIXES),
+        ("the contact sheet", sheet, (video.PNG_SUFFIX,)),
+        ("the page", facts_page, (".html",)),
+    )
 
 
 if __name__ == "__main__":

@@ -43,6 +43,23 @@ def test_video_sheet_and_page_are_written(bright, tmp_path):
     assert "<td>5 frames</td><td>1</td>" in page
 
 
+def test_a_gif_is_one_and_other_videos_are_refused_before_rendering(bright, capsys):
+    one = f"--shard {bright}/train/data_0000.array_record --n-episodes 1 --scale 1 --output"
+    preview.main([*one.split(), str(bright / "look.gif")])
+    with Image.open(bright / "look.gif") as picture:
+        assert (picture.format, picture.n_frames) == ("GIF", 5)
+    (bright / "taken.png").mkdir()
+    for name, message in (
+        ("q.png", "q.png: its name must end in .mp4 or .gif"),
+        ("q.html", "q.html: its name must end in .mp4 or .gif"),
+        ("taken.mp4", "taken.png: it is a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            preview.main([*one.split(), str(bright / name)])
+        assert message in capsys.readouterr().err
+        assert not (bright / name).exists()
+
+
 def test_facts_are_counted(bright):
     found = preview.Episodes([bright / "train" / "data_0000.array_record"])
     facts = preview.facts(found, [0, 1], preview.controls.read(bright))
