@@ -18,8 +18,9 @@ import numpy as np
 from cwm_jax import files, shipped
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.coinrun import FPS
-from cwm_jax.data import shards
+from cwm_jax.data import npz, shards
 from cwm_jax.data.config import DataConfig
+from cwm_jax.diffusion.schedule import NUM_LEVELS
 from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.files import model_flag, path_flag
 from cwm_jax.rendering import contact_sheet, video
@@ -28,6 +29,7 @@ from cwm_jax.sampling import rollouts, sampler
 
 _MAX_FPS = 1000
 
+_STABILIZATION = "noise level of the context + 1, 1…1000 (%(default)s)"
 _CHECKPOINT = "a run, an export, or hf://USER/REPOSITORY[@REVISION] (checkpoints/pocket)"
 
 
@@ -35,6 +37,7 @@ def main() -> None:
     with shown_to_user():
         args = parser().parse_args()
         _check(args)
+        source, pattern = _actions(args)
         settings = _sampler_settings(args)
         devices.check()
         checkpoint = pretrained.unless(args.checkpoint)
@@ -46,8 +49,8 @@ def main() -> None:
             frames=args.frames,
             n_prompt=args.n_prompt,
             num_actions=opened.sampler.network.action_values,
-            source=args.action_source,
-            pattern=_pattern(args.pattern),
+            source=source,
+            pattern=pattern,
             seed=args.seed,
         )
         if script.real is None:
@@ -88,15 +91,15 @@ def parser() -> argparse.ArgumentParser:
     add("--ddim-steps", type=int, help="denoising steps a frame, 1…1000 (the model's own)")
     add("--noise-levels", default="", help="instead of steps: falling levels, such as 999,749,249")
     add("--eta", type=float, default=0.0, help="0: deterministic … 1: as random as DDPM (0)")
-    add("--stabilization-level", type=int, default=15, help="noise level of the context + 1 (15)")
+    add("--stabilization-level", type=int, default=15, help=_STABILIZATION)
     add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")
-    add("--action-source", default="gt", choices=rollouts.ACTION_SOURCES, help="(%(default)s)")
-    add("--pattern", default="", help="actions to repeat, such as 7,7,7,8,8")
+    add("--action-source", choices=rollouts.ACTION_SOURCES, help="(gt; with --pattern: pattern)")
+    add("--pattern", help="actions to repeat, such as 7,7,7,8,8")
     add("--seed", type=int, default=0, help="of clips, random actions and noise (%(default)s)")
     add("--fps", type=int, default=FPS, help="frames a second of the video (%(default)s)")
     add("--output", type=path_flag, default=Path("generated.mp4"), help="or a .gif (%(default)s)")
     add("--grid", type=path_flag, help="also write a contact sheet to this PNG")
-    add("--save-npz", type=path_flag, help="also write raw frames, actions and seed to this file")
+    add("--save-npz", type=path_flag, help="also write raw frames, actions and seed to this .npz")
     return parser
 
 
@@ -109,10 +112,37 @@ def _data_config(folder: Path | None, opened: formats.Opened) -> DataConfig:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises `UserError` for invalid numbers before frames are generated."""
+    """Raises `UserError` for invalid numbers and files before frames are generated."""
     sampler.check_seed(args.seed)
     if not 1 <= args.fps <= _MAX_FPS:
         raise UserError(f"--fps {args.fps}: must be 1…{_MAX_FPS}")
+    if args.n_samples < 1:
+        raise UserError(f"--n-samples {args.n_samples}: must be 1 or more")
+    if not 1 <= args.n_prompt < args.frames:
+        raise UserError(
+            f"--n-prompt {args.n_prompt}: must be 1 or more, and fewer than --frames {args.frames}"
+        )
+    if not 1 <= args.stabilization_level <= NUM_LEVELS:
+        raise UserError(f"--stabilization-level {args.stabilization_level}: must be 1…{NUM_LEVELS}")
+    files.check_outputs(
+        ("--output", args.output, video.SUFFIXES),
+        ("--grid", args.grid, (video.PNG_SUFFIX,)),
+        ("--save-npz", args.save_npz, (npz.SUFFIX,)),
+    )
+
+
+def _actions(args: argparse.Namespace) -> tuple[str, list[int]]:
+    """Where the actions come from, and the pattern; a pattern alone is a source."""
+    source = args.action_source or ("gt" if args.pattern is None else "pattern")
+    if source != "pattern":
+        if args.pattern is not None:
+            raise UserError(
+                f"--pattern {args.pattern} is not used with --action-source {source}; omit one"
+            )
+        return source, []
+    if args.pattern is None:
+        raise UserError("--action-source pattern: also give the pattern, such as --pattern 7,7,8")
+    return source, _numbers("--pattern", args.pattern, "action numbers, such as 7,7,7,8,8")
 
 
 def _sampler_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -127,28 +157,17 @@ def _sampler_settings(args: argparse.Namespace) -> dict[str, Any]:
     return fields
 
 
-def _pattern(text: str) -> list[int]:
-    return _numbers("--pattern", text, "action numbers, such as 7,7,7,8,8")
-
-
 def _numbers(flag: str, text: str, wanted: str) -> list[int]:
     try:
-        return [int(word) for word in text.split(",") if word.strip()]
+        return [int(word) for word in text.split(",")]
     except ValueError:
         raise UserError(f"{flag} {text}: expected {wanted}") from None
 
 
 def _save_npz(path: Path, script: rollouts.Script, frames: np.ndarray, seed: int) -> None:
     real = {} if script.real is None else {"real": script.real}
-    with files.written_whole(path) as temporary:
-        np.savez_compressed(
-            temporary,
-            frames=frames,
-            actions=script.actions,
-            n_prompt=script.n_prompt,
-            seed=seed,
-            **real,
-        )
+    numbers = {"n_prompt": script.n_prompt, "seed": seed}
+    npz.write(path, {"frames": frames, "actions": script.actions, **numbers, **real})
 
 
 if __name__ == "__main__":
