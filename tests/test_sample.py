@@ -30,10 +30,12 @@ def refused(monkeypatch, tmp_path, capsys):
     ("words", "message"),
     [
         ("--n-samples 0", "--n-samples 0: must be 1 or more"),
-        ("--n-prompt 4 --frames 4", "--n-prompt 4: must be 1 or more, and fewer than --frames 4"),
+        ("--n-prompt 0", "--n-prompt 0: must be 1 or more"),
+        ("--n-prompt 4 --frames 4", "is left to generate; must be more than --n-prompt 4"),
         ("--stabilization-level -3", "--stabilization-level -3: must be 1…1000"),
         ("--stabilization-level 1001", "--stabilization-level 1001: must be 1…1000"),
         ("--noise-levels 999,,3", "--noise-levels 999,,3: expected falling levels"),
+        ("--ddim-steps 2 --noise-levels 999,3", "--ddim-steps 2 and --noise-levels 999,3 both"),
         ("--pattern 3,,4", "--pattern 3,,4: expected action numbers"),
         ("--pattern= --action-source pattern", "--pattern : expected action numbers"),
         ("--pattern 7,8 --action-source random", "not used with --action-source random"),

@@ -116,11 +116,13 @@ def _check(args: argparse.Namespace) -> None:
     sampler.check_seed(args.seed)
     if not 1 <= args.fps <= _MAX_FPS:
         raise UserError(f"--fps {args.fps}: must be 1…{_MAX_FPS}")
-    if args.n_samples < 1:
-        raise UserError(f"--n-samples {args.n_samples}: must be 1 or more")
-    if not 1 <= args.n_prompt < args.frames:
+    for flag, value in (("--n-samples", args.n_samples), ("--n-prompt", args.n_prompt)):
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be 1 or more")
+    if args.frames <= args.n_prompt:
         raise UserError(
-            f"--n-prompt {args.n_prompt}: must be 1 or more, and fewer than --frames {args.frames}"
+            f"--frames {args.frames}: none of {args.frames} frames is left to generate; must be "
+            f"more than --n-prompt {args.n_prompt}"
         )
     if not 1 <= args.stabilization_level <= NUM_LEVELS:
         raise UserError(f"--stabilization-level {args.stabilization_level}: must be 1…{NUM_LEVELS}")
@@ -148,6 +150,11 @@ def _actions(args: argparse.Namespace) -> tuple[str, list[int]]:
 def _sampler_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of `SamplerConfig`; errors are reported before anything is opened."""
     fields = dict(window=args.window, eta=args.eta, context_level=args.stabilization_level - 1)
+    if args.noise_levels and args.ddim_steps is not None:
+        raise UserError(
+            f"--ddim-steps {args.ddim_steps} and --noise-levels {args.noise_levels} both give the "
+            "denoising steps; omit one"
+        )
     if args.noise_levels:
         falling = _numbers("--noise-levels", args.noise_levels, "falling levels, such as 999,749")
         fields["levels"] = tuple(falling)
