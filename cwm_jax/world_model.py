@@ -10,6 +10,7 @@
 Actions of CoinRun are listed in `cwm_jax.coinrun.ACTION_NAMES`.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from cwm_jax import shipped
+from cwm_jax import arguments, shipped
 from cwm_jax.checkpoints import formats, hub_models, pretrained
 from cwm_jax.checkpoints.run_checkpoint import Trained
-from cwm_jax.coinrun import NO_ACTION
 from cwm_jax.data.starts import Starts
+from cwm_jax.diffusion.schedule import NUM_LEVELS
 from cwm_jax.errors import UserError
 from cwm_jax.files import HUB
-from cwm_jax.sampling import sampler
 from cwm_jax.sampling.sampler import SamplerConfig, ddim_levels
 from cwm_jax.sampling.worlds import Outcomes, WorldGenerator, Worlds
-
-_SEEDS = 2**32
 
 
 class WorldModel:
@@ -39,6 +37,9 @@ class WorldModel:
         denoising_steps: for each frame, 1…1000; those of the model's config by default.
         starts: a data folder whose validation episodes `reset` starts from if no prompt is
             given; the embedded frames of CoinRun by default.
+
+    Raises:
+        UserError: an invalid argument.
     """
 
     def __init__(
@@ -48,14 +49,16 @@ class WorldModel:
         denoising_steps: int | None = None,
         starts: Path | str | None = None,
     ):
-        steps = formats.usual_steps(trained) if denoising_steps is None else denoising_steps
+        if not isinstance(trained, Trained):
+            raise UserError(
+                f"trained={arguments.shown(trained)}: must be a `Trained`; "
+                "WorldModel.from_pretrained(…) loads a model"
+            )
         self.trained = trained
-        self.denoising_steps = steps
-        self.generator = WorldGenerator(
-            trained.network, trained.params, SamplerConfig(levels=ddim_levels(steps))
+        self._set_steps(
+            formats.usual_steps(trained) if denoising_steps is None else denoising_steps
         )
-        self._starts_folder = starts
-        self._starts: Starts | None = None
+        self._set_starts(starts)
         self._worlds: Worlds | None = None
         self._outcomes: Outcomes | None = None
 
@@ -76,8 +79,31 @@ class WorldModel:
         Raises:
             UserError: there is no such model, here or on the hub, or it is damaged.
         """
+        arguments.check_path("source", source, "a path, or the name of a model on the hub")
         path = pretrained.FOLDER if source is None else _located(source)
         return cls(formats.load(path, step=step), **options)
+
+    def fresh(
+        self, *, denoising_steps: int | None = None, starts: Path | str | None = None
+    ) -> "WorldModel":
+        """Another `WorldModel` of the same model, with worlds of its own: none before its `reset`.
+
+        Both share the parameters and compiled programs, and neither changes the other's worlds.
+
+        Args:
+            denoising_steps, starts: as above; those of this one by default. Another number of
+                steps takes a program of its own, and a copy of the parameters in the compute dtype.
+
+        Raises:
+            UserError: an invalid argument.
+        """
+        other = copy.copy(self)
+        other._worlds = other._outcomes = None
+        if denoising_steps not in (None, self.denoising_steps):
+            other._set_steps(denoising_steps)
+        if starts is not None:
+            other._set_starts(starts)
+        return other
 
     @property
     def batch(self) -> int:
@@ -93,6 +119,18 @@ class WorldModel:
     def frame_shape(self) -> tuple[int, int, int]:
         size = self.trained.network.image_size
         return size, size, 3
+
+    @property
+    def starts(self) -> Starts:
+        """Where worlds start if no prompt is given; opened when it is first needed.
+
+        Raises:
+            UserError: there is no such data.
+        """
+        if self._starts is None:
+            folder = shipped.DATA if self._starts_folder is None else self._starts_folder
+            self._starts = Starts(folder, num_actions=self.num_actions)
+        return self._starts
 
     @property
     def frames(self) -> np.ndarray:
@@ -118,7 +156,7 @@ class WorldModel:
             frames: the prompt, uint8: one frame [H, W, C] or P frames [P, H, W, C] that all worlds
                 share, or [B, P, H, W, C]; 1 ≤ P ≤ the network's window.
             actions: the action that led into each prompt frame, [P] or [B, P]; −1 for none, which
-                only the first may have. Required if P > 1.
+                only the first may have. Required if P > 1; not allowed without `frames`.
             batch: B; the present number, or 1, by default.
             seed: of world 0; world i gets seed + i. Or B seeds.
             prompt_frames: P, if no `frames` are given.
@@ -127,14 +165,19 @@ class WorldModel:
         Raises:
             UserError: an invalid argument.
         """
-        batch = self._batch(frames, batch, where)
-        seeds = _seeds(seed, batch)
+        if frames is not None:
+            frames = arguments.prompt_frames(frames, self.frame_shape)
+        elif actions is not None:
+            raise UserError("actions without frames: expected the frames that they led into")
+        batch = self._batch(frames, batch)
+        where = self._where(where, batch)
+        seeds = arguments.seeds(seed, batch)
         if frames is None:
             frames, actions = self._recorded(seeds, prompt_frames)
         else:
-            frames, actions = _for_all(np.asarray(frames), actions, batch)
+            frames, actions = arguments.prompt(frames, actions, batch)
         new = self.generator.begin(frames, actions, seeds)
-        if where is not None and not np.all(where):
+        if where is not None and not where.all():
             new = self.generator.replaced(where, new, self._begun())
         self._worlds, self._outcomes = new, None
         return self.frames
@@ -146,11 +189,16 @@ class WorldModel:
             actions: one for each world, [B]; or a single one for all.
 
         Raises:
-            UserError: an action is outside 0 … `num_actions` − 1, or they are not B.
+            UserError: an action is not an integer 0 … `num_actions` − 1, or they are not B.
         """
-        actions = np.asarray(actions)
-        actions_B = np.broadcast_to(actions, (self.batch,)) if actions.ndim == 0 else actions
-        return self.rollout(actions_B[:, None])[:, 0]
+        batch = len(self._begun().count_B)
+        given = self._actions(actions)
+        if given.shape not in ((), (batch,)):
+            raise UserError(
+                f"actions of shape {given.shape} for {batch} worlds: must be one for each, "
+                f"[{batch}], or a single one for all"
+            )
+        return self.rollout(np.broadcast_to(given, (batch,))[:, None])[:, 0]
 
     def rollout(self, actions_BF: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """Generates one frame for each action, uint8 [B, F, H, W, C], in one call of the device.
@@ -158,7 +206,8 @@ class WorldModel:
         Raises:
             UserError: as `step`.
         """
-        self._worlds, frames, predicted = self.generator.rollout(self._begun(), actions_BF)
+        worlds, given = self._begun(), self._actions(actions_BF)
+        self._worlds, frames, predicted = self.generator.rollout(worlds, given)
         self._outcomes = jax.device_get(predicted)
         return np.asarray(jax.device_get(frames))
 
@@ -183,26 +232,49 @@ class WorldModel:
             raise UserError("no world was started: call reset() first")
         return self._worlds
 
-    def _batch(self, frames, batch: int | None, where) -> int:
+    def _set_steps(self, steps: int) -> None:
+        self.denoising_steps = arguments.integer("denoising_steps", steps, 1, NUM_LEVELS)
+        self.generator = WorldGenerator(
+            self.trained.network,
+            self.trained.params,
+            SamplerConfig(levels=ddim_levels(self.denoising_steps)),
+        )
+
+    def _set_starts(self, folder: Path | str | None) -> None:
+        arguments.check_path("starts", folder, "the path of a data folder")
+        self._starts_folder = folder
+        self._starts: Starts | None = None
+
+    def _actions(self, actions) -> np.ndarray:
+        """Actions as an array of integers, of any shape and size."""
+        return arguments.integers("actions", actions, f"integers 0…{self.num_actions - 1}")
+
+    def _batch(self, frames: np.ndarray | None, batch: int | None) -> int:
         """The number of worlds that a reset is for."""
-        given = len(frames) if np.ndim(frames) == 5 else None
-        wanted = batch if batch is not None else given or self.batch or 1
-        if not isinstance(wanted, int | np.integer) or wanted < 1:
-            raise UserError(f"batch={batch!r}: must be an integer, 1 or more")
-        if given not in (None, wanted):
+        given = len(frames) if frames is not None and frames.ndim == 5 else None
+        if batch is None:
+            batch = given if given is not None else self.batch or 1
+        batch = arguments.integer("batch", batch, 1)
+        if given not in (None, batch):
             raise UserError(f"batch={batch}, but frames are the prompts of {given} worlds")
-        if where is not None and (np.shape(where) != (wanted,) or wanted != self.batch):
+        return batch
+
+    def _where(self, where, batch: int) -> np.ndarray | None:
+        """`where` as bools, one for each of the present worlds."""
+        if where is None:
+            return None
+        found = arguments.booleans("where", where, "a bool for each world")
+        if found.shape != (batch,) or batch != self.batch:
             raise UserError(
-                f"where has the shape {np.shape(where)} for a reset of {wanted} worlds, but there "
+                f"where has the shape {found.shape} for a reset of {batch} worlds, but there "
                 f"are {self.batch}: expected one bool for each of these"
             )
-        return int(wanted)
+        return found
 
     def _recorded(self, seeds: list[int], frames: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._starts is None:
-            folder = self._starts_folder or shipped.DATA
-            self._starts = Starts(folder, num_actions=self.num_actions)
-        found = [self._starts.at(seed, frames) for seed in seeds]
+        window = self.trained.network.max_frames
+        frames = arguments.integer("prompt_frames", frames, 1, window, "the network's window")
+        found = [self.starts.at(seed, frames) for seed in seeds]
         return tuple(np.stack(part) for part in zip(*found, strict=True))
 
 
@@ -216,34 +288,3 @@ def _located(source: Path | str) -> Path:
         except UserError as error:
             raise UserError(f"there is no file or folder {source} here, and {error}") from None
     return pretrained.located(source)
-
-
-def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
-    if np.ndim(seed) == 0:
-        sampler.check_seed(seed)
-        return [(int(seed) + i) % _SEEDS for i in range(batch)]
-    if len(seed) != batch:
-        raise UserError(
-            f"{len(seed)} seeds for {batch} worlds: expected one for each, or one number"
-        )
-    return [int(one) for one in seed]
-
-
-def _for_all(frames: np.ndarray, actions, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """A prompt as [B, P, ...], and its actions as [B, P]."""
-    if frames.ndim == 3:
-        frames = frames[None]
-    if frames.ndim == 4:
-        frames = np.broadcast_to(frames, (batch, *frames.shape))
-    count = frames.shape[1] if frames.ndim == 5 else 1
-    if actions is None:
-        if count > 1:
-            raise UserError(
-                f"{count} prompt frames without actions: expected the action that led into each "
-                "(−1 for the first)"
-            )
-        actions = np.full((batch, 1), NO_ACTION)
-    actions = np.asarray(actions)
-    return frames, np.broadcast_to(
-        actions, (batch, *actions.shape)
-    ) if actions.ndim == 1 else actions

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "cwm_jax"
 # From the lowest up. A package (or a module beside them) imports only from lines above its own.
 PACKAGES = (
     ("errors", "coinrun", "shipped"),
-    ("files", "config_group"),
+    ("files", "config_group", "arguments"),
     ("controls", "runtime"),
     ("data", "models", "rendering"),
     ("diffusion", "simulator"),

@@ -92,6 +92,24 @@ def test_it_generates_what_the_page_does(model, trained):
         ]
 
 
+def test_a_fresh_one_has_worlds_of_its_own(model, make_data):
+    model.reset(batch=2, seed=3)
+    frames = model.rollout(ACTIONS)
+    before, compiled = model.reset(batch=2, seed=3), worlds._rollout._cache_size()
+    other = model.fresh()
+    assert (other.batch, other.generator) == (0, model.generator)
+    other.reset(batch=2, seed=9)
+    assert (other.rollout(ACTIONS) != frames).any()
+    np.testing.assert_array_equal(model.frames, before)
+    np.testing.assert_array_equal(model.rollout(ACTIONS), frames)
+    assert worlds._rollout._cache_size() == compiled
+    other = model.fresh(denoising_steps=1, starts=make_data(val=[[40]]))
+    assert (other.denoising_steps, len(other.generator.config.levels)) == (1, 1)
+    assert (model.denoising_steps, len(model.generator.config.levels)) == (2, 2)
+    assert not other.reset()[0, 1:].any()  # a marked episode has no other pixels
+    assert model.reset(seed=0)[0, 1:].any()
+
+
 def test_worlds_begin_again_one_by_one(model):
     """And the others do not notice, however old each is; nothing is compiled anew."""
     model.reset(batch=2, seed=3)
@@ -123,15 +141,32 @@ def test_a_prompt_may_be_one_picture_for_all_or_one_for_each(model):
     [
         (lambda m: m.step([7, 15]), r"action 15: actions are 0…14"),
         (lambda m: m.step([7, -1]), r"action -1: actions are 0…14"),
-        (lambda m: m.step([7, 7, 7]), r"actions of shape \(3, 1\) for 2 worlds"),
-        (lambda m: m.step([0.5, 1]), r"actions must be whole numbers, not float64"),
+        (lambda m: m.step([7, 7, 7]), r"actions of shape \(3,\) for 2 worlds: .* each, \[2\]"),
+        (lambda m: m.step([0.5, np.nan]), r"actions=\[0.5, nan\]: must be integers 0…14"),
+        (lambda m: m.rollout([[7], [7, 8]]), r"actions=\[\[7\], \[7, 8\]\]: must be integers"),
         (lambda m: m.reset(batch=0), r"batch=0: must be an integer, 1 or more"),
-        (lambda m: m.reset(seed=-1), r"seed=-1: must be 0…"),
-        (lambda m: m.reset(seed=[1, 2, 3], batch=2), r"3 seeds for 2 worlds"),
+        (lambda m: m.reset(batch=True), r"batch=True: must be an integer, 1 or more"),
+        (lambda m: m.reset(seed=-1), r"seed=-1: must be an integer, 0…"),
+        (lambda m: m.reset(seed="a"), r"seed='a': must be an integer, 0…"),
+        (lambda m: m.reset(seed=1.5), r"seed=1.5: must be an integer, 0…"),
+        (lambda m: m.reset(seed=[1, 2.5]), r"seed\[1\]=2.5: must be an integer, 0…"),
+        (lambda m: m.reset(seed=[1, 2, 3], batch=2), r"seed=\[1, 2, 3\]: 3 seeds for 2 worlds"),
+        (lambda m: m.reset(where=[1, 0]), r"where=\[1, 0\]: must be a bool for each world"),
+        (lambda m: m.reset(actions=[7]), r"actions without frames"),
+        (lambda m: m.reset([[1], [1, 2]]), r"frames=\[\[1\], \[1, 2\]\]: must be uint8 \[64"),
+        (
+            lambda m: m.reset(np.zeros((2, 64, 64, 3), np.uint8), [7]),
+            r"actions of shape \(1,\) for 2 prompt frames: must be integers \[2\] or \[2, 2\]",
+        ),
         (lambda m: m.reset(seed=0, where=[True]), r"where has the shape \(1,\).*there are 2"),
         (lambda m: m.reset(np.zeros((2, 64, 64, 3), np.uint8)), r"2 prompt frames without actions"),
-        (lambda m: m.reset(np.zeros((64, 64, 3))), r"prompt frames are float64 "),
-        (lambda m: m.reset(prompt_frames=6), r"6 prompt frames: this network takes 1…5"),
+        (lambda m: m.reset(np.zeros((64, 64, 3))), r"frames are float64 \(64, 64, 3\): "),
+        (lambda m: m.reset(prompt_frames=6), r"prompt_frames=6: must be an integer, 1…5 \(the"),
+        (lambda m: m.reset(prompt_frames="a"), r"prompt_frames='a': must be an integer"),
+        (lambda m: m.fresh(denoising_steps=0), r"denoising_steps=0: must be an integer, 1…1000"),
+        (lambda m: m.fresh(starts=3), r"starts=3: must be the path of a data folder"),
+        (lambda m: WorldModel.from_pretrained(3), r"source=3: must be a path, or the name of"),
+        (lambda m: WorldModel("runs/a"), r"trained='runs/a': .*from_pretrained"),
         (lambda m: m.reset(np.zeros((3, 1, 64, 64, 3), np.uint8), batch=2), r"prompts of 3 worlds"),
     ],
 )
