@@ -1,12 +1,14 @@
 """Options of an environment, with checks; and the rewards of a step."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cwm_jax import arguments
 from cwm_jax.errors import UserError
 from cwm_jax.sampling.worlds import Outcomes
 from cwm_jax.world_model import WorldModel
@@ -20,11 +22,12 @@ class Options:
     """Options of an environment.
 
     Fields:
-        checkpoint: any model that `WorldModel.from_pretrained` opens, or a `WorldModel` that is not
-            used elsewhere; None: the project's own model.
+        checkpoint: any model that `WorldModel.from_pretrained` opens, or a `WorldModel`, of which
+            the environment makes a fresh one with its own worlds; None: the project's own model.
         denoising_steps: of each frame; None: the model's own number.
-        data: a data folder from whose validation episodes worlds start; None: the embedded one.
-        prompt_frames: real frames that a world starts from.
+        data: a data folder from whose validation episodes worlds start; None: that of the
+            `WorldModel`, or the embedded one.
+        prompt_frames: real frames that a world starts from; at most the network's window.
         rewards: whether the model's heads give rewards and end episodes; False: neither.
         reward_scale: the reward if the heads predict a positive one; negated for a negative one.
         threshold: smallest probability that counts as a prediction.
@@ -41,31 +44,42 @@ class Options:
     def __post_init__(self):
         if not isinstance(self.rewards, bool):
             raise UserError(f"rewards={self.rewards!r}: must be True or False")
-        if not (isinstance(self.prompt_frames, int) and self.prompt_frames >= 1):
-            raise UserError(f"prompt_frames={self.prompt_frames!r}: must be an integer ≥ 1")
+        if not isinstance(self.checkpoint, WorldModel):
+            wanted = "a path, the name of a model on the hub, or a WorldModel"
+            arguments.check_path("checkpoint", self.checkpoint, wanted)
+        arguments.check_path("data", self.data, "the path of a data folder")
         for name, low, high in (("threshold", 0, 1), ("reward_scale", -1e9, 1e9)):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and low <= value <= high):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (is_number and low <= value <= high):
                 raise UserError(f"{name}={value!r}: must be a number {low:g}…{high:g}")
 
     def open(self) -> WorldModel:
-        """The model, which must have heads if rewards are enabled.
+        """The model with worlds of its own; it must have heads if rewards are enabled.
 
         Raises:
-            UserError: it cannot be opened, or has no heads.
+            UserError: it cannot be opened, or has no heads, or worlds cannot start.
         """
-        model = self.checkpoint
-        if not isinstance(model, WorldModel):
-            model = WorldModel.from_pretrained(
-                self.checkpoint, denoising_steps=self.denoising_steps, starts=self.data
-            )
+        make = functools.partial(WorldModel.from_pretrained, self.checkpoint)
+        if isinstance(self.checkpoint, WorldModel):
+            make = self.checkpoint.fresh
+        model = make(denoising_steps=self.denoising_steps, starts=self.data)
         if self.rewards and not model.trained.network.heads:
             raise UserError(
                 f"{model.trained.path} has no heads, which give rewards and end episodes: train "
                 "with --config.model.heads=True, add them with `python -m cwm_jax.tools.heads`, or "
                 "make the environment with rewards=False"
             )
+        self._check_starts(model)
         return model
+
+    def _check_starts(self, model: WorldModel) -> None:
+        window = model.trained.network.max_frames
+        arguments.integer(
+            "prompt_frames", self.prompt_frames, 1, window, note="the network's window"
+        )
+        if self.data is not None:
+            model.starts.at(0, self.prompt_frames)
 
     def earned(self, predicted: Outcomes) -> tuple[np.ndarray, np.ndarray]:
         """Rewards, float64, and whether episodes end, bool; of the shape of the outcomes."""
@@ -91,7 +105,7 @@ def prompt(options: Mapping[str, Any] | None) -> dict[str, Any]:
     Raises:
         UserError: for an option that does not exist, or actions without frames.
     """
-    options = options or {}
+    options = of_reset(options)
     if unknown := sorted(set(options) - set(RESET_OPTIONS)):
         raise UserError(
             f"there is no option {unknown[0]!r} of reset; valid are {', '.join(RESET_OPTIONS)}: "
@@ -99,7 +113,14 @@ def prompt(options: Mapping[str, Any] | None) -> dict[str, Any]:
         )
     if "actions" in options and "frames" not in options:
         raise UserError("reset needs the option frames with the option actions")
-    return dict(options)
+    return options
+
+
+def of_reset(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of `reset` as a dict; raises a UserError for what is not one."""
+    if not isinstance(options, Mapping | None):
+        raise UserError(f"options={arguments.shown(options)}: must be a dict")
+    return dict(options or {})
 
 
 def check_render_mode(mode: str | None, modes: list[str]) -> None:

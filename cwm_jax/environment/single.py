@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cwm_jax import arguments
 from cwm_jax.coinrun import FPS
 from cwm_jax.environment import options as option_checks
 from cwm_jax.environment.display import Display
@@ -15,8 +16,6 @@ try:
     from gymnasium import spaces
 except ImportError:
     raise UserError("the environment needs Gymnasium: pip install 'cwm_jax[env]'") from None
-
-_SEEDS = 2**32
 
 
 class CoinRunEnv(gymnasium.Env):
@@ -56,7 +55,7 @@ class CoinRunEnv(gymnasium.Env):
         (self._frame,) = self.world.reset(
             **given,
             batch=1,
-            seed=int(self.np_random.integers(_SEEDS)),
+            seed=int(self.np_random.integers(arguments.NUM_SEEDS)),
             prompt_frames=self.options.prompt_frames,
         )
         self._show()
@@ -65,7 +64,10 @@ class CoinRunEnv(gymnasium.Env):
     def step(self, action) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         if self._frame is None:
             raise UserError("step() before reset(): no world was started")
-        (self._frame,) = self.world.step(np.asarray(action).reshape(1))
+        chosen = arguments.integers("action", action, f"one of {self.action_space}")
+        if chosen.size != 1:
+            raise UserError(f"action={arguments.shown(action)}: must be one of {self.action_space}")
+        (self._frame,) = self.world.step(chosen.reshape(1))
         reward, ended, info = 0.0, False, {}
         if self.options.rewards:
             predicted = self.world.outcomes

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from cwm_jax import arguments
 from cwm_jax.coinrun import FPS
 from cwm_jax.environment import MAX_EPISODE_STEPS
 from cwm_jax.environment import options as option_checks
@@ -16,8 +17,6 @@ try:
     from gymnasium.vector.utils import batch_space
 except ImportError:
     raise UserError("the environment needs Gymnasium: pip install 'cwm_jax[env]'") from None
-
-_SEEDS = 2**32
 
 
 class CoinRunVectorEnv(VectorEnv):
@@ -50,10 +49,9 @@ class CoinRunVectorEnv(VectorEnv):
     ):
         self.options = option_checks.of(**settings)
         option_checks.check_render_mode(render_mode, ["rgb_array"])
-        if not (isinstance(num_envs, int) and num_envs >= 1):
-            raise UserError(f"num_envs={num_envs!r}: must be an integer ≥ 1")
-        if max_episode_steps is not None and not max_episode_steps >= 1:
-            raise UserError(f"max_episode_steps={max_episode_steps!r}: must be 1 or more, or None")
+        num_envs = arguments.integer("num_envs", num_envs, 1)
+        if max_episode_steps is not None:
+            max_episode_steps = arguments.integer("max_episode_steps", max_episode_steps, 1)
         self.num_envs, self.render_mode = num_envs, render_mode
         self.max_episode_steps = max_episode_steps
         self.autoreset_mode = _mode(autoreset_mode)
@@ -79,10 +77,11 @@ class CoinRunVectorEnv(VectorEnv):
         options: Mapping[str, Any] | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Starts all worlds, or with `options={"reset_mask": bool [N], …}` those that are True."""
-        options = dict(options or {})
+        options = option_checks.of_reset(options)
         where = self._mask(options.pop("reset_mask", None))
+        given = option_checks.prompt(options)
         self._seed(seed)
-        self._begin(where, option_checks.prompt(options))
+        self._begin(where, given)
         return self._frames.copy(), {}
 
     def step(
@@ -90,7 +89,7 @@ class CoinRunVectorEnv(VectorEnv):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         if self._frames is None:
             raise UserError("step() before reset(): no world was started")
-        actions = np.asarray(actions)
+        actions = arguments.integers("actions", actions, f"{self.num_envs} integers")
         if actions.shape != (self.num_envs,):
             raise UserError(
                 f"actions of shape {actions.shape}: expected one for each of the "
@@ -146,9 +145,8 @@ class CoinRunVectorEnv(VectorEnv):
         }
 
     def _begin(self, where: np.ndarray, given: Mapping[str, Any] | None = None) -> None:
-        seeds = [
-            int(self._random[i].integers(_SEEDS)) if where[i] else 0 for i in range(len(where))
-        ]
+        new = lambda i: int(self._random[i].integers(arguments.NUM_SEEDS)) if where[i] else 0
+        seeds = [new(i) for i in range(len(where))]
         self._frames = self.world.reset(
             **(given or {}),
             batch=self.num_envs,
@@ -161,17 +159,14 @@ class CoinRunVectorEnv(VectorEnv):
     def _seed(self, seed: int | Sequence[int | None] | None) -> None:
         if seed is None:
             return
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
-        if len(seeds) != self.num_envs:
-            raise UserError(f"{len(seeds)} seeds for {self.num_envs} worlds: expected one for each")
-        for i, one in enumerate(seeds):
+        for i, one in enumerate(_seeds(seed, self.num_envs)):
             if one is not None:
                 self._random[i] = np.random.default_rng(one)
 
     def _mask(self, mask) -> np.ndarray:
         if mask is None:
             return np.ones(self.num_envs, bool)
-        mask = np.asarray(mask)
+        mask = arguments.array("reset_mask", mask, f"{self.num_envs} booleans")
         if mask.dtype != bool or mask.shape != (self.num_envs,) or not mask.any():
             raise UserError(f"reset_mask: expected {self.num_envs} booleans, one at least True")
         if self._frames is None and not mask.all():
@@ -182,6 +177,23 @@ class CoinRunVectorEnv(VectorEnv):
         if self.render_mode is None or self._frames is None:
             return None
         return tuple(option_checks.enlarged(frame) for frame in self._frames)
+
+
+def _seeds(seed: int | Sequence[int | None], count: int) -> list[int | None]:
+    """The seed of each world; None for one that goes on with its random numbers."""
+    found = arguments.array("seed", seed, f"an integer, or {count} integers")
+    if found.ndim == 0:
+        first = arguments.integer("seed", seed, 0)
+        return [first + i for i in range(count)]
+    if found.shape != (count,):
+        raise UserError(
+            f"seed={arguments.shown(seed)}: {len(found)} seeds for {count} worlds; expected one "
+            "for each"
+        )
+    return [
+        None if one is None else arguments.integer(f"seed[{i}]", one, 0)
+        for i, one in enumerate(seed)
+    ]
 
 
 def _mode(mode: AutoresetMode | str) -> AutoresetMode:

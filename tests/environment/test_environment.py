@@ -161,6 +161,36 @@ def test_a_prompt_can_be_given(checkpoint):
     assert (env.reset(options={"frames": frames_again[:1]})[0] == frames_again[0]).all()
 
 
+def test_environments_may_share_a_model(checkpoint):
+    """None changes another's worlds, nor those of the model that was given."""
+    model = WorldModel.from_pretrained(checkpoint(True))
+    before = model.reset(batch=3, seed=1)
+    actions = np.random.default_rng(0).integers(15, size=(4, 2))
+    make = functools.partial(gymnasium.make, ID, checkpoint=model, rewards=False)
+    alone = []
+    for i in range(2):
+        env = make()
+        alone.append([env.reset(seed=4 + i)[0], *(env.step(a)[0] for a in actions[:, i])])
+    envs = make(), make()
+    in_turn = [[env.reset(seed=4 + i)[0] for i, env in enumerate(envs)]]
+    in_turn += [[env.step(a)[0] for env, a in zip(envs, pair, strict=True)] for pair in actions]
+    np.testing.assert_array_equal(np.swapaxes(in_turn, 0, 1), alone)
+    several = gymnasium.make_vec(
+        ID, num_envs=2, vectorization_mode="sync", checkpoint=model, rewards=False
+    )
+    found = [several.reset(seed=4)[0], *(several.step(pair)[0].copy() for pair in actions)]
+    np.testing.assert_array_equal(np.swapaxes(found, 0, 1), alone)
+    np.testing.assert_array_equal(model.frames, before)
+
+
+def test_options_differ_from_those_of_a_given_model(checkpoint, make_data):
+    model = WorldModel.from_pretrained(checkpoint(True))
+    data = make_data(val=[[40]])
+    env = gymnasium.make(ID, checkpoint=model, denoising_steps=3, data=data).unwrapped
+    assert (env.world.denoising_steps, model.denoising_steps) == (3, 1)
+    assert not env.reset(seed=0)[0][1:].any()  # a marked episode has no other pixels
+
+
 def test_frames_are_shown_in_a_window(checkpoint, monkeypatch):
     pygame = pytest.importorskip("pygame")
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
@@ -181,20 +211,36 @@ def test_bad_input_is_named(checkpoint, vector):
         (dict(checkpoint="nowhere"), "nowhere"),
         (dict(checkpoint=with_heads, threshold=2), "threshold=2: must be a number 0…1"),
         (dict(checkpoint=with_heads, render_mode="ansi"), "'ansi': must be rgb_array"),
-        (dict(checkpoint=with_heads, prompt_frames=0), "prompt_frames=0"),
+        (dict(checkpoint=3), "checkpoint=3: must be a path"),
     ):
         with pytest.raises(UserError, match=fault):
             gymnasium.make(ID, disable_env_checker=True, **given)
+    model = WorldModel.from_pretrained(with_heads)
+    for given, fault in (
+        (dict(prompt_frames=0), "prompt_frames=0: must be an integer, 1…5"),
+        (dict(prompt_frames=6), "prompt_frames=6: must be an integer, 1…5"),
+        (dict(denoising_steps=0), "denoising_steps=0: must be an integer, 1…1000"),
+        (dict(data="nope"), "data folder nope does not exist"),
+    ):
+        for make in (functools.partial(gymnasium.make, ID), CoinRunVectorEnv):
+            for one in (with_heads, model):
+                with pytest.raises(UserError, match=fault):
+                    make(checkpoint=one, **given)
     env = gymnasium.make(ID, checkpoint=with_heads).unwrapped
     with pytest.raises(UserError, match="before reset"):
         env.step(0)
     env.reset()
     with pytest.raises(UserError, match=r"action 15: actions are 0…14"):
         env.step(15)
+    with pytest.raises(UserError, match=r"action=\[1, 2\]: must be one of Discrete\(15\)"):
+        env.step([1, 2])
+    with pytest.raises(UserError, match="options=3: must be a dict"):
+        env.reset(options=3)
     with pytest.raises(UserError, match="no option 'level' of reset; valid are frames, actions"):
         env.reset(options={"level": 3})
     for given, fault in (
         (dict(num_envs=0), "num_envs=0"),
+        (dict(max_episode_steps="a"), "max_episode_steps='a': must be an integer"),
         (dict(num_envs=2, autoreset_mode="sometimes"), "'sometimes': must be one of NextStep"),
     ):
         with pytest.raises(UserError, match=fault):
@@ -205,6 +251,8 @@ def test_bad_input_is_named(checkpoint, vector):
         envs.step(np.zeros(2, int))
     with pytest.raises(UserError, match="2 seeds for 3 worlds"):
         envs.reset(seed=[1, 2])
+    with pytest.raises(UserError, match=r"seed=1\.5: must be an integer"):
+        envs.reset(seed=1.5)
     with pytest.raises(UserError, match="reset_mask: expected 3 booleans"):
         envs.reset(options={"reset_mask": [1, 0, 0]})
 
