@@ -35,7 +35,6 @@ def get_config() -> ConfigDict:
     config.data.num_threads = 1
 
     config.data.batch_size = 4
-    config.data.global_batch_size = 4
     config.schedule.epochs = 1_000_000  # the minutes end first
     config.schedule.minutes = 300.0
     config.schedule.decay_share = 0.45

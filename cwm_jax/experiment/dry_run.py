@@ -187,7 +187,24 @@ def _report_time(settings: Settings, operations: float, compiled) -> None:
         f"(and at most {moved / 1e9:.3g} GB of memory traffic, without overlap)"
     )
     print(f"expected           {1 / latest:.3g}…{1 / soonest:.3g} steps/s")
-    if steps := _steps(settings):
+    print_length(_steps(settings), settings.schedule.minutes, soonest, latest)
+
+
+def print_length(steps: int | None, minutes: float, soonest: float, latest: float) -> None:
+    """Prints the length of a run.
+
+    Args:
+        steps: its updates, None if unknown.
+        minutes: after which it ends even so; 0: never.
+        soonest, latest: seconds of an update.
+    """
+    seconds = 60 * minutes
+    if minutes and (steps is None or steps * soonest > seconds):
+        print(
+            f"the whole run      {minutes:g} minutes (config.schedule.minutes): "
+            f"{seconds / latest:.3g}…{seconds / soonest:.3g} steps, if data loading keeps up"
+        )
+    elif steps:
         print(
             f"the whole run      {steps} steps: {steps * soonest / 3600:.3g}…"
             f"{steps * latest / 3600:.3g} hours, if data loading keeps up"

@@ -250,6 +250,10 @@ def _folder_written_whole(
 def main(argv: Sequence[str] | None = None) -> None:
     with shown_to_user():
         args = parser().parse_args(argv)
+        if args.format is None:
+            is_file = args.output.suffix == weights.SUFFIX
+            args.format = "safetensors" if is_file else "bundle"
+        _check_flags(args)
         devices.check()
         trained = _with_card(formats.load(args.checkpoint, step=args.step), args.playable_steps)
         trained = averaged(trained, args.average)
@@ -261,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_onnx(trained, args.output, steps, args.dtype)
         elif args.format == "bundle":
             levels = sampler.ddim_levels(_bundle_steps(trained, args.ddim_steps))
-            config = SamplerConfig(levels=levels, window=args.window)
+            config = SamplerConfig(levels=levels, window=args.window or "exact")
             if args.dtype == "float16":
                 raise UserError("--dtype float16: a bundle computes in float32 or bfloat16")
             write_bundle(trained, args.output, config, args.dtype, str(args.data))
@@ -272,6 +276,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             write = write_orbax if args.format == "orbax" else write_safetensors
             write(trained._replace(params=cast), args.output)
         print(f"step {trained.step} of {args.checkpoint} → {args.output}")
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raises `UserError` for a flag that has no effect with the format."""
+    for name, formats_with in (("ddim_steps", ("bundle", "onnx")), ("window", ("bundle",))):
+        if getattr(args, name) is not None and args.format not in formats_with:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} has no effect with --format {args.format}: it is chosen when frames are "
+                f"generated. {flag} belongs to --format {' or '.join(formats_with)}"
+            )
 
 
 def _with_card(trained: Trained, playable_steps: str | None) -> Trained:
@@ -321,14 +336,18 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoint", type=model_flag, help="a run, one checkpoint of it, an export, or hf://…")
     add("--output", type=path_flag, required=True, help="folder, or file.safetensors, to make")
-    add("--format", default="bundle", choices=FORMATS, help="(%(default)s)")
+    add(
+        "--format",
+        choices=FORMATS,
+        help="(safetensors for an output with that suffix, otherwise bundle)",
+    )
     add("--average", nargs="+", type=model_flag, default=[], metavar="OTHER", help=_AVERAGE)
     add("--step", type=int, help="which checkpoint of the run (the newest)")
     add("--dtype", default="float32", choices=DTYPES, help="of the parameters (%(default)s)")
     add("--ddim-steps", metavar="S,S,…", help="bundle, onnx: denoising steps a frame (its own)")
     add("--playable-steps", metavar="S,S,…", help="the card: playable numbers of denoising steps")
     add("--still-threshold", type=float, metavar="COLOURS", help=_STILL)
-    add("--window", default="exact", choices=sampler.WINDOWS, help="bundle: (%(default)s)")
+    add("--window", choices=sampler.WINDOWS, help="bundle: past the window (exact)")
     add(
         "--data",
         type=path_flag,

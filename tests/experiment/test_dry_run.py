@@ -109,6 +109,20 @@ def test_the_report_follows_from_the_sizes(tiny, capsys):
     assert "this does not fit" not in found
 
 
+@pytest.mark.parametrize(
+    ("steps", "minutes", "length"),
+    [
+        (10**9, 30, "30 minutes (config.schedule.minutes): 900…3.6e+03 steps"),
+        (None, 30, "30 minutes (config.schedule.minutes): 900…3.6e+03 steps"),
+        (1800, 30, "1800 steps: 0.25…1 hours"),
+        (1800, 0, "1800 steps: 0.25…1 hours"),
+    ],
+)
+def test_a_run_is_as_long_as_its_updates_or_its_minutes(steps, minutes, length, capsys):
+    dry_run.print_length(steps, minutes, soonest=0.5, latest=2.0)
+    assert capsys.readouterr().out.startswith(f"the whole run      {length}, if")
+
+
 def test_memory_is_that_of_state_batch_and_temporary_arrays(tiny):
     memory = dry_run.memory_of(dry_run.compile_step(tiny))
     state = jax.eval_shape(lambda: train_step.init_state(tiny.model, tiny.optimizer, 0))

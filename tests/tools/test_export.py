@@ -178,7 +178,7 @@ def test_parameters_alone_keep_every_bit_that_fits(run, tmp_path, format, name, 
 
 def test_a_safetensors_file_is_opened_to_generate(run, tmp_path, wanted):
     out = tmp_path / "m.safetensors"
-    export.main([str(run), "--output", str(out), "--format", "safetensors"])
+    export.main([str(run), "--output", str(out)])  # the format of the suffix
     np.testing.assert_array_equal(generate(formats.open_sampler(out, **GENERATION).sampler), wanted)
 
 
@@ -260,6 +260,8 @@ def test_faults_are_reported(run, tmp_path, capsys):
     for argv, fault in (
         (["--format", "safetensors", "--output", str(tmp_path / "x.bin")], "must end in"),
         (["--format", "orbax", "--output", str(tmp_path / "other")], "exists already"),
+        (["--format", "orbax", "--window", "hop", "--output", "x"], "--window has no effect"),
+        (["--ddim-steps", "2", "--output", "x.safetensors"], "--ddim-steps has no effect"),
         (["--output", str(tmp_path / "other")], "is no bundle"),
         (["--output", str(tmp_path / "new"), "--data", str(tmp_path)], "no *.array_record"),
     ):
