@@ -1,7 +1,7 @@
 """Agreement of drift measures with a visual ranking of twenty rollouts by contact sheets.
 
-    python -m benchmarks.drift_by_eye sheets --data data/pocket-eval --output eye
-    python -m benchmarks.drift_by_eye agree --data data/pocket-eval --output eye
+    python -m benchmarks.drift_by_eye sheets --data data/pocket-field --output eye
+    python -m benchmarks.drift_by_eye agree --data data/pocket-field --output eye
 
 The first generates rollouts of the repository's model under random actions, in one, two or four
 denoising steps, and writes a contact sheet of each. Their numbers do not reveal the setting. A
@@ -10,7 +10,7 @@ to the game for longest to the least similar one; that ranking is `drift_by_eye.
 before any measurement. The second measures the rollouts and
 prints each measure's rank correlation with the order, with the interval of resampled rollouts.
 
-The data: python -m cwm_jax.tools.collect --output data/pocket-eval --train 140 --val 0 --test 80
+The data: python -m cwm_jax.tools.collect --output data/pocket-field --train 140 --val 0 --test 80
 --policy random=1,sticky=3 --seed 2
 """
 
