@@ -37,6 +37,8 @@ from cwm_jax.tools import (
         (evaluate, "--seed -1", "seed=-1: must be"),
         (evaluate, "--kvd 24", "--kvd 24: too few clips"),
         (evaluate, "--seeds 1", "seeds=1: a spread needs 2 or more"),
+        (evaluate, "--clips -1", "--clips -1: must be 0 (all that are long enough) or more"),
+        (evaluate, "--n-prompt 4,0", "--n-prompt 0: must be 1 or more"),
         (evaluate, "settings --seed -1", "seed=-1: must be"),
         (evaluate, "settings --steps 1,x", "--steps 1,x: expected whole numbers, such as 1,2,4"),
         (evaluate, "settings --steps 1,0", "ddim_steps must be 1…1000, not 0"),

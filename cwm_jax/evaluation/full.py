@@ -64,8 +64,10 @@ class Plan:
         check_seed(self.seed)
         if self.seeds and self.seeds < 2:
             raise UserError(f"seeds={self.seeds}: a spread needs 2 or more; 0 omits it")
-        if min(self.n_prompt) < 1 or self.clips < 0:
-            raise UserError(f"n_prompt={self.n_prompt}, clips={self.clips}: need at least one")
+        if self.clips < 0:
+            raise UserError(f"--clips {self.clips}: must be 0 (all that are long enough) or more")
+        if min(self.n_prompt) < 1:
+            raise UserError(f"--n-prompt {min(self.n_prompt)}: must be 1 or more")
         if self.drift_frames < self.horizon:
             raise UserError(
                 f"drift_frames={self.drift_frames} is less than horizon={self.horizon}: control "
