@@ -18,16 +18,17 @@ CHECKPOINT = "a run, an export, or hf://USER/REPOSITORY[@REVISION] (checkpoints/
 def add_generation(add) -> None:
     add("--checkpoint", type=model_flag, help=CHECKPOINT)
     add("--step", type=int, help="which checkpoint of the run (the newest)")
-    add("--ddim-steps", type=int, default=10, help="denoising steps a frame, 1…1000 (%(default)s)")
+    add("--ddim-steps", type=int, help="denoising steps a frame, 1…1000 (the model's own)")
     add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")
     add("--seed", type=int, default=0, help="of noise and random actions (%(default)s)")
 
 
 def open_model(args: argparse.Namespace) -> formats.Opened:
-    levels = sampler.ddim_levels(args.ddim_steps)
+    how = {"window": args.window}
+    if args.ddim_steps is not None:
+        how["levels"] = sampler.ddim_levels(args.ddim_steps)
     devices.check()
     args.checkpoint = pretrained.unless(args.checkpoint)
-    how = dict(levels=levels, window=args.window)
     opened = formats.open_sampler(args.checkpoint, step=args.step, **how)
     power = getattr(args, "sharpness", opened.network.warp_sharpness)
     if power == opened.network.warp_sharpness or not opened.network.warp_reach:
