@@ -1,6 +1,7 @@
 """Programs report a wrong flag at once, before they open a model."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +38,13 @@ from cwm_jax.tools import (
         (evaluate, "--seed -1", "seed=-1: must be"),
         (evaluate, "--kvd 24", "--kvd 24: too few clips"),
         (evaluate, "--seeds 1", "seeds=1: a spread needs 2 or more"),
+        (evaluate, "--ddim-steps 0", "ddim_steps must be 1…1000, not 0"),
         (evaluate, "--clips -1", "--clips -1: must be 0 (all that are long enough) or more"),
         (evaluate, "--n-prompt 4,0", "--n-prompt 0: must be 1 or more"),
+        (evaluate, "outcomes --data x --seed -1", "seed=-1: must be"),
+        (evaluate, "outcomes --data x --records -1", "--records -1: must be 0 (all that are"),
+        (evaluate, "outcomes --data x --ahead -1", "--ahead -1: must be 0 (no rollouts) or more"),
+        (evaluate, "outcomes --data x --ddim-steps 0", "ddim_steps must be 1…1000, not 0"),
         (evaluate, "settings --seed -1", "seed=-1: must be"),
         (evaluate, "settings --steps 1,x", "--steps 1,x: expected whole numbers, such as 1,2,4"),
         (evaluate, "settings --steps 1,0", "ddim_steps must be 1…1000, not 0"),
@@ -60,11 +66,39 @@ def test_a_wrong_number_is_reported_before_a_model_is_opened(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--output FILE/x.json",
+        "--output FOLDER",
+        "--output FOLDER/x.json --report FILE",
+        "outcomes --data x --output FILE/x.json",
+        "settings --output FILE",
+        "closed-loop --output FILE/x.mp4",
+    ],
+)
+def test_an_output_that_cannot_be_written_is_reported_before_a_model_is_opened(
+    words, tmp_path, monkeypatch, capsys
+):
+    for module, name in ((pretrained, "unless"), (formats, "open_sampler")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a model was opened"))
+    (tmp_path / "file").write_text("no folder")
+    words = words.replace("FILE", str(tmp_path / "file")).replace("FOLDER", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words.split()])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    assert stopped.value.code == 2
+    assert re.search(f"error: cannot write .*{tmp_path}", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_numbers_are_written_even_if_the_report_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cwm_jax.evaluation.html_report", None)  # cannot be imported
     monkeypatch.delattr("cwm_jax.evaluation.html_report", raising=False)
-    assert measure.write_report(tmp_path, None, None) == ""
-    assert "no report was written: " in capsys.readouterr().err
+    measure.write_report(tmp_path, None, None)
+    printed = capsys.readouterr()
+    assert "no report was written: " in printed.err
+    assert not printed.out
 
 
 @pytest.mark.parametrize(

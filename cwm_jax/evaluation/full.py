@@ -287,11 +287,14 @@ def _quality(scored: Mapping[str, Scores], horizons: Sequence[int]) -> dict:
 
 
 def write_json(path: Path, results: Mapping) -> None:
-    """Writes results; NaN and infinity, which JSON lacks, become null."""
+    """Writes results as `as_json` formats them."""
     with written_whole(path) as temporary:
-        temporary.write_text(
-            json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(as_json(results) + "\n", encoding="utf-8")
+
+
+def as_json(results: Mapping) -> str:
+    """Results as JSON; NaN and infinity, which it lacks, become null."""
+    return json.dumps(_plain(results), indent=1, allow_nan=False)
 
 
 def _plain(value):

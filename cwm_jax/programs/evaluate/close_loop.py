@@ -6,7 +6,7 @@ from pathlib import Path
 from cwm_jax.coinrun import FPS
 from cwm_jax.evaluation import bootstrap, closed_loop, generation, rollout_quality
 from cwm_jax.files import path_flag
-from cwm_jax.programs.evaluate import flags
+from cwm_jax.programs.evaluate import flags, outputs
 from cwm_jax.rendering import video
 from cwm_jax.sampling import sampler
 from cwm_jax.simulator import game, venv
@@ -16,6 +16,7 @@ def run(words: list[str]) -> None:
     args = parser().parse_args(words)
     sampler.check_seed(args.seed)
     closed_loop.check(levels=args.levels, frames=args.frames, n_prompt=args.n_prompt)
+    outputs.check(args.output)
     opened = flags.open_model(args)
     generation.check_game(opened.network)
     generate = generation.by_sampler(opened.sampler)
@@ -26,12 +27,14 @@ def run(words: list[str]) -> None:
         loop = closed_loop.play(
             generate, replay, levels, keys, n_prompt=args.n_prompt, seed=args.seed
         )
-    video.write_video(args.output, closed_loop.video_images(loop), fps=FPS)
     psnr = bootstrap.of_mean(rollout_quality.capped(loop.scores.psnr).mean(1))
     print(
         f"{len(loop.levels)} of {args.levels} levels lasted {args.frames} frames\n"
-        f"PSNR {psnr} dB (mean over frames and levels) → {args.output}"
+        f"PSNR {psnr} dB (mean over frames and levels)",
+        flush=True,
     )
+    video.write_video(args.output, closed_loop.video_images(loop), fps=FPS)
+    print(f"video → {args.output}")
 
 
 def parser() -> argparse.ArgumentParser:

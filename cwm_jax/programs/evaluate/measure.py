@@ -33,13 +33,34 @@ from cwm_jax.evaluation import (
 from cwm_jax.evaluation.lpips import Lpips
 from cwm_jax.files import path_flag
 from cwm_jax.models.fingerprint import fingerprint
-from cwm_jax.programs.evaluate import flags
+from cwm_jax.programs.evaluate import flags, outputs
 from cwm_jax.runtime import user_cache
 
 
 def run(words: list[str]) -> None:
     args = parser().parse_args(words)
-    plan = full.Plan(
+    plan, videos = _plan(args), _video_plan(args)
+    report = None if args.no_report else _report_folder(args)
+    outputs.check(args.output)
+    if report:
+        outputs.check_folder(report)
+    found = measured(args, plan, lpips_weights.available(), videos)
+    results = found.results
+    outputs.write_numbers(args.output, results)
+    used = results["clips"]
+    print(
+        f"{used['used']} of {used['records']} records of {args.data}/{args.split} used "
+        f"({used['too_short']} have fewer than {plan.frames} frames)\n"
+        f"{comparison.table([(args.output.name, results)])}\n"
+        f"numbers → {args.output}",
+        flush=True,
+    )
+    if report:
+        write_report(report, found, plan)
+
+
+def _plan(args: argparse.Namespace) -> full.Plan:
+    return full.Plan(
         split=args.split,
         clips=args.clips,
         horizon=args.horizon,
@@ -50,19 +71,10 @@ def run(words: list[str]) -> None:
         seeds=args.seeds,
         single_step=not args.no_single_step,
     )
-    videos = _video_plan(args)
-    found = measured(args, plan, lpips_weights.available(), videos)
-    results = found.results
-    full.write_json(args.output, results)
-    report = args.report or args.output.parent / f"{args.output.stem}_report"
-    pictures = "" if args.no_report else write_report(report, found, plan)
-    used = results["clips"]
-    print(
-        f"{used['used']} of {used['records']} records of {args.data}/{args.split} used "
-        f"({used['too_short']} have fewer than {plan.frames} frames)\n"
-        f"{comparison.table([(args.output.name, results)])}\n"
-        f"numbers → {args.output}{pictures}"
-    )
+
+
+def _report_folder(args: argparse.Namespace) -> Path:
+    return args.report or args.output.parent / f"{args.output.stem}_report"
 
 
 def _video_plan(args: argparse.Namespace) -> video_distance.Plan | None:
@@ -110,8 +122,8 @@ def measured(
     return found
 
 
-def write_report(folder: Path, measured: full.Measured, plan: full.Plan) -> str:
-    """Returns the line to print about the report. A failure does not affect the numbers."""
+def write_report(folder: Path, measured: full.Measured, plan: full.Plan) -> None:
+    """Writes the report and prints where it is. A failure does not affect the numbers."""
     try:
         from cwm_jax.evaluation import html_report  # imports Matplotlib, which reads its settings
 
@@ -120,8 +132,8 @@ def write_report(folder: Path, measured: full.Measured, plan: full.Plan) -> str:
         raise
     except Exception as error:
         echo(f"WARNING: no report was written: {type(error).__name__}: {error}")
-        return ""
-    return f"\npictures → {folder / html_report.FILE}"
+    else:
+        print(f"pictures → {folder / html_report.FILE}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -5,49 +5,67 @@ from pathlib import Path
 
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.data import shards, splits
+from cwm_jax.data.clips import Episodes
 from cwm_jax.data.config import DataConfig
-from cwm_jax.evaluation import full, held_out, outcomes, protocol
+from cwm_jax.errors import UserError
+from cwm_jax.evaluation import held_out, outcomes
 from cwm_jax.files import model_flag, path_flag
-from cwm_jax.programs.evaluate import flags
+from cwm_jax.models.fingerprint import fingerprint
+from cwm_jax.programs.evaluate import flags, outputs
 from cwm_jax.sampling import sampler
 from cwm_jax.sampling.worlds import WorldGenerator
 
 
 def run(words: list[str]) -> None:
     args = parser().parse_args(words)
-    sampler.check_seed(args.seed)
+    _check(args)
     trained = formats.load(pretrained.unless(args.checkpoint), step=args.step)
     outcomes.check(trained.network, trained.path)
-    config = DataConfig(dir=str(args.data))
-    episodes = splits.open_episodes(config, args.split, outcomes=True)
-    length = trained.network.max_frames
-    eligible = held_out.long_enough(episodes, config, args.split, frames=length)
-    count = args.records or len(eligible)
-    numbers = splits.pick_episodes(episodes, count=count, length=length, seed=args.seed)
+    levels = sampler.ddim_levels(args.ddim_steps or formats.usual_steps(trained))
+    episodes, numbers = _records(args, length=trained.network.max_frames)
     predicted = outcomes.of_records(trained.network, trained.params, episodes, numbers)
     results = {"real_frames": outcomes.summary(predicted)}
-    print(
-        outcomes.table(f"real frames of {len(predicted)} records", results["real_frames"]),
-        flush=True,
-    )
+    _print(f"real frames of {len(predicted)} records", results["real_frames"])
+    conditions = {"records": len(numbers), "split": args.split, "ahead": args.ahead}
     if args.ahead:
-        steps = formats.usual_steps(trained) if args.ddim_steps is None else args.ddim_steps
-        how = sampler.SamplerConfig(levels=sampler.ddim_levels(steps))
+        how = sampler.SamplerConfig(levels=levels)
         generator = WorldGenerator(trained.network, trained.params, how)
         predicted = outcomes.of_rollouts(
             generator, episodes, numbers, ahead=args.ahead, seed=args.seed
         )
         results["rollouts"] = outcomes.summary(predicted)
-        print(
-            outcomes.table(f"{len(predicted)} rollouts of {args.ahead} frames", results["rollouts"])
-        )
-    results["conditions"] = {"records": count, "split": args.split, "ahead": args.ahead}
-    results["conditions"] |= {
+        _print(f"{len(predicted)} rollouts of {args.ahead} frames", results["rollouts"])
+        conditions["levels"] = levels
+    conditions |= {
         "seed": args.seed,
-        "fingerprint": protocol.fingerprint(trained.params),
+        "fingerprint": fingerprint(trained.network, trained.params).hex(),
     }
-    full.write_json(args.output, results)
+    outputs.write_numbers(args.output, results | {"conditions": conditions})
     print(f"numbers → {args.output}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises `UserError` for invalid flags before a model is opened."""
+    sampler.check_seed(args.seed)
+    for flag, zero in (("records", "all that are long enough"), ("ahead", "no rollouts")):
+        if getattr(args, flag) < 0:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be 0 ({zero}) or more")
+    if args.ddim_steps is not None:
+        sampler.ddim_levels(args.ddim_steps)
+    outputs.check(args.output)
+
+
+def _records(args: argparse.Namespace, *, length: int) -> tuple[Episodes, list[int]]:
+    """The split, and the numbers of its records that are measured."""
+    config = DataConfig(dir=str(args.data))
+    episodes = splits.open_episodes(config, args.split, outcomes=True)
+    eligible = held_out.long_enough(episodes, config, args.split, frames=length)
+    count = args.records or len(eligible)
+    return episodes, splits.pick_episodes(episodes, count=count, length=length, seed=args.seed)
+
+
+def _print(title: str, results: dict) -> None:
+    print(outcomes.table(title, results), flush=True)
 
 
 def parser() -> argparse.ArgumentParser:

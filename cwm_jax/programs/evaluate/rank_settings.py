@@ -9,7 +9,7 @@ from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import full, generation_settings, lpips_weights
 from cwm_jax.files import model_flag, path_flag
-from cwm_jax.programs.evaluate import flags, measure
+from cwm_jax.programs.evaluate import flags, measure, outputs
 from cwm_jax.sampling import sampler
 
 
@@ -27,8 +27,11 @@ def run(words: list[str]) -> None:
     numbers = flags.numbers(args.steps, "--steps", "1,2,4")
     for steps in numbers:
         sampler.ddim_levels(steps)  # raises for an invalid number
+    outputs.check_folder(args.output)
     args.checkpoint = pretrained.unless(args.checkpoint)
     file = generation_settings.writable(args.checkpoint) if args.write else None
+    if file:
+        outputs.check(file)
     lpips = lpips_weights.available()
     if lpips is None:
         raise UserError(
@@ -43,7 +46,7 @@ def run(words: list[str]) -> None:
         how = argparse.Namespace(**vars(args) | how)
         results = measure.measured(how, plan, lpips).results
         sharp = "" if power == 1 else f"_{power:g}"
-        full.write_json(args.output / f"{steps}_{window}{sharp}.json", results)
+        outputs.write_numbers(args.output / f"{steps}_{window}{sharp}.json", results)
         found.append(generation_settings.Setting(steps, window, results, power))
     judged = generation_settings.judge(found)
     print(generation_settings.table(judged))

@@ -1,0 +1,55 @@
+"""What the jobs of `evaluate.py` write: checked before they measure, printed if writing fails."""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from cwm_jax.errors import UserError
+from cwm_jax.evaluation import full
+from cwm_jax.files import written_whole
+
+
+class _TriedError(Exception):
+    """Leaves a `written_whole` without a file."""
+
+
+def check(path: Path) -> None:
+    """Checks that a file can be written; leaves no file or folder behind.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    missing = [folder for folder in path.parents if not os.path.exists(folder)]
+    try:
+        with contextlib.suppress(_TriedError), written_whole(path):
+            raise _TriedError
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def check_folder(folder: Path) -> None:
+    """As `check`, of any file in a folder."""
+    try:
+        check(folder / "file")
+    except UserError as error:
+        raise UserError(
+            f"cannot write to the folder {folder}: {error.__cause__.strerror}; name a folder you "
+            "may write to"
+        ) from None
+
+
+def write_numbers(path: Path, results: Mapping) -> None:
+    """Writes results as JSON; if that fails, prints them first.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    try:
+        full.write_json(path, results)
+    except (OSError, UserError) as error:
+        print(full.as_json(results), flush=True)
+        reason = f"cannot write {path}: {error}" if isinstance(error, OSError) else error
+        raise UserError(f"{reason}\nthe numbers were printed to stdout instead") from error
