@@ -36,6 +36,8 @@ def test_a_platform_without_a_device_is_named(no_device):
         (sample.main, "--frames 3"),
         (evaluate.main, ""),
         (evaluate.main, "closed-loop"),
+        (evaluate.main, "settings"),
+        (evaluate.main, "outcomes --data x"),
         (export.main, "checkpoints/pocket --format safetensors --output /dev/null"),
         (convert_torch.main, "a.pt b"),
     ],

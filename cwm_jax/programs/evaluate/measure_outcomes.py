@@ -12,6 +12,7 @@ from cwm_jax.evaluation import held_out, outcomes
 from cwm_jax.files import model_flag, path_flag
 from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.programs.evaluate import flags, outputs
+from cwm_jax.runtime import devices
 from cwm_jax.sampling import sampler
 from cwm_jax.sampling.worlds import WorldGenerator
 
@@ -53,6 +54,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.ddim_steps is not None:
         sampler.ddim_levels(args.ddim_steps)
     outputs.check(args.output)
+    devices.check()
 
 
 def _records(args: argparse.Namespace, *, length: int) -> tuple[Episodes, list[int]]:

@@ -10,6 +10,7 @@ from cwm_jax.errors import UserError
 from cwm_jax.evaluation import full, generation_settings, lpips_weights
 from cwm_jax.files import model_flag, path_flag
 from cwm_jax.programs.evaluate import flags, measure, outputs
+from cwm_jax.runtime import devices
 from cwm_jax.sampling import sampler
 
 
@@ -28,6 +29,7 @@ def run(words: list[str]) -> None:
     for steps in numbers:
         sampler.ddim_levels(steps)  # raises for an invalid number
     outputs.check_folder(args.output)
+    devices.check()
     args.checkpoint = pretrained.unless(args.checkpoint)
     file = generation_settings.writable(args.checkpoint) if args.write else None
     if file:
