@@ -5,8 +5,8 @@ from pathlib import Path
 
 from cwm_jax.coinrun import FPS
 from cwm_jax.evaluation import bootstrap, closed_loop, generation, rollout_quality
-from cwm_jax.files import path_flag
-from cwm_jax.programs.evaluate import flags, outputs
+from cwm_jax.files import check_outputs, path_flag
+from cwm_jax.programs.evaluate import flags
 from cwm_jax.rendering import video
 from cwm_jax.sampling import sampler
 from cwm_jax.simulator import game, venv
@@ -16,7 +16,7 @@ def run(words: list[str]) -> None:
     args = parser().parse_args(words)
     sampler.check_seed(args.seed)
     closed_loop.check(levels=args.levels, frames=args.frames, n_prompt=args.n_prompt)
-    outputs.check(args.output)
+    check_outputs(("--output", args.output, video.SUFFIXES))
     opened = flags.open_model(args)
     generation.check_game(opened.network)
     generate = generation.by_sampler(opened.sampler)

@@ -31,7 +31,7 @@ from cwm_jax.evaluation import (
     video_distance,
 )
 from cwm_jax.evaluation.lpips import Lpips
-from cwm_jax.files import path_flag
+from cwm_jax.files import check_writable, path_flag
 from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.programs.evaluate import flags, outputs
 from cwm_jax.runtime import user_cache
@@ -41,7 +41,7 @@ def run(words: list[str]) -> None:
     args = parser().parse_args(words)
     plan, videos = _plan(args), _video_plan(args)
     report = None if args.no_report else _report_folder(args)
-    outputs.check(args.output)
+    check_writable(args.output)
     if report:
         outputs.check_folder(report)
     found = measured(args, plan, lpips_weights.available(), videos)

@@ -9,7 +9,7 @@ from cwm_jax.data.clips import Episodes
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import held_out, outcomes
-from cwm_jax.files import model_flag, path_flag
+from cwm_jax.files import check_writable, model_flag, path_flag
 from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.programs.evaluate import flags, outputs
 from cwm_jax.runtime import devices
@@ -53,7 +53,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be 0 ({zero}) or more")
     if args.ddim_steps is not None:
         sampler.ddim_levels(args.ddim_steps)
-    outputs.check(args.output)
+    check_writable(args.output)
     devices.check()
 
 

@@ -1,39 +1,17 @@
 """What the jobs of `evaluate.py` write: checked before they measure, printed if writing fails."""
 
-import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import full
-from cwm_jax.files import written_whole
-
-
-class _TriedError(Exception):
-    """Leaves a `written_whole` without a file."""
-
-
-def check(path: Path) -> None:
-    """Checks that a file can be written; leaves no file or folder behind.
-
-    Raises:
-        UserError: `path` cannot be written.
-    """
-    missing = [folder for folder in path.parents if not os.path.exists(folder)]
-    try:
-        with contextlib.suppress(_TriedError), written_whole(path):
-            raise _TriedError
-    finally:
-        for folder in missing:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+from cwm_jax.files import check_writable
 
 
 def check_folder(folder: Path) -> None:
-    """As `check`, of any file in a folder."""
+    """Raises `UserError` if no file of a folder can be written."""
     try:
-        check(folder / "file")
+        check_writable(folder / "file")
     except UserError as error:
         raise UserError(
             f"cannot write to the folder {folder}: {error.__cause__.strerror}; name a folder you "

@@ -8,7 +8,7 @@ from cwm_jax import shipped
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import full, generation_settings, lpips_weights
-from cwm_jax.files import model_flag, path_flag
+from cwm_jax.files import check_writable, model_flag, path_flag
 from cwm_jax.programs.evaluate import flags, measure, outputs
 from cwm_jax.runtime import devices
 from cwm_jax.sampling import sampler
@@ -33,7 +33,7 @@ def run(words: list[str]) -> None:
     args.checkpoint = pretrained.unless(args.checkpoint)
     file = generation_settings.writable(args.checkpoint) if args.write else None
     if file:
-        outputs.check(file)
+        check_writable(file)
     lpips = lpips_weights.available()
     if lpips is None:
         raise UserError(
