@@ -30,12 +30,13 @@ def test_a_mistake_and_ctrl_c_end_a_program_with_one_message(raised, printed, co
 
 
 _COMPILING = """
-import os, signal, threading, jax, jax.numpy as jnp
+import gc, os, signal, threading, jax, jax.numpy as jnp
 from cwm_jax.errors import shown_to_user
 def slow(x):
-    for size in range(64, 164):
+    for size in range(64, 264):
         x = jnp.sort(x @ jnp.ones((size, size + 1)), axis=0)
     return x
+gc.disable()  # a signal during JAX's callback of the garbage collector is lost
 with shown_to_user():
     lowered = jax.jit(slow).lower(jnp.ones((64, 64)))
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()

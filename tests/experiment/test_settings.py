@@ -157,6 +157,7 @@ def test_a_config_of_an_earlier_version_is_read():
 
 
 OLD_CHANGES = {
+    "data.global_batch_size": 4,
     "schedule.stages": [[0.55, {"context.rounds": 4, "noise_levels.top_share": 0.1}]],
     "optimizer.lr": 3e-4,
     "model.still_threshold": 0.0,
