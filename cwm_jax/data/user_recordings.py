@@ -19,7 +19,7 @@ from cwm_jax import controls, files
 from cwm_jax.coinrun import IMAGE_SIZE
 from cwm_jax.controls import Controls
 from cwm_jax.data import action_lists, pictures
-from cwm_jax.errors import UserError
+from cwm_jax.errors import UserError, echo
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 FITS = ("stretch", "crop", "pad")
@@ -69,6 +69,13 @@ def find(folder: Path, *, with_actions: bool = True) -> list[Recording]:
         raise UserError(f"{folder} contains no videos ({', '.join(VIDEOS)}) and no folders of PNGs")
     if not with_actions:
         return [_without_actions(name, path, present) for name, path in seen.items()]
+    for path in present:
+        is_list = path.suffix.lower() in action_lists.SUFFIXES and path.is_file()
+        if is_list and not any(_same_name(path.stem, name) for name in seen):
+            echo(
+                f"warning: {path} belongs to no frames: there is no folder of PNGs of that name, "
+                f"and no video ({', '.join(VIDEOS)})"
+            )
     return [Recording(name, path, _actions_of(name, present)) for name, path in seen.items()]
 
 
@@ -114,17 +121,29 @@ def read_actions(path: Path, known: Controls) -> np.ndarray:
     return action_lists.read(path, known)
 
 
-def read_frames(path: Path, *, fit: str, every: int) -> Iterator[np.ndarray]:
+@dataclasses.dataclass
+class Counter:
+    """Counts frames as they are read."""
+
+    frames: int = 0
+
+
+def read_frames(
+    path: Path, *, fit: str, every: int, counter: Counter | None = None
+) -> Iterator[np.ndarray]:
     """Every `every`-th frame of a recording as viewers show it, uint8 [64, 64, 3].
 
     Args:
         fit: "stretch" both sides to 64; "crop" the longer side; or "pad" the shorter with black.
+        counter: counts all frames, also those that are skipped.
 
     Raises:
         UserError: a video or picture cannot be read, or the order of pictures is unknown.
     """
     try:
         for number, picture in enumerate(_pictures(path)):
+            if counter is not None:
+                counter.frames += 1
             if number % every == 0:
                 yield np.asarray(fitted(picture(), fit))
     except pictures.VIDEO_ERRORS as error:

@@ -197,21 +197,26 @@ class Settings(ConfigGroup):
                 f"config.sampler.ddim_steps={steps} must be at most {most} "
                 f"with config.distil_from: the teacher takes twice as many steps"
             )
-        if self.context.share and not self.model.history:
-            raise UserError(
-                f"config.context.share={self.context.share} needs config.model.history ≥ 1: "
-                f"it shows the network context frames that it generated itself"
-            )
+        self._check_examples(self.examples)
         if self.context.lead and not (self.context.steps and self.context.share):
             raise UserError(
                 f"config.context.lead={self.context.lead} needs config.context.steps ≥ 1 and share "
                 f"> 0: it counts frames that are generated one by one before a clip"
             )
-        if self.augment.mirror_share and not self.model.has_coinrun_actions:
+
+    def _check_examples(self, examples: ExampleConfig) -> None:
+        """Checks the settings of one stage against the network."""
+        share, mirror_share = examples.context.share, examples.augment.mirror_share
+        if share and not self.model.history:
             raise UserError(
-                f"config.augment.mirror_share={self.augment.mirror_share} needs CoinRun's actions "
+                f"config.context.share={share} needs config.model.history ≥ 1: "
+                f"it shows the network context frames that it generated itself"
+            )
+        if mirror_share and not self.model.has_coinrun_actions:
+            raise UserError(
+                f"config.augment.mirror_share={mirror_share} needs CoinRun's actions "
                 f"(config.model.num_actions={NUM_ACTIONS}, action_encoding='one_hot'): of others "
-                f"it is unknown which exchange left and right"
+                f"it is unknown which exchange left and right; set it to 0"
             )
 
     def _check_schedule(self) -> None:
@@ -281,6 +286,7 @@ class Settings(ConfigGroup):
                     f"rise, between 0 and 1"
                 )
             found.append((begin, _changed(found[-1][1], changes)))
+            self._check_examples(found[-1][1])
             context = found[-1][1].context
             if context.lead != self.context.lead:
                 raise UserError(
@@ -325,7 +331,7 @@ def _stage(stage: Any) -> tuple[float, dict[str, Any]]:
 
 
 def _changed(examples: ExampleConfig, changes: Mapping[str, Any]) -> ExampleConfig:
-    if other := [name for name in changes if name.partition(".")[0] not in STAGED]:
+    if other := [name for name in changes if str(name).partition(".")[0] not in STAGED]:
         raise UserError(
             f"config.schedule.stages sets {other[0]!r}; a stage may only set "
             f"{', '.join(f'{name}.…' for name in STAGED)}"

@@ -117,11 +117,23 @@ def _parse(argv: list[str]) -> list[str]:
         argv = _with_config_found(argv)
         _make_configs_importable()
         try:
-            rest = app.parse_flags_with_usage(argv)
+            rest = flags.FLAGS(argv)
             _CONFIG.value.to_dict()  # a file that did not load raises only now
+        except flags.Error as error:
+            raise UserError(_reason(error)) from None
         except (AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:
             raise UserError(_message(error, argv)) from None
+        for word in rest[1:]:
+            meant = f" (did you mean --{word}?)" if word.startswith("config.") else ""
+            raise UserError(f"{word} is no flag{meant}; flags begin with --")
     return rest
+
+
+def _reason(error: flags.Error) -> str:
+    """What is wrong with a flag; ml_collections puts a traceback into some of its errors."""
+    text = str(error)
+    raised = re.findall(r"^ *\w+Error: (.*)$", text, re.MULTILINE)
+    return raised[-1] if raised and "Traceback" in text else " ".join(text.split())
 
 
 def _with_config_found(argv: list[str]) -> list[str]:

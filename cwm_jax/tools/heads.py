@@ -24,6 +24,7 @@ from cwm_jax.errors import UserError, shown_to_user
 from cwm_jax.evaluation import outcomes
 from cwm_jax.files import model_flag, path_flag
 from cwm_jax.runtime import devices
+from cwm_jax.sampling import sampler
 from cwm_jax.training import frozen_heads
 
 
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for flag in ("frames", "epochs", "val_records"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
+        sampler.check_seed(args.seed)
         if args.output.suffix != weights.SUFFIX:
             raise UserError(f"--output {args.output}: must end in {weights.SUFFIX}")
         devices.check()

@@ -34,6 +34,7 @@ import functools
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -280,24 +281,28 @@ def _counted(recording: Recording, wanted: int, cut: Cut) -> Iterator[np.ndarray
 
     One action fewer than frames is accepted: the last frame's action has no next frame.
     """
-    kept = len(range(0, wanted, cut.every))
-    seen = 0
-    for frame in user_recordings.read_frames(recording.frames, fit=cut.fit, every=cut.every):
-        seen += 1
-        if seen <= kept:
-            yield frame
-    if not kept <= seen <= kept + 1:
+    seen = user_recordings.Counter()
+    frames = user_recordings.read_frames(
+        recording.frames, fit=cut.fit, every=cut.every, counter=seen
+    )
+    yield from itertools.islice(frames, len(range(0, wanted, cut.every)))
+    for _ in frames:  # counts the others
+        pass
+    if not wanted <= seen.frames <= wanted + 1:
         raise UserError(
-            f"{recording.frames} has {'more' if seen > kept else 'fewer'} frames than "
+            f"{recording.frames} has {'more' if seen.frames > wanted else 'fewer'} frames than "
             f"{recording.actions} has actions ({wanted}): there must be one action a frame"
         )
 
 
 def config_lines(known: Controls, out: Path) -> str:
     """The flags of training for this folder."""
-    flags = f"--config.data.dir={out} --config.model.num_actions={len(known.controls)}"
+    folder = shlex.quote(str(out))
+    flags = f"--config.data.dir={folder} --config.model.num_actions={len(known.controls)}"
     if known.encoding != "one_hot":
         flags += f" --config.model.action_encoding={known.encoding}"
+    if not known.is_procgen:
+        flags += " --config.augment.mirror_share=0"  # of other actions none are known to exchange
     return flags
 
 
@@ -307,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for flag in ("chunk", "min_chunk", "every", "jobs"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} must be 1 or more")
+        if args.seed < 0:
+            raise UserError(f"--seed {args.seed}: must be 0 or more")
         if not (0 < args.val < 1 and 0 < args.test < 1 and args.val + args.test < 1):
             raise UserError(f"--val {args.val} --test {args.test}: shares above 0, below 1 in all")
         if (args.keys is None) == (args.infer_actions is None):

@@ -400,6 +400,15 @@ MISTAKES = (
         [*DEBUG, "--config.optimizer.lr=fast"],
         "flag --config.optimizer.lr=fast: could not convert string to float",
     ),
+    (
+        [*DEBUG, "config.optimizer.lr=0.5"],
+        "error: config.optimizer.lr=0.5 is no flag (did you mean --config.optimizer.lr=0.5?)",
+    ),
+    ([*DEBUG, "stray"], "error: stray is no flag"),
+    (
+        ["--config", "C", "--workdir", "W"],
+        "error: Could not override field 'depth' (reference). 2 is of original type",
+    ),
     ([*DEBUG, "--config.data.dir=no"], "error: The data folder no does not exist."),
     (
         [*DEBUG, "--config.data.global_batch_size=3"],
@@ -409,7 +418,11 @@ MISTAKES = (
 
 
 def test_the_training_program_reports_mistakes_without_a_traceback(tmp_path):
-    words_of = lambda words: [str(tmp_path) if word == "W" else word for word in words]
+    wrong = "def get_config():\n c = debug.get_config()\n c.model.depth = '2'\n return c\n"
+    config = tmp_path / "wrong_type.py"
+    config.write_text(f"from configs import debug\n{wrong}")
+    places = {"W": str(tmp_path), "C": str(config)}
+    words_of = lambda words: [places.get(word, word) for word in words]
     commands = [["cwm_jax.programs.train", *words_of(words)] for words, _ in MISTAKES]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     results = run_each(commands, tmp_path, XLA_FLAGS=flags)

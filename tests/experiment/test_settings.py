@@ -84,6 +84,7 @@ def test_small_keeps_the_originals_settings():
         ("schedule.stages", ((0.5, {}), (0.4, {})), r"a stage begins at 0\.4"),
         ("schedule.stages", ((0.5, {"optimizer.lr": 1.0}),), r"stages sets 'optimizer\.lr'"),
         ("schedule.stages", ((0.5, {"context.x": 1}),), r"no setting config\.context\.x"),
+        ("schedule.stages", ((0.5, {5: 1}),), "stages sets 5; a stage may only set"),
         ("schedule.stages", ((0.5, {"context.share": 2}),), r"config\.context\.share=2\.0: must"),
     ],
 )
@@ -148,6 +149,20 @@ def test_only_coinruns_actions_can_be_mirrored(change):
 
 # Of the commit before settings were put into groups.
 OLD = json.loads((ROOT / "tests/experiment/config_0_1.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("network", "stage", "fault"),
+    [
+        ({"num_actions": 3}, {"augment.mirror_share": 1.0}, r"mirror_share=1\.0 needs CoinRun's"),
+        ({}, {"context.share": 1.0}, r"context\.share=1\.0 needs config\.model\.history"),
+    ],
+)
+def test_a_later_stage_must_fit_the_network_too(network, stage, fault):
+    changes = {f"model.{name}": value for name, value in network.items()}
+    changes["schedule.stages"] = ((0.5, stage),)
+    with pytest.raises(UserError, match=fault):
+        Settings.from_config(changed(config_of("small"), changes))
 
 
 def test_a_config_of_an_earlier_version_is_read():

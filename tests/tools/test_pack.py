@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -199,6 +200,33 @@ def test_pictures_with_named_actions(tmp_path):
         assert (np.diff(red, axis=0) == 20).all()
         assert (episode.frames[:, :, :16] == 0).all()  # the black bars
         assert (episode.frames[:, :, 48:] == 0).all()
+
+
+@pytest.mark.parametrize(("actions", "fault"), [(36, "more"), (42, "fewer")])
+def test_skipped_frames_count_too(tmp_path, actions, fault):
+    pictures(tmp_path / "in", 9)
+    (tmp_path / "in" / "b.csv").write_text("A,LEFT,RIGHT\n" + "0,0,1\n" * actions)
+    cut = pack.Cut(chunk=4, min_chunk=2, every=4, fit="pad", val=0.1, test=0.1, seed=3)
+    with pytest.raises(UserError, match=rf"b has {fault} frames than .*b\.csv has actions"):
+        pack.pack(tmp_path / "in", tmp_path / "out", PAD, cut, jobs=1)
+
+
+def test_a_list_without_frames_is_reported(tmp_path, capsys):
+    pictures(tmp_path / "in", 9)
+    (tmp_path / "in" / "e.m4v").write_bytes(b"no known video")
+    (tmp_path / "in" / "e.csv").write_text("A\n0\n")
+    assert [one.name for one in user_recordings.find(tmp_path / "in")] == ["a", "b", "c"]
+    assert "e.csv belongs to no frames" in capsys.readouterr().err
+
+
+def test_printed_flags_can_be_pasted():
+    printed = pack.config_lines(PAD, Path("out ü/my game"))
+    assert shlex.split(printed) == [
+        "--config.data.dir=out ü/my game",
+        "--config.model.num_actions=3",
+        "--config.model.action_encoding=buttons",
+        "--config.augment.mirror_share=0",
+    ]
 
 
 def test_few_recordings_are_split_in_time():

@@ -69,6 +69,14 @@ def whole(fields: dict, name: str, low: int, high: int) -> int:
     return value
 
 
+def flag(fields: dict, name: str) -> bool:
+    """A field that must be true or false; raises `UserError`."""
+    value = fields.get(name)
+    if not isinstance(value, bool):
+        raise UserError(f"{name} is {str(value)[:40]!r}; it must be true or false")
+    return value
+
+
 def number(fields: dict, name: str) -> float:
     """A field that must be a number, 0 where it is missing; raises `UserError`."""
     value = fields.get(name, 0)

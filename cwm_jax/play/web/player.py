@@ -234,6 +234,7 @@ class Player:
         steps = self._steps()
         await self._adapt_rate(steps)
         generated = await self._session.step(take, steps=steps, unsure=self._unsure)
+        await self._keep_recording()
         await self._show(generated.frame)
         await self._show_unsure(generated.unsure)
         self._sent = asyncio.get_running_loop().time()
@@ -254,6 +255,19 @@ class Player:
         if slow != self._slow:
             self._slow = slow
             await self._send("rate", fps=fps, text=slow)
+
+    async def _keep_recording(self) -> None:
+        """After a rewind, a new frame replaces recorded ones: then the recording begins with it.
+
+        A recording that has stopped is discarded.
+        """
+        if self._recorded is None:
+            return
+        at, (start, end) = self._session.at, self._recorded
+        if end is not None and at < end:
+            await self._do_clear()
+        elif end is None and at <= start:
+            await self._do_record()
 
     async def _replay_frame(self) -> None:
         try:
@@ -324,16 +338,17 @@ class Player:
             self._fps = messages.whole(dict(fps=fps), "fps", 1, MAX_FPS)
         if steps is not None:
             choices = self._studio.scheduler.generator.steps
-            if steps and steps not in choices:
+            is_whole = isinstance(steps, int) and not isinstance(steps, bool)
+            if not is_whole or steps not in (0, *choices):
                 raise UserError(f"{steps!r} DDIM steps: choose one of {list(choices)}, or 0")
             self._pinned = steps
         if auto is not None:
-            self._auto = bool(auto)
+            self._auto = messages.flag(dict(auto=auto), "auto")
         if step_mode is not None:
-            self._step_mode = bool(step_mode)
+            self._step_mode = messages.flag(dict(step_mode=step_mode), "step_mode")
             self._keys.release()
         if unsure is not None:
-            self._unsure = bool(unsure)
+            self._unsure = messages.flag(dict(unsure=unsure), "unsure")
 
     async def _do_wait(self) -> None:
         """One frame without a key."""
@@ -397,7 +412,7 @@ class Player:
         total = len(self._played.history)
         start, stop = min(start, total - 1), min(stop or total, total)
         stop = max(stop, start + 1)
-        await self._send("thinking", text=f"Writing {stop - start} frames …")
+        await self._send("thinking", text=f"Writing {_count(stop - start, 'frame')} …")
         self._files_made += 1
         path = self.downloads.new(f"session{self._files_made}.{kind}")
         if kind == "mp4":

@@ -300,6 +300,23 @@ def test_what_if_and_choosing(new_client):
         assert one.action == message["actions"][4]
 
 
+def test_a_recording_begins_again_where_its_frames_are_replaced(new_client):
+    with started(new_client()) as one:
+        one.generate(7, 4)
+        one.halt()
+        at = one.number
+        one.send("record", on=True)
+        assert one.receive("recording")["start"] == at
+        one.generate(7, 3)
+        one.send("rewind", to=at - 2)
+        while one.number != at - 2:
+            one.frame()
+        one.send("keys", action=7)
+        message = one.receive("recording")
+        one.send("keys", action=4)
+        assert (message["on"], message["start"]) == (True, at - 1)
+
+
 def test_files_of_a_session_are_its_own_and_end_with_it(new_client):
     client = new_client()
     with started(client) as one, started(client) as other:
@@ -366,6 +383,10 @@ BAD = [
     ('{"do": "settings", "fps": 0}', "fps is '0'"),
     ('{"do": "settings", "steps": 3}', "3 DDIM steps: choose one of"),
     ('{"do": "settings", "steps": [1]}', "DDIM steps: choose one of"),
+    ('{"do": "settings", "steps": 1.0}', "1.0 DDIM steps: choose one of"),
+    ('{"do": "settings", "steps": true}', "True DDIM steps: choose one of"),
+    ('{"do": "settings", "steps": []}', "[] DDIM steps: choose one of"),
+    ('{"do": "settings", "auto": "false"}', "auto is 'false'; it must be true or false"),
     ('{"do": "rewind", "to": 999}', "no frame 999"),
     ('{"do": "rewind", "to": -1}', "to is '-1'"),
     ('{"do": "what_if", "frames": 1000}', "frames is '1000'"),
