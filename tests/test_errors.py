@@ -37,6 +37,7 @@ def slow(x):
         x = jnp.sort(x @ jnp.ones((size, size + 1)), axis=0)
     return x
 gc.disable()  # a signal during JAX's callback of the garbage collector is lost
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in background jobs
 with shown_to_user():
     lowered = jax.jit(slow).lower(jnp.ones((64, 64)))
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
