@@ -123,9 +123,9 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError(_reason(error)) from None
         except (AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:
             raise UserError(_message(error, argv)) from None
-        for word in rest[1:]:
-            meant = f" (did you mean --{word}?)" if word.startswith("config.") else ""
-            raise UserError(f"{word} is no flag{meant}; flags begin with --")
+        if len(rest) > 1:
+            meant = f" (did you mean --{rest[1]}?)" if rest[1].startswith("config.") else ""
+            raise UserError(f"{rest[1]} is no flag{meant}; flags begin with --")
     return rest
 
 

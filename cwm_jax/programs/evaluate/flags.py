@@ -12,12 +12,18 @@ from cwm_jax.runtime import devices
 from cwm_jax.sampling import sampler
 from cwm_jax.sampling.sampler import Sampler
 
-CHECKPOINT = "a run, an export, or hf://USER/REPOSITORY[@REVISION] (checkpoints/pocket)"
+_CHECKPOINT = "a run, an export, or hf://USER/REPOSITORY[@REVISION] (checkpoints/pocket)"
+
+
+def add_model(add) -> None:
+    """Which model a job is of."""
+    add("--checkpoint", type=model_flag, help=_CHECKPOINT)
+    add("--step", type=int, help="which checkpoint of the run (the newest)")
 
 
 def add_generation(add) -> None:
-    add("--checkpoint", type=model_flag, help=CHECKPOINT)
-    add("--step", type=int, help="which checkpoint of the run (the newest)")
+    """Which model generates frames, and how."""
+    add_model(add)
     add("--ddim-steps", type=int, help="denoising steps a frame, 1…1000 (the model's own)")
     add("--window", default="exact", choices=sampler.WINDOWS, help="past the window (%(default)s)")
     add("--seed", type=int, default=0, help="of noise and random actions (%(default)s)")

@@ -9,7 +9,7 @@ from cwm_jax.data.clips import Episodes
 from cwm_jax.data.config import DataConfig
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import held_out, outcomes
-from cwm_jax.files import check_writable, model_flag, path_flag
+from cwm_jax.files import check_writable, path_flag
 from cwm_jax.models.fingerprint import fingerprint
 from cwm_jax.programs.evaluate import flags, outputs
 from cwm_jax.runtime import devices
@@ -77,8 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "and on generated frames.",
     )
     add = made.add_argument
-    add("--checkpoint", type=model_flag, help=flags.CHECKPOINT)
-    add("--step", type=int, help="which checkpoint of the run (the newest)")
+    flags.add_model(add)
     add("--data", type=path_flag, required=True, help="folder with rewards (tools.collect)")
     add("--split", default="test", choices=shards.SPLITS, help="(%(default)s)")
     add("--records", type=int, default=0, help="0: all that are long enough (0)")

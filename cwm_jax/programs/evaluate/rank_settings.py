@@ -8,7 +8,7 @@ from cwm_jax import shipped
 from cwm_jax.checkpoints import formats, pretrained
 from cwm_jax.errors import UserError
 from cwm_jax.evaluation import full, generation_settings, lpips_weights
-from cwm_jax.files import check_writable, model_flag, path_flag
+from cwm_jax.files import check_writable, path_flag
 from cwm_jax.programs.evaluate import flags, measure, outputs
 from cwm_jax.runtime import devices
 from cwm_jax.sampling import sampler
@@ -67,8 +67,7 @@ def parser() -> argparse.ArgumentParser:
         "prints the recommended ones.",
     )
     add = made.add_argument
-    add("--checkpoint", type=model_flag, help=flags.CHECKPOINT)
-    add("--step", type=int, help="which checkpoint of the run (the newest)")
+    flags.add_model(add)
     add("--steps", default="1,2,4,10", help="denoising steps a frame (%(default)s)")
     add(
         "--sharpness",
